@@ -1,0 +1,67 @@
+# Loopwright: `make help` lists the targets. The first use of one sets up .venv; later uses need no network.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+PYTHON  ?= python3
+WORKERS ?= 2
+BIN     := .venv/bin
+READY   := .venv/.installed
+BENCH   := .venv-bench/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_NUM_THREADS := 1
+
+.PHONY: help demo test check bench capabilities clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
+
+demo: $(READY) ## train something and show what came of it
+	@$(BIN)/python examples/demo.py
+
+test: check ## set-up, all gates and the whole suite, slow tests included
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/test_docs.py
+
+check: $(READY) ## style, types, layers, and the code in docstrings and docs
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "to fix: $(BIN)/ruff format ." >&2; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python -m pytest -q --doctest-modules src
+	@$(BIN)/python -m pytest -q tests/test_docs.py
+
+bench: $(BENCH) ## measure the loop against a hand-written one and against other frameworks
+	@.venv-bench/bin/python benchmarks/overhead.py
+	@.venv-bench/bin/python benchmarks/models.py
+
+capabilities: $(READY) ## run the suite and write docs/capabilities.md from the tests that pass
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --capabilities build/capabilities.json
+	@$(BIN)/python tools/capabilities.py build/capabilities.json docs/capabilities.md
+
+clean: ## remove caches and builds; environments and runs stay
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find src tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# torch first and pinned: resolved freely, pip takes the newest build with all of CUDA
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Loopwright needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "setting up $(@D) (once; some minutes)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python tools/groups.py $(1) > $(@D)/requirements.txt
+	@$(@D)/bin/pip install -qq "$$(grep '^torch==' constraints.txt)"
+	@$(@D)/bin/pip install -qq -c constraints.txt -r $(@D)/requirements.txt
+	@$(@D)/bin/pip install -qq -c constraints.txt --no-build-isolation -e '$(2)'
+	@touch $@
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call install,dev,.[all])
+
+$(BENCH): pyproject.toml constraints.txt
+	$(call install,bench build,.)

@@ -1,0 +1,322 @@
+"""What Loopwright costs in microseconds, calls, frames, reads, bytes and milliseconds of import: all that is not a ratio.
+
+Used by `overhead.py`. Every function measures one thing against the same thing written by hand.
+"""
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import loopwright as lw
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import measure
+from digits import FOLDER, LR, MOMENTUM, NOTHING, Lap, parts
+from measure import ROOT, Goal
+
+
+def goals(options) -> list[Goal]:
+    few, found = options.quick, []
+    for measured in (lambda: step_costs(options), lambda: fixed_costs(30 if few else 200), calls_a_step, frames, device_reads,
+                     lambda: imports(3 if few else 15), lambda: start_of_cli(3 if few else 15), lambda: memory(20_000 if few else 100_000)):
+        try:
+            found += measured()
+        except Exception as error:                            # one that cannot be measured has failed; the others still count
+            name = getattr(measured, "__name__", "")
+            name = measured.__code__.co_names[0] if name == "<lambda>" else name
+            found.append(Goal(f"{name}: not measured", float("inf"), "", 0, f"{type(error).__name__}: {error}"[:200]))
+    return found
+
+
+# ---------------------------------------------------------------- microseconds a step
+
+class Extra(lw.Task):
+    """The digits step with ``count`` more scalars in what it returns."""
+    def __init__(self, net, optimizer, count):
+        super().__init__()
+        self.net, self.loss_of, self.optimizer = net, nn.CrossEntropyLoss(), optimizer
+        self.names = [f"extra{i}" for i in range(count)]
+        self.value = torch.tensor(1.5)
+
+    def training_step(self, batch):
+        inputs, target = batch
+        return {"loss": self.loss_of(self.net(inputs), target), **dict.fromkeys(self.names, self.value)}
+
+    def configure_optimizers(self):
+        return self.optimizer
+
+
+REPEAT = 4                                     # the list of batches this many times over is one epoch
+
+
+def preloaded_by_hand(batches):
+    def prepare(epochs, end_of_epoch):
+        net, optimizer, _ = parts()
+        loss_of, many = nn.CrossEntropyLoss(), batches * REPEAT
+        def go():
+            for _ in range(epochs):
+                for inputs, target in many:
+                    optimizer.zero_grad()
+                    loss = loss_of(net(inputs), target)
+                    loss.backward()
+                    optimizer.step()
+                end_of_epoch()
+            return net
+        return go
+    return prepare
+
+
+def preloaded(batches, *, accuracy=False, extras=None, short=False, idle=0, **options):
+    """``short``: epochs of the list once, REPEAT of them in place of one; ``idle``: so many callbacks without a hook."""
+    def prepare(epochs, end_of_epoch):
+        net, optimizer, _ = parts()
+        many, every = (batches, REPEAT) if short else (batches * REPEAT, 1)
+        callbacks = [Lap(end_of_epoch, every), *(lw.Callback() for _ in range(idle))]
+        def go():
+            metrics = {"accuracy": lw.metrics.Accuracy()} if accuracy else None
+            task = (lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer, metrics=metrics) if extras is None
+                    else Extra(net, optimizer, extras))
+            lw.Trainer(epochs=epochs * every, callbacks=callbacks, **options).fit(task, train=many)
+            return net
+        return go
+    return prepare
+
+
+def step_costs(options) -> list[Goal]:
+    """Differences to the loop by hand over the same list of batches, in long epochs."""
+    batches = [list(batch) for batch in parts()[2]]
+    on = {"folder": FOLDER, "accuracy": True}
+    laps, rounds = (12, 3) if options.quick else (75, 9)
+    def race(**contenders):
+        with measure.terminal():
+            return measure.race(contenders, laps=laps, chunk=1, steps_per_epoch=len(batches) * REPEAT, rounds=rounds,
+                                clock=measure.clock_of(options))
+    off = race(hand=preloaded_by_hand(batches), ours=preloaded(batches, **NOTHING), idle=preloaded(batches, idle=20, **NOTHING))
+    all_on = race(hand=preloaded_by_hand(batches), ours=preloaded(batches, **on), idle=preloaded(batches, idle=20, **on))
+    epochs = race(long=preloaded(batches, **on), short=preloaded(batches, short=True, **on))
+    scalars_off = race(one=preloaded(batches, extras=1, **NOTHING), nine=preloaded(batches, extras=9, **NOTHING))
+    scalars_on = race(one=preloaded(batches, extras=1, folder=FOLDER), nine=preloaded(batches, extras=9, folder=FOLDER))
+    assert off.same_bits("ours", "hand") and all_on.same_bits("ours", "hand"), "the weights are not those of the loop by hand"
+    def extra(what, results, name, over, limit=None):
+        share = 100 * (results.ratio(name, over) - 1)
+        return Goal(what, results.extra_us(name, over), "us", limit, f"{share:.1f} % of it; {results.spread_us(name, over)}")
+    return [
+        Goal("the step by hand, batches preloaded", off.step_us("hand"), "us", note="how fast this machine is"),
+        extra("ours over the same step by hand, nothing enabled", off, "ours", "hand", 8),
+        extra("ours over the same step by hand, defaults", all_on, "ours", "hand", 28),
+        extra("20 callbacks that override nothing, a step, nothing enabled", off, "idle", "ours"),
+        extra("20 callbacks that override nothing, a step, defaults", all_on, "idle", "ours"),
+        Goal("an epoch's end, defaults (its record, its line)", epochs.extra_us("short", "long") * len(batches) * REPEAT / (REPEAT - 1), "us"),
+        Goal("one more scalar a step, defaults", scalars_on.extra_us("nine", "one") / 8, "us", 2),
+        Goal("one more scalar a step, nothing enabled", scalars_off.extra_us("nine", "one") / 8, "us", 2),
+    ]
+
+
+# ---------------------------------------------------------------- milliseconds a fit
+
+def fixed_costs(count) -> list[Goal]:
+    """A fit of one step minus the step by hand, each alone in turn; the process is warm."""
+    batch = [[torch.randn(2, 8), torch.tensor([0, 1])]]
+    def by_hand():
+        net, optimizer = tiny()
+        loss_of = nn.CrossEntropyLoss()
+        start = time.perf_counter()
+        for inputs, target in batch:
+            optimizer.zero_grad()
+            loss_of(net(inputs), target).backward()
+            optimizer.step()
+        return time.perf_counter() - start
+    def ours(accuracy=True, **options):
+        net, optimizer = tiny()
+        start = time.perf_counter()
+        metrics = {"accuracy": lw.metrics.Accuracy()} if accuracy else None
+        lw.Trainer(epochs=1, **options).fit(lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer, metrics=metrics), train=batch)
+        return time.perf_counter() - start
+    extra_on, extra_off = [], []
+    with measure.terminal():
+        for _ in range(count + 3):
+            base = by_hand()
+            extra_off.append((ours(accuracy=False, **NOTHING) - base) * 1e3)
+            extra_on.append((ours(folder=FOLDER) - base) * 1e3)
+    return [Goal("fixed cost of a fit, defaults (folder, records, checkpoint)", statistics.median(extra_on[3:]), "ms", 60),
+            Goal("fixed cost of a fit, nothing enabled", statistics.median(extra_off[3:]), "ms", 1)]
+
+
+def tiny():
+    torch.manual_seed(0)
+    net = nn.Linear(8, 3)
+    return net, torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM)
+
+
+# ---------------------------------------------------------------- calls, frames, reads
+
+def calls_a_step() -> list[Goal]:
+    """Python functions entered a step (``sys.setprofile``'s "call"; a resumed generator counts), from two run lengths.
+
+    nn.Linear(8, 3), SGD with momentum, batches of 2 from a shuffled DataLoader, where a loop by hand makes 134.
+    """
+    def by_hand(net, optimizer, loader):
+        loss_of = nn.CrossEntropyLoss()
+        for inputs, target in loader:
+            optimizer.zero_grad()
+            loss = loss_of(net(inputs), target)
+            loss.backward()
+            optimizer.step()
+    def ours(net, optimizer, loader):
+        task = lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer, metrics={"accuracy": lw.metrics.Accuracy()})
+        lw.Trainer(epochs=1, folder=FOLDER).fit(task, train=loader)
+    def ours_off(net, optimizer, loader):
+        lw.Trainer(epochs=1, **NOTHING).fit(lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer), train=loader)
+    def a_step(run):
+        counts = []
+        for steps in (100, 100, 1100):                       # the first warms up
+            net, optimizer = tiny()
+            loader = DataLoader(TensorDataset(torch.randn(2 * steps, 8), torch.zeros(2 * steps, dtype=torch.long)), 2, shuffle=True)
+            calls = Counter()
+            sys.setprofile(lambda frame, event, argument: calls.update((event,)))
+            try:
+                run(net, optimizer, loader)
+            finally:
+                sys.setprofile(None)
+            counts.append(calls["call"])
+        return (counts[2] - counts[1]) / 1000
+    with measure.terminal():
+        hand, on, off = a_step(by_hand), a_step(ours), a_step(ours_off)
+    return [Goal("Python calls a step, nn.Linear(8, 3), defaults", on, "", 110, f"by hand {hand:.0f}; ours with all off {off:.0f}")]
+
+
+def frames() -> list[Goal]:
+    """Frames of ours from ``fit`` down to ``Tensor.backward``."""
+    seen = []
+    def look(frame, event, argument):
+        if event == "call" and frame.f_code is torch.Tensor.backward.__code__ and not seen:
+            while (frame := frame.f_back) is not None and Path(frame.f_code.co_filename).resolve() != Path(__file__).resolve():
+                seen.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
+    net, optimizer = tiny()
+    task = lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer)
+    with measure.terminal():
+        sys.setprofile(look)
+        try:
+            lw.Trainer(epochs=1, folder=FOLDER).fit(task, train=[[torch.randn(2, 8), torch.tensor([0, 1])]])
+        finally:
+            sys.setprofile(None)
+    return [Goal("frames between the caller and `Tensor.backward`", len(seen), "", 4, " > ".join(reversed(seen)))]
+
+
+def device_reads() -> list[Goal]:
+    """Reads of a value back to Python, between two records that are 50 steps apart."""
+    def reads(steps, **options):
+        net, optimizer = tiny()
+        batches = [[torch.randn(2, 8), torch.tensor([0, 1])]] * steps
+        task = lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer, metrics={"accuracy": lw.metrics.Accuracy()})
+        counted: Counter[str] = Counter()
+        with counting_reads(counted):
+            lw.Trainer(epochs=1, folder=FOLDER, checkpoint=False, **options).fit(task, train=batches)
+        return counted
+    def between(**options):
+        few, many = reads(100, **options), reads(1100, **options)
+        counts = {name: (many[name] - few[name]) / 20 for name in many if many[name] != few[name]}
+        return sum(counts.values()), ", ".join(f"{name} {n:g}" for name, n in counts.items())
+    with measure.terminal():
+        on, off = between(), between(nonfinite=None)
+    return [Goal("reads of values in 50 steps (one record), defaults on CPU", on[0], note=on[1] + " (a step's non-finite check is one on CPU)"),
+            Goal("reads of values in 50 steps (one record), nonfinite=None", off[0], "", 2, off[1])]
+
+
+@contextlib.contextmanager
+def counting_reads(counted: Counter[str]):
+    """Every way in which a tensor's value reaches Python counts here. Patches torch, which only a benchmark may."""
+    names = ["item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__"]
+    own = {name: torch.Tensor.__dict__[name] for name in names if name in torch.Tensor.__dict__}
+    def counting(name, read):
+        def wrapped(tensor, *args, **kwargs):
+            counted[name] += 1
+            return read(tensor, *args, **kwargs)
+        return wrapped
+    try:
+        for name in names:
+            setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
+        yield
+    finally:
+        for name in names:
+            if name in own:
+                setattr(torch.Tensor, name, own[name])
+            else:
+                delattr(torch.Tensor, name)
+
+
+# ---------------------------------------------------------------- fresh processes
+
+def seconds(*arguments: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment(), cwd=FOLDER)
+    return time.perf_counter() - start
+
+
+def imports(count) -> list[Goal]:
+    """Medians over fresh processes, in turn; the first is left out, it fills the disk cache."""
+    def within(code):
+        code = f"import torch, time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment(), cwd=FOLDER)
+        return float(done.stdout) * 1e3
+    whole, own = [], []
+    for _ in range(count + 1):
+        whole.append((-seconds("-c", "import torch") + seconds("-c", "import torch, loopwright")) * 1e3)
+        own.append(within("import loopwright"))
+    used = within("import loopwright as lw; [getattr(lw, name) for name in lw.__all__]")
+    return [Goal("`import loopwright` over `import torch`", statistics.median(own[1:]), "ms", 60,
+                 f"by the difference of whole processes {statistics.median(whole[1:]):.0f}; with every public name used {used:.0f}")]
+
+
+def start_of_cli(count) -> list[Goal]:
+    help_, python = [], []
+    for _ in range(count + 1):
+        help_.append(seconds("-m", "loopwright", "--help") * 1e3)
+        python.append(seconds("-c", "pass") * 1e3)
+    return [Goal("`python -m loopwright --help`", statistics.median(help_[1:]), "ms", 300, f"python alone {statistics.median(python[1:]):.0f} ms")]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(lw.__file__).parents[1]), str(ROOT / "benchmarks")])}
+
+
+def memory(steps) -> list[Goal]:
+    """Bytes a step by which a fit with defaults grows after its first fifth, in a process of its own."""
+    code = f"import costs; costs.print_growth({steps})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment(), cwd=FOLDER)
+    return [Goal(f"memory over {steps:,} steps", float(done.stdout.splitlines()[-1]), "bytes a step", 8,
+                 "4 are the loss of each step, the others room for the pages in which memory is counted")]
+
+
+class Resident(lw.Callback):
+    """Resident bytes at every 1000th step."""
+    def __init__(self):
+        self.bytes: dict[int, int] = {}
+
+    def on_step_end(self, run, result):
+        if run.progress.step % 1000 == 0:
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.bytes[run.progress.step] = pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def print_growth(steps) -> None:
+    torch.set_num_threads(1)
+    net, optimizer = tiny()
+    task = lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer, metrics={"accuracy": lw.metrics.Accuracy()})
+    batches = list(itertools.repeat([torch.randn(2, 8), torch.tensor([0, 1])], steps))
+    watch = Resident()
+    with measure.terminal():
+        lw.Trainer(epochs=1, folder=FOLDER, callbacks=[watch]).fit(task, train=batches)
+    start = steps // 5
+    print((watch.bytes[steps] - watch.bytes[start]) / (steps - start))

@@ -1,0 +1,104 @@
+"""Loopwright: a training framework for PyTorch with one readable loop.
+
+Public names are resolved when they are first used, so that importing costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loopwright import data, metrics
+    from loopwright.callbacks import Checkpoint, EarlyStopping
+    from loopwright.data import DataModule, Loader
+    from loopwright.errors import (
+        CheckpointError,
+        DataError,
+        HookError,
+        LoopwrightError,
+        MetricError,
+        NonFiniteError,
+        PlanError,
+        SettingError,
+        SkipBatch,
+        SkipStep,
+        StepOutputError,
+        StopEpoch,
+    )
+    from loopwright.events import Callback, Event
+    from loopwright.history import History
+    from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
+    from loopwright.optim import Scheduler, per_step
+    from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
+    from loopwright.task import Supervised, Task
+    from loopwright.trainer import Trainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "callbacks": ["Checkpoint", "EarlyStopping"],
+    "data": ["DataModule", "Loader"],
+    "errors": [
+        "CheckpointError", "DataError", "HookError", "LoopwrightError", "MetricError", "NonFiniteError", "PlanError",
+        "SettingError", "SkipBatch", "SkipStep", "StepOutputError", "StopEpoch",
+    ],
+    "events": ["Callback", "Event"],
+    "history": ["History"],
+    "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
+    "optim": ["Scheduler", "per_step"],
+    "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
+    "task": ["Supervised", "Task"],
+    "trainer": ["Trainer"],
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CSVLogger",
+    "Callback",
+    "Checkpoint",
+    "CheckpointError",
+    "DataError",
+    "DataModule",
+    "Duration",
+    "EarlyStopping",
+    "Event",
+    "History",
+    "HookError",
+    "JSONLLogger",
+    "Loader",
+    "LoopwrightError",
+    "MetricError",
+    "NonFiniteError",
+    "Phase",
+    "PlanError",
+    "Progress",
+    "Run",
+    "Scheduler",
+    "SettingError",
+    "SkipBatch",
+    "SkipStep",
+    "Stage",
+    "StepOutputError",
+    "StepResult",
+    "StopEpoch",
+    "Supervised",
+    "TableLogger",
+    "Task",
+    "Trainer",
+    "data",
+    "metrics",
+    "per_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("data", "metrics"):
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,76 @@
+"""The private or unstable torch calls that this package makes, each in one function with a test of its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+__all__ = ["any_nonfinite", "begin_workers", "copy_loader", "is_own_iteration", "stop_workers"]
+
+_flags: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
+    """True if a gradient, or the loss, is NaN or infinite: one fused pass and one read of the device.
+
+    On dense real gradients it uses the check of torch's own gradient scaler (it multiplies by 1, which keeps every
+    bit); sparse and complex ones are checked one by one.
+    """
+    if loss is not None and loss.device.type == "cpu":
+        if not math.isfinite(loss.item()):
+            return True
+        loss = None
+    if not grads:
+        return loss is not None and not bool(torch.isfinite(loss).all())
+    device = grads[0].device
+    dense = [g for g in grads if g.layout is torch.strided and g.is_floating_point() and g.device == device]
+    if len(dense) != len(grads):
+        values = [g.coalesce().values() if g.is_sparse else g for g in grads]
+        return not all(bool(torch.isfinite(v).all()) for v in (*values, *([] if loss is None else [loss])))
+    flags = _flags.get(device)
+    if flags is None:
+        flags = _flags[device] = (torch.zeros((), device=device), torch.ones((), device=device))
+    found = torch.zeros_like(flags[0]) if device.type != "cpu" else flags[0]
+    torch._amp_foreach_non_finite_check_and_unscale_(dense, found, flags[1])
+    if loss is not None:
+        found = found + (~torch.isfinite(loss)).to(found.dtype).sum()
+    if found.item() == 0.0:
+        return False
+    flags[0].zero_()
+    return True
+
+
+def copy_loader(loader: DataLoader[Any], parts: Mapping[str, Any]) -> DataLoader[Any]:
+    """A shallow copy of ``loader`` with attributes replaced, subclass included; it shares no running workers.
+
+    The class refuses to have its sampler set after construction, hence the way round it.
+    """
+    clone = copy.copy(loader)
+    clone.__dict__.update(parts, _iterator=None)
+    return clone
+
+
+def begin_workers(iterator: Any, indices: Iterator[Any], first: int) -> None:
+    """Send the first batches of ``indices`` to the idle workers of ``iterator``, beginning with worker ``first``."""
+    iterator._sampler_iter = indices
+    for _ in range(first):
+        next(iterator._worker_queue_idx_cycle)
+    for _ in range(iterator._prefetch_factor * iterator._num_workers):
+        iterator._try_put_index()
+
+
+def stop_workers(iterator: Any) -> None:
+    """End the worker processes of a DataLoader's iterator now, also while something still refers to it."""
+    iterator._shutdown_workers()
+
+
+def is_own_iteration(loader: DataLoader[Any]) -> bool:
+    """True if the class of ``loader`` iterates in a way of its own, so that its parts cannot be replaced one by one."""
+    kind = type(loader)
+    return kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator

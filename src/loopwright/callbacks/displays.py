@@ -1,0 +1,230 @@
+"""Three places where progress is shown: a terminal, a notebook, and the lines of a log file."""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TextIO
+
+__all__ = ["Bar", "Display", "Lines", "Notebook", "Terminal", "display_mode", "open_display"]
+
+
+@dataclass(slots=True)
+class Bar:
+    """What is going on now: a label, the part that is done (None: unknown), and what to say beside it.
+
+    ``items`` are pairs of a rank and a text: where there is no room for all, those of a high rank are left
+    out first.
+    """
+
+    label: str
+    done: float | None
+    items: list[tuple[int, str]] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Everything on one line, without a bar."""
+        return "  ".join([self.label, *(text for _, text in self.items)])
+
+
+class Display(Protocol):
+    """Where progress is shown: ``row`` and ``note`` stay, ``live`` is replaced if it ``erases``.
+
+    A row has a label and cells of a name and a text.
+    """
+
+    refresh_s: float
+    erases: bool
+
+    def live(self, bars: Sequence[Bar], losses: array[float]) -> None: ...
+    def row(self, label: str, cells: Sequence[tuple[str, str]]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+def display_mode(file: TextIO) -> str:
+    """How progress can be shown on ``file``: ``"terminal"``, ``"notebook"`` or ``"lines"``.
+
+    A standard stream inside a Jupyter kernel (also Colab, VS Code, nbclient) is a notebook. A terminal is
+    one that can move its cursor; everything else (a file, a pipe, a CI log, ``TERM=dumb``) gets whole lines
+    only.
+
+    >>> import io
+    >>> display_mode(io.StringIO())
+    'lines'
+    """
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and file in (sys.stdout, sys.stderr):
+        shell = ipython.get_ipython()
+        if getattr(shell, "kernel", None) is not None:
+            return "notebook"
+    return "terminal" if file.isatty() and os.environ.get("TERM") != "dumb" else "lines"
+
+
+def open_display(mode: str, file: TextIO, refresh_s: float) -> Display:
+    """The display for a mode of ``display_mode``."""
+    if mode == "notebook":
+        return Notebook(refresh_s)
+    return Terminal(file, refresh_s) if mode == "terminal" else Lines(file, max(refresh_s, 30.0))
+
+
+class Lines:
+    """Whole lines, for a file that is read later: nothing is ever written over."""
+
+    erases = False
+
+    def __init__(self, file: TextIO, refresh_s: float) -> None:
+        self.file, self.refresh_s = file, refresh_s
+
+    def live(self, bars: Sequence[Bar], losses: array[float]) -> None:
+        """A line for the innermost thing that is going on."""
+        self.note(bars[-1].text())
+
+    def row(self, label: str, cells: Sequence[tuple[str, str]]) -> None:
+        self.note("  ".join([label, *(f"{name} {text}".strip() for name, text in cells)]))
+
+    def note(self, text: str) -> None:
+        if text:
+            print(text, file=self.file, flush=True)
+
+
+class Terminal:
+    """Bars below the cursor, which stays where it was: what is printed meanwhile lands above them.
+
+    They are erased before anything that stays is written, and drawn anew with the next refresh.
+    """
+
+    erases = True
+
+    def __init__(self, file: TextIO, refresh_s: float) -> None:
+        self.file, self.refresh_s = file, refresh_s
+        self.color = not os.environ.get("NO_COLOR")
+        try:
+            "━╸─".encode(file.encoding or "ascii")
+            self.glyphs = ("━", "╸", "─")
+        except UnicodeEncodeError:
+            self.glyphs = ("#", ">", "-")
+
+    def live(self, bars: Sequence[Bar], losses: array[float]) -> None:
+        width = self._width()
+        lines = [self._line(bar, width) for bar in bars]
+        n = len(lines)
+        # make room by moving down, which scrolls at the bottom but keeps the column; then save and draw
+        room = "\x1bD" * n + f"\x1b[{n}A"
+        self.file.write("\x1b[J" + room + "\x1b7" + "".join("\r\n" + line for line in lines) + "\x1b8")
+        self.file.flush()
+
+    def row(self, label: str, cells: Sequence[tuple[str, str]]) -> None:
+        self.note("  ".join([label, *(f"{self._dim(name)} {text}".strip() for name, text in cells)]))
+
+    def note(self, text: str) -> None:
+        self.file.write("\x1b[J" + (text + "\n" if text else ""))
+        self.file.flush()
+
+    def _dim(self, text: str) -> str:
+        return f"\x1b[2m{text}\x1b[22m" if self.color and text else text
+
+    def _width(self) -> int:
+        if "COLUMNS" not in os.environ:
+            try:
+                return os.get_terminal_size(self.file.fileno()).columns or 80
+            except (OSError, ValueError):
+                pass
+        return shutil.get_terminal_size().columns
+
+    def _line(self, bar: Bar, width: int) -> str:
+        """``bar`` in less than ``width`` columns: items of a high rank are left out, then the bar itself."""
+        room = width - 1 - len(bar.label)
+        items = list(bar.items)
+        least = 14 if bar.done is not None else 0
+        while items and sum(len(text) + 2 for _, text in items) + least > room:
+            items.remove(max(items, key=lambda item: item[0]))
+        room -= sum(len(text) + 2 for _, text in items)
+        drawn = "" if bar.done is None or room < least else "  " + self._bar(bar.done, min(30, room - 2))
+        return bar.label[: width - 1] + drawn + "".join("  " + text for _, text in items)
+
+    def _bar(self, done: float, width: int) -> str:
+        full, tip, empty = self.glyphs
+        filled = min(max(done, 0.0), 1.0) * width
+        head = full * int(filled) + (tip if filled % 1 >= 0.5 else "")
+        tail = empty * (width - len(head))
+        return f"\x1b[32m{head}\x1b[39m{self._dim(tail)}" if self.color else head + tail
+
+
+class Notebook:
+    """A table of the epochs, the curve of the loss and a progress line, in one output updated in place."""
+
+    erases = True
+    rows_while_running, rows_at_end = 10, 500
+
+    def __init__(self, refresh_s: float) -> None:
+        self.refresh_s = refresh_s
+        self.rows: list[dict[str, str]] = []
+        self.handle: Any = None
+        self.curve, self.points = "", 0
+
+    def live(self, bars: Sequence[Bar], losses: array[float]) -> None:
+        if len(losses) != self.points:
+            self.curve, self.points = sparkline(losses), len(losses)
+        lines = "".join(f"<div>{_bar_html(bar)}</div>" for bar in bars)
+        self._show(self._table(self.rows_while_running) + self.curve + lines)
+
+    def row(self, label: str, cells: Sequence[tuple[str, str]]) -> None:
+        self.rows.append({"": label, **dict(cells)})
+
+    def note(self, text: str) -> None:
+        """End the output with ``text`` instead of bars."""
+        self._show(self._table(self.rows_at_end) + self.curve + f"<div>{html.escape(text)}</div>")
+
+    def _show(self, body: str) -> None:
+        from IPython.display import HTML, display
+
+        page = HTML(f'<div style="font-family:monospace;font-variant-numeric:tabular-nums">{body}</div>')
+        if self.handle is None:
+            self.handle = display(page, display_id=True)
+        else:
+            self.handle.update(page)
+
+    def _table(self, limit: int) -> str:
+        if not self.rows:
+            return ""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        hidden = len(self.rows) - limit
+        body = f'<tr><td colspan="{len(names)}">{hidden} earlier epochs</td></tr>' if hidden > 0 else ""
+        for row in self.rows[-limit:]:
+            body += "<tr>" + "".join(f"<td>{html.escape(row.get(name, ''))}</td>" for name in names) + "</tr>"
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _bar_html(bar: Bar) -> str:
+    style = "width:12em;height:0.8em;margin:0 1em;accent-color:#4c9a52"
+    drawn = (
+        "  " if bar.done is None else f'<progress style="{style}" value="{bar.done:.4f}" max="1"></progress>'
+    )
+    return html.escape(bar.label) + drawn + html.escape("  ".join(text for _, text in bar.items))
+
+
+def sparkline(values: Sequence[float], *, width: int = 320, height: int = 48) -> str:
+    """An SVG curve of ``values``, thinned to at most one point every 2 pixels; empty for fewer than 2.
+
+    >>> sparkline([3.0, 1.0, 2.0]).count(",")
+    3
+    """
+    stride = -(-len(values) // (width // 2)) or 1
+    parts = (values[i : i + stride] for i in range(0, len(values), stride))
+    means = [sum(part) / len(part) for part in parts]
+    drawn = [(i, v) for i, v in enumerate(means) if abs(v) < float("inf")]
+    if len(drawn) < 2:
+        return ""
+    low, high = min(v for _, v in drawn), max(v for _, v in drawn)
+    x, y = width / max(len(means) - 1, 1), (height - 4) / ((high - low) or 1.0)
+    points = " ".join(f"{i * x:.1f},{height - 2 - (v - low) * y:.1f}" for i, v in drawn)
+    return (
+        f'<svg width="{width}" height="{height}" style="display:block;margin:0.3em 0" role="img">'
+        f"<title>loss of each step: {drawn[0][1]:.4g} at first, {drawn[-1][1]:.4g} now</title>"
+        f'<polyline points="{points}" fill="none" stroke="#4c9a52" stroke-width="1.5"/></svg>'
+    )

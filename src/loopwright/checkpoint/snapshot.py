@@ -1,0 +1,277 @@
+"""Everything that a run needs to go on exactly where it stands: taken from a Run, and put back into one."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopwright import rng
+from loopwright.checkpoint.encode import check as check_value
+from loopwright.checkpoint.fit import misfits, problems_of
+from loopwright.checkpoint.store import Contents
+from loopwright.errors import CheckpointError, choose
+from loopwright.state import Progress, Run, Stage
+
+__all__ = ["check", "info", "progress", "restore", "restore_models", "take"]
+
+_COUNTERS = ("skipped", "skips_in_row", "validated_at")
+_WATCHERS = ("loggers", "savers")  # may differ after a resume: they change nothing in training
+
+
+def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors of the models by group, and all other state, of a run that stands between two optimizer steps.
+
+    The tensors are those of the run, not copies: hand them to ``store.write`` before training goes on.
+    Raises CheckpointError for an object in ``run.state`` that has no state to give.
+    """
+    files, extras = _models(run)
+    at = min(run.progress.stage, len(run.stages) - 1)  # after the last stage: what it ended with
+    return files, {
+        "progress": _plain(run.progress),
+        "stage_start": _plain(run.stage_start),
+        "counters": {name: getattr(run, name) for name in _COUNTERS},
+        "replaced": list(run.replaced),
+        "models": extras,
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
+        "optimizer_kinds": {name: _kind(optimizer) for name, optimizer in run.optimizers.items()},
+        "precision": run.precision.state_dict() if _has_state(run.precision) else {},
+        "stage": {"index": at, **_stage(run, run.stages[at])} if run.stages else {},
+        **{name: _listed(getattr(run, name)) for name in ("callbacks", *_WATCHERS)},
+        "user": {name: _given(name, obj) for name, obj in _user(run)},
+        "history": run.history.state_dict(),
+        "series": run.series.state_dict(),
+        "metrics": dict(run.metrics),
+        "rng": rng.get(),
+    }
+
+
+def check(run: Run) -> None:
+    """Raise CheckpointError naming what in ``run`` cannot be saved; for the start of ``fit``."""
+    for name in ("callbacks", *_WATCHERS):
+        for obj in getattr(run, name):
+            if _has_state(obj):
+                check_value(obj.state_dict(), f"{_kind(obj)}.state_dict()")
+    files, state = take(run)
+    check_value([files, state])
+
+
+def info(run: Run) -> dict[str, Any]:
+    """What the manifest of a checkpoint says about the run: where it stands, its metrics, versions, exactness."""
+    p = run.progress
+    return {
+        "step": p.step, "epoch": p.epoch, "batch": p.batch, "samples": p.samples, "seconds": p.seconds,
+        "stage": run.stage.name if run.stage is not None else None,
+        "metrics": dict(run.metrics),
+        "exact": run.exact,
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+            "loopwright": version("loopwright"),
+        },
+    }  # fmt: skip
+
+
+def progress(data: Contents) -> Progress:
+    """Where the run of a checkpoint stood."""
+    return Progress(**data.state["progress"])
+
+
+def restore(run: Run, data: Contents) -> None:
+    """Put a checkpoint into ``run``, whose stages, models and optimizers are ready and may hold anything.
+
+    Everything is compared first, so that a checkpoint that does not fit changes nothing. Optimizers may go on
+    with the very tensors of ``data``: read it again to restore it again. The random generators are set last.
+    Raises CheckpointError that lists what is missing, unexpected or has another shape.
+    """
+    state = data.state
+    problems = misfits(run_groups(run), data.files)
+    problems += problems_of(run.optimizers, state["optimizers"], state["optimizer_kinds"])
+    problems += _lost(run, state)
+    _refuse(data, problems)
+    try:
+        _load_models(run, data)
+        for name, optimizer in run.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        _load_parts(run, state)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{data.path} does not fit this run ({type(error).__name__}: {error}). Part of it has been loaded: make "
+            "the model and the optimizers anew before you use them"
+        ) from error
+    rng.set(state["rng"])
+
+
+def restore_models(run: Run, data: Contents) -> None:
+    """Put only the weights and buffers of a checkpoint into the models of ``run``, if all of them fit.
+
+    Raises CheckpointError that lists what is missing, unexpected or has another shape.
+    """
+    _refuse(data, misfits(run_groups(run), data.files))
+    _load_models(run, data)
+
+
+def run_groups(run: Run) -> dict[str, dict[str, Any]]:
+    """The state_dict of each model by its group in a checkpoint: ``model``, or ``model.<name>`` for several."""
+    if len(run.models) == 1:
+        return {"model": next(iter(run.models.values())).state_dict()}
+    return {f"model.{name}": model.state_dict() for name, model in run.models.items()}
+
+
+def _models(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """Plain tensors of each model for its own file; what else is in a state_dict (extra state) by itself."""
+    files: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, dict[str, Any]] = {}
+    for group, values in run_groups(run).items():
+        files[group] = {}
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                files[group][key] = value
+            else:
+                extras.setdefault(group, {})[key] = value
+    return files, extras
+
+
+def _load_models(run: Run, data: Contents) -> None:
+    for (group, own), model in zip(run_groups(run).items(), run.models.values(), strict=True):
+        # into the model's own dict, which carries the versions of its modules
+        own.update(data.files[group])
+        own.update(data.state["models"].get(group, {}))
+        model.load_state_dict(own)
+
+
+def _stage(run: Run, stage: Stage) -> dict[str, Any]:
+    """Of a stage: where its data stands, its schedulers, what the metrics of an open epoch have seen."""
+    phases = {}
+    for phase in stage.phases or ():
+        meters = phase.meters.state_dict() if phase.meters is not None and run.progress.batch else {}
+        schedulers = [s.state_dict() for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
+        phases[phase.name] = {"schedulers": schedulers, "meters": meters}
+    source = stage.source.state_dict() if _has_state(stage.source) else {}
+    return {"name": stage.name, "source": source, "phases": phases}
+
+
+def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
+    run.progress, run.stage_start = Progress(**state["progress"]), Progress(**state["stage_start"])
+    for name in _COUNTERS:
+        setattr(run, name, state["counters"][name])
+    run.replaced[:] = state["replaced"]
+    if _has_state(run.precision):
+        run.precision.load_state_dict(state["precision"])
+    if state["stage"] and state["stage"]["index"] < len(run.stages):
+        _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
+    for name in ("callbacks", *_WATCHERS):
+        for obj, saved in _matched(getattr(run, name), state[name]):
+            obj.load_state_dict(saved)
+    for name, obj in _user(run):
+        (obj[1] if isinstance(obj, tuple) else obj.load_state_dict)(state["user"][name])
+    run.history.load_state_dict(state["history"])
+    run.series.load_state_dict(state["series"])
+    run.metrics.clear()
+    run.metrics.update(state["metrics"])
+
+
+def _load_stage(run: Run, stage: Stage, saved: Mapping[str, Any]) -> None:
+    for phase in stage.phases or ():
+        mine = saved["phases"][phase.name]
+        schedulers = (*phase.step_schedulers, *phase.epoch_schedulers)
+        for scheduler, values in zip(schedulers, mine["schedulers"], strict=True):
+            scheduler.load_state_dict(values)
+        if phase.meters is not None and run.progress.batch:
+            phase.meters.load_state_dict(mine["meters"])
+    if _has_state(stage.source):
+        stage.source.load_state_dict(saved["source"])
+
+
+def _lost(run: Run, state: Mapping[str, Any]) -> list[str]:
+    """What the checkpoint holds, or the run needs, that the other does not have."""
+    problems = []
+    if (at := state["stage"].get("index", 0)) < len(run.stages):
+        stage, saved = run.stages[at], state["stage"].get("phases", {})
+        for phase in stage.phases or ():
+            found = len(saved[phase.name]["schedulers"]) if phase.name in saved else None
+            mine = len(phase.step_schedulers) + len(phase.epoch_schedulers)
+            if found is None:
+                problems.append(
+                    f"the checkpoint has no phase {phase.name!r} in stage {stage.name!r}. {choose(phase.name, saved)}"
+                )
+            elif found != mine:
+                problems.append(f"phase {phase.name!r} has {mine} schedulers, the checkpoint {found}")
+    kept = sum(bool(entry["state"]) for entry in state["callbacks"])
+    if len(list(_matched(run.callbacks, state["callbacks"]))) < kept:
+        names = ", ".join(entry["kind"] for entry in state["callbacks"] if entry["state"])
+        mine = ", ".join(map(_kind, run.callbacks)) or "none"
+        problems.append(
+            f"the checkpoint holds what these callbacks remember: {names}; this run has {mine}. Add them"
+        )
+    own = {name for name, _ in _user(run)}
+    problems += [
+        f"the checkpoint has no state {name!r}. {choose(name, state['user'])}"
+        for name in sorted(own - state["user"].keys())
+    ]
+    problems += [
+        f"this run has no state {name!r}. {choose(name, own)}" for name in sorted(state["user"].keys() - own)
+    ]
+    return problems
+
+
+def _refuse(data: Contents, problems: list[str]) -> None:
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise CheckpointError(
+            f"{data.path} does not fit this run, and nothing was loaded:{listed}\nBuild the run as it was when the "
+            "checkpoint was written. To start anew with the weights that fit: model.load_state_dict("
+            f"loopwright.checkpoint.read({str(data.path)!r}).files['model'], strict=False)"
+        )
+
+
+def _listed(objects: list[Any]) -> list[dict[str, Any]]:
+    return [{"kind": _kind(o), "state": o.state_dict() if _has_state(o) else {}} for o in objects]
+
+
+def _matched(objects: list[Any], saved: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Objects with their saved state: the n-th of a class with the n-th of that class."""
+    waiting = [o for o in objects if _has_state(o)]
+    for entry in saved:
+        obj = next((o for o in waiting if _kind(o) == entry["kind"]), None)
+        if obj is not None:
+            waiting.remove(obj)
+            if entry["state"]:
+                yield obj, entry["state"]
+
+
+def _user(run: Run) -> list[tuple[str, Any]]:
+    """The user's own objects, less those that are saved as models and optimizers."""
+    known = {id(o) for o in (*run.models.values(), *run.optimizers.values())}
+    return [(name, obj) for name, obj in run.state.items() if id(obj) not in known]
+
+
+def _given(name: str, obj: Any) -> Any:
+    if isinstance(obj, tuple) and len(obj) == 2 and all(map(callable, obj)):
+        return obj[0]()
+    if _has_state(obj):
+        return obj.state_dict()
+    raise CheckpointError(
+        f"state[{name!r}] is a {_kind(obj)}, which has no state_dict and load_state_dict; give an object that has "
+        f"them, or two functions: state={{{name!r}: (get, set)}}"
+    )
+
+
+def _has_state(obj: Any) -> bool:
+    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
+
+
+def _kind(obj: Any) -> str:
+    return type(obj).__qualname__
+
+
+def _plain(progress: Progress) -> dict[str, Any]:
+    return {**progress._asdict(), "phase_steps": dict(progress.phase_steps)}

@@ -1,0 +1,53 @@
+"""What is known when fetching a batch goes wrong: which batch it was, which samples it holds, and which one raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["Indices", "add_fetch_note", "fetch_samples"]
+
+
+class Indices(list[Any]):
+    """Indices of one batch that remember their iterator, which knows how far a failed ``for`` had come.
+
+    It costs nothing an index, and leaves the dataset as it is.
+
+    >>> batch = Indices([7, 3, 5])
+    >>> for i in batch:
+    ...     if i == 3: break
+    >>> batch.last()
+    3
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        self.iterator = super().__iter__()
+        return self.iterator
+
+    def last(self) -> Any:
+        """The index handed out last, or None before the first."""
+        iterator = getattr(self, "iterator", None)
+        given = 0 if iterator is None else len(self) - iterator.__length_hint__()
+        return self[given - 1] if 0 < given <= len(self) else None
+
+
+def fetch_samples(dataset: Any, indices: list[Any]) -> Any:
+    """The samples of one batch: with one ``__getitems__`` where the dataset has it, as torch does."""
+    many = getattr(dataset, "__getitems__", None)
+    return many(indices) if many else [dataset[i] for i in indices]
+
+
+def add_fetch_note(error: BaseException, epoch: int, batch: int, indices: Any = None) -> None:
+    """Note on ``error`` where in the data it happened; ``epoch`` and ``batch`` are completed units."""
+    note = f"[loopwright] while fetching batch {batch + 1} of epoch {epoch + 1}"
+    if indices is not None:
+        note += f", dataset indices {_shown(indices)}"
+    culprit = indices.last() if isinstance(indices, Indices) else None
+    if culprit is not None:
+        note += f"; the last one asked for was {culprit!r}"
+    error.add_note(note)
+
+
+def _shown(indices: Any) -> str:
+    text = repr(list(indices) if isinstance(indices, (list, tuple)) else indices)
+    return text if len(text) <= 400 else f"{text[:397]}..."

@@ -1,0 +1,140 @@
+"""Any other iterable of batches: a list, a generator function, a stream that keeps its own position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from loopwright import rng
+from loopwright.data.batch import samples
+from loopwright.data.fetch import add_fetch_note
+from loopwright.data.generators import get_globals, set_globals
+from loopwright.data.plan import check_state
+from loopwright.errors import DataError
+
+__all__ = ["Iterated"]
+
+
+class Iterated:
+    """A source over batches that are simply iterated, once an epoch.
+
+    ``data`` is a list or tuple of batches, any iterable, or a function without arguments that returns one (a
+    generator function is called anew each epoch). An iterator is good for one epoch: DataError at the second.
+    ``holder`` has ``state_dict`` and ``load_state_dict`` and knows its position; it is ``data`` where that has them.
+    Without one, a resume reads again what was seen, starting from the random state in which the epoch began: exact for
+    lists, and for streams that always give the same; ``exact`` says so, or ``why`` in its place.
+
+    >>> list(Iterated([10, 20, 30]).at(0, 1))
+    [20, 30]
+    """
+
+    def __init__(
+        self,
+        data: Iterable[Any] | Callable[[], Iterable[Any]],
+        *,
+        holder: Any = None,
+        why: str | None = None,
+    ) -> None:
+        self.data: Any = data
+        self.why = why
+        self.holder: Any = data if holder is None and _holds_state(data) else holder
+        self._listed = isinstance(data, (list, tuple))
+        self._used = False
+        self._at = (0, 0)
+        self._made: dict[str, Any] | None = None
+        self._loaded: Mapping[str, Any] | None = None
+
+    @property
+    def batches(self) -> int | None:
+        try:
+            return len(self.data)
+        except (TypeError, NotImplementedError):
+            return None
+
+    @property
+    def exact(self) -> list[str]:
+        if self._listed or self.holder is not None:
+            return []
+        name = getattr(self.data, "__qualname__", type(self.data).__name__)
+        return [
+            self.why or f"{name} has no position to save; a resume reads it again from the start of the epoch"
+        ]
+
+    def sizes(self, batch: int) -> Iterator[int] | None:
+        return map(samples, self.data[batch:]) if isinstance(self.data, (list, tuple)) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"batches": self.batches if self._listed else None, "epoch": self._at[0], "batch": self._at[1]}
+        held = None if self.holder is None else self.holder.state_dict()
+        return {**own, "held": held, "made": self._made}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError if a list of batches has another length than in the saved run."""
+        check_state({"batches": self.batches if self._listed else None}, state)
+        self._loaded = state
+
+    def at(self, epoch: int, batch: int) -> Iterator[Any]:
+        """Raises DataError if there are fewer than ``batch`` batches, or an iterator is used up."""
+        state, self._loaded = self._loaded, None
+        if isinstance(self.data, (list, tuple)):
+            return self._batches(iter(self.data[batch:]), epoch, batch)
+        if state is not None and self.holder is not None:
+            self.holder.load_state_dict(state["held"])
+        if state is None or batch == 0:
+            self._made = get_globals()
+            return self._batches(self._skip(self._open(epoch), 0 if self.holder else batch), epoch, batch)
+        with rng.forked():
+            if self.holder is None and state["made"] is not None:
+                self._made = state["made"]
+                set_globals(state["made"])
+            return self._batches(self._skip(self._open(epoch), 0 if self.holder else batch), epoch, batch)
+
+    def _open(self, epoch: int) -> Iterator[Any]:
+        tell = getattr(getattr(self.data, "dataset", self.data), "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+        made = self.data() if callable(self.data) and not isinstance(self.data, Iterable) else self.data
+        if not isinstance(made, Iterable) and not hasattr(made, "__getitem__"):
+            raise DataError(
+                f"{self.data!r} returned {type(made).__name__}; expected batches to iterate. Write it as a generator "
+                "function: def batches(): ... yield batch"
+            )
+        return iter(made)
+
+    def _skip(self, iterator: Iterator[Any], batch: int) -> Iterator[Any]:
+        seen = sum(1 for _ in islice(iterator, batch))
+        if seen < batch:
+            raise DataError(
+                f"cannot resume at batch {batch}: the data ended after {seen} batches. It must give at least as many "
+                "as in the saved run"
+            )
+        return iterator
+
+    def _batches(self, iterator: Iterator[Any], epoch: int, batch: int) -> Iterator[Any]:
+        self._at, first = (epoch, batch), batch
+        try:
+            while True:
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    add_fetch_note(error, epoch, batch)
+                    raise
+                batch += 1
+                self._at, self._used = (epoch, batch), True
+                yield item
+                del item
+        finally:
+            if iterator is not self.data and hasattr(iterator, "close"):
+                iterator.close()  # a generator's own finally runs now
+        if batch == first and self._used and iterator is self.data:
+            raise DataError(
+                f"the iterator {type(self.data).__name__} was used up in an earlier epoch. Pass a list of batches, or a "
+                "generator function (the function itself, not its result), which can be started anew each epoch"
+            )
+
+
+def _holds_state(data: Any) -> bool:
+    return all(callable(getattr(data, name, None)) for name in ("state_dict", "load_state_dict"))

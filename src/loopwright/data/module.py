@@ -1,0 +1,66 @@
+"""Data as one object: how it is got, split and loaded, apart from any model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loopwright.errors import DataError, SettingError, choose
+
+__all__ = ["DataModule", "data_of"]
+
+KINDS = ("train", "valid", "test", "predict")
+
+
+class DataModule:
+    """Base class for data that belongs together; hand an instance to ``fit``, ``test`` or ``predict``.
+
+    The methods that return data may return anything that ``fit`` takes as data: a DataLoader, a dataset, arrays, a
+    list of batches. Override those that you need.
+
+    >>> import torch
+    >>> class Squares(DataModule):
+    ...     def setup(self):
+    ...         self.x = torch.linspace(-1, 1, 20)[:, None]
+    ...     def train_data(self):
+    ...         return self.x, self.x**2
+    >>> squares = Squares(); squares.setup()
+    >>> len(squares.train_data())
+    2
+    """
+
+    def prepare_data(self) -> None:
+        """Download and convert, once: called in the first process only. Attributes set here reach no other process."""
+
+    def setup(self) -> None:
+        """Read and split: called in every process, after ``prepare_data`` and before the data is asked for."""
+
+    def train_data(self) -> Any:
+        """What to train on."""
+        return None
+
+    def valid_data(self) -> Any:
+        """What to validate on during training; None for nothing."""
+        return None
+
+    def test_data(self) -> Any:
+        """What ``trainer.test`` measures."""
+        return None
+
+    def predict_data(self) -> Any:
+        """What ``trainer.predict`` reads."""
+        return None
+
+
+def data_of(module: DataModule, kind: str) -> Any:
+    """The module's data for "train", "valid", "test" or "predict".
+
+    Raises DataError if there is none and it is needed: only validation may have none.
+    """
+    if kind not in KINDS:
+        raise SettingError(f"unknown kind of data {kind!r}. {choose(kind, KINDS)}")
+    data = getattr(module, f"{kind}_data")()
+    if data is None and kind != "valid":
+        raise DataError(
+            f"{type(module).__name__}.{kind}_data() gave None; define it: def {kind}_data(self): return loader"
+        )
+    return data

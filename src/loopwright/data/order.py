@@ -1,0 +1,152 @@
+"""The order of a user's own sampler: noted while it is used, and taken up again in the middle."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+from torch.utils.data import (
+    BatchSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from loopwright.data.fetch import Indices
+from loopwright.data.generators import Streams, get_globals
+from loopwright.errors import DataError
+
+__all__ = ["Order"]
+
+_KNOWN = {BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler}
+_WATCHED = 4  # batches of an unknown sampler during which the generators are compared
+
+
+class Order:
+    """Stands in for the index sampler of a DataLoader: gives the same indices, with the same draws at the same moments.
+
+    The generators are noted when the sampler is opened and when it is first asked (samplers draw at either), so that
+    ``seek`` can run it again to any batch. ``used`` is told by the loader for every batch that arrived and keeps a
+    digest of the indices, by which ``seek`` sees whether the sampler has repeated itself.
+    """
+
+    def __init__(self, sampler: Any, streams: Streams, *, mark: bool) -> None:
+        self.sampler, self.streams, self.mark = sampler, streams, mark
+        self.draws = False  # seen to draw from the global generators while it yields
+        self._unknown = type(sampler) not in _KNOWN or type(
+            getattr(sampler, "sampler", None)
+        ) not in _KNOWN | {type(None)}
+        self._next: Callable[[], Iterator[Any]] = self._opened
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what is on its way: a new epoch begins."""
+        self.pending: deque[Any] = deque()
+        self.digest = 0
+        self._note: dict[str, Any] = {}
+        self._next = self._opened
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._next()
+
+    def silence(self) -> None:
+        """Give nothing until ``reset``: a worker iterator can then be made without sending it work."""
+        self._next = lambda: iter(())
+
+    def _opened(self) -> Iterator[Any]:
+        self._note = {"opened": self.streams.get(), "sampler": _state_of(self.sampler)}
+        return self._start(iter(self.sampler))
+
+    def _start(self, indices: Iterator[Any]) -> Iterator[Any]:
+        self._note["started"] = self.streams.get()
+        yield from self._follow(indices, watched=_WATCHED if self._unknown and not self.draws else 0)
+
+    def _follow(self, indices: Iterator[Any], watched: int = 0) -> Iterator[Any]:
+        number = 0
+        while True:
+            before = get_globals() if 0 < number < watched else None  # the first may draw the whole order
+            try:
+                index = next(indices)
+            except StopIteration:
+                return
+            if before is not None and get_globals() != before:
+                self.draws = True
+            if self.mark and type(index) is list:
+                index = Indices(index)
+            self.pending.append(index)
+            number += 1
+            yield index
+
+    def used(self) -> None:
+        """A batch has arrived: its indices are no longer on their way."""
+        self.digest = zlib.crc32(_raw(self.pending.popleft()), self.digest)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._note, "digest": self.digest}
+
+    def seek(self, state: Mapping[str, Any], batch: int) -> Iterator[Any]:
+        """The indices after the first ``batch`` batches, from the sampler run again from its noted start.
+
+        Leaves the generators moved. Raises DataError if it ends too soon, or gives other indices than it gave.
+        """
+        self.reset()
+        self._note = {name: state[name] for name in ("opened", "started", "sampler")}
+        if state["sampler"] is not None:
+            self.sampler.load_state_dict(state["sampler"])
+        self.streams.set(state["opened"])
+        indices = iter(self.sampler)
+        self.streams.set(state["started"])
+        for number in range(batch):
+            try:
+                self.digest = zlib.crc32(_raw(next(indices)), self.digest)
+            except StopIteration:
+                self._refuse(f"ended after {number} batches, before the {batch} of the saved position")
+        if state.get("digest", self.digest) != self.digest:
+            self._refuse(f"gave other indices for the first {batch} batches than in the saved run")
+        return self._follow(indices)
+
+    def hand_out(self, indices: Iterator[Any]) -> None:
+        """Let the next ``iter`` give ``indices``."""
+        self._next = lambda: indices
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise DataError(
+            f"cannot resume: the sampler {type(self.sampler).__name__} {what}, so its order depends on more than the "
+            "random generators. Give it set_epoch(epoch), or state_dict() and load_state_dict(state), or use "
+            "lw.Loader(dataset, shuffle=True)"
+        )
+
+    def skip(self, batch: int) -> None:
+        """Leave out the first ``batch`` batches of the next pass without loading them."""
+
+        def skipping() -> Iterator[Any]:
+            indices = self._opened()
+            for _ in range(batch):
+                next(indices, None)
+                if self.pending:
+                    self.used()
+            yield from indices
+
+        self._next = skipping
+
+
+def _state_of(sampler: Any) -> Any:
+    both = callable(getattr(sampler, "state_dict", None)) and callable(
+        getattr(sampler, "load_state_dict", None)
+    )
+    return sampler.state_dict() if both else None
+
+
+def _raw(index: Any) -> bytes:
+    """Bytes that stand for the indices of a batch, the same in every process."""
+    try:
+        return array("q", index if isinstance(index, (list, tuple)) else [index]).tobytes()
+    except (TypeError, OverflowError):
+        return repr(index).encode()  # keys that are not integers

@@ -1,0 +1,119 @@
+"""Which adapter reads what the user gave as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from loopwright._compat import is_own_iteration
+from loopwright.data.arrays import is_array
+from loopwright.data.gather import Gather, is_gatherable
+from loopwright.data.iterated import Iterated
+from loopwright.data.loader import Loader
+from loopwright.data.torch_loader import TorchLoader
+from loopwright.errors import DataError
+from loopwright.state import Source
+
+__all__ = ["as_source"]
+
+BATCH_SIZE = 64
+_EXPECTED = (
+    "expected a DataLoader, a dataset, arrays (a tensor, NumPy array or data frame, or a tuple or dict of them), "
+    "a list of batches, or a generator function of batches"
+)
+
+
+def as_source(data: Any, *, train: bool, key: int) -> Source:
+    """The source that reads ``data``.
+
+    - a ``DataLoader``: its own batches in its own order;
+    - a tensor, NumPy array or data frame, and a **tuple or dict** of them: arrays, whose first dimension counts the
+      samples; a dataset likewise. They are read by ``Loader(data, 64, shuffle=train)``;
+    - a **list**: ready batches; a function, or any other iterable, likewise;
+    - a ``Loader``, or another source, is used as it is.
+
+    ``key`` decides the order of a Loader without a seed. Raises DataError for anything else, for data without a batch,
+    and for a DistributedSampler.
+
+    >>> import torch
+    >>> source = as_source((torch.zeros(100, 3), torch.zeros(100)), train=True, key=0)
+    >>> source.batches, list(source.sizes(0))
+    (2, [64, 36])
+    """
+    source = _adapt(data, train=train, key=key)
+    if source.batches == 0:
+        raise DataError(f"there is not one batch in {_named(data)}: {_why_none(data, source)}")
+    return source
+
+
+def _adapt(data: Any, *, train: bool, key: int) -> Source:
+    if data is None or isinstance(data, (str, bytes, PurePath, int, float, type)):
+        raise DataError(f"cannot read batches from {data!r}; {_EXPECTED}")
+    if isinstance(data, Loader):
+        return data.keyed(key)
+    if all(hasattr(data, name) for name in ("at", "sizes", "batches", "exact", "load_state_dict")):
+        return cast(Source, data)
+    if isinstance(data, DataLoader):
+        return _adapt_loader(data)
+    if isinstance(data, IterableDataset):
+        return _adapt_loader(DataLoader(data, batch_size=BATCH_SIZE))
+    if isinstance(data, list):
+        return Iterated(data)
+    if isinstance(data, (Tensor, np.ndarray, tuple, Mapping, Dataset)) or is_array(data) or _is_dataset(data):
+        return Loader(data, BATCH_SIZE, shuffle=train).keyed(key)
+    if callable(data) or isinstance(data, Iterable):
+        return Iterated(data)
+    raise DataError(f"cannot read batches from {type(data).__name__} {data!r}; {_EXPECTED}")
+
+
+def _is_dataset(data: Any) -> bool:
+    return hasattr(type(data), "__getitem__") and hasattr(type(data), "__len__")
+
+
+def _adapt_loader(loader: DataLoader[Any]) -> Source:
+    samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+        raise DataError(
+            "this DataLoader has a DistributedSampler, but every batch is already shared out over the processes. Pass a "
+            "loader without it, whose batch_size is that of all processes together: "
+            "DataLoader(dataset, batch_size=..., shuffle=True)"
+        )
+    if all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")):
+        return Iterated(loader)
+    if isinstance(loader.dataset, IterableDataset):
+        return _stream(loader)
+    if is_own_iteration(loader):
+        return Iterated(loader, why=f"{type(loader).__name__} overrides how a DataLoader is iterated")
+    return Gather(loader) if is_gatherable(loader) else TorchLoader(loader)
+
+
+def _stream(loader: DataLoader[Any]) -> Iterated:
+    name, dataset = type(loader.dataset).__name__, loader.dataset
+    holds = all(callable(getattr(dataset, part, None)) for part in ("state_dict", "load_state_dict"))
+    if holds and not loader.num_workers:
+        return Iterated(loader, holder=dataset)
+    lacks = (
+        "is read by workers, which do not tell its position"
+        if holds
+        else "has no state_dict and load_state_dict"
+    )
+    return Iterated(loader, why=f"the IterableDataset {name} {lacks}")
+
+
+def _named(data: Any) -> str:
+    return type(data).__name__ if isinstance(data, (Tensor, np.ndarray, DataLoader, Dataset)) else repr(data)
+
+
+def _why_none(data: Any, source: Source) -> str:
+    dropped = bool(getattr(data, "drop_last", False))
+    dataset = getattr(data, "dataset", getattr(data, "data", data))
+    if dropped:
+        size = getattr(data, "batch_size", None)
+        have = f"{len(dataset)} samples" if isinstance(data, DataLoader) else "too few samples"
+        return f"drop_last=True leaves nothing of {have} in batches of {size}. Use drop_last=False, or a smaller batch_size"
+    return "it is empty. Check the path, the filter or the split that it comes from"

@@ -1,0 +1,229 @@
+"""A user's own DataLoader, served unchanged and able to continue in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader
+
+from loopwright import rng
+from loopwright._compat import begin_workers, copy_loader, stop_workers
+from loopwright.data.fetch import add_fetch_note
+from loopwright.data.generators import Streams
+from loopwright.data.order import Order
+from loopwright.data.plan import Plan, check_state
+from loopwright.data.workers import Collate, Start
+from loopwright.errors import DataError
+
+__all__ = ["TorchLoader"]
+
+
+_ROOTS = ("generator", "batch_sampler", "sampler", "dataset", "collate_fn")
+
+
+class TorchLoader:
+    """A source with the batches, the order and the draws of any map-style DataLoader.
+
+    It works on a shallow copy; the loader itself is not touched. A sampler, batch sampler or dataset that has
+    ``set_epoch`` is told the epoch. When fetching fails, the exception gains a note with the batch and its indices.
+    A resume runs the sampler again and loads nothing that is skipped; the random state of workers comes back too.
+
+    >>> loader = DataLoader([1, 2, 3], batch_size=2)
+    >>> import torch
+    >>> [batch.tolist() for batch in TorchLoader(loader).at(0, 0)]
+    [[1, 2], [3]]
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self.workers = loader.num_workers
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        mark = (
+            not self.workers
+            and loader.batch_sampler is not None
+            and not hasattr(loader.dataset, "__getitems__")
+        )
+        self._streams = Streams({part: getattr(loader, part) for part in _ROOTS})
+        self._order = Order(getattr(loader, name), self._streams, mark=mark)
+        self._parts: dict[str, Any] = {name: self._order}
+        if self.workers:
+            collate = Collate(loader.collate_fn)
+            self._start = Start(loader.worker_init_fn, collate)
+            self._parts |= {"collate_fn": collate, "worker_init_fn": self._start}
+        self._clone = copy_loader(loader, self._parts)
+        self._made: dict[str, Any] | None = None  # the generators when the workers were made
+        self._states: dict[int, Any] = {}  # of the workers, after the last batch that each has given
+        self._running: Any = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._at, self._left = (0, 0), False
+
+    # ------------------------------------------------------------------------------------------ what is known
+
+    @property
+    def batches(self) -> int | None:
+        try:
+            return len(self.loader)
+        except (TypeError, NotImplementedError):
+            return None
+
+    def sizes(self, batch: int) -> Iterator[int] | None:
+        """Indices in each batch, where the plan tells: always, but for a batch sampler of one's own."""
+        sampler = self.loader.batch_sampler
+        if type(sampler) in (list, tuple):
+            return (len(indices) for indices in sampler[batch:])  # type: ignore[index]
+        if type(sampler) is not BatchSampler:
+            return None
+        try:
+            length = len(sampler.sampler)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None
+        return Plan(length, sampler.batch_size, sampler.drop_last).sizes(batch)
+
+    @property
+    def exact(self) -> list[str]:
+        reasons = []
+        if self.workers and not self.loader.in_order:
+            reasons.append(
+                "DataLoader(in_order=False) gives batches in the order in which its workers finish"
+            )
+        if self._order.draws and self.workers:
+            reasons.append(
+                f"the sampler {self._sampler} draws random numbers while its workers are ahead of training"
+            )
+        elif self._order.draws:
+            reasons.append(f"the sampler {self._sampler} draws random numbers from batch to batch")
+        if self._left:
+            reasons.append("an epoch was left early while persistent workers were ahead of it")
+        return reasons
+
+    @property
+    def _sampler(self) -> str:
+        return type(self._order.sampler).__name__
+
+    def _own(self) -> dict[str, Any]:
+        dataset: Any = self.loader.dataset
+        return {
+            "length": len(dataset) if hasattr(dataset, "__len__") else None,
+            "batches": self.batches,
+            "workers": self.workers,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **self._own(),
+            "epoch": self._at[0],
+            "batch": self._at[1],
+            "order": self._order.state_dict(),
+            "generators": self._streams.get_found(),
+            "made": self._made,
+            "states": dict(self._states),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError if the dataset, the number of batches or of workers is another than in the saved run."""
+        check_state(self._own(), state)
+        self._loaded = state
+
+    # ------------------------------------------------------------------------------------------ going through
+
+    def at(self, epoch: int, batch: int) -> Iterator[Any]:
+        """Raises DataError if a loaded state is of another batch, or the sampler does not repeat itself."""
+        state, self._loaded = self._loaded, None
+        self._tell(epoch)
+        if state is not None and batch:
+            iterator = self._resume(state, epoch, batch)
+        else:
+            iterator = self._begin(state, batch)
+        self._at = (epoch, batch)
+        return self._batches(iterator, epoch, batch)
+
+    def _tell(self, epoch: int) -> None:
+        sampler = self.loader.batch_sampler
+        told: tuple[Any, ...] = (
+            self.loader.dataset,
+            self.loader.sampler,
+            sampler,
+            getattr(sampler, "sampler", None),
+        )
+        for part in {id(part): part for part in told}.values():
+            if callable(getattr(part, "set_epoch", None)):
+                part.set_epoch(epoch)
+
+    def _begin(self, state: Mapping[str, Any] | None, skip: int) -> Iterator[Any]:
+        """A new epoch, as ``iter(loader)`` begins it."""
+        persistent = self.loader.persistent_workers
+        if state is not None:
+            self._streams.set_found(state["generators"])
+            if persistent and state["made"] is not None:
+                with rng.forked():
+                    self._remake(state)
+        self._order.reset()
+        if skip:
+            self._order.skip(skip)
+        if self.workers and not (persistent and self._running is not None):
+            self._made, self._states, self._start.states = self._streams.get(), {}, {}
+        self._running = iter(self._clone)
+        return self._running  # type: ignore[no-any-return]
+
+    def _remake(self, state: Mapping[str, Any]) -> None:
+        """Workers as they were, with the same seeds and random states, and nothing to do yet."""
+        self.close()
+        now = self._streams.get_found()
+        self._made, self._states = state["made"], dict(state["states"])
+        self._start.states = self._states
+        self._order.silence()
+        self._streams.set(state["made"])
+        self._running = iter(self._clone)
+        self._streams.set_found(now)
+
+    def _resume(self, state: Mapping[str, Any], epoch: int, batch: int) -> Iterator[Any]:
+        if (epoch, batch) != (state["epoch"], state["batch"]):
+            raise DataError(
+                f"the saved position is batch {state['batch']} of epoch {state['epoch']}, not batch {batch} of epoch "
+                f"{epoch}; ask for that one, or load no state"
+            )
+        with rng.forked():
+            indices = self._order.seek(state["order"], batch)
+            if self.workers:
+                self._remake(state)
+                begin_workers(self._running, indices, batch % self.workers)
+            else:
+                self._order.hand_out(indices)
+                self._running = iter(self._clone)
+            self._streams.set_found(state["generators"])
+        return self._running  # type: ignore[no-any-return]
+
+    def _batches(self, iterator: Iterator[Any], epoch: int, batch: int) -> Iterator[Any]:
+        order, workers, ended = self._order, self.workers, False
+        try:
+            while True:
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    ended = True
+                    return
+                except Exception as error:
+                    add_fetch_note(error, epoch, batch, order.pending[0] if order.pending else None)
+                    raise
+                order.used()
+                if workers:
+                    worker, item, moved = item
+                    if moved is not None:
+                        self._states[worker] = moved
+                batch += 1
+                self._at = (epoch, batch)
+                yield item
+                del item  # or two batches would be held while the next one is fetched
+        finally:
+            if workers and self.loader.persistent_workers:
+                self._left |= not ended
+            elif workers:
+                stop_workers(iterator)  # a traceback may hold the iterator, and with it the workers
+
+    def close(self) -> None:
+        """Stop persistent workers; the next epoch would start new ones."""
+        if self._running is not None and self.workers:
+            stop_workers(self._running)
+            self._clone = copy_loader(self.loader, self._parts)
+        self._running = None

@@ -1,0 +1,93 @@
+"""Every error that Loopwright raises by itself, and the exceptions that steer the loop.
+
+Messages say what happened with the values, what was expected, and what to type.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "HookError",
+    "LoopwrightError",
+    "LoopwrightWarning",
+    "MetricError",
+    "NonFiniteError",
+    "PlanError",
+    "SettingError",
+    "SkipBatch",
+    "SkipStep",
+    "StepOutputError",
+    "StopEpoch",
+]
+
+
+class LoopwrightError(Exception):
+    """Base of all errors of this package: ``except lw.LoopwrightError`` catches them and nothing else."""
+
+
+class LoopwrightWarning(UserWarning):
+    """Issued, once for each cause, when something was done that the caller may want to know."""
+
+
+class SettingError(LoopwrightError, ValueError):
+    """Raised when an argument has a value that cannot be used, or that cannot apply in this run."""
+
+
+class PlanError(SettingError):
+    """Raised before step 0 when the run as a whole cannot work; ``problems`` lists every reason found."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("this run cannot start:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+class StepOutputError(LoopwrightError, TypeError):
+    """Raised when a step returns something that the loop cannot use, such as a dict without ``loss``."""
+
+
+class DataError(LoopwrightError, ValueError):
+    """Raised when data cannot be read as batches: empty, exhausted, without a length, not movable."""
+
+
+class HookError(LoopwrightError, TypeError):
+    """Raised when a callback or handler does what its hook may not: returns a value, or has a wrong signature."""
+
+
+class MetricError(LoopwrightError, ValueError):
+    """Raised when a metric cannot use what a step returned."""
+
+
+class NonFiniteError(LoopwrightError, FloatingPointError):
+    """Raised when a loss or a gradient is NaN or infinite; the parameters have not been touched by that step."""
+
+
+class CheckpointError(LoopwrightError, RuntimeError):
+    """Raised when a checkpoint cannot be written, is damaged, or does not fit this run."""
+
+
+class SkipBatch(Exception):  # noqa: N818 - steers the loop, is no error
+    """Raise it in ``on_batch_start`` or ``map_batch``: this batch is left out of its window."""
+
+
+class SkipStep(Exception):  # noqa: N818
+    """Raise it after ``map_batch`` and before the optimizers move: the window's gradients are dropped in all phases."""
+
+
+class StopEpoch(Exception):  # noqa: N818
+    """Raise it in any training hook: the open window is stepped, then the epoch ends."""
+
+
+def choose(name: object, known: Iterable[object]) -> str:
+    """Sentence that lists the known names and the nearest match, to end an error about an unknown name.
+
+    >>> choose("acuracy", ["loss", "accuracy"])
+    "Known: 'accuracy', 'loss'. Did you mean 'accuracy'?"
+    """
+    names = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Known: {', '.join(map(repr, names)) or 'none'}.{hint}"

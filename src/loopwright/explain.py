@@ -1,0 +1,119 @@
+"""The flat loop of a run, with each callback and handler in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loopwright.events import Handler
+from loopwright.state import Run, Stage
+
+__all__ = ["explain"]
+
+
+def explain(run: Run, handlers: list[Handler]) -> str:
+    """The loop that this very run walks, as indented pseudo-code; only what takes place is shown."""
+    lines: list[str] = []
+    places = {hook: [_name(f) for f in getattr(run.hooks, hook)] for hook in run.hooks.__slots__}
+    filters = {h.name: h.event for h in handlers}
+
+    def put(depth: int, text: str) -> None:
+        lines.append("    " * depth + text)
+
+    def put_hook(depth: int, hook: str) -> None:
+        for name in places[hook]:
+            put(depth, f"{name}  # {hook}, at {filters[name]}" if name in filters else f"{name}  # {hook}")
+
+    put_hook(0, "on_fit_start")
+    for stage in run.stages:
+        put(0, f"stage {stage.name!r}: until {' or '.join(map(str, stage.until))}")
+        put_hook(1, "on_stage_start")
+        put(1, "for each epoch:")
+        put_hook(2, "on_epoch_start")
+        size = "batch" if stage.accumulate == 1 else f"window of up to {stage.accumulate} batches"
+        put(2, f"for each {size} of {type(stage.source).__name__}:")
+        put_hook(3, "on_step_start")
+        _steps(run, stage, put, put_hook)
+        put(3, f"every {run.log_every.duration}: log train/..." + (f" to {_names(run.loggers)}" if run.loggers else ""))
+        for phase in stage.phases:
+            for scheduler in phase.step_schedulers:
+                put(3, f"{type(scheduler.torch).__name__}.step()")
+        put_hook(3, "on_step_end")
+        within = stage.valid and (stage.validate_every.duration.unit != "epochs" or stage.validate_every.duration.value % 1)
+        if within:
+            _validation(stage, 3, put, put_hook)
+        _saving(run, 3, put, put_hook)
+        if stage.valid and not within:
+            _validation(stage, 2, put, put_hook)
+        put(2, "append the record of the epoch to run.history")
+        for phase in stage.phases:
+            for scheduler in phase.epoch_schedulers:
+                put(2, f"{type(scheduler.torch).__name__}.step()")
+        put_hook(2, "on_epoch_end")
+        put_hook(1, "on_stage_end")
+    if any(saver.at_end for saver in run.savers):
+        put(0, "save a last checkpoint")
+    put_hook(0, "on_fit_end")
+    return "\n".join(lines)
+
+
+def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
+    several = len(stage.phases) > 1
+    for i, phase in enumerate(stage.phases):
+        depth = 3
+        if several or phase.every > 1:
+            put(3, f"phase {phase.name!r}" + (f", every {phase.every} steps:" if phase.every > 1 else ":"))
+            depth = 4
+        if phase.moved and not phase.closure:
+            put(depth, "set gradients to None")
+        inner = depth
+        if stage.accumulate > 1:
+            put(depth, "for each batch of the window:")
+            inner += 1
+        if i == 0:
+            put_hook(inner, "on_batch_start")
+            put_hook(inner, "map_batch")
+        if phase.closure:
+            put(inner, f"{type(phase.moved[0]).__name__}.step(closure), which calls as often as it needs:")
+            inner += 1
+        call = getattr(phase.step, "__qualname__", "step")
+        with_precision = "" if run.precision.plain else f" under autocast to {run.precision.name}"
+        put(inner, f"output = {call}(batch){with_precision}")
+        put_hook(inner, "map_output")
+        if phase.moved:
+            put_hook(inner, "map_loss")
+            scaled = "" if stage.accumulate == 1 else " scaled by the batch's share of the window"
+            put(inner, f"loss.backward(){scaled}")
+            put_hook(inner, "on_backward_end")
+        if phase.meters is not None:
+            put(inner, f"update metrics: {', '.join(run.task.configure_metrics())}")
+        if phase.clip_norm is not None:
+            put(depth, f"clip the gradients to a norm of {phase.clip_norm:g}")
+        put_hook(depth, "on_grads_ready")
+        if phase.moved and not phase.closure:
+            if run.nonfinite is not None:
+                put(depth, f"if the loss or a gradient is not finite: {run.nonfinite}")
+            for optimizer in phase.moved:
+                put(depth, f"{type(optimizer).__name__}.step()")
+
+
+def _validation(stage: Stage, depth: int, put: Any, put_hook: Any) -> None:
+    put(depth, f"every {stage.validate_every.duration}: validate, with random generators and train/eval flags put back:")
+    put_hook(depth + 1, "on_validation_start")
+    for name in stage.valid:
+        put(depth + 1, f"for each batch of valid{f' {name!r}' if name else ''}: validation_step(batch), update metrics")
+        put_hook(depth + 2, "on_eval_batch_end")
+    put_hook(depth + 1, "on_validation_end")
+
+
+def _saving(run: Run, depth: int, put: Any, put_hook: Any) -> None:
+    for saver in run.savers:
+        put(depth, f"when due (also after validations and epochs): {type(saver).__name__}.save(run)")
+        put_hook(depth + 1, "on_checkpoint")
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))
+
+
+def _names(objects: list[Any]) -> str:
+    return ", ".join(type(obj).__name__ for obj in objects)

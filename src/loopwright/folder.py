@@ -1,0 +1,182 @@
+"""The folder of a run: what is needed to know later which code, settings and packages made its results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import sys
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from loopwright.errors import SettingError, choose
+from loopwright.provenance import git_state, source_archive
+
+__all__ = ["close_folder", "open_folder", "reopen_folder"]
+
+Status = Literal["running", "done", "failed", "interrupted", "stopped"]
+_LONGEST = 100  # file systems end names at 255 bytes, and a letter may take four
+
+
+def open_folder(root: Path | str, name: str, *, settings: Mapping[str, Any], seed: int | None) -> Path:
+    """Make ``root/name/<time>-<id>/`` for a run that begins now, and return it.
+
+    In it: ``run.json`` (status "running", command, seed, versions, host, git commit and uncommitted changes),
+    ``config.yaml`` (the settings; what is not plain data by its class), ``environment.txt`` (installed packages),
+    ``source.zip`` (the script and the modules imported from the working directory: no file that git ignores, none
+    that looks like it holds a secret, at most 1 MB each and 10 MB together). Environment variables are not kept.
+    Raises SettingError for a name that is no folder name, and for a ``root`` that cannot be written.
+
+    >>> path = open_folder("runs", "digits", settings={"epochs": 2}, seed=0)
+    >>> sorted(p.name for p in path.iterdir())[:3]
+    ['config.yaml', 'environment.txt', 'run.json']
+    """
+    _check_name(name)
+    now = datetime.datetime.now().astimezone()
+    folder = Path(root) / name / f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    archive, files, left_out = source_archive()
+    record = {
+        "status": "running", "name": name, "seed": seed, "started": now.isoformat(), "command": list(sys.argv),
+        **_process(), "versions": dict(_versions()), "git": git_state(),
+        "source": {"files": files, "left_out": left_out},
+    }  # fmt: skip
+    try:
+        folder.mkdir(parents=True)
+        _write(folder / "run.json", record)
+        (folder / "config.yaml").write_text(_yaml(settings), encoding="utf-8")
+        (folder / "environment.txt").write_text(_packages(), encoding="utf-8")
+        if archive:
+            (folder / "source.zip").write_bytes(archive)
+    except OSError as error:
+        raise SettingError(
+            f"the run cannot be written to {folder}: {error.strerror or error}. Give a folder that can be written, "
+            "folder='runs', or folder=None to write nothing"
+        ) from error
+    return folder
+
+
+def close_folder(path: Path | str, status: Status, **more: Any) -> None:
+    """Write into ``run.json`` how a run ended: its ``status``, when, after how many seconds, and ``more`` values.
+
+    ``error=`` takes an exception (its type and message are kept), ``metrics=`` the final ones. The file is replaced
+    in one move. Raises SettingError for an unknown status.
+
+    >>> path = open_folder("runs", "digits", settings={}, seed=0)
+    >>> close_folder(path, "done", metrics={"valid/loss": 0.5})
+    >>> json.loads((path / "run.json").read_text())["metrics"]
+    {'valid/loss': 0.5}
+    """
+    if status not in get_args(Status):
+        raise SettingError(f"status={status!r} is unknown. {choose(status, get_args(Status))}")
+    file = Path(path) / "run.json"
+    record, now = _read(file), datetime.datetime.now().astimezone()
+    record |= {"status": status, "ended": now.isoformat()}
+    if "started" in record:
+        began = (record.get("restarts") or [record["started"]])[-1]
+        record["seconds"] = (now - datetime.datetime.fromisoformat(began)).total_seconds()
+    if isinstance(error := more.pop("error", None), BaseException):
+        record["error"] = {"type": type(error).__qualname__, "message": str(error)}
+    _write(file, record | more)
+
+
+def reopen_folder(path: Path | str) -> None:
+    """Note in ``run.json`` that the run goes on now, in this process: status "running", one more of ``restarts``.
+
+    >>> path = open_folder("runs", "digits", settings={}, seed=0)
+    >>> close_folder(path, "interrupted")
+    >>> reopen_folder(path)
+    >>> json.loads((path / "run.json").read_text())["status"]
+    'running'
+    """
+    file = Path(path) / "run.json"
+    record = {k: v for k, v in _read(file).items() if k not in ("ended", "seconds", "error")}
+    now = datetime.datetime.now().astimezone().isoformat()
+    _write(file, record | _process() | {"status": "running", "restarts": [*record.get("restarts", []), now]})
+
+
+def _check_name(name: Any) -> None:
+    fits = isinstance(name, str) and re.fullmatch(r"\w([\w .,+=@()-]*[\w+=@)-])?", name)
+    if not fits or len(name) > _LONGEST:
+        shown = repr(name) if len(repr(name)) <= 80 else f"{repr(name)[:77]}..."
+        raise SettingError(
+            f"name={shown} cannot be the name of a folder; use up to {_LONGEST} letters, digits, and '-', '_', '.' or "
+            "spaces between them, such as name='digits-baseline'"
+        )
+
+
+def _process() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid()}
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    names = ("torch", "numpy", "loopwright")
+    return ("python", platform.python_version()), *((n, v) for n in names if (v := _version(n)) is not None)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _packages() -> str:
+    """Every installed distribution as ``name==version``, a line each; reading them all takes a while, once."""
+    found = {(d.metadata["Name"] or "", d.version) for d in metadata.distributions()}
+    return "".join(
+        f"{name}=={number}\n" for name, number in sorted(found, key=lambda p: p[0].lower()) if name
+    )
+
+
+def _yaml(settings: Mapping[str, Any]) -> str:
+    import yaml
+
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return str(yaml.dump(_plain(settings), Dumper=dumper, sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    """Plain data for people to read: what is no plain value is named by its class."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (Path, int, float, str)):
+        return str(value)
+    kind = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
+    return f"<{kind.__module__}.{kind.__qualname__}>"
+
+
+def _standard(value: Any) -> Any:
+    """Values as standard JSON has them: numbers that are not finite become text."""
+    value = _plain(value)
+    if isinstance(value, dict):
+        return {key: _standard(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_standard(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_bytes())
+    except (OSError, ValueError):  # it was deleted or torn: what is known now is written anew
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}.writing")
+    temporary.write_text(json.dumps(_standard(record), indent=1), encoding="utf-8")
+    os.replace(temporary, file)

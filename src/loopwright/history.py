@@ -1,0 +1,160 @@
+"""What was measured: values that wait on their device until a record reads them, and the records of a run."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["History", "Series"]
+
+LIMIT = 1024  # rows that may wait; without a limit, values that nobody reads grow for ever
+
+
+class Series:
+    """Scalars of the steps since the last record, read from the device all at once.
+
+    Two running means (since the last record; since the epoch began) are fed by the one read. Values are added one by
+    one in float64, so that the sums do not depend on when the read happened and a resumed run logs the same numbers.
+
+    >>> series = Series()
+    >>> series.add({"loss": torch.tensor(1.0)}, weight=3)
+    >>> series.add({"loss": torch.tensor(5.0)}, weight=1)
+    >>> series.take_record()
+    {'loss': 2.0}
+    """
+
+    __slots__ = ("_blocks", "_rows", "epoch", "losses", "reads", "record")
+
+    def __init__(self, losses: dict[str, array[float]] | None = None) -> None:
+        self._rows: list[tuple[Mapping[str, Any], float]] = []
+        self._blocks: list[tuple[list[tuple[str, float]], Tensor]] = []  # stacked on an accelerator, not yet read
+        self.record: dict[str, tuple[float, float]] = {}
+        self.epoch: dict[str, tuple[float, float]] = {}
+        self.losses = losses
+        self.reads = 0  # times that a device was read
+
+    def add(self, values: Mapping[str, Any], weight: float = 1.0) -> None:
+        """Keep detached 0-dimensional tensors or numbers, to be averaged with ``weight``."""
+        self._rows.append((values, weight))
+        if len(self._rows) >= LIMIT:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Bound what waits: on the CPU it is summed at once, elsewhere stacked into one tensor a dtype, unread."""
+        waiting: dict[Any, tuple[list[tuple[str, float]], list[Tensor]]] = {}
+        for values, weight in self._rows:
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.device.type != "cpu":
+                    names, tensors = waiting.setdefault((value.device, value.dtype), ([], []))
+                    names.append((name, weight))
+                    tensors.append(value)
+                else:
+                    self._sum(name, float(value), weight)
+        self._rows.clear()
+        self._blocks.extend((names, torch.stack(tensors)) for names, tensors in waiting.values())
+
+    def _sum(self, name: str, value: float, weight: float) -> None:
+        total, n = self.record.get(name, (0.0, 0.0))
+        self.record[name] = (total + value * weight, n + weight)
+        total, n = self.epoch.get(name, (0.0, 0.0))
+        self.epoch[name] = (total + value * weight, n + weight)
+        if self.losses is not None and (name == "loss" or name.endswith("/loss")):
+            self.losses.setdefault(name, array("f")).append(value)
+
+    def read(self) -> None:
+        """Fetch everything that waits and add it to both means."""
+        self._fold()
+        for names, stacked in self._blocks:
+            self.reads += 1
+            for (name, weight), value in zip(names, stacked.tolist(), strict=True):
+                self._sum(name, float(value), weight)
+        self._blocks.clear()
+
+    def take_record(self) -> dict[str, float]:
+        """Means since the last record; begins a new one."""
+        self.read()
+        means = {name: total / n if n else float("nan") for name, (total, n) in self.record.items()}
+        self.record = {}
+        return means
+
+    def take_epoch(self) -> dict[str, float]:
+        """Means since the epoch began; begins a new one."""
+        self.read()
+        means = {name: total / n if n else float("nan") for name, (total, n) in self.epoch.items()}
+        self.epoch = {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        self.read()
+        return {"record": dict(self.record), "epoch": dict(self.epoch)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rows.clear()
+        self._blocks.clear()
+        self.record = {name: (total, n) for name, (total, n) in state["record"].items()}
+        self.epoch = {name: (total, n) for name, (total, n) in state["epoch"].items()}
+
+
+class History:
+    """One record an epoch, and the loss of every step (4 bytes each).
+
+    Records are plain dicts: ``{"epoch": 1, "step": 22, "samples": 1347, "seconds": 0.2, "train/loss": ...}``.
+
+    >>> history = History()
+    >>> history.append({"epoch": 1, "train/loss": 0.5})
+    >>> history["train/loss"], history[-1]["epoch"], len(history)
+    ([0.5], 1, 1)
+    """
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.losses: dict[str, array[float]] = {}
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add the record of an epoch."""
+        self.records.append(dict(record))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.records)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """A record by position, or the values of one name over the epochs (None where an epoch has none)."""
+        if isinstance(key, str):
+            if not any(key in record for record in self.records):
+                from loopwright.errors import choose
+
+                names = {name for record in self.records for name in record}
+                raise KeyError(f"the history has no {key!r}. {choose(key, names)}")
+            return [record.get(key) for record in self.records]
+        return self.records[key]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A DataFrame with one row an epoch. Needs pandas: ``pip install "loopwright[pandas]"``."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError('history.to_pandas() needs pandas: pip install "loopwright[pandas]"') from error
+        return pandas.DataFrame(self.records)
+
+    def __repr__(self) -> str:
+        last = ", ".join(f"{k}={v:.4g}" for k, v in self.records[-1].items()) if self.records else "no epoch yet"
+        return f"History({len(self)} epochs; last: {last})"
+
+    def state_dict(self) -> dict[str, Any]:
+        losses = {name: torch.tensor(values, dtype=torch.float32) for name, values in self.losses.items()}
+        return {"records": [dict(r) for r in self.records], "losses": losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.records = [dict(r) for r in state["records"]]
+        self.losses.clear()
+        self.losses.update({name: array("f", values.tolist()) for name, values in state["losses"].items()})

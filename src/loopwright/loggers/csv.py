@@ -1,0 +1,125 @@
+"""Records as rows of one table: for a spreadsheet, or ``pandas.read_csv``."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any, TextIO
+
+from loopwright.errors import SettingError
+from loopwright.state import Progress, Run
+
+__all__ = ["CSVLogger"]
+
+_FIRST = ["kind", "step", "epoch", "samples", "seconds"]
+
+
+class CSVLogger:
+    """Writes one row a record to ``metrics.csv`` in the run's folder, or to ``path``.
+
+    The columns are ``kind, step, epoch, samples, seconds`` and the names in the order in which they came.
+    When a new name appears, the file is written anew with one column more, and takes the place of the old
+    one in one go. A value that a record does not have is an empty cell; NaN is ``nan``, infinities are
+    ``inf`` and ``-inf``.
+
+    A resumed run drops the rows that its checkpoint did not know. Without a folder and a ``path`` nothing
+    is written. Of several processes only rank 0 writes.
+
+    >>> logger = CSVLogger("metrics.csv")
+    >>> logger.log(Progress(step=50), {"train/loss": 0.25}, "train")
+    >>> logger.log(Progress(step=90), {"valid/loss": 0.5}, "valid")
+    >>> print(Path("metrics.csv").read_text().strip())
+    kind,step,epoch,samples,seconds,train/loss,valid/loss
+    train,50,0,0,0.0,0.25,
+    valid,90,0,0,0.0,,0.5
+
+    Raises SettingError if ``path`` is a file that is no such table.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = path
+        self._target = None if path is None else Path(path)
+        self._file: TextIO | None = None
+        self._columns: list[str] = []
+        self._rows = 0
+        self._keep: int | None = None
+
+    def start(self, run: Run) -> None:
+        """Open the table for ``run``; after ``load_state_dict``, cut it to what the checkpoint knew."""
+        self.close(run.status)
+        path = self.path if self.path is not None else run.folder and run.folder / "metrics.csv"
+        self._target = Path(path) if path and run.comm.rank == 0 else None
+        self._columns, self._rows = [], 0
+        if self._target is not None:
+            self._file = self._open(self._target, self._keep)
+        self._keep = None
+
+    def log(self, progress: Progress, values: Mapping[str, float], kind: str) -> None:
+        """Write one row."""
+        if self._target is None:
+            return
+        outside = self._file is None  # of a run, such as the values of a test afterwards
+        file = self._file or self._open(self._target, None)
+        new = [name for name in values if name not in self._columns]
+        if new:
+            file.close()
+            self._rewrite(self._target, [*self._columns, *new], _read(self._target)[1])
+            file = self._file = self._target.open("a", newline="", encoding="utf-8")
+        seconds = round(progress.seconds, 6)
+        first = [kind, progress.step, progress.epoch, progress.samples, seconds]
+        _write(file, [[*first, *(values.get(name, "") for name in self._columns[len(_FIRST) :])]])
+        file.flush()
+        self._rows += 1
+        self._file = file
+        if outside:
+            self.close("closed")
+
+    def _open(self, path: Path, keep: int | None) -> TextIO:
+        """The table at ``path`` ready to append to, with whole rows only and at most ``keep`` of them."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns, rows = _read(path) if path.exists() else (_FIRST, [])
+        self._rewrite(path, columns, rows[:keep])
+        return path.open("a", newline="", encoding="utf-8")
+
+    def _rewrite(self, path: Path, columns: list[str], rows: list[list[str]]) -> None:
+        """Write all anew beside the old file, then replace it."""
+        self._columns, self._rows = list(columns), len(rows)
+        beside = path.with_name(f".{path.name}.new")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            _write(file, [columns, *(row + [""] * (len(columns) - len(row)) for row in rows)])
+        os.replace(beside, path)
+
+    def close(self, status: str) -> None:
+        """Close the file; a later ``log`` still appends to it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many rows the table has."""
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next ``start`` drop the rows after those that ``state`` knew."""
+        self._keep = int(state["rows"])
+
+
+def _write(file: TextIO, rows: Iterable[list[Any]]) -> None:
+    csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table; a last row that was not written to its end is left out."""
+    text = path.read_text(encoding="utf-8")
+    rows = list(csv.reader(StringIO(text[: text.rfind("\n") + 1], newline="")))
+    if not rows:
+        return list(_FIRST), []
+    if rows[0][: len(_FIRST)] != _FIRST:
+        raise SettingError(
+            f"CSVLogger cannot add to {path}: its first line is {','.join(rows[0])[:80]!r}, expected "
+            f"'{','.join(_FIRST)},...'. Give another path, or move that file away"
+        )
+    return rows[0], rows[1:]

@@ -1,0 +1,149 @@
+"""Records as lines of JSON: the log file that every run folder has."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from loopwright.errors import DataError
+from loopwright.state import Progress, Run
+
+__all__ = ["JSONLLogger", "read_jsonl"]
+
+_NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+_encode = json.JSONEncoder(allow_nan=False, default=float, check_circular=False).encode  # else twice the cost
+
+
+class JSONLLogger:
+    """Appends one JSON object a record to ``metrics.jsonl`` in the run's folder, or to ``path``.
+
+    ``{"kind": "train", "step": 50, "epoch": 2, "samples": 3200, "seconds": 0.81, "train/loss": 0.3, "lr":
+    0.001}``; ``kind`` is "train", "valid", "epoch" or "test". NaN and infinities, which JSON does not have,
+    are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float()`` of Python
+    and ``Number()`` of JavaScript take; ``read_jsonl`` gives them back as numbers.
+
+    A record is with the operating system when ``log`` returns: it survives the end of the process, however
+    it ends, but not that of the machine. A resumed run cuts the file to where its checkpoint stood, so no
+    record is there twice. Without a folder and a ``path`` nothing is written. Of several processes only
+    rank 0 writes.
+
+    >>> logger = JSONLLogger("metrics.jsonl")
+    >>> logger.log(Progress(step=50), {"train/loss": float("nan")}, "train")
+    >>> read_jsonl("metrics.jsonl")
+    [{'kind': 'train', 'step': 50, 'epoch': 0, 'samples': 0, 'seconds': 0.0, 'train/loss': nan}]
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = path
+        self._target = None if path is None else Path(path)
+        self._file: BinaryIO | None = None
+        self._size = 0
+        self._keep: int | None = None
+
+    def start(self, run: Run) -> None:
+        """Open the file for ``run``; after ``load_state_dict``, cut it to what the checkpoint knew."""
+        self.close(run.status)
+        path = self.path if self.path is not None else run.folder and run.folder / "metrics.jsonl"
+        self._target = Path(path) if path and run.comm.rank == 0 else None
+        self._size = 0
+        if self._target is not None:
+            self._file, self._size = _open(self._target, self._keep)
+        self._keep = None
+
+    def log(self, progress: Progress, values: Mapping[str, float], kind: str) -> None:
+        """Write one record."""
+        if self._target is None:
+            return
+        record: dict[str, Any] = {
+            "kind": kind,
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "samples": progress.samples,
+            "seconds": round(progress.seconds, 6),
+            **values,
+        }
+        try:
+            text = _encode(record)
+        except ValueError:  # NaN or infinite: looking for them in each record would cost more
+            text = _encode({name: _finite(value) for name, value in record.items()})
+        line = text.encode() + b"\n"
+        if self._file is None:  # outside of a run, such as the values of a test afterwards
+            file, _ = _open(self._target, None)
+            with file:
+                file.write(line)
+            return
+        self._file.write(line)
+        self._file.flush()
+        self._size += len(line)
+
+    def close(self, status: str) -> None:
+        """Close the file; a later ``log`` still appends to it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How long the file is, in bytes."""
+        return {"size": self._size}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next ``start`` cut the file to the length that ``state`` knew."""
+        self._keep = int(state["size"])
+
+
+def _open(path: Path, keep: int | None) -> tuple[BinaryIO, int]:
+    """``path`` ready to append to, with whole lines only and at most ``keep`` bytes, and its length."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+b")
+    size = file.seek(0, os.SEEK_END)
+    if keep is not None and keep < size:
+        size = keep
+    file.truncate(_whole_lines(file, size))
+    return file, file.seek(0, os.SEEK_END)
+
+
+def _whole_lines(file: BinaryIO, size: int) -> int:
+    """Length of the first ``size`` bytes without a last line that was not written to its end."""
+    while size > 0:
+        begin = max(0, size - 65536)
+        file.seek(begin)
+        newline = file.read(size - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        size = begin
+    return 0
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    number = float(value)
+    if number != number:
+        return "NaN"
+    if number in (float("inf"), float("-inf")):
+        return "Infinity" if number > 0 else "-Infinity"
+    return value
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, NaN and infinities as numbers.
+
+    A last line that was cut off, because the process was killed or is writing now, is left out.
+
+    >>> written = Path("metrics.jsonl").write_text('{"step": 9, "valid/loss": "Infinity"}\\n{"kind": "tr')
+    >>> read_jsonl("metrics.jsonl")
+    [{'step': 9, 'valid/loss': inf}]
+
+    Raises DataError, naming the line, if another line is not a JSON object.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            records.append({k: _NON_FINITE.get(v, v) if type(v) is str else v for k, v in record.items()})
+        except (ValueError, AttributeError):
+            raise DataError(f"{path}, line {number} is not a JSON object: {line[:80]!r}") from None
+    return records

@@ -1,0 +1,351 @@
+"""The page: everything that drives training, top to bottom.
+
+``train`` walks the stages, ``train_epoch`` the windows of an epoch, ``train_step`` is one optimizer step; ``evaluate``
+and ``predict`` read a model and change nothing. A *window* is the 1..accumulate batches of one optimizer step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from loopwright import rng
+from loopwright._compat import any_nonfinite
+from loopwright.data import move
+from loopwright.errors import DataError, SkipBatch, SkipStep, StopEpoch
+from loopwright.events import add_place, fire, fold
+from loopwright.history import Series
+from loopwright.records import log_epoch, log_train, log_values
+from loopwright.stages import apply_changes, begin_stage, end_stage, is_over
+from loopwright.state import Progress, Run, Source, Stage, StepResult
+from loopwright.steps import as_output, closure_step, explain, nonfinite, rescale, scalars, windows, zero_grad
+
+
+def train(run: Run) -> None:
+    """Train ``run`` from where its progress stands to the end of its last stage, or until a stop is requested."""
+    hooks = run.hooks
+    try:
+        run.began = time.perf_counter() - run.progress.seconds
+        fire(hooks.on_fit_start, run)
+        while (stage := run.stage) is not None and run.stop_reason is None:
+            fresh = begin_stage(run, stage)  # False in the middle of it, after a resume
+            if fresh:
+                fire(hooks.on_stage_start, run, stage)
+            while not is_over(run) and run.stop_reason is None:
+                train_epoch(run, stage)
+            if not is_over(run):
+                break  # asked to stop inside this stage
+            if stage.valid and run.validated_at != run.progress.step:
+                evaluate(run, stage.valid, run.task.validation_step)
+            log_train(run)
+            fire(hooks.on_stage_end, run, stage)
+            end_stage(run)
+        log_train(run)
+        for saver in run.savers:
+            if saver.at_end:
+                save(run, saver)
+        fire(hooks.on_fit_end, run)
+    except BaseException as error:
+        add_place(error, run)
+        for hook in hooks.on_exception:
+            try:
+                fire((hook,), run, error)
+            except Exception as second:
+                error.add_note(f"[loopwright] {hook.__qualname__} failed as well: {second!r}")
+        raise
+
+
+def train_epoch(run: Run, stage: Stage) -> None:
+    """Go through an epoch's data, or what is left of it after a resume, one optimizer step a window."""
+    hooks, source = run.hooks, stage.source
+    if run.progress.batch == 0:
+        fire(hooks.on_epoch_start, run)
+    batches = source.at(run.progress.epoch, run.progress.batch)
+    ended = False
+    try:
+        for window, planned in windows(stage, batches, run.progress.batch):
+            try:
+                result = train_step(run, stage, window, planned)
+            except SkipStep:
+                result = None
+            except StopEpoch:  # before the window had anything to step
+                ended = True
+                break
+            count(run, result, len(planned) if planned else 1)
+            if result is not None:
+                ended = after_step(run, stage, result) or result.ends_epoch
+                result = None  # an output held during the next step would raise its peak of memory
+            if ended or run.stop_reason is not None or is_over(run):
+                break
+        else:
+            ended = True
+    finally:
+        close = getattr(batches, "close", None)  # no worker may outlive an error
+        if close is not None:
+            close()
+    if ended or run.progress.batch == source.batches:
+        if run.progress.batch == 0:
+            raise DataError(
+                f"epoch {run.progress.epoch + 1} of stage {stage.name!r} had no batch to train on. If the data is an "
+                "iterator, it is used up: pass a list, a DataLoader or a generator function instead"
+            )
+        end_epoch(run, stage)
+
+
+def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[float] | None) -> StepResult | None:
+    """One optimizer step: every phase goes over the window and moves its optimizers. None if nothing was moved.
+
+    ``planned`` holds the weights (samples, tokens) of the window's batches; None for a single batch. Each batch counts
+    by its share of what is really accumulated, so that a short last window is a true mean as well.
+    """
+    hooks, phases, weigh, plain = run.hooks, stage.phases, stage.weight, run.precision.plain
+    if hooks.on_step_start:
+        fire(hooks.on_step_start, run)
+    total = (sum(planned) or None) if planned is not None and len(planned) > 1 else None
+    if run.moves_batches or hooks.on_batch_start or hooks.map_batch:
+        window = prepared(run, window)
+    if len(phases) > 1:
+        window = list(window)
+    values: dict[str, Any] = {}
+    moved: tuple[str, ...] = ()
+    seen, ran, output, batch, norm, ends_epoch = 0.0, False, None, None, None, False
+    for phase in phases:
+        if phase.every != 1 and (run.progress.step + 1) % phase.every:
+            continue
+        for optimizer in phase.moved:
+            zero_grad(optimizer)
+        ran, seen, prefix, meters = True, 0.0, phase.prefix, phase.meters
+        try:
+            for batch in window:
+                weight = weigh(batch)
+                if phase.closure:
+                    output = closure_step(run, phase, batch)
+                else:
+                    if plain:
+                        output = phase.step(batch)
+                    else:
+                        with run.precision.autocast(run.device):
+                            output = phase.step(batch)
+                    if type(output) is not dict or "loss" not in output:
+                        output = as_output(output, phase)
+                    if hooks.map_output:
+                        output = fold(hooks.map_output, run, output, batch, phase)
+                    if phase.moved:
+                        if hooks.map_loss:
+                            output["loss"] = fold(hooks.map_loss, run, output["loss"], output, batch, phase)
+                        loss = output["loss"]
+                        if total is None:
+                            loss.backward()
+                        else:
+                            loss.backward(loss.new_full((), weight / total))
+                        if hooks.on_backward_end:
+                            fire(hooks.on_backward_end, run, loss, output, batch, phase)
+                scalars(output, values, prefix, None if total is None else weight / total)
+                if meters is not None:
+                    meters.feed(output)
+                seen += weight
+                batch = None
+        except StopEpoch:
+            ends_epoch = True
+        except SkipStep:
+            break
+        except BaseException as error:
+            explain(error, run, phase, output, batch)
+            raise
+        if not seen:
+            continue  # every batch of the window was skipped
+        if total is not None and seen != total:  # batches were skipped or changed: the mean is over what is left
+            rescale(phase, values, total / seen)
+        if phase.clip_norm is not None:
+            norm = clip_grad_norm_(phase.parameters(), phase.clip_norm)
+        try:
+            if hooks.on_grads_ready and not phase.closure:
+                fire(hooks.on_grads_ready, run, phase, norm)
+        except StopEpoch:
+            ends_epoch = True
+        except SkipStep:
+            break
+        if run.nonfinite is not None and phase.moved and not phase.closure:
+            if nonfinite(run, phase, values[prefix + "loss"]):
+                break
+        if not phase.closure:
+            for optimizer in phase.moved:
+                optimizer.step()
+        moved += (phase.name,)
+    if ran and not moved:
+        if ends_epoch:
+            raise StopEpoch
+        return None
+    if not ran:  # no phase was due at this step
+        seen = sum(weigh(batch) for batch in window)
+    return StepResult(values, output, seen, norm, moved, ends_epoch)
+
+
+def prepared(run: Run, window: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a window on the device, as the hooks want them; those skipped are left out."""
+    hooks = run.hooks
+    for batch in window:
+        if run.moves_batches:
+            batch = move(batch, run.device)
+        try:
+            if hooks.on_batch_start:
+                fire(hooks.on_batch_start, run, batch)
+            if hooks.map_batch:
+                batch = fold(hooks.map_batch, run, batch)
+        except SkipBatch:
+            continue
+        yield batch
+
+
+def count(run: Run, result: StepResult | None, batches: int) -> None:
+    """Add a step to the progress; if nothing was moved, only the batches that it used up."""
+    p, seconds = run.progress, time.perf_counter() - run.began
+    if result is None:
+        run.progress = p._replace(batch=p.batch + batches, seconds=seconds)
+        return
+    steps = p.phase_steps | {name: p.phase_steps.get(name, 0) + 1 for name in result.moved}
+    run.progress = Progress(
+        p.stage, p.epoch, p.batch + batches, p.step + 1, p.stage_step + 1, p.samples + int(result.weight), steps, seconds
+    )
+
+
+def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
+    """Between two optimizer steps: log, schedule, look, validate, save. True if a hook asked to end the epoch."""
+    hooks, ended = run.hooks, False
+    run.series.add(result.values, result.weight)
+    if run.log_every.due(run.progress):
+        log_train(run)
+    for phase in stage.phases:
+        for scheduler in phase.step_schedulers:
+            if phase.name in result.moved:
+                scheduler.step(run.metrics)
+    if hooks.on_step_end:
+        try:
+            fire(hooks.on_step_end, run, result)
+        except StopEpoch:
+            ended = True
+    validates = run.validates_within and stage.validate_every.due(run.progress)
+    if validates:
+        evaluate(run, stage.valid, run.task.validation_step)
+    for saver in run.savers:
+        if saver.due(run, validated=validates):
+            save(run, saver)
+    if run.changes:
+        apply_changes(run)
+    return ended
+
+
+def end_epoch(run: Run, stage: Stage) -> None:
+    """Count the epoch, validate if due, keep its record, step what is scheduled by epochs, save if due."""
+    run.progress = run.progress._replace(epoch=run.progress.epoch + 1, batch=0)
+    validates = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
+    if validates:
+        evaluate(run, stage.valid, run.task.validation_step)
+    if is_over(run):
+        log_train(run)  # the last steps, so that the record of the epoch is the last one
+    log_epoch(run, stage)
+    for phase in stage.phases:
+        for scheduler in phase.epoch_schedulers:
+            scheduler.step(run.metrics)
+    fire(run.hooks.on_epoch_end, run)
+    for saver in run.savers:
+        if saver.due(run, validated=validates):
+            save(run, saver)
+    if run.changes:
+        apply_changes(run)
+
+
+def save(run: Run, saver: Any) -> None:
+    """Write a checkpoint; training stands between two steps."""
+    path = saver.save(run)
+    if path is not None:
+        fire(run.hooks.on_checkpoint, run, path)
+
+
+def evaluate(
+    run: Run, sources: Mapping[str, Source], step: Callable[[Any], Any], *, kind: str = "valid"
+) -> dict[str, float]:
+    """Means of what ``step`` returns and all metrics over ``sources``, as ``<kind>/<name>``, weighted by samples.
+
+    Nothing of the training changes: random generators and train/eval flags are put back, no gradient is recorded.
+    """
+    hooks, weigh, values = run.hooks, run.weight, dict[str, float]()
+    meters = run.meters.get(kind)
+    with unseen(run):
+        fire(hooks.on_test_start if kind == "test" else hooks.on_validation_start, run)
+        for name, source in sources.items():
+            series = Series()
+            for batch in read(run, source, kind):
+                with run.precision.autocast(run.device):
+                    output = as_output(step(batch), None)
+                found: dict[str, Any] = {}
+                scalars(output, found, "", None)
+                series.add(found, weigh(batch))
+                if meters is not None:
+                    meters.feed(output)
+                if hooks.on_eval_batch_end:
+                    fire(hooks.on_eval_batch_end, run, output, batch)
+            measured = series.take_epoch()
+            if meters is not None:
+                measured |= meters.compute()
+                meters.reset()
+            values |= {f"{kind}/{name}/{k}" if name else f"{kind}/{k}": v for k, v in measured.items()}
+        log_values(run, values, kind)
+        if kind == "test":
+            fire(hooks.on_test_end, run, values)
+        else:
+            run.validated_at = run.progress.step
+            fire(hooks.on_validation_end, run, values)
+    return values
+
+
+def predict(run: Run, source: Source, step: Callable[[Any], Any]) -> list[Any]:
+    """What ``step`` returns for each batch, in order, on the CPU."""
+    hooks, outputs = run.hooks, []
+    with unseen(run):
+        fire(hooks.on_predict_start, run)
+        for batch in read(run, source, "predict"):
+            with run.precision.autocast(run.device):
+                output = step(batch)
+            if hooks.on_predict_batch_end:
+                fire(hooks.on_predict_batch_end, run, output, batch)
+            outputs.append(move(output, torch.device("cpu")))
+        fire(hooks.on_predict_end, run)
+    return outputs
+
+
+def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
+    """One pass over ``source`` for evaluation, on the device; an error says where it was."""
+    batches, n = source.at(0, 0), 0
+    try:
+        for batch in batches:
+            n += 1
+            yield move(batch, run.device) if run.moves_batches else batch
+    except Exception as error:
+        error.add_note(f"[loopwright] in {kind}, batch {n}")
+        raise
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+    if not n:
+        raise DataError(f"the {kind} data gave no batch. If it is an iterator, it is used up: pass a list or a DataLoader")
+
+
+@contextmanager
+def unseen(run: Run) -> Iterator[None]:
+    """Modules in eval mode, each with its own flag put back; all random generators forked; no gradients."""
+    flags = [(m, m.training) for model in run.models.values() for m in model.modules()]
+    for model in run.models.values():
+        model.eval()
+    try:
+        with rng.forked(), torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training

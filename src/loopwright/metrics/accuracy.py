@@ -1,0 +1,148 @@
+"""Accuracy, compared many batches at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from loopwright.errors import MetricError, SettingError
+from loopwright.metrics.base import Metric
+from loopwright.metrics.functional import best, check_top_k, fit, hits
+
+__all__ = ["Accuracy"]
+
+HELD = 65_536  # elements kept before they are counted: one comparison for many batches is cheaper than one for each
+PIECE = 64  # what a kept tensor counts at least, since its object and its memory block cost as much
+
+
+class Accuracy(Metric):
+    """Fraction of right answers over all batches; a float, nan if there was nothing to count.
+
+    Scores ``preds [N, C, ...]`` (logits or probabilities) with class indices ``target [N, ...]``: right if the target
+    is the largest score, or with ``top_k=k`` among the k largest. One shape for both: float ``preds`` are probabilities
+    of class 1 and say 1 above ``threshold`` (default 0.5; write ``threshold=0.0`` for logits), integer and bool ``preds``
+    are right where they equal the target; each element counts. Elements whose target is ``ignore_index`` are left out.
+
+    Counts are exact. ``update`` keeps the answers and a copy of ``target``, counts 64k elements at a time, and reads
+    nothing from the device. Raises MetricError for shapes that do not fit (at once), and for targets that are no class
+    or ``preds`` that are no probabilities (when counted on a CPU, at the latest in ``compute``).
+
+    >>> accuracy = Accuracy()
+    >>> accuracy.update(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    >>> accuracy.update(torch.tensor([[0.3, 0.7], [0.4, 0.6]]), torch.tensor([1, 1]))
+    >>> accuracy.compute()
+    0.75
+    """
+
+    state: ClassVar[Mapping[str, str]] = {
+        "hits": "sum", "count": "sum",
+        "classes": "max", "lowest": "min", "highest": "max",  # what is known of the targets
+        "least": "min", "most": "max",  # and of probabilities
+    }  # fmt: skip
+
+    def __init__(
+        self, top_k: int = 1, *, threshold: float | None = None, ignore_index: int | None = None
+    ) -> None:
+        self.top_k = check_top_k(top_k)
+        if top_k > 1 and threshold is not None:
+            raise SettingError(
+                f"threshold={threshold} is for two classes, top_k={top_k} for more: give one of them"
+            )
+        self.threshold = threshold
+        self.ignore_index = ignore_index
+        self._forget()
+
+    def _forget(self) -> None:
+        self._held: list[tuple[Tensor, ...]] = []
+        self._size = 0
+        self._classes = 0  # that preds have scores for; 0 where they have the shape of the target
+        self._seen: Any = None
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Take in one batch."""
+        if (preds.shape, target.shape, preds.dtype, target.dtype) != self._seen:
+            self._check_shapes(preds, target)
+        # whatever is held is a copy: a loop may write the next batch into the same memory
+        if not self._classes:
+            self._held.append((preds.detach().clone(), target.clone()))
+        elif self.top_k > 1:
+            self._held.append((best(preds.detach(), self.top_k), target.clone()))
+        else:  # both in one number, which takes one operation less
+            self._held.append((preds.argmax(1).add_(target, alpha=self._classes),))
+        size = target.numel()
+        self._size += size if size > PIECE else PIECE
+        if self._size > HELD:
+            self.fold()
+
+    def _check_shapes(self, preds: Tensor, target: Tensor) -> None:
+        classes = fit(preds, target, self.top_k)
+        self.fold()  # what is held has other shapes or dtypes
+        self._classes = classes
+        self._seen = (preds.shape, target.shape, preds.dtype, target.dtype)
+
+    def fold(self) -> None:
+        """Count what is held."""
+        if not self._held:
+            return
+        answer, target = self._joined()
+        right = hits(answer, target, self.top_k, 0.5 if self.threshold is None else self.threshold)
+        count: Any = target.numel()
+        if self.ignore_index is not None:
+            kept = target != self.ignore_index
+            right, count = right & kept, kept.sum()
+            target = target.where(kept, 0)
+            answer = answer.where(kept, 0) if answer.is_floating_point() else answer
+        self.add(hits=right.sum(), count=count)
+        classes = self._classes or (2 if answer.is_floating_point() else 0)
+        if classes and len(target):
+            lowest, highest = torch.aminmax(target.byte() if target.dtype == torch.bool else target)
+            self.add(classes=classes, lowest=lowest, highest=highest)
+        if answer.is_floating_point() and len(target) and self.threshold is None:
+            least, most = torch.aminmax(answer)
+            self.add(least=least, most=most)
+        if target.device.type == "cpu":
+            self._check_values()
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """All that is held as answers [M] or [M, k] and targets [M]; nothing is held afterwards."""
+        held, self._held, self._size = self._held, [], 0
+        if len(held[0]) == 1:
+            both = torch.cat([code for (code,) in held]).flatten()
+            target = both.div(self._classes, rounding_mode="floor")
+            return both - target * self._classes, target
+        answers, targets = (torch.cat(column) for column in zip(*held, strict=True))
+        if self.top_k > 1:
+            answers = answers.movedim(1, -1).flatten(0, -2)
+        return answers if self.top_k > 1 else answers.flatten(), targets.flatten()
+
+    def reset(self) -> None:
+        """Forget all that was taken in."""
+        super().reset()
+        self._forget()
+
+    def compute(self) -> float:
+        """The fraction of right answers."""
+        hits, count = float(self.total("hits")), float(self.total("count"))
+        self._check_values()
+        return hits / count if count else math.nan
+
+    def _check_values(self) -> None:
+        """Raise MetricError if what was counted makes no sense."""
+        known = {name: value.item() for name, value in self._totals.items() if isinstance(value, Tensor)}
+        if "lowest" in known:
+            classes, lowest, highest = self._totals["classes"], known["lowest"], known["highest"]
+            if lowest < 0 or highest >= classes:
+                raise MetricError(
+                    f"targets range from {lowest} to {highest}, but {classes} classes have the indices 0 to "
+                    f"{classes - 1}. To leave a target out, name it: "
+                    f"Accuracy(ignore_index={lowest if lowest < 0 else highest})"
+                )
+        if "least" in known and (known["least"] < 0 or known["most"] > 1):
+            raise MetricError(
+                f"preds range from {known['least']:.4g} to {known['most']:.4g}, which are no probabilities. "
+                "For logits, write Accuracy(threshold=0.0)"
+            )

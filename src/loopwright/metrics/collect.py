@@ -1,0 +1,253 @@
+"""What the loop holds: the metrics of one series, fed from what the steps return."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loopwright.errors import CheckpointError, MetricError, SettingError, choose
+from loopwright.events import describe
+from loopwright.metrics.memory import remember, restore
+from loopwright.metrics.select import On
+
+__all__ = ["Meters", "check_metrics", "fresh"]
+
+INPUTS = ("preds", "target")  # what a metric without ``inputs`` reads
+Feed = tuple[str, Callable[..., None], tuple[str, ...]]
+
+
+class Meters:
+    """Copies of ``metrics`` that collect one series: a training epoch, a validation, a test.
+
+    ``feed`` passes to each metric the entries of a step's output that its ``inputs`` name (``preds`` and ``target`` if it
+    has none), detached. Which metrics take part is settled at the first batch after a reset: in training, one of whose
+    inputs the step returns none is left out; otherwise all inputs must be there.
+
+    >>> from loopwright.metrics import Accuracy
+    >>> meters = Meters({"accuracy": Accuracy()})
+    >>> meters.feed({"preds": torch.tensor([[0.1, 0.9], [0.8, 0.2]]), "target": torch.tensor([1, 1])})
+    >>> meters.compute()
+    {'accuracy': 0.5}
+    """
+
+    def __init__(self, metrics: Mapping[str, Any] | None, *, training: bool = False) -> None:
+        self.metrics = fresh(check_metrics(metrics))
+        self.training = training
+        self._fed: list[str] = []
+        self._feeds: list[Feed] | None = None
+
+    def feed(self, output: Any) -> None:
+        """Update the metrics with what a step returned for one batch.
+
+        Raises MetricError if an input is missing, or if the step returns a scalar under the name of a metric. What a
+        metric raises keeps its type and gains a note with the metric's name and the shapes.
+        """
+        feeds = self._feeds
+        if feeds is None:
+            feeds = self._resolve(output)
+        for name, update, inputs in feeds:
+            try:
+                given = [_detached(output[key]) for key in inputs]
+            except (KeyError, TypeError, IndexError):
+                raise self._missing(name, inputs, output) from None
+            try:
+                update(*given)
+            except Exception as error:
+                shapes = ", ".join(
+                    f"{key}: {describe(value)}" for key, value in zip(inputs, given, strict=True)
+                )
+                error.add_note(f"[loopwright] in metric {name!r}, given {shapes}")
+                raise
+
+    def _resolve(self, output: Any) -> list[Feed]:
+        known = output if isinstance(output, Mapping) else {}
+        feeds: list[Feed] = []
+        for name, metric in self.metrics.items():
+            metric, inputs = _unwrapped(metric)
+            missing = [key for key in inputs if key not in known]
+            if self.training and len(missing) == len(inputs):
+                continue
+            if missing:
+                raise self._missing(name, inputs, output)
+            if _is_scalar(known.get(name)):
+                raise MetricError(
+                    f"the step returns the number {name!r}, and a metric has this name too: both would be logged as "
+                    f"one. Rename one of them, or leave one out"
+                )
+            if isinstance(metric, nn.Module):
+                tensors = [known[key] for key in inputs if isinstance(known[key], Tensor)]
+                if tensors:
+                    metric.to(tensors[0].device)
+            feeds.append((name, metric.update, inputs))
+        self._feeds, self._fed = feeds, [name for name, _, _ in feeds]
+        return feeds
+
+    def _missing(self, name: str, inputs: tuple[str, ...], output: Any) -> MetricError:
+        kind = type(_unwrapped(self.metrics[name])[0]).__name__
+        reads = f"metric {name!r} reads {' and '.join(map(repr, inputs))} of what the step returns"
+        if not isinstance(output, Mapping):
+            keys = ", ".join(f"{key!r}: {key}" for key in inputs)
+            return MetricError(
+                f"{reads}, which is {describe(output)}. Return a dict: {{'loss': loss, {keys}}}"
+            )
+        missing = next(key for key in inputs if key not in output)
+        return MetricError(
+            f"{reads}, which has no {missing!r}. {choose(missing, output)} Return it under this name, or name what to "
+            f"read: lw.metrics.On({kind}(...), {', '.join(map(repr, _others(output, len(inputs))))})"
+        )
+
+    def compute(self) -> dict[str, float]:
+        """The values since the last reset: ``name``, ``name/key`` of a dict, ``name/0``, ``name/1``, ... of a vector.
+
+        Metrics that were left out, or not fed yet, are not in it. Raises MetricError for a value of another kind.
+        """
+        values: dict[str, float] = {}
+        for name in self._fed:
+            try:
+                values.update(_flat(name, self.metrics[name].compute()))
+            except Exception as error:
+                error.add_note(f"[loopwright] when metric {name!r} was computed")
+                raise
+        return values
+
+    def reset(self) -> None:
+        """Begin a new series."""
+        for name in self._fed:
+            self.metrics[name].reset()
+        self._fed, self._feeds = [], None
+
+    @property
+    def exact(self) -> list[str]:
+        """Reasons why a resume in the middle of a series would not give the same values; empty if it would."""
+        return [
+            f"metric {name!r} ({type(metric).__name__}) has no state_dict and load_state_dict: after a resume in the "
+            "middle of an epoch, its value of that epoch covers the rest only"
+            for name, metric in ((name, _unwrapped(metric)[0]) for name, metric in self.metrics.items())
+            if remember(metric) is None
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the metrics have taken in, by name, as plain data and tensors."""
+        return {name: remember(_unwrapped(self.metrics[name])[0]) for name in self._fed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave. Raises CheckpointError for metrics that are not here."""
+        self.reset()
+        for name, values in state.items():
+            if name not in self.metrics:
+                raise CheckpointError(
+                    f"the checkpoint has the metric {name!r}, this run has not. {choose(name, self.metrics)} "
+                    "Resume with the metrics that the run was started with"
+                )
+            if values is not None:
+                restore(_unwrapped(self.metrics[name])[0], values)
+            self._fed.append(name)
+
+
+def check_metrics(metrics: Any) -> dict[str, Any]:
+    """``metrics`` as a dict, if it can be used: names without "/", each with ``update``, ``compute`` and ``reset``.
+
+    Raises SettingError, saying what to write.
+
+    >>> check_metrics(None)
+    {}
+    """
+    if metrics is None:
+        return {}
+    if _is_metric(metrics) or not isinstance(metrics, Mapping):
+        kind = type(metrics).__name__ if not isinstance(metrics, type) else metrics.__name__
+        raise SettingError(
+            f'metrics={kind}: expected a dict with a name for each: metrics={{"accuracy": {kind}(...)}}'
+        )
+    for name, metric in metrics.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise SettingError(
+                f"metric name {name!r}: expected a text without '/', which joins the parts of logged names"
+            )
+        if name == "loss":
+            raise SettingError(
+                "a metric cannot be named 'loss': the mean of what steps return as 'loss' is logged so"
+            )
+        inner, inputs = _unwrapped(metric)
+        if isinstance(inner, type):
+            raise SettingError(f"metric {name!r} is the class {inner.__name__}: write {inner.__name__}()")
+        if not _is_metric(inner):
+            raise SettingError(
+                f"metric {name!r} is a {type(inner).__name__}: expected an object with update, compute and reset, such "
+                "as those of loopwright.metrics and torchmetrics"
+            )
+        if not isinstance(inputs, tuple) or not inputs or not all(isinstance(key, str) for key in inputs):
+            raise SettingError(
+                f"metric {name!r} has inputs={inputs!r}: expected a tuple of names in a step's output. Name them: "
+                f'lw.metrics.On({type(inner).__name__}(...), "preds", "target")'
+            )
+    return dict(metrics)
+
+
+def fresh(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep copies of ``metrics`` that have taken in nothing: each series collects in its own.
+
+    >>> fresh({})
+    {}
+    """
+    copies = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
+    for metric in copies.values():
+        metric.reset()
+    return copies
+
+
+def _is_metric(thing: Any) -> bool:
+    return not isinstance(thing, type) and all(
+        callable(getattr(thing, n, None)) for n in ("update", "compute", "reset")
+    )
+
+
+def _unwrapped(metric: Any) -> tuple[Any, Any]:
+    """The metric itself and the names that it reads."""
+    return metric.metric if isinstance(metric, On) else metric, getattr(metric, "inputs", INPUTS)
+
+
+def _others(output: Mapping[str, Any], count: int) -> list[str]:
+    """Names to suggest: of tensors first."""
+    keys = sorted((str(key) for key in output), key=lambda key: _is_scalar(output.get(key)))
+    return [*keys, *INPUTS][:count]
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    if type(value) in (list, tuple):
+        return type(value)(_detached(item) for item in value)
+    if type(value) is dict:
+        return {key: _detached(item) for key, item in value.items()}
+    return value
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in what a metric computed, by name."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = torch.as_tensor(value)
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(f"{name}/{key}", item)
+    elif isinstance(value, Tensor) and value.ndim <= 1 and not value.is_complex():
+        if value.ndim == 0:
+            yield name, float(value)
+        else:
+            yield from ((f"{name}/{i}", float(item)) for i, item in enumerate(value.tolist()))
+    elif isinstance(value, (int, float)):
+        yield name, float(value)
+    else:
+        raise MetricError(
+            f"metric {name!r} computed {describe(value)}; a record holds numbers: expected a number, a vector, or a dict "
+            "of them. Look at other values in a callback, or reduce them in a metric of your own"
+        )

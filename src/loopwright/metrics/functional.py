@@ -1,0 +1,128 @@
+"""The metrics of this package as functions of one batch: a scalar tensor on its device, nothing read from there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopwright.errors import MetricError, SettingError
+from loopwright.events import describe
+from loopwright.metrics.base import wide
+
+__all__ = ["accuracy", "mae", "mse"]
+
+# N samples, C classes, k guesses, ... further dimensions such as height and width
+
+
+def accuracy(
+    preds: Tensor,
+    target: Tensor,
+    top_k: int = 1,
+    *,
+    threshold: float = 0.5,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """Fraction of right answers in a batch: a float32 scalar in [0, 1], nan if there is nothing to count.
+
+    ``preds`` and ``target`` as for ``Accuracy``; what that class finds out when it computes (a class index that is out of
+    range, logits where probabilities are expected) is not checked here, since it takes a read of the device.
+    Raises MetricError for shapes that do not fit.
+
+    >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    tensor(0.5000)
+    """
+    classes = fit(preds, target, check_top_k(top_k))
+    right = hits(best(preds, top_k) if classes else preds, target, top_k, threshold)
+    if ignore_index is None:
+        return right.float().mean()
+    kept = target != ignore_index
+    return (right & kept).sum() / kept.sum()
+
+
+def mae(preds: Tensor, target: Tensor) -> Tensor:
+    """Mean of ``|preds - target|`` over all elements: a scalar with a gradient.
+
+    Both have one shape; below float32, and for integers, the difference is taken in float32.
+    Raises MetricError for shapes that differ.
+
+    >>> mae(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 2.0]))
+    tensor(1.5000)
+    """
+    return difference(preds, target, torch.float32).abs().mean()
+
+
+def mse(preds: Tensor, target: Tensor) -> Tensor:
+    """Mean of ``(preds - target)²`` over all elements: a scalar with a gradient; otherwise as ``mae``.
+
+    >>> mse(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 2.0]))
+    tensor(2.5000)
+    """
+    return difference(preds, target, torch.float32).square().mean()
+
+
+def fit(preds: Tensor, target: Tensor, top_k: int) -> int:
+    """Classes that ``preds`` [N, C, ...] have scores for; 0 where they have the shape of ``target``.
+
+    Raises MetricError, with the way out where there is one, if the shapes fit in neither way.
+    """
+    if preds.shape == target.shape and top_k == 1:
+        return 0
+    scores = preds.ndim > 1 and preds.shape[:1] + preds.shape[2:] == target.shape
+    if not scores or preds.shape[1] < max(top_k, 2) or target.is_floating_point():
+        raise _unfit(preds, target, top_k)
+    return preds.shape[1]
+
+
+def best(scores: Tensor, top_k: int) -> Tensor:
+    """Indices [N, ...] of the largest score in [N, C, ...], or [N, k, ...] of the k largest."""
+    return scores.argmax(1) if top_k == 1 else scores.topk(top_k, 1).indices
+
+
+def hits(answer: Tensor, target: Tensor, top_k: int, threshold: float) -> Tensor:
+    """Bool, in the shape of ``target``: whether the answer (indices, or probabilities of class 1) is right."""
+    if top_k > 1:
+        return (answer == target.unsqueeze(1)).any(1)
+    if answer.is_floating_point():
+        answer = answer > threshold
+    return answer == target
+
+
+def difference(preds: Tensor, target: Tensor, least: torch.dtype | None = None) -> Tensor:
+    """``preds - target`` in floats that can hold it: an unsigned difference would wrap, a float16 one overflow."""
+    if preds.shape != target.shape:
+        raise _unfit(preds, target, 1)
+    dtype = torch.promote_types(preds.dtype, target.dtype)
+    if dtype not in (torch.float32, torch.float64):
+        preds = preds.to(least or wide(preds.device))
+    return preds - target
+
+
+def check_top_k(top_k: int) -> int:
+    """``top_k`` if it is a whole number from 1; SettingError otherwise."""
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise SettingError(f"top_k={top_k!r}: expected a whole number from 1, such as top_k=5")
+    return top_k
+
+
+def _unfit(preds: Tensor, target: Tensor, top_k: int) -> MetricError:
+    shapes = f"preds {describe(preds)} and target {describe(target)}"
+    p, t = preds.shape, target.shape
+    if preds.ndim == target.ndim + 1 and preds.ndim > 1 and p[:1] + p[2:] == t:
+        if target.is_floating_point():
+            return MetricError(f"{shapes}: class indices are integers. Write target.long()")
+        if p[1] == 1:
+            return MetricError(
+                f"{shapes} have one class only. For two classes with one output, write preds.squeeze(1)"
+            )
+        return MetricError(f"{shapes} have {p[1]} classes, fewer than top_k={top_k}")
+    if p == t:
+        return MetricError(
+            f"{shapes}: top_k={top_k} needs a score for each class, preds of shape [N, C, ...]"
+        )
+    if t[-1:] == (1,) and (p == t[:-1] or (len(p) == len(t) and p[:1] + p[2:] == t[:-1])):
+        return MetricError(f"{shapes} do not fit. Write target.squeeze({target.ndim - 1})")
+    if p[-1:] == (1,) and p[:-1] == t:
+        return MetricError(f"{shapes} do not fit. Write preds.squeeze({preds.ndim - 1})")
+    return MetricError(
+        f"{shapes} do not fit: expected one shape for both, or scores [N, C, ...] with class indices [N, ...]"
+    )

@@ -1,0 +1,95 @@
+"""Torch's learning-rate schedulers, unchanged, stepped at the right moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from loopwright.errors import SettingError, choose
+
+__all__ = ["Scheduler", "as_schedulers", "per_step"]
+
+
+class Scheduler:
+    """A torch scheduler and when to step it: ``every`` "epoch" or "step"; ``monitor`` is what a plateau looks at.
+
+    Without ``every``, OneCycleLR and CyclicLR are stepped at each optimizer step and all others once an epoch, as
+    torch documents them. ReduceLROnPlateau is stepped at the end of an epoch, after validation, with
+    ``run.metrics[monitor]``; by default ``valid/loss`` where there is validation, else ``train/loss``.
+    Raises SettingError for a wrong ``every`` and for ``monitor`` where nothing is monitored.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    >>> Scheduler(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)).every
+    'epoch'
+    """
+
+    def __init__(self, scheduler: Any, *, every: str | None = None, monitor: str | None = None) -> None:
+        if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+            raise SettingError(f"expected a scheduler of torch.optim.lr_scheduler; got {scheduler!r}")
+        if every not in (None, "step", "epoch"):
+            raise SettingError(f"every={every!r}: a scheduler is stepped every 'step' or every 'epoch'")
+        plateau = isinstance(scheduler, ReduceLROnPlateau)
+        if monitor is not None and not plateau:
+            raise SettingError(f"{type(scheduler).__name__} monitors nothing; leave monitor={monitor!r} out")
+        if plateau and every == "step":
+            raise SettingError("ReduceLROnPlateau is stepped every 'epoch', after its metric is known")
+        self.torch = scheduler
+        self.every = every or ("step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch")
+        self.monitor = monitor
+        self.plateau = plateau
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """One step; a plateau reads its monitored value, and SettingError says when there is none."""
+        if not self.plateau:
+            self.torch.step()
+            return
+        name = self.monitor or ("valid/loss" if "valid/loss" in metrics else "train/loss")
+        if name not in metrics:
+            raise SettingError(f"ReduceLROnPlateau monitors {name!r}, which nothing has produced. {choose(name, metrics)}")
+        self.torch.step(metrics[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.torch.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.torch.load_state_dict(dict(state))
+
+
+def per_step(scheduler: Any) -> Scheduler:
+    """The same torch scheduler, stepped after each optimizer step instead of once an epoch.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    >>> per_step(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)).every
+    'step'
+    """
+    return Scheduler(scheduler, every="step")
+
+
+def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Scheduler, ...]:
+    """Schedulers from None, a torch scheduler, a Scheduler, a factory ``optimizer -> scheduler``, or a list of these.
+
+    Raises SettingError when a scheduler belongs to another optimizer than those given.
+    """
+    if schedule is None:
+        return ()
+    if isinstance(schedule, (list, tuple)):
+        return tuple(s for one in schedule for s in as_schedulers(one, optimizers))
+    if not isinstance(schedule, (Scheduler, LRScheduler, ReduceLROnPlateau)):
+        if not callable(schedule):
+            raise SettingError(
+                f"schedule={schedule!r}: expected a torch scheduler, or a factory such as "
+                "schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)"
+            )
+        return tuple(s for optimizer in optimizers for s in as_schedulers(schedule(optimizer), (optimizer,)))
+    scheduler = schedule if isinstance(schedule, Scheduler) else Scheduler(schedule)
+    if not any(scheduler.torch.optimizer is optimizer for optimizer in optimizers):
+        raise SettingError(
+            f"{type(scheduler.torch).__name__} was made for another optimizer than the one it shall schedule; "
+            "make it from the optimizer that you pass, or pass a factory: schedule=lambda optimizer: ..."
+        )
+    return (scheduler,)

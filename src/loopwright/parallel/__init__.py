@@ -1,0 +1,7 @@
+"""Where a run lives: its processes, its device, its precision. One process here."""
+
+from loopwright.parallel.comm import Single
+from loopwright.parallel.device import pick_device
+from loopwright.parallel.precision import Autocast, Plain, pick_precision
+
+__all__ = ["Autocast", "Plain", "Single", "pick_device", "pick_precision"]

@@ -1,0 +1,165 @@
+"""What can be checked before step 0, and what a run will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from loopwright.errors import PlanError, choose
+from loopwright.state import Run, Stage
+from loopwright.task import Supervised, Task
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(slots=True)
+class Plan:
+    """The outcome of ``trainer.plan``: ``problems`` that would stop the run, and ``facts`` about it.
+
+    ``print(plan)`` shows both; ``plan.check()`` raises PlanError if there is a problem.
+    """
+
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise PlanError with every problem, if there is any."""
+        if self.problems:
+            raise PlanError(self.problems)
+
+    def __str__(self) -> str:
+        bad = [f"problem: {p}" for p in self.problems]
+        return "\n".join([*self.facts, *(bad or ["no problem found"])])
+
+
+def make_plan(run: Run) -> Plan:
+    """Look at a prepared run, without reading a batch."""
+    plan = Plan()
+    for check in (_parameters, _schedules, _monitors, _settings):
+        plan.problems += check(run)
+    for stage in run.stages:
+        plan.facts.append(_describe(stage))
+    count = sum(p.numel() for model in run.models.values() for p in model.parameters())
+    moved = {id(p): p for s in run.stages for ph in s.phases for p in ph.parameters() if p.requires_grad}
+    plan.facts.append(f"parameters: {count:,}, of which {sum(p.numel() for p in moved.values()):,} are trained")
+    plan.facts.append(f"device: {run.device}, precision: {run.precision.name}")
+    plan.facts.append("exact resume: yes" if run.exact is True else f"exact resume: no, since {'; '.join(run.exact)}")  # type: ignore[arg-type]
+    return plan
+
+
+def _describe(stage: Stage) -> str:
+    batches = stage.source.batches
+    size = "an unknown number of batches" if batches is None else f"{batches} batches"
+    steps = "" if batches is None else f", {-(-batches // stage.accumulate)} steps"
+    until = " or ".join(str(one) for one in stage.until)
+    return f"stage {stage.name!r}: until {until}; an epoch is {size}{steps}; phases: {', '.join(p.name for p in stage.phases)}"
+
+
+def _parameters(run: Run) -> Iterator[str]:
+    """Every trainable parameter in one optimizer, and every optimizer with parameters of the task."""
+    if not isinstance(run.task, nn.Module):
+        return
+    own = {id(p): name for name, p in run.task.named_parameters()}
+    seen: set[int] = set()
+    for name, optimizer in run.optimizers.items():
+        ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if not any(i in own for i in ids):
+            yield (
+                f"the optimizer {name!r} moves no parameter of the task; make it from the task's own: "
+                f"{type(optimizer).__name__}(net.parameters(), ...), where net is the very module that is trained"
+            )
+    for stage in run.stages:
+        owner: dict[int, str] = {}
+        for optimizer in {id(o): o for phase in stage.phases for o in phase.moved}.values():
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if id(parameter) in owner:
+                    name = own.get(id(parameter), "a parameter")
+                    yield f"{name} is moved by two optimizers in stage {stage.name!r}; give each parameter to one of them"
+                    return
+                owner[id(parameter)] = ""
+        seen |= set(owner)
+    manual = any(not phase.moved for stage in run.stages for phase in stage.phases)
+    missing = [name for name, p in run.task.named_parameters() if p.requires_grad and id(p) not in seen]
+    if missing and not manual and seen & set(own):
+        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        yield (
+            f"{len(missing)} trainable parameters are in no optimizer ({shown}); add them to one, or say that they are "
+            "not to be trained: parameter.requires_grad_(False)"
+        )
+
+
+def _schedules(run: Run) -> Iterator[str]:
+    """A schedule made for another number of steps than this run takes."""
+    for stage in run.stages:
+        batches, epochs = stage.source.batches, [u.value for u in stage.until if u.unit == "epochs"]
+        steps = [int(u.value) for u in stage.until if u.unit == "steps"]
+        if batches is not None and epochs:
+            steps.append(round(min(epochs) * -(-batches // stage.accumulate)))
+        for phase in stage.phases:
+            for scheduler in phase.step_schedulers:
+                if isinstance(scheduler.torch, OneCycleLR) and steps:
+                    need, have = min(steps) // phase.every, scheduler.torch.total_steps
+                    if need > have:
+                        yield (
+                            f"OneCycleLR was made for {have} steps, but phase {phase.name!r} takes {need}; "
+                            f"make it with total_steps={need}"
+                        )
+            for scheduler in phase.epoch_schedulers:
+                if isinstance(scheduler.torch, OneCycleLR) and not epochs:
+                    yield "OneCycleLR is stepped once an epoch here, but the run counts steps; wrap it: lw.per_step(scheduler)"
+
+
+def _monitors(run: Run) -> Iterator[str]:
+    """A monitored name that nothing produces; only what is certain is reported."""
+    has_valid = any(stage.valid for stage in run.stages)
+    names = {"loss", *run.task.configure_metrics()}
+    closed = isinstance(run.task, Supervised)  # its step returns just loss, preds and target
+    several = any(len(stage.phases) > 1 for stage in run.stages) or any(len(s.valid) > 1 or "" not in s.valid for s in run.stages if s.valid)
+    schedulers = [s for stage in run.stages for phase in stage.phases for s in phase.epoch_schedulers]
+    for item in [*run.callbacks, *run.savers, *schedulers]:
+        monitor = getattr(item, "monitor", None)
+        if not isinstance(monitor, str):
+            continue
+        kind, _, name = monitor.partition("/")
+        who = f"{type(getattr(item, 'torch', item)).__name__} monitors {monitor!r}"
+        if kind == "valid" and not has_valid:
+            yield f"{who}, but there is no validation; pass fit(..., valid=loader) or monitor 'train/{name}'"
+        elif kind not in ("train", "valid", "lr"):
+            produced = [f"{k}/{n}" for k in (("train", "valid") if has_valid else ("train",)) for n in names]
+            yield f"{who}, which is not logged. {choose(monitor, produced)}"
+        elif closed and not several and kind != "lr" and name not in names:
+            yield f"{who}, which nothing produces. {choose(monitor, [f'{kind}/{n}' for n in names])}"
+
+
+def _settings(run: Run) -> Iterator[str]:
+    """Settings that cannot apply to this run."""
+    for stage in run.stages:
+        if run.settings.get("validate_every", "1 epoch") != "1 epoch" and not stage.valid:
+            yield f"validate_every={run.settings['validate_every']!r}, but there is no validation data; pass fit(..., valid=loader)"
+        closures = [phase for phase in stage.phases if phase.closure]
+        for phase in closures:
+            name = type(phase.moved[0]).__name__
+            for setting, given in (
+                (f"accumulate={stage.accumulate}", stage.accumulate > 1),
+                (f"clip_norm={phase.clip_norm}", phase.clip_norm is not None),
+                ("nonfinite='skip'", run.nonfinite == "skip"),
+                (f"precision={run.precision.name!r}", not run.precision.plain),
+                ("on_grads_ready", bool(run.hooks.on_grads_ready)),
+                ("a second optimizer in the same phase", len(phase.moved) > 1),
+            ):
+                if given:
+                    yield f"{setting} cannot apply to {name}, which calls the step back as often as it needs; leave it out"
+        if stage.valid and isinstance(run.task, Task) and not isinstance(run.task, Supervised):
+            kind = type(run.task)
+            if kind.training_step is Task.training_step and kind.validation_step is Task.validation_step:
+                yield f"{kind.__name__} has neither validation_step nor training_step, but validation data was given; write one"
+        if isinstance(run.task, Task) and not any(phase.moved for phase in stage.phases):
+            yield f"no phase of stage {stage.name!r} moves an optimizer; return one from configure_optimizers"
+        for phase in stage.phases:
+            frozen = phase.moved and not any(p.requires_grad for p in phase.parameters())
+            if frozen and stage.train is None:
+                yield f"every parameter of phase {phase.name!r} is frozen; set requires_grad_(True) on what shall be trained"

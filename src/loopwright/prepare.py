@@ -1,0 +1,190 @@
+"""From friendly arguments to a Run: sources, optimizers, phases and stages, resolved and checked."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from loopwright.data import DataModule, as_source, samples
+from loopwright.errors import SettingError, choose
+from loopwright.metrics import Meters, check_metrics
+from loopwright.optim import as_schedulers, match_names
+from loopwright.progress import Duration, Every
+from loopwright.state import Phase, Source, Stage
+
+__all__ = ["Parts", "as_sources", "assemble", "measured_by", "sample_count", "seed_everything", "trainable_flags"]
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a task and its data come to: the pieces that a Run is made of."""
+
+    models: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+    stages: list[Stage]
+    metrics: dict[str, Any]
+
+
+def assemble(
+    task: Any,
+    train: Any,
+    valid: Any,
+    stages: list[Stage] | None,
+    *,
+    until: list[Duration],
+    accumulate: int,
+    clip_norm: float | None,
+    validate_every: str | int | Duration,
+    weight: Callable[[Any], float] | None,
+    key: int,
+    device: torch.device,
+    optimizers: dict[str, Optimizer] | None,
+) -> Parts:
+    """Resolve everything that training needs; ``optimizers`` are those of a run that goes on."""
+    if isinstance(train, DataModule):
+        train.prepare_data()
+        train.setup()
+        valid, train = train.valid_data() if valid is None else valid, train.train_data()
+    models = task.models()
+    for model in models.values():
+        model.to(device)
+    if isinstance(task, nn.Module):
+        task.to(device)
+    metrics = check_metrics(task.configure_metrics())
+    given = _named(task.configure_optimizers()) if optimizers is None else {n: (o, None) for n, o in optimizers.items()}
+    parts = Parts(models, {}, [], metrics)
+    schedules: dict[str, Any] = {}
+    for name, (optimizer, schedule) in given.items():
+        parts.optimizers[name] = _optimizer(optimizer, task, name)
+        schedules[name] = schedule
+    base = Stage("main", until, train, valid, None, accumulate, weight, validate_every)
+    for stage in stages or [base]:
+        parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key))
+    return parts
+
+
+def sample_count(batch: Any) -> int:
+    """Samples of a batch where it has any tensor, else 1: for steps that take any kind of batch."""
+    try:
+        return samples(batch)
+    except ValueError:
+        return 1
+
+
+def measured_by(metrics: Mapping[str, Any]) -> Meters | None:
+    """Fresh meters for a validation or a test; None where there is no metric."""
+    return Meters(metrics, training=False) if metrics else None
+
+
+def _named(found: Any) -> dict[str, tuple[Any, Any]]:
+    """``configure_optimizers`` may return an optimizer, ``(optimizer, schedule)``, or a dict of name to either."""
+    pairs = found if isinstance(found, Mapping) else {"main": found}
+    return {name: pair if isinstance(pair, tuple) else (pair, None) for name, pair in pairs.items()}
+
+
+def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None) -> Optimizer:
+    """An instance as it is; a factory is called with the trainable parameters of the task."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if not callable(optimizer):
+        raise SettingError(
+            f"the optimizer {name!r} is {optimizer!r}; pass a torch optimizer such as torch.optim.AdamW(net.parameters(), "
+            "lr=1e-3), or a factory: lambda params: torch.optim.AdamW(params, lr=1e-3)"
+        )
+    named = dict(task.named_parameters())
+    chosen = named if patterns is None else {n: named[n] for n in named if n in match_names(patterns, named)}
+    made = optimizer([p for p in chosen.values() if p.requires_grad or patterns is not None])
+    if not isinstance(made, Optimizer):
+        raise SettingError(f"the factory of optimizer {name!r} returned {type(made).__name__}; it must return a torch optimizer")
+    return made
+
+
+def _stage(
+    stage: Stage, base: Stage, task: Any, parts: Parts, schedules: Mapping[str, Any], clip_norm: float | None, key: int
+) -> Stage:
+    """A resolved copy of ``stage``; what it leaves out comes from ``fit``."""
+    made = replace(stage)
+    made.until = [Duration.parse(one, unit="epochs") for one in _listed(stage.until)]
+    made.source = as_source(base.source if stage.source is None else stage.source, train=True, key=key)
+    made.valid = as_sources(base.valid if stage.valid is None else stage.valid, key)
+    made.accumulate = base.accumulate if stage.accumulate is None else stage.accumulate
+    made.weight = stage.weight or base.weight
+    made.counts_samples = made.weight is None
+    made.weight = made.weight or (samples if isinstance(task, nn.Module) else sample_count)
+    made.validate_every = Every(base.validate_every if stage.validate_every is None else stage.validate_every)
+    optimizers = dict(parts.optimizers)
+    if stage.optimizer is not None:
+        schedules = {}
+        for name, (optimizer, schedule) in _named(stage.optimizer).items():
+            optimizers[name] = _optimizer(optimizer, task, name, stage.train)
+            parts.optimizers[f"{stage.name}.{name}"] = optimizers[name]
+            schedules[name] = schedule
+    phases = [replace(phase) for phase in (task.phases() if stage.phases is None else stage.phases)]
+    if not phases:
+        raise SettingError(f"stage {stage.name!r} has no phase to train; return at least one from phases()")
+    for phase in phases:
+        _phase(phase, optimizers, schedules, parts.metrics, clip_norm, alone=len(phases) == 1)
+    made.phases = phases
+    return made
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def as_sources(data: Any, key: int) -> dict[str, Source]:
+    """Evaluation data by name: one source without a name, or those of a dict of loaders."""
+    if data is None:
+        return {}
+    several = isinstance(data, dict) and data and not any(hasattr(v, "__array__") for v in data.values())
+    return {name: as_source(one, train=False, key=key) for name, one in (data.items() if several else [("", data)])}
+
+
+def _phase(
+    phase: Phase, optimizers: Mapping[str, Optimizer], schedules: Mapping[str, Any], metrics: Mapping[str, Any],
+    clip_norm: float | None, *, alone: bool,
+) -> None:  # fmt: skip
+    wanted = list(optimizers) if phase.optimizers is None else phase.optimizers
+    moved: list[Optimizer] = []
+    named = schedules if phase.schedule is None else {}
+    schedulers: list[Any] = []
+    for one in [wanted] if isinstance(wanted, (str, Optimizer)) else wanted:
+        if isinstance(one, str) and one not in optimizers:
+            raise SettingError(f"phase {phase.name!r} moves the optimizer {one!r}, which does not exist. {choose(one, optimizers)}")
+        optimizer = optimizers[one] if isinstance(one, str) else one
+        moved.append(optimizer)
+        schedulers += as_schedulers(named.get(one) if isinstance(one, str) else None, (optimizer,))
+    schedulers += as_schedulers(phase.schedule, tuple(moved))
+    phase.moved = tuple(moved)
+    phase.clip_norm = clip_norm if phase.clip_norm is None and moved else phase.clip_norm
+    phase.step_schedulers = tuple(s for s in schedulers if s.every == "step")
+    phase.epoch_schedulers = tuple(s for s in schedulers if s.every == "epoch")
+    phase.prefix = "" if alone else f"{phase.name}/"
+    phase.meters = Meters(metrics, training=True) if metrics else None
+    phase.closure = any(needs_closure(optimizer) for optimizer in moved)
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """True for optimizers such as LBFGS, whose ``step`` cannot be called without a closure."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def trainable_flags(task: Any) -> dict[str, bool]:
+    """``requires_grad`` of each parameter as the user set it."""
+    return {n: p.requires_grad for n, p in task.named_parameters()} if isinstance(task, nn.Module) else {}

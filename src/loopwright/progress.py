@@ -1,0 +1,127 @@
+"""How far a run is, and how long or how often something lasts: progress, durations, intervals."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from loopwright.errors import SettingError, choose
+
+__all__ = ["Duration", "Every", "Progress"]
+
+
+class Progress(NamedTuple):
+    """Completed units of a run: an immutable value that only ``loop.py`` replaces.
+
+    ``stage``, ``epoch``, ``step``, ``samples`` and ``seconds`` count over the whole run (seconds over restarts),
+    ``batch`` within the open epoch, ``stage_step`` within the open stage, ``phase_steps`` for each phase by name.
+    A named tuple, since one is made at every step and a frozen dataclass costs more than twice as much.
+
+    >>> Progress(epoch=2, batch=3).epoch
+    2
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    stage_step: int = 0
+    samples: int = 0
+    phase_steps: dict[str, int] = {}  # noqa: RUF012 - replaced, never changed
+    seconds: float = 0.0
+
+
+_UNITS = {
+    "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs",
+    "sample": "samples", "samples": "samples", "s": "seconds", "sec": "seconds",
+    "second": "seconds", "seconds": "seconds", "min": "minutes", "minute": "minutes", "minutes": "minutes",
+    "h": "hours", "hour": "hours", "hours": "hours", "day": "days", "days": "days",
+}  # fmt: skip
+_SECONDS = {"minutes": 60.0, "hours": 3600.0, "days": 86400.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """A length of training: a number of steps, epochs, samples or seconds.
+
+    >>> Duration.parse("10 min")
+    Duration(value=600.0, unit='seconds')
+    >>> Duration.parse(500)
+    Duration(value=500.0, unit='steps')
+    """
+
+    value: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: Duration | int | str, *, unit: str = "steps") -> Duration:
+        """Read ``"500 steps"``, ``"2 epochs"``, ``"10 min"``, ``"1e6 samples"`` or a bare number of ``unit``.
+
+        Raises SettingError for an unknown unit, and for a value that is not a positive number.
+        """
+        if isinstance(text, Duration):
+            return text
+        match = re.fullmatch(r"\s*([0-9.eE+_]+)\s*([A-Za-z]*)\s*", str(text))
+        try:
+            if match is None or isinstance(text, bool):
+                raise ValueError
+            value, name = float(match[1]), match[2].lower() or unit
+        except ValueError:
+            raise SettingError(
+                f"{text!r} is not a duration; write a number and a unit, such as '500 steps', '2 epochs', "
+                "'10 min' or '1e6 samples'"
+            ) from None
+        if name not in _UNITS:
+            raise SettingError(f"unknown unit {name!r} in the duration {text!r}. {choose(name, _UNITS)}")
+        unit = _UNITS[name]
+        if not value > 0 or math.isinf(value) or (unit in ("steps", "samples") and value % 1):
+            raise SettingError(f"the duration {text!r} must be a positive {'whole ' if value % 1 else ''}number")
+        return cls(value * _SECONDS.get(unit, 1.0), "seconds" if unit in _SECONDS else unit)
+
+    def position(self, progress: Progress, batches: int | None = None) -> float:
+        """Where ``progress`` stands in this unit; epochs count fractions when ``batches`` an epoch are known."""
+        if self.unit == "steps":
+            return progress.step
+        if self.unit == "epochs":
+            return progress.epoch + (progress.batch / batches if batches else 0.0)
+        return progress.samples if self.unit == "samples" else progress.seconds
+
+    def __str__(self) -> str:
+        return f"{self.value:g} {self.unit}"
+
+
+class Every:
+    """An interval: ``due`` is true when a multiple of the duration has been completed since it was asked last.
+
+    Multiples count from the start of the run, so nothing needs saving and a resumed run fires where it would have.
+
+    >>> every = Every("2 steps")
+    >>> [every.due(Progress(step=n)) for n in (1, 2, 3, 4, 5)]
+    [False, True, False, True, False]
+    """
+
+    __slots__ = ("batches", "duration", "next")
+
+    def __init__(self, duration: Duration | int | str, *, unit: str = "steps") -> None:
+        self.duration = Duration.parse(duration, unit=unit)
+        self.start(Progress())
+
+    def start(self, progress: Progress, batches: int | None = None) -> None:
+        """Begin, or begin again after a resume, at ``progress``; ``batches`` an epoch allow parts of an epoch."""
+        self.batches = batches if self.duration.value % 1 else None
+        if self.duration.unit == "epochs" and self.duration.value % 1 and batches == 0:
+            raise SettingError(f"'{self.duration}' needs data with a known number of batches; count steps instead")
+        self._after(self.duration.position(progress, self.batches))
+
+    def _after(self, position: float) -> None:
+        self.next = (math.floor(position / self.duration.value + 1e-9) + 1) * self.duration.value - 1e-9
+
+    def due(self, progress: Progress) -> bool:
+        """True once for each multiple reached; one long step that passes several counts once."""
+        position = self.duration.position(progress, self.batches)
+        if position < self.next:
+            return False
+        self._after(position)
+        return True

@@ -1,0 +1,102 @@
+"""Entering and leaving a stage, and changes asked for by ``run.replace``."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from loopwright.data import as_source
+from loopwright.errors import SettingError
+from loopwright.optim import set_trainable
+from loopwright.state import Progress, Run, Stage
+
+__all__ = ["apply_changes", "begin_stage", "end_stage", "is_over"]
+
+
+def begin_stage(run: Run, stage: Stage) -> bool:
+    """Make ``stage`` the open one: its end, intervals and trainable parameters. False if it was open before."""
+    p, start, batches = run.progress, run.stage_start, stage.source.batches
+    end = {"epochs": inf, "steps": inf, "samples": inf, "seconds": inf}
+    for until in stage.until:
+        unit, value = until.unit, until.value
+        if unit == "epochs" and value % 1:  # part of an epoch: so many steps
+            unit, value = "steps", max(1, round(value * -(-batches // stage.accumulate)))
+        end[unit] = min(end[unit], until.position(start) + value if unit == until.unit else start.step + value)
+    run.stage_end = Progress(epoch=end["epochs"], step=end["steps"], samples=end["samples"], seconds=end["seconds"])  # type: ignore[arg-type]
+    run.log_every.start(p, batches)
+    run.validates_within = False
+    if stage.valid:
+        stage.validate_every.start(p, batches)
+        every = stage.validate_every.duration
+        run.validates_within = every.unit != "epochs" or every.value % 1 != 0
+    if isinstance(run.task, nn.Module):
+        set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
+    return p.stage_step == p.batch == 0 and p.epoch == start.epoch
+
+
+def is_over(run: Run) -> bool:
+    """True when the open stage has reached one of its ends."""
+    p, end = run.progress, run.stage_end
+    return p.step >= end.step or p.epoch >= end.epoch or p.samples >= end.samples or p.seconds >= end.seconds
+
+
+def end_stage(run: Run) -> None:
+    """Count the stage. The next one begins a new epoch, also where this one ended inside of an epoch."""
+    p = run.progress
+    inside = p.batch > 0 and p.stage + 1 < len(run.stages)
+    run.progress = p._replace(
+        stage=p.stage + 1, stage_step=0, epoch=p.epoch + inside, batch=0 if inside else p.batch
+    )
+    run.stage_start = run.progress
+
+
+def apply_changes(run: Run) -> None:
+    """Carry out what ``run.replace`` asked for, between two steps."""
+    for name, obj in run.changes:
+        kind, _, key = name.partition(".")
+        if kind == "optimizer":
+            _replace_optimizer(run, key or next(iter(run.optimizers)), obj)
+        elif kind in ("train", "valid"):
+            _replace_data(run, kind, obj)
+        else:
+            _replace_model(run, kind, key, obj)
+    run.changes.clear()
+    known = {id(p) for model in run.models.values() for p in model.parameters()}
+    for optimizer_name, optimizer in run.optimizers.items():
+        if known and not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            raise SettingError(
+                f"after {run.replaced[-1]}, the optimizer {optimizer_name!r} moves no parameter of the model any more; replace "
+                f"it as well: run.replace('optimizer', {type(optimizer).__name__}(new_model.parameters(), ...))"
+            )
+
+
+def _replace_optimizer(run: Run, key: str, new: Any) -> None:
+    if not isinstance(new, Optimizer):
+        raise SettingError(f"run.replace('optimizer', {new!r}): expected a torch optimizer")
+    old, run.optimizers[key] = run.optimizers[key], new
+    for stage in run.stages:
+        for phase in stage.phases:
+            phase.moved = tuple(new if o is old else o for o in phase.moved)
+
+
+def _replace_data(run: Run, kind: str, new: Any) -> None:
+    stage = run.stage
+    if stage is not None:
+        if kind == "train":
+            stage.source = as_source(new, train=True, key=run.settings.get("key", 0))
+        else:
+            stage.valid = {"": as_source(new, train=False, key=run.settings.get("key", 0))}
+
+
+def _replace_model(run: Run, kind: str, key: str, new: Any) -> None:
+    if not hasattr(run.task, "replace"):
+        raise SettingError(f"run.replace({kind!r}) needs a Task or Supervised; a plain step function owns its models itself")
+    run.task.replace(key or kind, new.to(run.device) if isinstance(new, nn.Module) else new)
+    run.models.update(run.task.models())
+    steps = {phase.name: phase.step for phase in run.task.phases()}
+    for stage in run.stages:
+        for phase in stage.phases:
+            phase.step = steps.get(phase.name, phase.step)

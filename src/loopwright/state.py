@@ -1,0 +1,292 @@
+"""What a run is made of: progress, phases, stages, the run itself, and the few protocols that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from loopwright.errors import SettingError, choose
+from loopwright.history import History, Series
+from loopwright.progress import Duration, Every, Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from loopwright.events import Callback, Hooks
+
+__all__ = [
+    "Comm",
+    "Duration",
+    "Every",
+    "Logger",
+    "Metric",
+    "Phase",
+    "Precision",
+    "Progress",
+    "Run",
+    "Saver",
+    "Source",
+    "Stage",
+    "StepResult",
+]
+
+
+# ---------------------------------------------------------------------------------------------- protocols
+
+
+class Source(Protocol):
+    """Batches in a known order. One pass of training is ``at(epoch, 0)``.
+
+    ``state_dict`` is asked between steps; after ``load_state_dict`` the next ``at(epoch, batch)`` goes on exactly
+    there and leaves the global random generators as it found them. ``exact`` lists the reasons why it could not.
+    """
+
+    def at(self, epoch: int, batch: int) -> Iterator[Any]:
+        """Batches of ``epoch``, the first ``batch`` of them left out."""
+        ...
+
+    def sizes(self, batch: int) -> Iterator[int] | None:
+        """Samples in each batch from ``batch`` on, when the plan of the order tells; None where only reading tells."""
+        ...
+
+    @property
+    def batches(self) -> int | None:
+        """Batches in an epoch; None when unknown."""
+        ...
+
+    @property
+    def exact(self) -> list[str]:
+        """Reasons why a resume could not be exact; empty when it is."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """What a metric must offer; every torchmetrics metric does."""
+
+    def update(self, *args: Any) -> None: ...
+    def compute(self) -> Any: ...
+    def reset(self) -> None: ...
+
+
+class Logger(Protocol):
+    """A destination of records. Only ``log`` is required; the others are called where they exist.
+
+    ``kind`` is "train" (each ``log_every``), "valid" (each validation), "epoch" (each epoch), "test".
+    """
+
+    def log(self, progress: Progress, values: Mapping[str, float], kind: str) -> None: ...
+
+
+class Saver(Protocol):
+    """Writes checkpoints. The loop asks ``due`` between steps, and calls ``save`` when it says so."""
+
+    at_end: bool
+
+    def start(self, run: Run) -> None: ...
+    def due(self, run: Run, *, validated: bool) -> bool: ...
+    def save(self, run: Run) -> Path | None: ...
+
+
+class Comm(Protocol):
+    """The other processes of this run."""
+
+    rank: int
+    world_size: int
+
+    def sum(self, value: float) -> float:
+        """``value`` summed over all ranks."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """True if ``flag`` is true on any rank."""
+        ...
+
+
+class Precision(Protocol):
+    """How numbers are held while a step runs. ``plain`` is true when there is nothing to do."""
+
+    name: str
+    plain: bool
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+Step = Callable[[Any], Any]
+
+
+@dataclass(slots=True)
+class Phase:
+    """One objective and the optimizers that it moves; a GAN has two.
+
+    ``step(batch)`` returns the loss, or a dict with ``"loss"``. ``optimizers`` names those of
+    ``configure_optimizers`` (or gives instances); None means all. A phase with ``optimizers=()`` moves nothing by
+    itself: its step does all the work. ``every=5`` lets it run at optimizer steps 5, 10, ... of the run.
+    ``clip_norm`` bounds the 2-norm of all its gradients. ``schedule`` is a torch scheduler, or a factory
+    ``optimizer -> scheduler``.
+
+    >>> Phase("generator", step=lambda batch: {"loss": batch.mean()}, optimizers="gen", every=5).every
+    5
+    """
+
+    name: str
+    step: Step
+    optimizers: str | Optimizer | Sequence[str | Optimizer] | None = None
+    every: int = 1
+    clip_norm: float | None = None
+    schedule: Any = None
+    # filled in before training starts
+    moved: tuple[Optimizer, ...] = field(default=(), init=False, repr=False)
+    step_schedulers: tuple[Any, ...] = field(default=(), init=False, repr=False)
+    epoch_schedulers: tuple[Any, ...] = field(default=(), init=False, repr=False)
+    meters: Any = field(default=None, init=False, repr=False)
+    prefix: str = field(default="", init=False, repr=False)
+    closure: bool = field(default=False, init=False, repr=False)  # the optimizer calls back, as LBFGS does
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters that this phase moves, as they stand in its optimizers now."""
+        return [p for optimizer in self.moved for group in optimizer.param_groups for p in group["params"]]
+
+
+@dataclass(slots=True)
+class Stage:
+    """A part of an experiment: "train the head for 1 epoch, then all for 4" is a list of two.
+
+    ``until`` is a duration counted from the start of the stage. ``source``, ``valid``, ``phases``, ``accumulate``,
+    ``weight`` and ``validate_every`` left None are those of ``fit``. ``weight(batch)`` gives the samples or tokens of
+    a batch. ``train`` holds name patterns (``"head.*"``) of the parameters that this stage trains, ``freeze`` of those
+    that it does not; with neither, requires_grad is left as the user set it.
+
+    >>> Stage("head", until="1 epoch", train="head.*").until
+    '1 epoch'
+    """
+
+    name: str
+    until: Duration | int | str | Sequence[Duration | str]
+    source: Any = None
+    valid: Any = None
+    phases: Any = None
+    accumulate: Any = None
+    weight: Any = None
+    validate_every: Any = None
+    optimizer: Any = None
+    train: str | Sequence[str] | None = None
+    freeze: str | Sequence[str] | None = None
+    counts_samples: bool = field(default=True, init=False, repr=False)  # no weight function: sizes come from the plan
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What an optimizer step left behind.
+
+    ``values``: detached scalars by name, weighted over the window. ``output``: what the last phase's step returned
+    for the last batch. ``weight``: samples (or tokens) of the window. ``grad_norm``: 2-norm before clipping, None
+    where nothing was clipped. ``moved``: names of the phases that ran.
+    """
+
+    values: dict[str, Any]
+    output: Any
+    weight: float
+    grad_norm: Tensor | None = None
+    moved: tuple[str, ...] = ()
+    ends_epoch: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One execution of training: handed to every hook, returned by ``fit``.
+
+    Read anything. To change something there are three verbs: ``request_stop(reason)``, ``log(values)`` and
+    ``replace(name, obj)``.
+    """
+
+    task: Any
+    stages: list[Stage]
+    models: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+    callbacks: list[Callback]
+    hooks: Hooks
+    comm: Comm
+    precision: Precision
+    device: torch.device
+    weight: Callable[[Any], float]
+    loggers: list[Any] = field(default_factory=list)
+    savers: list[Saver] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)  # the user's own objects that checkpoints hold
+    meters: dict[str, Any] = field(default_factory=dict)  # "valid", "test"; those of training are on the phases
+    settings: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    status: str = "created"
+    exact: bool | list[str] = True
+    progress: Progress = Progress()
+    stage_start: Progress = Progress()
+    metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each logged name
+    history: History = field(default_factory=History)
+    series: Series = field(default_factory=Series)
+    stop_reason: str | None = None
+    nonfinite: str | None = "raise"
+    skip_limit: int = 10
+    skipped: int = 0
+    replaced: list[str] = field(default_factory=list)
+    # how the loop keeps its place
+    data: Any = None  # the training data as it was given
+    handlers: list[Any] = field(default_factory=list)
+    log_every: Every = field(default_factory=lambda: Every("50 steps"))
+    changes: list[tuple[str, Any]] = field(default_factory=list)
+    stage_end: Progress = Progress()
+    trainable: dict[str, bool] = field(default_factory=dict)
+    moves_batches: bool = False
+    validates_within: bool = False
+    validated_at: int = -1
+    skips_in_row: int = 0
+    began: float = 0.0
+
+    @property
+    def stage(self) -> Stage | None:
+        """The open stage; None after the last one."""
+        return self.stages[self.progress.stage] if self.progress.stage < len(self.stages) else None
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate of the first group of the first optimizer."""
+        for optimizer in self.optimizers.values():
+            return float(optimizer.param_groups[0]["lr"])
+        return None
+
+    def request_stop(self, reason: str) -> None:
+        """Stop at the next boundary between optimizer steps; the first reason is kept in ``stop_reason``."""
+        self.stop_reason = self.stop_reason or reason
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Add scalars (numbers or 0-dimensional tensors) to the next record, as the mean since the last one."""
+        self.series.add({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
+
+    def replace(self, name: str, obj: Any) -> None:
+        """Change ``"model"``, ``"loss"``, ``"optimizer"`` (or ``"optimizer.<name>"``), ``"train"`` or ``"valid"``.
+
+        ``"model.<name>"`` is one child of a Task. It takes effect before the next step; data, at the next epoch or
+        validation. The change is noted in ``run.replaced``. Raises SettingError for an unknown name.
+        """
+        models = {f"model.{name}" for name, _ in self.task.named_children()} if isinstance(self.task, nn.Module) else ()
+        known = {"model", "loss", "train", "valid", "optimizer", *models, *(f"optimizer.{n}" for n in self.optimizers)}
+        if name not in known:
+            raise SettingError(f"run.replace has no {name!r} to replace. {choose(name, known)}")
+        self.changes.append((name, obj))
+        self.replaced.append(f"{name} by {type(obj).__name__} after step {self.progress.step}")
+
+    def __repr__(self) -> str:
+        p = self.progress
+        shown = ", ".join(f"{k}={v:.4g}" for k, v in self.metrics.items())
+        where = f", folder={str(self.folder)!r}" if self.folder else ""
+        return f"Run({self.status}, epoch={p.epoch}, step={p.step}{', ' if shown else ''}{shown}{where})"

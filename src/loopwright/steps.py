@@ -1,0 +1,197 @@
+"""What a training step is made of: its window of batches, its output, its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from loopwright._compat import any_nonfinite
+from loopwright.errors import NonFiniteError, SkipBatch, StepOutputError, choose
+from loopwright.events import add_place, describe, fire, fold
+from loopwright.state import Phase, Run, Stage
+
+__all__ = ["as_output", "closure_step", "explain", "nonfinite", "rescale", "scalars", "windows", "zero_grad"]
+
+
+def windows(stage: Stage, batches: Iterator[Any], start: int) -> Iterator[tuple[Iterable[Any], list[float] | None]]:
+    """Windows of ``stage.accumulate`` batches, each with the weights of its batches (None for single ones).
+
+    Where the plan of the order tells the sizes, batches are fetched one at a time as in a hand-written loop; otherwise
+    the window is read ahead, since the weight of its last batch is needed for the gradient of its first.
+    """
+    n, sizes = stage.accumulate, None
+    if n == 1:
+        return zip(zip(batches), repeat(None))
+    if len(stage.phases) == 1 and stage.counts_samples:
+        sizes = stage.source.sizes(start)
+    return _held(stage, batches, n) if sizes is None else _planned(batches, sizes, n)
+
+
+def _planned(batches: Iterator[Any], sizes: Iterator[int], n: int) -> Iterator[tuple[Iterable[Any], list[float]]]:
+    while planned := [float(size) for size in islice(sizes, n)]:
+        yield islice(batches, len(planned)), planned
+
+
+def _held(stage: Stage, batches: Iterator[Any], n: int) -> Iterator[tuple[Iterable[Any], list[float]]]:
+    while window := list(islice(batches, n)):
+        yield window, [stage.weight(batch) for batch in window]
+
+
+def zero_grad(optimizer: Optimizer) -> None:
+    """Set gradients to None directly: torch's own does the same and records a profiler range for 5 us."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in optimizer.__dict__:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:  # read anew at each step: groups may be added
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def as_output(output: Any, phase: Phase | None) -> dict[str, Any]:
+    """A step's return value as a dict; ``loss`` must be in it where a phase moves optimizers."""
+    if isinstance(output, Tensor):
+        return {"loss": output}
+    known = isinstance(output, Mapping)
+    if phase is None or not phase.moved:
+        if known or output is None:
+            return dict(output or {})
+        if isinstance(output, (int, float)):
+            return {"loss": float(output)}
+    elif known and "loss" in output:
+        return dict(output)
+    name = "the step" if phase is None else f"step {phase.name!r}"
+    if not known:
+        raise StepOutputError(
+            f"{name} returned {describe(output) if output is not None else 'None'}; return the loss (a tensor), or a "
+            'dict such as {"loss": loss, "preds": preds, "target": target}'
+        )
+    raise StepOutputError(
+        f"{name} returned the keys {sorted(map(str, output))}; a training step must return 'loss', a scalar tensor. "
+        f"{choose('loss', output)}"
+    )
+
+
+def scalars(output: Mapping[str, Any], values: dict[str, Any], prefix: str, share: float | None) -> None:
+    """Put the scalars of ``output`` into ``values``, detached; with ``share``, add that part of each."""
+    for name, value in output.items():
+        if isinstance(value, Tensor):
+            if value.dim():
+                if name != "loss" or value.numel() != 1:
+                    continue
+                value = value.reshape(())
+            value = value.detach()
+        elif not isinstance(value, (int, float)):
+            if getattr(value, "ndim", None) != 0:  # a numpy scalar is one, too
+                continue
+            value = float(value)
+        if prefix:
+            name = prefix + name
+        if share is None:
+            values[name] = value
+        else:
+            values[name] = value * share + values[name] if name in values else value * share
+
+
+def rescale(phase: Phase, values: dict[str, Any], factor: float) -> None:
+    """Correct gradients and means of a window whose weight was not the planned one."""
+    for parameter in phase.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+    for name in values:
+        if name.startswith(phase.prefix):
+            values[name] = values[name] * factor
+
+
+def nonfinite(run: Run, phase: Phase, loss: Any) -> bool:
+    """True if this step must be dropped since its loss or a gradient is not finite; raises if the run says so."""
+    grads = [p.grad for p in phase.parameters() if p.grad is not None]
+    if not any_nonfinite(grads, loss):
+        run.skips_in_row = 0
+        return False
+    run.skips_in_row += 1
+    if run.nonfinite == "skip" and run.skips_in_row <= run.skip_limit:
+        run.skipped += 1
+        return True
+    names = {id(p): name for model in run.models.values() for name, p in model.named_parameters()}
+    bad = [
+        names.get(id(p), "a parameter")
+        for p in phase.parameters()
+        if p.grad is not None and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else p.grad).all())
+    ]
+    where = f"; gradients not finite: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}" if bad else ""
+    rule = f" ({run.skips_in_row} steps in a row; at most {run.skip_limit} may be skipped)" if run.nonfinite == "skip" else ""
+    raise NonFiniteError(
+        f"phase {phase.name!r} has a loss of {float(loss):g} at step {run.progress.step + 1}{where}{rule}. The parameters "
+        "are those of before this step. Look for a learning rate too high, log or division of 0, or bad input; "
+        'nonfinite="skip" leaves such steps out, nonfinite=None trains on'
+    )
+
+
+def closure_step(run: Run, phase: Phase, batch: Any) -> dict[str, Any]:
+    """One step of an optimizer that calls back (LBFGS): forward and backward happen as often as it asks.
+
+    Returns the output of its first call. After a step that leaves a loss or a parameter not finite, the parameters are
+    put back and NonFiniteError is raised.
+    """
+    (optimizer,), hooks = phase.moved, run.hooks
+    outputs: list[dict[str, Any]] = []
+    parameters = phase.parameters()
+    before = [p.detach().clone() for p in parameters] if run.nonfinite is not None else []
+
+    def closure() -> Tensor:
+        zero_grad(optimizer)
+        output = as_output(phase.step(batch), phase)
+        if hooks.map_output:
+            output = fold(hooks.map_output, run, output, batch, phase)
+        if hooks.map_loss:
+            output["loss"] = fold(hooks.map_loss, run, output["loss"], output, batch, phase)
+        loss: Tensor = output["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        if hooks.on_backward_end:
+            fire(hooks.on_backward_end, run, loss, output, batch, phase)
+        outputs.append(output)
+        return loss
+
+    optimizer.step(closure)
+    if before and any_nonfinite([p.detach().clone() for p in parameters], outputs[-1]["loss"].detach()):
+        with torch.no_grad():
+            for parameter, kept in zip(parameters, before, strict=True):
+                parameter.copy_(kept)
+        raise NonFiniteError(
+            f"phase {phase.name!r}: {type(optimizer).__name__} left a loss of {float(outputs[-1]['loss']):g} or a parameter "
+            f"that is not finite at step {run.progress.step + 1}; the parameters have been put back. Lower lr, or pass "
+            'line_search_fn="strong_wolfe" to LBFGS'
+        )
+    return outputs[0]
+
+
+def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: Any) -> None:
+    """Note the place on ``error``; raise a clearer one from it if the loss was no loss, or a skip came too late."""
+    add_place(error, run, batch=batch)
+    loss = output.get("loss") if isinstance(output, dict) else None
+    better: Exception | None = None
+    if isinstance(error, SkipBatch):
+        better = StepOutputError("SkipBatch came after map_batch had returned; raise lw.SkipStep to drop the step instead")
+    elif isinstance(error, (RuntimeError, AttributeError)) and phase.moved and loss is not None:
+        if not isinstance(loss, Tensor):
+            better = StepOutputError(
+                f"step {phase.name!r} returned a loss of type {type(loss).__name__}; return the tensor itself "
+                "(without .item() or float()), so that gradients can be computed from it"
+            )
+        elif loss.numel() != 1:
+            better = StepOutputError(
+                f"step {phase.name!r} returned a loss of shape {list(loss.shape)}; return a scalar, such as loss.mean()"
+            )
+        elif not loss.requires_grad:
+            better = StepOutputError(
+                f"step {phase.name!r} returned a loss that depends on no trainable parameter; leave out .detach(), "
+                ".item() and torch.no_grad() in the step, and check requires_grad of the parameters"
+            )
+    if better is not None:
+        add_place(better, run, batch=batch)
+        raise better from error

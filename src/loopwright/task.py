@@ -1,0 +1,294 @@
+"""How a user says what to train: a Task to subclass, or Supervised around a plain module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loopwright.errors import SettingError, StepOutputError, choose
+from loopwright.events import describe
+from loopwright.state import Phase
+
+__all__ = ["StepTask", "Supervised", "Task"]
+
+Select = str | int | Sequence[str | int] | Callable[[Any], Any] | None
+
+
+class Task(nn.Module):
+    """What to train, in one readable class: an ``nn.Module`` whose methods say what happens to a batch.
+
+    Steps return the loss, or a dict: ``loss`` is what is trained on, other scalars are logged, and tensors such as
+    ``preds`` and ``target`` feed metrics and callbacks. A step knows nothing of devices, precision or logging.
+
+    >>> class Line(Task):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.net = nn.Linear(1, 1)
+    ...     def training_step(self, batch):
+    ...         x, y = batch
+    ...         return nn.functional.mse_loss(self.net(x), y)
+    ...     def configure_optimizers(self):
+    ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+    """
+
+    def training_step(self, batch: Any) -> Any:
+        """The loss of a batch, or a dict with ``loss``; required unless ``phases`` is overridden."""
+        raise SettingError(
+            f"{type(self).__name__} has no training_step; write: def training_step(self, batch): ... return loss"
+        )
+
+    def validation_step(self, batch: Any) -> Any:
+        """What to measure on a batch of validation; by default the training step."""
+        return self.training_step(batch)
+
+    def test_step(self, batch: Any) -> Any:
+        """What to measure on a batch of a test; by default the validation step."""
+        return self.validation_step(batch)
+
+    def predict_step(self, batch: Any) -> Any:
+        """The predictions for a batch; by default ``forward``."""
+        return self(batch)
+
+    def configure_optimizers(self) -> Any:
+        """An optimizer, ``(optimizer, schedule)``, or a dict of name to either."""
+        raise SettingError(
+            f"{type(self).__name__} has no configure_optimizers; write: def configure_optimizers(self): "
+            "return torch.optim.AdamW(self.parameters(), lr=1e-3)"
+        )
+
+    def configure_metrics(self) -> dict[str, Any]:
+        """Metrics by name; each is made anew for training, validation and test."""
+        return {}
+
+    def phases(self) -> list[Phase]:
+        """The objectives of an optimizer step; override it for several, such as a GAN's two."""
+        return [Phase("main", self.training_step)]
+
+    def models(self) -> dict[str, nn.Module]:
+        """The modules whose weights a checkpoint holds, by name."""
+        return {"model": self}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the run that trained this task stays behind: a copy is another task, which starts anew
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+
+    def replace(self, name: str, obj: Any) -> None:
+        """Put ``obj`` in the place of the child ``name``; the loop calls it for ``run.replace("model.<name>", obj)``."""
+        if name in ("model", "loss") and not hasattr(self, name):
+            raise SettingError(
+                f"{type(self).__name__} has no {name!r} of its own; name the child to replace, such as "
+                f"run.replace('model.{next((n for n, _ in self.named_children()), 'net')}', new)"
+            )
+        setattr(self, name, obj)
+
+
+class Supervised(Task):
+    """A plain module, a loss and an optimizer as a task.
+
+    ``loss(preds, target)`` returns a scalar; without one, the module's own ``loss`` output is taken, else cross entropy for
+    integer targets and mean squared error for floating ones. ``optimizer`` is an instance or a factory
+    ``params -> Optimizer``; ``schedule`` a torch scheduler, a factory ``optimizer -> scheduler``, or ``lw.per_step(...)``.
+    A batch is ``(input, ..., target)``; ``inputs`` and ``targets`` choose otherwise, by key, by position, by a list of these
+    (keys are passed as keywords), or by a function of the batch.
+
+    A step's output holds ``loss``, ``preds`` (what the module returned) and ``target``.
+
+    >>> net = nn.Linear(4, 2)
+    >>> task = Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+    >>> sorted(task.training_step((torch.zeros(3, 4), torch.tensor([0, 1, 1]))))
+    ['loss', 'preds', 'target']
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Callable[..., Tensor] | None = None,
+        optimizer: Any = None,
+        *,
+        schedule: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        inputs: Select = None,
+        targets: Select = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise SettingError(f"Supervised needs an nn.Module; got {describe(module)}")
+        if loss is not None and not callable(loss):
+            raise SettingError(f"loss={loss!r} cannot be called; pass a function or module, such as nn.CrossEntropyLoss()")
+        if isinstance(loss, type):
+            raise SettingError(f"loss={loss.__name__} is a class; make an instance: {loss.__name__}()")
+        super().__init__()
+        self.module = module
+        self.loss = loss
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.metrics = dict(metrics or {})
+        self.inputs, self.targets = inputs, targets
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        """Loss, predictions and target of a batch."""
+        own = self.__dict__  # looked up directly: nn.Module's own look-up costs half a microsecond each time
+        modules = own["_modules"]
+        loss_of = modules["loss"] if "loss" in modules else own["loss"]
+        chosen = own["inputs"] is not None or own["targets"] is not None
+        if chosen or loss_of is None or type(batch) not in (list, tuple) or len(batch) != 2:
+            return self._any_step(batch, loss_of)
+        inputs, target = batch
+        preds = modules["module"](inputs)
+        return {"loss": loss_of(preds, target), "preds": preds, "target": target}
+
+    def _any_step(self, batch: Any, loss_of: Callable[..., Tensor] | None) -> dict[str, Any]:
+        args, kwargs = _arguments(batch, _picker(self.inputs, "inputs"), has_target=self.targets is None)
+        preds = self.module(*args, **kwargs)
+        pick_target = _picker(self.targets, "targets")
+        target = _target(batch) if pick_target is None else pick_target(batch)
+        loss = _own_loss(preds) if loss_of is None else None
+        if loss is None:
+            loss = (loss_of or pick_loss(preds, target))(preds, target)
+        return {"loss": loss, "preds": preds, "target": target}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return self.module(*args, **kwargs)
+
+    def predict_step(self, batch: Any) -> Any:
+        """The module's output for a batch of inputs, or of inputs and targets (which are left out)."""
+        paired = isinstance(batch, (list, tuple)) and len(batch) > 1
+        args, kwargs = _arguments(batch, _picker(self.inputs, "inputs"), has_target=paired)
+        return self.module(*args, **kwargs)
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer is None:
+            raise SettingError(
+                "Supervised has no optimizer to train with; pass one: "
+                "optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3)"
+            )
+        return (self.optimizer, self.schedule)
+
+    def configure_metrics(self) -> dict[str, Any]:
+        return self.metrics
+
+    def models(self) -> dict[str, nn.Module]:
+        loss = self.loss
+        has_state = isinstance(loss, nn.Module) and bool(loss.state_dict())
+        return {"model": self.module, "loss": loss} if has_state else {"model": self.module}  # type: ignore[dict-item]
+
+    def replace(self, name: str, obj: Any) -> None:
+        if name not in ("model", "module", "loss"):
+            raise SettingError(f"Supervised has no {name!r} to replace. {choose(name, ['model', 'loss'])}")
+        name = "loss" if name == "loss" else "module"
+        delattr(self, name)  # a module can take the place of a function, and a function that of a module
+        setattr(self, name, obj)
+
+
+def pick_loss(preds: Any, target: Any) -> Callable[[Any, Any], Tensor]:
+    """Cross entropy for integer class targets, mean squared error for floating targets of the same shape.
+
+    Raises SettingError where neither fits.
+
+    >>> pick_loss(torch.zeros(3, 2), torch.tensor([0, 1, 1])).__name__
+    'cross_entropy'
+    """
+    if isinstance(preds, Tensor) and isinstance(target, Tensor):
+        if not target.is_floating_point() and preds.dim() == target.dim() + 1:
+            return nn.functional.cross_entropy
+        if target.is_floating_point() and preds.shape == target.shape:
+            return nn.functional.mse_loss
+    raise SettingError(
+        f"no loss was given, and none can be chosen for preds {describe(preds)} and target {describe(target)}; "
+        "pass loss=..., a function of (preds, target)"
+    )
+
+
+def _own_loss(preds: Any) -> Any:
+    return preds.get("loss") if isinstance(preds, Mapping) else getattr(preds, "loss", None)
+
+
+def _picker(select: Select, name: str) -> Callable[[Any], Any] | None:
+    if select is None or callable(select):
+        return select
+    if isinstance(select, (str, int)):
+        return lambda batch: _get(batch, select, name)
+    keys = list(select)
+    if all(isinstance(key, str) for key in keys):
+        return lambda batch: {key: _get(batch, key, name) for key in keys}
+    return lambda batch: tuple(_get(batch, key, name) for key in keys)
+
+
+def _get(batch: Any, key: str | int, name: str) -> Any:
+    try:
+        return batch[key]
+    except (KeyError, IndexError, TypeError):
+        known = batch.keys() if isinstance(batch, Mapping) else range(len(batch)) if hasattr(batch, "__len__") else ()
+        raise StepOutputError(f"{name}={key!r} is not in the batch {describe(batch)}. {choose(key, known)}") from None
+
+
+def _arguments(
+    batch: Any, pick: Callable[[Any], Any] | None, *, has_target: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the module is called with."""
+    if pick is not None:
+        picked = pick(batch)
+        if isinstance(picked, dict):
+            return (), picked
+        return (picked if isinstance(picked, tuple) else (picked,)), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (list, tuple)):
+        return tuple(batch[:-1] if has_target else batch), {}
+    return (batch,), {}
+
+
+def _target(batch: Any) -> Any:
+    if isinstance(batch, (list, tuple)) and len(batch) > 1:
+        return batch[-1]
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in ("labels", "label", "target", "y") if key in batch), None)
+    raise StepOutputError(
+        f"a batch {describe(batch)} has no target; Supervised expects (input, target). Choose with inputs= and targets=, "
+        "such as targets=lambda batch: batch for an autoencoder"
+    )
+
+
+class StepTask:
+    """A function ``step(run, batch)`` as a task: what ``Trainer.run`` trains. It moves its optimizers itself.
+
+    ``state`` holds the objects that checkpoints keep: anything with ``state_dict`` and ``load_state_dict``, or a pair
+    ``(get, set)`` of functions. Raises SettingError for anything else.
+
+    >>> StepTask(lambda run, batch: None, {"net": nn.Linear(1, 1)}).models()
+    {'net': Linear(in_features=1, out_features=1, bias=True)}
+    """
+
+    def __init__(self, step: Callable[[Any, Any], Any], state: Mapping[str, Any] | None = None) -> None:
+        if not callable(step):
+            raise SettingError(f"step={step!r} cannot be called; pass a function step(run, batch)")
+        self.step, self.state, self.run = step, dict(state or {}), None
+        for name, obj in self.state.items():
+            pair = isinstance(obj, tuple) and len(obj) == 2 and all(callable(part) for part in obj)
+            if not pair and not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
+                raise SettingError(
+                    f"state[{name!r}] is a {type(obj).__name__}, which has no state_dict; pass a pair of functions instead: "
+                    f"state={{{name!r}: (get, set)}}, where set(get()) puts the object back"
+                )
+
+    def validation_step(self, batch: Any) -> Any:
+        raise SettingError("Trainer.run has no validation of its own; call trainer.validate(...) in a handler")
+
+    def phases(self) -> list[Phase]:
+        """One phase without optimizers: the step does all the work."""
+        step, task = self.step, self
+        return [Phase("main", lambda batch: step(task.run, batch), optimizers=())]
+
+    def models(self) -> dict[str, nn.Module]:
+        """The modules among the state."""
+        return {name: obj for name, obj in self.state.items() if isinstance(obj, nn.Module)}
+
+    def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers among the state; the loop only reads their learning rates and saves them."""
+        return {name: obj for name, obj in self.state.items() if isinstance(obj, torch.optim.Optimizer)}
+
+    def configure_metrics(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,45 @@
+"""How values, times and counts read on a screen."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["format_count", "format_time", "format_value"]
+
+
+def format_value(value: float | None) -> str:
+    """A logged value in a few characters, the same number of decimals for values of like size; None is ``-``.
+
+    >>> [format_value(v) for v in (0.21345, 12.3456, 3e-4, 1234.5, 5e7, float("nan"), None)]
+    ['0.2135', '12.35', '3.00e-04', '1234.5', '5.00e+07', 'nan', '-']
+    """
+    if value is None:
+        return "-"
+    value, size = float(value), abs(value)
+    if not math.isfinite(value):
+        return str(value)
+    if size and not 1e-3 <= size < 1e6:
+        return f"{value:.2e}"
+    return f"{value:.4f}" if size < 10 else f"{value:.2f}" if size < 1000 else f"{value:.1f}"
+
+
+def format_time(seconds: float) -> str:
+    """Hours, minutes and seconds as on a clock.
+
+    >>> [format_time(s) for s in (7.4, 62, 3723, 90061)]
+    ['0:07', '1:02', '1:02:03', '1 d 1:01:01']
+    """
+    minutes, s = divmod(round(max(0.0, seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    clock = f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+    return f"{days} d {clock}" if days else clock
+
+
+def format_count(number: float) -> str:
+    """A whole number with its thousands set apart; a small one keeps a decimal.
+
+    >>> format_count(12345.4), format_count(0.52)
+    ('12,345', '0.5')
+    """
+    return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"

@@ -1,0 +1,426 @@
+"""The Trainer: friendly settings, and the few verbs that turn a task and data into a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loopwright import loop
+from loopwright.callbacks import Checkpoint, ProgressBar
+from loopwright.data import DataModule, as_source
+from loopwright.errors import LoopwrightError, LoopwrightWarning, SettingError, choose
+from loopwright.events import Callback, Event, Filter, Handler, Hooks
+from loopwright.explain import explain
+from loopwright.folder import close_folder, open_folder
+from loopwright.interrupt import leave_if_interrupted, watch_signals
+from loopwright.loggers import JSONLLogger
+from loopwright.parallel import Single, pick_device, pick_precision
+from loopwright.plan import Plan, make_plan
+from loopwright.metrics import check_metrics
+from loopwright.prepare import as_sources, assemble, measured_by, sample_count, seed_everything, trainable_flags
+from loopwright.progress import Duration, Every, Progress
+from loopwright.state import Run, Stage
+from loopwright.task import StepTask, Supervised, Task  # noqa: F401 - Supervised is for the doctest
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Settings of training; ``fit``, ``validate``, ``test``, ``predict`` and ``run`` use them on a task and data.
+
+    Training lasts ``epochs``, ``steps`` or ``time`` ("10 min"), whichever is reached first. ``accumulate`` batches make one
+    optimizer step; ``clip_norm`` bounds the 2-norm of the gradients. ``callbacks`` are called in their order. ``loggers``
+    None means ``metrics.jsonl`` in the run folder, which is made under ``folder/name`` (``folder=None`` writes nothing).
+    ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several. ``validate_every`` and
+    ``log_every`` are durations; bare numbers are steps. ``seed`` seeds everything before training, None leaves the global
+    generators alone. ``deterministic`` asks torch for deterministic algorithms during the fit. ``nonfinite`` says what
+    happens when a loss or gradient is NaN or infinite: "raise", "skip" or "skip 25" (at most so many steps in a row;
+    10 without a number), or None (train on).
+
+    Raises SettingError for a value that cannot be used.
+
+    >>> net = nn.Linear(2, 1)
+    >>> task = Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+    >>> data = [(torch.ones(4, 2), torch.zeros(4, 1))]
+    >>> Trainer(epochs=2, folder=None, progress=False).fit(task, data).progress.step
+    2
+    """
+
+    def __init__(
+        self,
+        epochs: int | float | None = None,
+        *,
+        steps: int | None = None,
+        time: str | None = None,
+        device: str | torch.device = "auto",
+        precision: Any = "fp32",
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        callbacks: Sequence[Callback] = (),
+        loggers: Sequence[Any] | None = None,
+        progress: bool | Callback = True,
+        folder: str | Path | None = "runs",
+        name: str | None = None,
+        checkpoint: bool | Checkpoint | Sequence[Checkpoint] = True,
+        validate_every: int | str = "1 epoch",
+        log_every: int | str = "50 steps",
+        seed: int | None = None,
+        deterministic: bool = False,
+        nonfinite: str | None = "raise",
+    ) -> None:
+        self.settings = {k: v for k, v in locals().items() if k != "self"}  # as given: one experiment, readable back
+        limits = (("epochs", epochs), ("steps", steps), ("seconds", time))
+        self.until = [Duration.parse(value, unit=unit) for unit, value in limits if value is not None]
+        self.nonfinite, self.skip_limit = _nonfinite(nonfinite)
+        if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+            raise SettingError(f"accumulate={accumulate!r}: expected a whole number of batches, at least 1")
+        if clip_norm is not None and not clip_norm > 0:
+            raise SettingError(f"clip_norm={clip_norm!r}: expected a positive number, or None for no clipping")
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+            raise SettingError(f"seed={seed!r}: expected a whole number from 0, or None to leave the generators alone")
+        Duration.parse(validate_every), Duration.parse(log_every)
+        self.accumulate, self.clip_norm, self.seed, self.deterministic = accumulate, clip_norm, seed, deterministic
+        self.validate_every, self.log_every = validate_every, log_every
+        self.device, self.precision = device, pick_precision(precision)
+        self.callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
+        given = [c for c in callbacks if isinstance(c, Checkpoint)]
+        self.checkpoint = given if isinstance(checkpoint, bool) and given else checkpoint
+        self.loggers, self.progress, self.folder, self.name = loggers, progress, folder, name
+        self.handlers: list[Handler] = []
+        explicit = not isinstance(self.checkpoint, bool)
+        if explicit and folder is None:
+            raise SettingError("checkpoint=... needs a folder to write to; leave folder=None out, or checkpoint=False")
+        Hooks(self.callbacks)  # a wrong signature is an error here, where the callback was given
+
+    # ------------------------------------------------------------------------------------------ handlers
+
+    def on(self, event: Event | Filter, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a function for an event: ``@trainer.on(lw.Event.EPOCH_END(every=5))``.
+
+        It is called as ``fn(run, *args, **kwargs)`` after the callbacks, in the order of registration; a parameter named
+        like one of the hook's own (``result``, ``values``, ``batch``, ...) receives it. ``trainer.off(fn)`` removes it.
+
+        >>> trainer = Trainer(epochs=1)
+        >>> @trainer.on(Event.EPOCH_END(every=5))
+        ... def look(run):
+        ...     print(run.progress.epoch)
+        """
+
+        def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+            self.handlers.append(Handler(event, fn, args, kwargs))
+            return fn
+
+        if not isinstance(event, (Event, Filter)):
+            Handler(event, lambda run: None, (), {})  # raises the error that lists the events
+        return register
+
+    def off(self, fn: Callable[..., Any]) -> None:
+        """Remove every registration of ``fn``, also from a run that is under way. SettingError if there is none."""
+        found = [h for h in self.handlers if h.fn is fn]
+        if not found:
+            names = [h.name for h in self.handlers]
+            raise SettingError(f"{getattr(fn, '__qualname__', fn)} is not a handler here. {choose(fn, names)}")
+        for handler in found:
+            handler.active = False
+            self.handlers.remove(handler)
+
+    # ------------------------------------------------------------------------------------------ verbs
+
+    def fit(
+        self,
+        task: Task,
+        train: Any,
+        valid: Any = None,
+        *,
+        stages: Sequence[Stage] | None = None,
+        weight: Callable[[Any], float] | None = None,
+    ) -> Run:
+        """Train ``task`` on ``train``, validating on ``valid``, and return the run.
+
+        Data is a DataLoader, a Dataset, arrays such as ``(X, y)``, a list of batches, a generator function, or a
+        DataModule; ``valid`` may be a dict of several. ``weight(batch)`` gives the samples or tokens of a batch where its
+        first dimension does not; with accumulation it makes the window be read ahead, which moves the draws of a dataset
+        that uses the global generators in this process. The same task fitted again goes on to the new total.
+
+        Raises PlanError, before any work starts, with everything that cannot work.
+        """
+        run = self._prepare(task, train, valid, stages, weight)
+        make_plan(run).check()
+        with self._session(run):
+            loop.train(run)
+        leave_if_interrupted(run)
+        return run
+
+    def run(
+        self,
+        step: Callable[[Run, Any], Any],
+        data: Any,
+        *,
+        state: Mapping[str, Any] | None = None,
+        weight: Callable[[Any], float] | None = None,
+    ) -> Run:
+        """Call ``step(run, batch)`` for each batch: the step does all the work, with any library.
+
+        What it returns is logged: a number, a scalar tensor, a dict of these, or None. ``state`` names the objects that
+        checkpoints hold (with ``state_dict``, or a pair ``(get, set)``).
+
+        >>> seen = []
+        >>> run = Trainer(epochs=2, folder=None, progress=False).run(lambda run, batch: seen.append(batch), [1, 2, 3])
+        >>> seen
+        [1, 2, 3, 1, 2, 3]
+        """
+        task = StepTask(step, state)
+        run = self._prepare(task, data, None, None, weight)
+        make_plan(run).check()
+        with self._session(run):
+            loop.train(run)
+        leave_if_interrupted(run)
+        return run
+
+    def validate(self, task: Task, data: Any) -> dict[str, float]:
+        """Metrics and means of ``validation_step`` over ``data``, as ``valid/<name>``."""
+        return self._evaluate(task, data, "valid")
+
+    def test(self, task: Task, data: Any) -> dict[str, float]:
+        """Metrics and means of ``test_step`` over ``data``, as ``test/<name>``."""
+        return self._evaluate(task, data, "test")
+
+    def predict(self, task: Task, data: Any) -> Any:
+        """What ``predict_step`` returns, for all samples in order, on the CPU.
+
+        Tensors are joined along dimension 0, also inside dicts, lists and tuples; anything else comes as a list with one
+        entry a batch.
+        """
+        run = self._bare(_checked(task))
+        if isinstance(data, DataModule):
+            data.prepare_data()
+            data.setup()
+            data = data.predict_data()
+        return joined(loop.predict(run, as_source(data, train=False, key=self._key()), task.predict_step))
+
+    def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
+        """Check all that can be checked before step 0, and say what the run will do. Reads no batch."""
+        try:
+            return make_plan(self._prepare(task, train, valid, stages, None))
+        except LoopwrightError as error:
+            return Plan(problems=[str(error)])
+
+    def explain(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> str:
+        """The flat loop of this very run, with each callback and handler in its place, as text to print."""
+        return explain(self._prepare(task, train, valid, stages, None), self.handlers)
+
+    # ------------------------------------------------------------------------------------------ how a run is made
+
+    def _key(self) -> int:
+        return torch.initial_seed() if self.seed is None else self.seed
+
+    def _prepare(
+        self,
+        task: Any,
+        train: Any,
+        valid: Any,
+        stages: Sequence[Stage] | None,
+        weight: Callable[[Any], float] | None,
+    ) -> Run:
+        if not isinstance(task, StepTask):
+            _checked(task)
+        if not self.until and not stages:
+            raise SettingError("how long to train is not said; write lw.Trainer(epochs=10), steps=1000 or time='10 min'")
+        if stages and self.until:
+            raise SettingError(
+                "both the Trainer and the stages say how long to train; leave epochs, steps and time out of the Trainer"
+            )
+        previous: Run | None = getattr(task, "_run", None)
+        device = pick_device(self.device)
+        parts = assemble(
+            task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
+            clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=self._key(), device=device,
+            optimizers=previous.optimizers if previous is not None else None,
+        )  # fmt: skip
+        bar = [self.progress if isinstance(self.progress, Callback) else ProgressBar()] if self.progress else []
+        run = self._bare(task, [*self.callbacks, *bar], self.handlers)
+        run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
+        run.settings = {**{k: _plain(v) for k, v in self.settings.items()}, "key": self._key()}
+        run.meters["valid"] = measured_by(parts.metrics)
+        run.weight = parts.stages[0].weight
+        run.savers, run.loggers = self._savers(), self._loggers()
+        run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
+        run.trainable = trainable_flags(task)
+        run.exact = self._inexact(run) or True
+        if isinstance(task, StepTask):
+            task.run, run.state = run, task.state
+        if previous is not None:
+            go_on(run, previous)
+        return run
+
+    def _bare(self, task: Any, callbacks: list[Callback] | None = None, handlers: Sequence[Handler] = ()) -> Run:
+        """A run with nothing to train yet: enough to evaluate or predict."""
+        callbacks = list(self.callbacks) if callbacks is None else callbacks
+        device, models = pick_device(self.device), task.models()
+        for model in models.values():
+            model.to(device)
+        return Run(
+            task=task, stages=[], models=models, optimizers={}, callbacks=callbacks, hooks=Hooks(callbacks, handlers),
+            comm=Single(), precision=self.precision, device=device, weight=sample_count,
+            handlers=list(handlers), moves_batches=device.type != "cpu",
+        )  # fmt: skip
+
+    def _savers(self) -> list[Any]:
+        if self.folder is None or self.checkpoint is False:
+            return []
+        if self.checkpoint is True:
+            return [Checkpoint()]
+        return [self.checkpoint] if isinstance(self.checkpoint, Checkpoint) else list(self.checkpoint)
+
+    def _loggers(self) -> list[Any]:
+        if self.loggers is None:
+            return [JSONLLogger()] if self.folder is not None else []
+        return list(self.loggers)
+
+    def _inexact(self, run: Run) -> list[str]:
+        """Reasons why a resume of this run could not give the same bits."""
+        reasons = [reason for stage in run.stages for reason in stage.source.exact]
+        if any(until.unit == "seconds" for stage in run.stages for until in stage.until):
+            reasons.append("its length is bounded by time")
+        if run.device.type != "cpu" and not self.deterministic:
+            reasons.append(f"{run.device.type} without deterministic=True")
+        return list(dict.fromkeys(reasons))
+
+    def _evaluate(self, task: Any, data: Any, kind: str) -> dict[str, float]:
+        run = self._bare(_checked(task))
+        if isinstance(data, DataModule):
+            data.prepare_data()
+            data.setup()
+            data = data.test_data() if kind == "test" else data.valid_data()
+        run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
+        step = task.test_step if kind == "test" else task.validation_step
+        return loop.evaluate(run, as_sources(data, self._key()), step, kind=kind)
+
+    @contextmanager
+    def _session(self, run: Run) -> Iterator[None]:
+        """What surrounds the loop: seeds, flags, folder, loggers, signals; everything is closed and put back."""
+        _say_what_is_odd(run)
+        if self.seed is not None and run.progress.step == 0:
+            seed_everything(self.seed)
+        if self.folder is not None and run.folder is None:
+            name = self.name or type(next(iter(run.models.values()), run.task)).__name__
+            run.folder = open_folder(self.folder, name, settings=run.settings, seed=self.seed)
+        was_deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self.deterministic or was_deterministic)
+        run.status, error = "running", None
+        run.task.__dict__["_run"] = run
+        try:
+            for handler in run.handlers:
+                handler.start(run)
+            for part in (*run.savers, *run.loggers):
+                if hasattr(part, "start"):
+                    part.start(run)
+            with watch_signals(run):
+                yield
+            interrupted = run.stop_reason in ("SIGINT", "SIGTERM")
+            run.status = "interrupted" if interrupted else "stopped" if run.stop_reason else "done"
+        except BaseException as caught:
+            error = caught
+            run.status = "interrupted" if isinstance(caught, KeyboardInterrupt) else "failed"
+            raise
+        finally:
+            torch.use_deterministic_algorithms(was_deterministic)
+            for name, parameter in run.task.named_parameters() if isinstance(run.task, nn.Module) else ():
+                parameter.requires_grad_(run.trainable.get(name, parameter.requires_grad))
+            for logger in run.loggers:
+                if hasattr(logger, "close"):
+                    logger.close(run.status)
+            if run.folder is not None:
+                close_folder(run.folder, run.status, error=error, metrics=run.metrics, progress=run.progress, exact=run.exact)
+
+
+def go_on(run: Run, previous: Run) -> None:
+    """Let ``run`` continue where ``previous``, of the same task, stands: towards its own, larger total."""
+    run.progress, run.history, run.series, run.metrics = (
+        previous.progress, previous.history, previous.series, dict(previous.metrics),
+    )  # fmt: skip
+    run.stage_start, run.folder, run.replaced = previous.stage_start, previous.folder, previous.replaced
+    run.trainable, run.validated_at = previous.trainable, previous.validated_at
+    for stage, old_stage in zip(run.stages, previous.stages, strict=False):
+        for phase, old in zip(stage.phases, old_stage.phases, strict=False):
+            phase.step_schedulers, phase.epoch_schedulers = old.step_schedulers, old.epoch_schedulers
+    if len(run.stages) == len(previous.stages) == 1:
+        run.progress = run.progress._replace(stage=0, stage_step=run.progress.step)
+        run.stage_start = Progress()
+    stage = run.stage
+    if stage is not None and run.progress.batch:
+        if run.data is previous.data:
+            stage.source.load_state_dict(previous.stages[run.progress.stage].source.state_dict())
+        else:  # other data: the open epoch ends here
+            run.progress = run.progress._replace(epoch=run.progress.epoch + 1, batch=0)
+
+
+def joined(outputs: list[Any]) -> Any:
+    """Predictions of many batches as one nested value, joined along dimension 0.
+
+    >>> joined([{"y": torch.zeros(2, 1)}, {"y": torch.zeros(1, 1)}])["y"].shape
+    torch.Size([3, 1])
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat([o if o.dim() else o.reshape(1) for o in outputs])
+    if isinstance(first, Mapping):
+        return {key: joined([o[key] for o in outputs]) for key in first}
+    if isinstance(first, (list, tuple)):
+        parts = [joined([o[i] for o in outputs]) for i in range(len(first))]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return outputs
+
+
+def _checked(task: Any) -> Any:
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, type):
+        raise SettingError(f"{task.__name__} is a class; make an instance: {task.__name__}()")
+    if isinstance(task, nn.Module):
+        raise SettingError(
+            f"{type(task).__name__} is a plain module; say how to train it: lw.Supervised(module, loss=nn.CrossEntropyLoss(), "
+            "optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3)), or derive it from lw.Task"
+        )
+    raise SettingError(f"{type(task).__name__} is no task; pass lw.Supervised(...) or an lw.Task, or call trainer.run(step, data)")
+
+
+def _nonfinite(value: str | None) -> tuple[str | None, int]:
+    words = value.split() if isinstance(value, str) else []
+    if value is None or words == ["raise"]:
+        return value, 0
+    if words[:1] == ["skip"] and len(words) <= 2 and (len(words) == 1 or (words[1].isdigit() and int(words[1]) > 0)):
+        return "skip", int(words[1]) if len(words) == 2 else 10
+    raise SettingError(f"nonfinite={value!r}: expected 'raise', 'skip', 'skip 25' (at most so many in a row) or None")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as plain data where it is plain, else as its class name."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, (Path, torch.device)) else type(value).__name__
+
+
+def _say_what_is_odd(run: Run) -> None:
+    if isinstance(run.task, nn.Module):
+        for name, model in run.models.items():
+            if not model.training:
+                model.train()
+                warnings.warn(f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=4)
+    stage = run.stage
+    done = stage is not None and len(run.stages) == 1 and run.progress.step > 0
+    if done and any(u.position(run.progress) >= u.value for u in stage.until):  # type: ignore[union-attr]
+        warnings.warn(
+            f"this task has already been trained for {run.progress.epoch} epochs ({run.progress.step} steps): nothing to do. "
+            "Ask the Trainer for more, or make a new task to start anew",
+            LoopwrightWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,120 @@
+"""The Python code in the README and the docs runs as it is printed.
+
+The ``python`` blocks of a page are one script, run top to bottom in an empty folder. A block after the
+comment ``<!-- no-run -->`` is left out; what is no script (a console, a fragment) is fenced otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[^\s`]*)[^`]*$")
+
+
+def script(text: str) -> str:
+    """The ``python`` blocks of a page, each line at its own line number; ``""`` when there are none."""
+    lines: list[str] = []
+    indent, ticks, language, before = "", "", "", ""
+    for line in text.splitlines():
+        fence = FENCE.match(line)
+        inside, keep = ticks != "", ""
+        if not inside and fence:
+            indent, ticks, language = fence["indent"], fence["ticks"], fence["language"]
+            if before == "<!-- no-run -->":
+                language = "no-run"
+        elif inside and line.strip() == ticks:
+            ticks = ""
+        elif inside and language == "python":
+            keep = line.removeprefix(indent)
+        lines.append(keep)
+        before = line.strip() or before
+    return "\n".join(lines).rstrip()
+
+
+def pages() -> list[Path]:
+    found = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in found if path.is_file() and script(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in pages()])
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(page, tmp_path, monkeypatch)
+
+
+def run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Execute a page as the script that it prints, in ``folder``; a failure names the page and the line."""
+    code = script(page.read_text(encoding="utf-8"))
+    path = folder / f"{page.stem}.py"
+    path.write_text(code, encoding="utf-8")  # inspect and tracebacks find their source
+    main = types.ModuleType("__main__")
+    main.__file__ = str(path)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    try:
+        exec(compile(code, path, "exec"), main.__dict__)
+    except BaseException as error:  # SystemExit too: a page that leaves has failed
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
+        if isinstance(error, (KeyboardInterrupt, pytest.exit.Exception)):
+            raise
+        pytest.fail(
+            f"{page.name}, line {line}: {type(error).__name__}: {error}\n\n{traceback.format_exc()}", False
+        )
+
+
+PAGE = """\
+# Title
+
+```python
+x = 1
+```
+
+<!-- no-run -->
+```python
+raise SystemExit
+```
+
+```console
+$ python
+```
+
+- a list
+
+  ````python
+  text = '''
+  ```
+  '''
+  ````
+
+```python
+assert x == 2, "x is 1"
+```
+"""
+
+
+def test_blocks_of_a_page_are_one_script_at_their_own_line_numbers() -> None:
+    lines = script(PAGE).splitlines()
+    assert {number: line for number, line in enumerate(lines, 1) if line} == {
+        4: "x = 1",
+        19: "text = '''",
+        20: "```",
+        21: "'''",
+        25: 'assert x == 2, "x is 1"',
+    }
+
+
+def test_a_page_without_code_has_no_script() -> None:
+    assert script("# Title\n\n```yaml\na: 1\n```\n") == ""
+
+
+def test_a_failing_block_names_the_page_and_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md, line 25: AssertionError: x is 1"):
+        run(page, tmp_path, monkeypatch)

@@ -1,0 +1,286 @@
+"""What the package as a whole promises: a cheap import without side effects, a recorded public surface."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import loopwright as lw
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "loopwright"
+API = ROOT / "tests" / "api.txt"
+
+# slow to import, or not installed everywhere
+HEAVY = {
+    "IPython", "matplotlib", "pandas", "rich", "scipy", "sklearn", "sympy", "tensorboard",
+    "torch._dynamo", "torch.distributed.tensor", "torchmetrics",
+}  # fmt: skip
+OPTIONAL = {name for name in HEAVY if not name.startswith("torch.")} | {"tqdm", "yaml"}  # imported where used
+
+IMPORT = "import loopwright"
+RESOLVE = "import loopwright as lw; [getattr(lw, name) for name in lw.__all__]"
+
+
+def fresh(code: str) -> object:
+    """What ``code`` prints as JSON in a new process."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("load", [IMPORT, RESOLVE], ids=["import", "every public name"])
+def test_import_loads_nothing_heavy_beyond_torch(load: str) -> None:
+    look = "print(json.dumps([*set(sys.modules) - before]))"
+    loaded = fresh(f"import json, sys, torch; before = set(sys.modules); {load}; {look}")
+    assert isinstance(loaded, list)
+    heavy = sorted(name for name in loaded if any(name == h or name.startswith(h + ".") for h in HEAVY))
+    assert heavy == []
+
+
+@pytest.mark.parametrize("load", [IMPORT, RESOLVE], ids=["import", "every public name"])
+def test_import_leaves_the_process_as_it_is(load: str) -> None:
+    """No thread, signal handler, variable, torch switch, random draw, log handler, warning filter."""
+    code = f"""
+import json, logging, os, random, signal, threading, warnings
+import numpy, torch
+
+def look():
+    return {{
+        "threads": [thread.name for thread in threading.enumerate()],
+        "native threads": len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else None,
+        "signals": {{str(s): str(signal.getsignal(s)) for s in signal.valid_signals()}},
+        "environment": dict(os.environ),
+        "folder": [os.getcwd(), sorted(os.listdir())],
+        "torch": [str(torch.get_default_dtype()), torch.get_num_threads(), torch.get_num_interop_threads(),
+                  torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+                  torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark],
+        "random": [hash(random.getstate()), str(numpy.random.get_state()), torch.get_rng_state().tolist()],
+        "logging": [str(handler) for handler in logging.getLogger().handlers] + [logging.getLogger().level],
+        "warnings": [str(f) for f in warnings.filters],
+    }}
+
+before = look()
+{load}
+after = look()
+print(json.dumps([[key, before[key], after[key]] for key in before if before[key] != after[key]]))
+"""
+    assert fresh(code) == []
+
+
+def test_help_of_the_command_line_does_not_wait_for_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "loopwright", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "usage: loopwright" in done.stdout
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    assert "loopwright" in imported, "-X importtime printed something else than expected"
+    assert sorted(name for name in imported if name.split(".")[0] in {"torch", "numpy"}) == []
+
+
+def test_optional_packages_are_imported_only_where_they_are_used() -> None:
+    found = [
+        f"{path.relative_to(SOURCE)}:{line} imports {name}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for line, name in imports_at_load(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] in OPTIONAL
+    ]
+    assert found == []
+
+
+def imports_at_load(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """``(line, module)`` of each import that runs at load, not in functions or for type checkers only."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((child.lineno, alias.name) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            if child.level == 0:
+                yield child.lineno, child.module or ""
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            yield from (found for other in child.orelse for found in imports_at_load(ast.Module([other], [])))
+        elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from imports_at_load(child)
+
+
+def test_imports_at_load_are_told_from_the_others() -> None:
+    code = """
+import a
+if TYPE_CHECKING:
+    import b
+else:
+    import c
+try:
+    from d.e import f
+except ImportError:
+    pass
+class K:
+    import g
+def h():
+    import i
+from . import j
+"""
+    assert [name for _, name in imports_at_load(ast.parse(code))] == ["a", "c", "d.e", "g"]
+
+
+# ---------------------------------------------------------------------------------------- public surface
+
+
+def test_all_is_sorted_and_every_name_resolves() -> None:
+    assert list(lw.__all__) == sorted(set(lw.__all__))
+    assert [name for name in lw.__all__ if not hasattr(lw, name)] == []
+    assert set(lw.__all__) <= set(dir(lw))
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = lw.Trainr
+
+
+def test_every_public_name_is_documented() -> None:
+    bare = [
+        name
+        for name, thing in public(lw)
+        if callable(thing) or isinstance(thing, ModuleType)
+        if not doc(thing)
+    ]
+    assert bare == []
+
+
+@pytest.mark.capability("B-29")
+def test_the_public_surface_is_the_recorded_one() -> None:
+    """Every public name and signature is recorded in tests/api.txt, so that no change to it goes unseen."""
+    now = "".join(f"{line}\n" for line in surface(lw))
+    if os.environ.get("LW_UPDATE_API"):
+        API.write_text(now, encoding="utf-8")
+    recorded = API.read_text(encoding="utf-8") if API.exists() else ""
+    assert now.splitlines() == recorded.splitlines(), (
+        "the public surface changed: say so in CHANGELOG.md, then record it with "
+        "`LW_UPDATE_API=1 pytest tests/test_package.py`"
+    )
+
+
+def doc(thing: object) -> str:
+    """Docstring written for ``thing`` itself: neither inherited nor made by ``dataclass``."""
+    text = thing.__doc__ or ""
+    made = inspect.isclass(thing) and text.startswith(f"{thing.__name__}(")
+    return "" if made else text.strip()
+
+
+def public(module: ModuleType, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """``(dotted name, object)`` of all that ``__all__`` of the package and of its public modules names."""
+    for name in module.__all__:
+        thing = getattr(module, name)
+        yield prefix + name, thing
+        if isinstance(thing, ModuleType) and hasattr(thing, "__all__"):
+            yield from public(thing, f"{prefix}{name}.")
+
+
+def surface(module: ModuleType) -> Iterator[str]:
+    """One line for each public name, and an indented one for each public member of a class."""
+    for name, thing in public(module):
+        if isinstance(thing, ModuleType):
+            yield f"{name}: module"
+        elif inspect.isclass(thing) and issubclass(thing, enum.Enum):
+            yield f"{name}: " + ", ".join(thing.__members__)
+        elif inspect.isclass(thing):
+            yield f"class {name}{signature(thing)}"
+            yield from (f"    {line}" for line in members(thing))
+        elif callable(thing):
+            yield f"{name}{signature(thing)}"
+        else:
+            yield f"{name}: {type(thing).__name__}"
+
+
+def members(owner: type) -> Iterator[str]:
+    """Public attributes that ``owner`` has from this package, inherited too, less those its call names."""
+    fields = {*getattr(owner, "__dataclass_fields__", ()), *getattr(owner, "_fields", ())}
+    names = {name for cls in ours(owner) for name in vars(cls) if not name.startswith("_")}
+    for name in sorted(names - fields):
+        thing = inspect.getattr_static(owner, name)
+        if isinstance(thing, property):
+            yield f"{name}: property"
+        elif isinstance(thing, (staticmethod, classmethod)):
+            yield f"{name}{signature(thing.__func__)}: {type(thing).__name__}"
+        elif inspect.isfunction(thing):
+            yield f"{name}{signature(thing)}"
+        elif not inspect.ismemberdescriptor(thing):
+            yield f"{name}: {type(thing).__name__}"
+
+
+def ours(owner: Any) -> list[type]:
+    """The classes of this package that ``owner`` consists of."""
+    return [cls for cls in inspect.getmro(owner) if cls.__module__.split(".")[0] == lw.__name__]
+
+
+class Written:
+    """An annotation that prints as it was written, in every version of Python."""
+
+    def __init__(self, annotation: object) -> None:
+        text = getattr(annotation, "__forward_arg__", annotation)  # NamedTuple makes ForwardRef of a string
+        self.text = text if isinstance(text, str) else inspect.formatannotation(annotation)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def signature(thing: Any) -> str:
+    """How it is called, as written, without the addresses that ``repr`` puts into defaults.
+
+    ``(...)`` stands for a signature that is Python's own: that of an exception without an ``__init__``.
+    """
+    is_error = isinstance(thing, type) and issubclass(thing, BaseException)
+    if is_error and not any("__init__" in vars(cls) for cls in ours(thing)):
+        return "(...)"
+    call = inspect.signature(thing)
+    parameters = [
+        one if one.annotation is one.empty else one.replace(annotation=Written(one.annotation))
+        for one in call.parameters.values()
+    ]
+    result = call.return_annotation
+    result = result if result in (call.empty, None) else Written(result)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(call.replace(parameters=parameters, return_annotation=result)))
+
+
+# --------------------------------------------------------------------------------------------- packaging
+
+
+def test_the_package_is_typed() -> None:
+    assert (SOURCE / "py.typed").is_file()
+
+
+def test_everything_that_development_needs_is_pinned() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, groups = table["project"], table["dependency-groups"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values(), *groups.values()]
+    wanted = {plain(text) for listed in lists for text in listed if isinstance(text, str)} - {"loopwright"}
+    pins = [
+        line
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line[:1] != "#"
+    ]
+    assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
+    assert sorted(wanted - {plain(line) for line in pins}) == []
+
+
+def plain(requirement: str) -> str:
+    """``"Foo_Bar[x]>=1"`` -> ``"foo-bar"``."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match, requirement
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
