@@ -78,14 +78,9 @@ class Proved:
 
     def pytest_sessionfinish(self) -> None:
         proved = {
-            name: [
-                {"test": test, "claim": tests[test]}
-                for test in sorted(tests.keys() & self.passed - self.failed)
-            ]
+            name: [{"test": test, "claim": tests[test]} for test in sorted(tests.keys() & self.passed - self.failed)]
             for name, tests in sorted(self.claims.items())
         }
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {name: tests for name, tests in proved.items() if tests}, indent=1, ensure_ascii=False
-        )
+        text = json.dumps({name: tests for name, tests in proved.items() if tests}, indent=1, ensure_ascii=False)
         self.target.write_text(text + "\n", encoding="utf-8")

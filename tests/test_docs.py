@@ -63,9 +63,7 @@ def run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
         if isinstance(error, (KeyboardInterrupt, pytest.exit.Exception)):
             raise
-        pytest.fail(
-            f"{page.name}, line {line}: {type(error).__name__}: {error}\n\n{traceback.format_exc()}", False
-        )
+        pytest.fail(f"{page.name}, line {line}: {type(error).__name__}: {error}\n\n{traceback.format_exc()}", False)
 
 
 PAGE = """\

@@ -86,11 +86,7 @@ def test_help_of_the_command_line_does_not_wait_for_torch() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "usage: loopwright" in done.stdout
-    imported = {
-        line.rpartition("|")[2].strip()
-        for line in done.stderr.splitlines()
-        if line.startswith("import time:")
-    }
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "loopwright" in imported, "-X importtime printed something else than expected"
     assert sorted(name for name in imported if name.split(".")[0] in {"torch", "numpy"}) == []
 
@@ -154,12 +150,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    bare = [
-        name
-        for name, thing in public(lw)
-        if callable(thing) or isinstance(thing, ModuleType)
-        if not doc(thing)
-    ]
+    bare = [name for name, thing in public(lw) if callable(thing) or isinstance(thing, ModuleType) if not doc(thing)]
     assert bare == []
 
 
@@ -270,11 +261,7 @@ def test_everything_that_development_needs_is_pinned() -> None:
     project, groups = table["project"], table["dependency-groups"]
     lists = [project["dependencies"], *project["optional-dependencies"].values(), *groups.values()]
     wanted = {plain(text) for listed in lists for text in listed if isinstance(text, str)} - {"loopwright"}
-    pins = [
-        line
-        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if line[:1] != "#"
-    ]
+    pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
     assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
     assert sorted(wanted - {plain(line) for line in pins}) == []
 

@@ -70,9 +70,7 @@ def test_seed_b():
 def test_a_test_that_leaves_the_process_changed_fails_alone_and_says_what(tmp_path: Path) -> None:
     done = run_suite(tmp_path, LEAKS)
     blamed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ERROR ")]
-    assert blamed == [
-        f"tests/test_it.py::test_{n}" for n in ("variable", "folder", "dtype", "threads", "handler")
-    ]
+    assert blamed == [f"tests/test_it.py::test_{n}" for n in ("variable", "folder", "dtype", "threads", "handler")]
     assert "9 passed, 5 errors" in done.stdout
     assert "$LEAKED: 'unset' -> '1'" in done.stdout
     assert "torch.get_default_dtype(): torch.float32 -> torch.float64" in done.stdout
@@ -117,10 +115,11 @@ class TestGroup:
 """
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "xdist"])
-def test_a_capability_is_proved_by_tests_whose_every_part_passed(
-    tmp_path: Path, workers: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(
+    "workers",
+    [pytest.param((), id="one process"), pytest.param(("-n", "2"), id="xdist", marks=pytest.mark.slow)],
+)
+def test_a_capability_is_proved_by_tests_whose_every_part_passed(tmp_path: Path, workers: tuple[str, ...]) -> None:
     done = run_suite(tmp_path, MARKED, "--capabilities", "out/proved.json", *workers)
     assert "1 failed" in done.stdout
     proved = json.loads((tmp_path / "out" / "proved.json").read_text(encoding="utf-8"))

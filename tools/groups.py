@@ -17,9 +17,7 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 def requirements(groups: dict[str, list[Any]], name: str) -> Iterator[str]:
     """Requirements of group ``name``, with ``{include-group = "..."}`` entries opened up in their place."""
     if name not in groups:
-        raise SystemExit(
-            f"no dependency group {name!r} in pyproject.toml; known: {', '.join(sorted(groups))}"
-        )
+        raise SystemExit(f"no dependency group {name!r} in pyproject.toml; known: {', '.join(sorted(groups))}")
     for entry in groups[name]:
         if isinstance(entry, dict):
             yield from requirements(groups, entry["include-group"])

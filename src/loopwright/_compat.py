@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-__all__ = ["any_nonfinite", "begin_workers", "copy_loader", "is_own_iteration", "stop_workers"]
+__all__ = ["any_nonfinite", "begin_workers", "copy_loader", "has_ended", "is_own_iteration", "stop_workers"]
 
-_flags: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+class _Flags(threading.local):
+    """For each device a zero and a one, made once a thread: fits may run in several."""
+
+    def __init__(self) -> None:
+        self.on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+_flags = _Flags()
 
 
 def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
@@ -33,9 +42,9 @@ def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
     if len(dense) != len(grads):
         values = [g.coalesce().values() if g.is_sparse else g for g in grads]
         return not all(bool(torch.isfinite(v).all()) for v in (*values, *([] if loss is None else [loss])))
-    flags = _flags.get(device)
+    flags = _flags.on.get(device)
     if flags is None:
-        flags = _flags[device] = (torch.zeros((), device=device), torch.ones((), device=device))
+        flags = _flags.on[device] = (torch.zeros((), device=device), torch.ones((), device=device))
     found = torch.zeros_like(flags[0]) if device.type != "cpu" else flags[0]
     torch._amp_foreach_non_finite_check_and_unscale_(dense, found, flags[1])
     if loss is not None:
@@ -74,3 +83,8 @@ def is_own_iteration(loader: DataLoader[Any]) -> bool:
     """True if the class of ``loader`` iterates in a way of its own, so that its parts cannot be replaced one by one."""
     kind = type(loader)
     return kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator
+
+
+def has_ended(iterator: Any) -> bool:
+    """True if the iterator of a DataLoader has seen the end of its IterableDataset while it filled its last batch."""
+    return bool(getattr(getattr(iterator, "_dataset_fetcher", None), "ended", False))

@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     no runs in no-such-folder
     0
     """
-    parser = argparse.ArgumentParser(prog="loopwright", description="A training framework for PyTorch with one readable loop.")
+    parser = argparse.ArgumentParser(
+        prog="loopwright", description="A training framework for PyTorch with one readable loop."
+    )
     parser.add_argument("--version", action="version", version=f"loopwright {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("env", help="versions and hardware, to paste into a bug report")

@@ -130,6 +130,7 @@ class Callback:
         """Take back what ``state_dict`` gave."""
 
 
+Calls = tuple[Callable[..., Any], ...]
 HOOKS = tuple(name for name in vars(Callback) if name.startswith(("on_", "map_")))
 
 
@@ -175,9 +176,9 @@ class Event:
     """The moments at which handlers can be called: ``trainer.on(lw.Event.STEP_END(every=50))``.
 
     Call an event to choose among its occurrences, which count from 1: ``every=5`` takes the 5th, 10th, ...;
-    ``every="10 min"`` one each ten minutes; ``once=20`` the 20th alone; ``after=3`` those beyond the third, ``before=3`` the
-    first two; ``when=`` a function of the run. Steps, epochs and stages count over the whole run, also after a resume;
-    batches, validations and checkpoints are counted as they come.
+    ``every="10 min"`` one each ten minutes; ``once=20`` the 20th alone; ``after=3`` those beyond the third,
+    ``before=3`` the first two; ``when=`` a function of the run. Steps, epochs and stages count over the whole run,
+    also after a resume; batches, validations and checkpoints are counted as they come.
 
     >>> Event.EPOCH_END(every=5) | Event.FIT_END
     EPOCH_END(every=5) | FIT_END
@@ -231,7 +232,10 @@ class Event:
         interval = Every(every) if isinstance(every, str) else None
 
         def test(run: Run, n: int) -> bool:
-            ok = interval.due(run.progress) if interval is not None else every is None or n % every == 0  # type: ignore[operator]
+            if interval is not None:
+                ok = interval.due(run.progress)
+            else:
+                ok = not isinstance(every, int) or n % every == 0
             ok = ok and (once is None or n == once) and (after is None or n > after) and (before is None or n < before)
             return ok and (when is None or bool(when(run)))
 
@@ -267,8 +271,8 @@ def _as_filter(event: Any) -> Filter:
 class Handler:
     """A function called at an event, as ``trainer.on`` registers it: ``fn(run, *args, **kwargs)``.
 
-    A parameter of ``fn`` that is named like one of the hook's own (``result`` at STEP_END, ``values`` at VALIDATION_END)
-    receives it. Raises SettingError if the function cannot be called so.
+    A parameter of ``fn`` that is named like one of the hook's own (``result`` at STEP_END, ``values`` at
+    VALIDATION_END) receives it. Raises SettingError if the function cannot be called so.
     """
 
     def __init__(self, event: Event | Filter, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -339,6 +343,31 @@ class Hooks:
 
     __slots__ = HOOKS
 
+    on_fit_start: Calls
+    on_stage_start: Calls
+    on_epoch_start: Calls
+    on_step_start: Calls
+    on_batch_start: Calls
+    map_batch: Calls
+    map_output: Calls
+    map_loss: Calls
+    on_backward_end: Calls
+    on_grads_ready: Calls
+    on_step_end: Calls
+    on_validation_start: Calls
+    on_eval_batch_end: Calls
+    on_validation_end: Calls
+    on_checkpoint: Calls
+    on_epoch_end: Calls
+    on_stage_end: Calls
+    on_fit_end: Calls
+    on_exception: Calls
+    on_test_start: Calls
+    on_test_end: Calls
+    on_predict_start: Calls
+    on_predict_batch_end: Calls
+    on_predict_end: Calls
+
     def __init__(self, callbacks: Iterable[Callback] = (), handlers: Iterable[Handler] = ()) -> None:
         callbacks, handlers = list(callbacks), list(handlers)
         for callback in callbacks:
@@ -354,7 +383,11 @@ def check_callback(callback: Any) -> None:
     """Raise HookError unless every hook of ``callback`` exists and takes what the loop passes."""
     kind = type(callback)
     if isinstance(callback, type) or not any(hasattr(kind, hook) for hook in HOOKS):
-        shown = f"the class {callback.__name__}; make an instance, {callback.__name__}()" if isinstance(callback, type) else repr(callback)
+        shown = (
+            f"the class {callback.__name__}; make an instance, {callback.__name__}()"
+            if isinstance(callback, type)
+            else repr(callback)
+        )
         raise HookError(f"callbacks must be lw.Callback objects; got {shown}")
     for name in dir(kind):
         if name.startswith(("on_", "map_")) and callable(getattr(kind, name)):
@@ -371,41 +404,38 @@ def check_callback(callback: Any) -> None:
                 ) from None
 
 
-def fire(hooks: tuple[Callable[..., Any], ...], run: Run, *args: Any) -> None:
+def fire(hooks: Calls, run: Run, *args: Any) -> None:
     """Call every hook; each must return None. An exception keeps its type and gains a note with the place."""
     for hook in hooks:
-        try:
-            returned = hook(run, *args)
-        except (SkipBatch, SkipStep, StopEpoch):
-            raise
-        except BaseException as error:
-            add_place(error, run, hook)
-            raise
+        returned = _call(hook, run, args)
         if returned is not None:
-            error = HookError(
+            wrong = HookError(
                 f"{hook.__qualname__} returned {_short(returned)}; on_* hooks observe and must return None. "
                 "To change a value, override map_batch, map_output or map_loss and return the new one there"
             )
-            add_place(error, run, hook)
-            raise error
+            add_place(wrong, run, hook)
+            raise wrong
 
 
-def fold(hooks: tuple[Callable[..., Any], ...], run: Run, value: Any, *args: Any) -> Any:
+def fold(hooks: Calls, run: Run, value: Any, *args: Any) -> Any:
     """Thread ``value`` through every ``map_*`` hook, in order."""
     for hook in hooks:
-        try:
-            new = hook(run, value, *args)
-        except (SkipBatch, SkipStep, StopEpoch):
-            raise
-        except BaseException as error:
-            add_place(error, run, hook)
-            raise
-        if new is None:
-            error = HookError(f"{hook.__qualname__} returned None; map_* hooks must return the (new) value")
-            add_place(error, run, hook)
-            raise error
-        value = new
+        value = _call(hook, run, (value, *args))
+        if value is None:
+            wrong = HookError(f"{hook.__qualname__} returned None; map_* hooks must return the (new) value")
+            add_place(wrong, run, hook)
+            raise wrong
     return value
+
+
+def _call(hook: Callable[..., Any], run: Run, args: tuple[Any, ...]) -> Any:
+    try:
+        return hook(run, *args)
+    except (SkipBatch, SkipStep, StopEpoch):
+        raise
+    except BaseException as error:
+        add_place(error, run, hook)
+        raise
 
 
 def add_place(error: BaseException, run: Run, hook: Any = None, batch: Any = None) -> None:

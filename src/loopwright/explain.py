@@ -38,7 +38,9 @@ def explain(run: Run, handlers: list[Handler]) -> str:
             for scheduler in phase.step_schedulers:
                 put(3, f"{type(scheduler.torch).__name__}.step()")
         put_hook(3, "on_step_end")
-        within = stage.valid and (stage.validate_every.duration.unit != "epochs" or stage.validate_every.duration.value % 1)
+        within = stage.valid and (
+            stage.validate_every.duration.unit != "epochs" or stage.validate_every.duration.value % 1
+        )
         if within:
             _validation(stage, 3, put, put_hook)
         _saving(run, 3, put, put_hook)
@@ -97,7 +99,9 @@ def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
 
 
 def _validation(stage: Stage, depth: int, put: Any, put_hook: Any) -> None:
-    put(depth, f"every {stage.validate_every.duration}: validate, with random generators and train/eval flags put back:")
+    put(
+        depth, f"every {stage.validate_every.duration}: validate, with random generators and train/eval flags put back:"
+    )
     put_hook(depth + 1, "on_validation_start")
     for name in stage.valid:
         put(depth + 1, f"for each batch of valid{f' {name!r}' if name else ''}: validation_step(batch), update metrics")

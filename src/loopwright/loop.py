@@ -7,23 +7,31 @@ and ``predict`` read a model and change nothing. A *window* is the 1..accumulate
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from loopwright import rng
-from loopwright._compat import any_nonfinite
 from loopwright.data import move
-from loopwright.errors import DataError, SkipBatch, SkipStep, StopEpoch
+from loopwright.errors import DataError, SkipStep, StopEpoch
 from loopwright.events import add_place, fire, fold
 from loopwright.history import Series
 from loopwright.records import log_epoch, log_train, log_values
 from loopwright.stages import apply_changes, begin_stage, end_stage, is_over
 from loopwright.state import Progress, Run, Source, Stage, StepResult
-from loopwright.steps import as_output, closure_step, explain, nonfinite, rescale, scalars, windows, zero_grad
+from loopwright.steps import (
+    as_output,
+    closure_step,
+    explain,
+    nonfinite,
+    prepared,
+    rescale,
+    scalars,
+    windows,
+    zero_grad,
+)  # fmt: skip
+from loopwright.unseen import read, unseen
 
 
 def train(run: Run) -> None:
@@ -66,7 +74,7 @@ def train_epoch(run: Run, stage: Stage) -> None:
     if run.progress.batch == 0:
         fire(hooks.on_epoch_start, run)
     batches = source.at(run.progress.epoch, run.progress.batch)
-    ended = False
+    ended = stopped = False
     try:
         for window, planned in windows(stage, batches, run.progress.batch):
             try:
@@ -74,8 +82,11 @@ def train_epoch(run: Run, stage: Stage) -> None:
             except SkipStep:
                 result = None
             except StopEpoch:  # before the window had anything to step
-                ended = True
+                ended = stopped = True
                 break
+            if result is None:
+                for _ in window:  # a step that was dropped uses up its batches as well
+                    pass
             count(run, result, len(planned) if planned else 1)
             if result is not None:
                 ended = after_step(run, stage, result) or result.ends_epoch
@@ -89,7 +100,7 @@ def train_epoch(run: Run, stage: Stage) -> None:
         if close is not None:
             close()
     if ended or run.progress.batch == source.batches:
-        if run.progress.batch == 0:
+        if run.progress.batch == 0 and not stopped:
             raise DataError(
                 f"epoch {run.progress.epoch + 1} of stage {stage.name!r} had no batch to train on. If the data is an "
                 "iterator, it is used up: pass a list, a DataLoader or a generator function instead"
@@ -109,11 +120,11 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     total = (sum(planned) or None) if planned is not None and len(planned) > 1 else None
     if run.moves_batches or hooks.on_batch_start or hooks.map_batch:
         window = prepared(run, window)
-    if len(phases) > 1:
-        window = list(window)
     values: dict[str, Any] = {}
     moved: tuple[str, ...] = ()
     seen, ran, output, batch, norm, ends_epoch = 0.0, False, None, None, None, False
+    if len(phases) > 1:
+        window, ends_epoch = held(window)
     for phase in phases:
         if phase.every != 1 and (run.progress.step + 1) % phase.every:
             continue
@@ -141,14 +152,15 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
                         loss = output["loss"]
                         if total is None:
                             loss.backward()
-                        else:
+                        else:  # the same bits as (loss * (weight / total)).backward(), for less
+                            loss = loss if loss.dim() == 0 else loss.reshape(())
                             loss.backward(loss.new_full((), weight / total))
-                        if hooks.on_backward_end:
-                            fire(hooks.on_backward_end, run, loss, output, batch, phase)
                 scalars(output, values, prefix, None if total is None else weight / total)
                 if meters is not None:
                     meters.feed(output)
                 seen += weight
+                if hooks.on_backward_end and phase.moved and not phase.closure:
+                    fire(hooks.on_backward_end, run, output["loss"], output, batch, phase)
                 batch = None
         except StopEpoch:
             ends_epoch = True
@@ -170,9 +182,9 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             ends_epoch = True
         except SkipStep:
             break
-        if run.nonfinite is not None and phase.moved and not phase.closure:
-            if nonfinite(run, phase, values[prefix + "loss"]):
-                break
+        checked = run.nonfinite is not None and phase.moved and not phase.closure
+        if checked and nonfinite(run, phase, values[prefix + "loss"]):
+            break
         if not phase.closure:
             for optimizer in phase.moved:
                 optimizer.step()
@@ -181,25 +193,22 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         if ends_epoch:
             raise StopEpoch
         return None
+    if moved and phase.name not in moved:  # what a phase has measured is dropped with its step
+        values = {name: value for name, value in values.items() if not name.startswith(phase.prefix)}
     if not ran:  # no phase was due at this step
         seen = sum(weigh(batch) for batch in window)
     return StepResult(values, output, seen, norm, moved, ends_epoch)
 
 
-def prepared(run: Run, window: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a window on the device, as the hooks want them; those skipped are left out."""
-    hooks = run.hooks
-    for batch in window:
-        if run.moves_batches:
-            batch = move(batch, run.device)
-        try:
-            if hooks.on_batch_start:
-                fire(hooks.on_batch_start, run, batch)
-            if hooks.map_batch:
-                batch = fold(hooks.map_batch, run, batch)
-        except SkipBatch:
-            continue
-        yield batch
+def held(window: Iterable[Any]) -> tuple[list[Any], bool]:
+    """All batches of a window, for several phases; True if a hook asked to end the epoch before its last one."""
+    batches: list[Any] = []
+    try:
+        for batch in window:
+            batches.append(batch)  # noqa: PERF402 - those before a StopEpoch are kept
+    except StopEpoch:
+        return batches, True
+    return batches, False
 
 
 def count(run: Run, result: StepResult | None, batches: int) -> None:
@@ -210,7 +219,14 @@ def count(run: Run, result: StepResult | None, batches: int) -> None:
         return
     steps = p.phase_steps | {name: p.phase_steps.get(name, 0) + 1 for name in result.moved}
     run.progress = Progress(
-        p.stage, p.epoch, p.batch + batches, p.step + 1, p.stage_step + 1, p.samples + int(result.weight), steps, seconds
+        p.stage,
+        p.epoch,
+        p.batch + batches,
+        p.step + 1,
+        p.stage_step + 1,
+        p.samples + int(result.weight),
+        steps,
+        seconds,
     )
 
 
@@ -317,35 +333,3 @@ def predict(run: Run, source: Source, step: Callable[[Any], Any]) -> list[Any]:
             outputs.append(move(output, torch.device("cpu")))
         fire(hooks.on_predict_end, run)
     return outputs
-
-
-def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
-    """One pass over ``source`` for evaluation, on the device; an error says where it was."""
-    batches, n = source.at(0, 0), 0
-    try:
-        for batch in batches:
-            n += 1
-            yield move(batch, run.device) if run.moves_batches else batch
-    except Exception as error:
-        error.add_note(f"[loopwright] in {kind}, batch {n}")
-        raise
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
-    if not n:
-        raise DataError(f"the {kind} data gave no batch. If it is an iterator, it is used up: pass a list or a DataLoader")
-
-
-@contextmanager
-def unseen(run: Run) -> Iterator[None]:
-    """Modules in eval mode, each with its own flag put back; all random generators forked; no gradients."""
-    flags = [(m, m.training) for model in run.models.values() for m in model.modules()]
-    for model in run.models.values():
-        model.eval()
-    try:
-        with rng.forked(), torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training

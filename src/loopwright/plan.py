@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -47,7 +46,8 @@ def make_plan(run: Run) -> Plan:
     moved = {id(p): p for s in run.stages for ph in s.phases for p in ph.parameters() if p.requires_grad}
     plan.facts.append(f"parameters: {count:,}, of which {sum(p.numel() for p in moved.values()):,} are trained")
     plan.facts.append(f"device: {run.device}, precision: {run.precision.name}")
-    plan.facts.append("exact resume: yes" if run.exact is True else f"exact resume: no, since {'; '.join(run.exact)}")  # type: ignore[arg-type]
+    reasons = run.exact if isinstance(run.exact, list) else []
+    plan.facts.append(f"exact resume: no, since {'; '.join(reasons)}" if reasons else "exact resume: yes")
     return plan
 
 
@@ -56,7 +56,10 @@ def _describe(stage: Stage) -> str:
     size = "an unknown number of batches" if batches is None else f"{batches} batches"
     steps = "" if batches is None else f", {-(-batches // stage.accumulate)} steps"
     until = " or ".join(str(one) for one in stage.until)
-    return f"stage {stage.name!r}: until {until}; an epoch is {size}{steps}; phases: {', '.join(p.name for p in stage.phases)}"
+    return (
+        f"stage {stage.name!r}: until {until}; an epoch is {size}{steps}; phases: "
+        f"{', '.join(p.name for p in stage.phases)}"
+    )
 
 
 def _parameters(run: Run) -> Iterator[str]:
@@ -78,7 +81,9 @@ def _parameters(run: Run) -> Iterator[str]:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 if id(parameter) in owner:
                     name = own.get(id(parameter), "a parameter")
-                    yield f"{name} is moved by two optimizers in stage {stage.name!r}; give each parameter to one of them"
+                    yield (
+                        f"{name} is moved by two optimizers in stage {stage.name!r}; give each parameter to one of them"
+                    )
                     return
                 owner[id(parameter)] = ""
         seen |= set(owner)
@@ -110,7 +115,10 @@ def _schedules(run: Run) -> Iterator[str]:
                         )
             for scheduler in phase.epoch_schedulers:
                 if isinstance(scheduler.torch, OneCycleLR) and not epochs:
-                    yield "OneCycleLR is stepped once an epoch here, but the run counts steps; wrap it: lw.per_step(scheduler)"
+                    yield (
+                        "OneCycleLR is stepped once an epoch here, but the run counts steps; wrap it: "
+                        "lw.per_step(scheduler)"
+                    )
 
 
 def _monitors(run: Run) -> Iterator[str]:
@@ -118,7 +126,9 @@ def _monitors(run: Run) -> Iterator[str]:
     has_valid = any(stage.valid for stage in run.stages)
     names = {"loss", *run.task.configure_metrics()}
     closed = isinstance(run.task, Supervised)  # its step returns just loss, preds and target
-    several = any(len(stage.phases) > 1 for stage in run.stages) or any(len(s.valid) > 1 or "" not in s.valid for s in run.stages if s.valid)
+    several = any(len(stage.phases) > 1 for stage in run.stages) or any(
+        len(s.valid) > 1 or "" not in s.valid for s in run.stages if s.valid
+    )
     schedulers = [s for stage in run.stages for phase in stage.phases for s in phase.epoch_schedulers]
     for item in [*run.callbacks, *run.savers, *schedulers]:
         monitor = getattr(item, "monitor", None)
@@ -139,7 +149,10 @@ def _settings(run: Run) -> Iterator[str]:
     """Settings that cannot apply to this run."""
     for stage in run.stages:
         if run.settings.get("validate_every", "1 epoch") != "1 epoch" and not stage.valid:
-            yield f"validate_every={run.settings['validate_every']!r}, but there is no validation data; pass fit(..., valid=loader)"
+            yield (
+                f"validate_every={run.settings['validate_every']!r}, but there is no validation data; pass fit(..., "
+                f"valid=loader)"
+            )
         closures = [phase for phase in stage.phases if phase.closure]
         for phase in closures:
             name = type(phase.moved[0]).__name__
@@ -152,14 +165,23 @@ def _settings(run: Run) -> Iterator[str]:
                 ("a second optimizer in the same phase", len(phase.moved) > 1),
             ):
                 if given:
-                    yield f"{setting} cannot apply to {name}, which calls the step back as often as it needs; leave it out"
+                    yield (
+                        f"{setting} cannot apply to {name}, which calls the step back as often as it needs; leave it "
+                        f"out"
+                    )
         if stage.valid and isinstance(run.task, Task) and not isinstance(run.task, Supervised):
             kind = type(run.task)
             if kind.training_step is Task.training_step and kind.validation_step is Task.validation_step:
-                yield f"{kind.__name__} has neither validation_step nor training_step, but validation data was given; write one"
+                yield (
+                    f"{kind.__name__} has neither validation_step nor training_step, but validation data was given; "
+                    f"write one"
+                )
         if isinstance(run.task, Task) and not any(phase.moved for phase in stage.phases):
             yield f"no phase of stage {stage.name!r} moves an optimizer; return one from configure_optimizers"
         for phase in stage.phases:
             frozen = phase.moved and not any(p.requires_grad for p in phase.parameters())
             if frozen and stage.train is None:
-                yield f"every parameter of phase {phase.name!r} is frozen; set requires_grad_(True) on what shall be trained"
+                yield (
+                    f"every parameter of phase {phase.name!r} is frozen; set requires_grad_(True) on what shall be "
+                    f"trained"
+                )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from loopwright.errors import SettingError, choose
 from loopwright.metrics import Meters, check_metrics
 from loopwright.optim import as_schedulers, match_names
 from loopwright.progress import Duration, Every
-from loopwright.state import Phase, Source, Stage
+from loopwright.stages import needs_closure
+from loopwright.state import Phase, Run, Source, Stage
 
 __all__ = ["Parts", "as_sources", "assemble", "measured_by", "sample_count", "seed_everything", "trainable_flags"]
 
@@ -31,6 +31,8 @@ class Parts:
     optimizers: dict[str, Optimizer]
     stages: list[Stage]
     metrics: dict[str, Any]
+    shared: dict[str, Optimizer] = field(default_factory=dict)  # those that no stage brought with it
+    kept: Mapping[str, Optimizer] = field(default_factory=dict)  # all those of the run before
 
 
 def assemble(
@@ -46,9 +48,9 @@ def assemble(
     weight: Callable[[Any], float] | None,
     key: int,
     device: torch.device,
-    optimizers: dict[str, Optimizer] | None,
+    previous: Run | None,
 ) -> Parts:
-    """Resolve everything that training needs; ``optimizers`` are those of a run that goes on."""
+    """Resolve all that training needs; a task goes on with the optimizers and schedulers of its ``previous`` run."""
     if isinstance(train, DataModule):
         train.prepare_data()
         train.setup()
@@ -59,15 +61,21 @@ def assemble(
     if isinstance(task, nn.Module):
         task.to(device)
     metrics = check_metrics(task.configure_metrics())
-    given = _named(task.configure_optimizers()) if optimizers is None else {n: (o, None) for n, o in optimizers.items()}
-    parts = Parts(models, {}, [], metrics)
+    old = previous.stages if previous is not None else []
+    if previous is None:
+        given = _named(task.configure_optimizers())
+    else:
+        own = tuple(f"{stage.name}." for stage in old)  # those of a stage come with it
+        given = {name: (o, None) for name, o in previous.optimizers.items() if not (own and name.startswith(own))}
+    parts = Parts(models, {}, [], metrics, kept=previous.optimizers if previous is not None else {})
     schedules: dict[str, Any] = {}
     for name, (optimizer, schedule) in given.items():
-        parts.optimizers[name] = _optimizer(optimizer, task, name)
+        parts.optimizers[name] = parts.shared[name] = _optimizer(optimizer, task, name)
         schedules[name] = schedule
     base = Stage("main", until, train, valid, None, accumulate, weight, validate_every)
-    for stage in stages or [base]:
-        parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key))
+    for i, stage in enumerate(stages or [base]):
+        before = old[i].phases if i < len(old) else []
+        parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key, before))
     return parts
 
 
@@ -96,20 +104,24 @@ def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None) -> Op
         return optimizer
     if not callable(optimizer):
         raise SettingError(
-            f"the optimizer {name!r} is {optimizer!r}; pass a torch optimizer such as torch.optim.AdamW(net.parameters(), "
+            f"the optimizer {name!r} is {optimizer!r}; pass a torch optimizer such as "
+            f"torch.optim.AdamW(net.parameters(), "
             "lr=1e-3), or a factory: lambda params: torch.optim.AdamW(params, lr=1e-3)"
         )
     named = dict(task.named_parameters())
     chosen = named if patterns is None else {n: named[n] for n in named if n in match_names(patterns, named)}
     made = optimizer([p for p in chosen.values() if p.requires_grad or patterns is not None])
     if not isinstance(made, Optimizer):
-        raise SettingError(f"the factory of optimizer {name!r} returned {type(made).__name__}; it must return a torch optimizer")
+        raise SettingError(
+            f"the factory of optimizer {name!r} returned {type(made).__name__}; it must return a torch optimizer"
+        )
     return made
 
 
 def _stage(
-    stage: Stage, base: Stage, task: Any, parts: Parts, schedules: Mapping[str, Any], clip_norm: float | None, key: int
-) -> Stage:
+    stage: Stage, base: Stage, task: Any, parts: Parts, schedules: dict[str, Any], clip_norm: float | None, key: int,
+    before: list[Phase],
+) -> Stage:  # fmt: skip
     """A resolved copy of ``stage``; what it leaves out comes from ``fit``."""
     made = replace(stage)
     made.until = [Duration.parse(one, unit="epochs") for one in _listed(stage.until)]
@@ -120,18 +132,22 @@ def _stage(
     made.counts_samples = made.weight is None
     made.weight = made.weight or (samples if isinstance(task, nn.Module) else sample_count)
     made.validate_every = Every(base.validate_every if stage.validate_every is None else stage.validate_every)
-    optimizers = dict(parts.optimizers)
+    optimizers = dict(parts.shared)
     if stage.optimizer is not None:
         schedules = {}
         for name, (optimizer, schedule) in _named(stage.optimizer).items():
-            optimizers[name] = _optimizer(optimizer, task, name, stage.train)
-            parts.optimizers[f"{stage.name}.{name}"] = optimizers[name]
+            full = f"{stage.name}.{name}"
+            optimizers[name] = (
+                parts.kept[full] if full in parts.kept else _optimizer(optimizer, task, name, stage.train)
+            )
+            parts.optimizers[full] = optimizers[name]
             schedules[name] = schedule
     phases = [replace(phase) for phase in (task.phases() if stage.phases is None else stage.phases)]
     if not phases:
         raise SettingError(f"stage {stage.name!r} has no phase to train; return at least one from phases()")
+    known = {phase.name: (*phase.step_schedulers, *phase.epoch_schedulers) for phase in before}
     for phase in phases:
-        _phase(phase, optimizers, schedules, parts.metrics, clip_norm, alone=len(phases) == 1)
+        _phase(phase, optimizers, schedules, parts.metrics, clip_norm, known, alone=len(phases) == 1)
     made.phases = phases
     return made
 
@@ -149,8 +165,8 @@ def as_sources(data: Any, key: int) -> dict[str, Source]:
 
 
 def _phase(
-    phase: Phase, optimizers: Mapping[str, Optimizer], schedules: Mapping[str, Any], metrics: Mapping[str, Any],
-    clip_norm: float | None, *, alone: bool,
+    phase: Phase, optimizers: Mapping[str, Optimizer], schedules: dict[str, Any], metrics: Mapping[str, Any],
+    clip_norm: float | None, known: Mapping[str, tuple[Any, ...]], *, alone: bool,
 ) -> None:  # fmt: skip
     wanted = list(optimizers) if phase.optimizers is None else phase.optimizers
     moved: list[Optimizer] = []
@@ -158,11 +174,15 @@ def _phase(
     schedulers: list[Any] = []
     for one in [wanted] if isinstance(wanted, (str, Optimizer)) else wanted:
         if isinstance(one, str) and one not in optimizers:
-            raise SettingError(f"phase {phase.name!r} moves the optimizer {one!r}, which does not exist. {choose(one, optimizers)}")
+            raise SettingError(
+                f"phase {phase.name!r} moves the optimizer {one!r}, which does not exist. {choose(one, optimizers)}"
+            )
         optimizer = optimizers[one] if isinstance(one, str) else one
         moved.append(optimizer)
-        schedulers += as_schedulers(named.get(one) if isinstance(one, str) else None, (optimizer,))
-    schedulers += as_schedulers(phase.schedule, tuple(moved))
+        if phase.name not in known and isinstance(one, str) and named.get(one) is not None:
+            named[one] = as_schedulers(named[one], (optimizer,))  # made once, for all stages: making it sets lr
+            schedulers += named[one]
+    schedulers += known[phase.name] if phase.name in known else as_schedulers(phase.schedule, tuple(moved))
     phase.moved = tuple(moved)
     phase.clip_norm = clip_norm if phase.clip_norm is None and moved else phase.clip_norm
     phase.step_schedulers = tuple(s for s in schedulers if s.every == "step")
@@ -170,12 +190,6 @@ def _phase(
     phase.prefix = "" if alone else f"{phase.name}/"
     phase.meters = Meters(metrics, training=True) if metrics else None
     phase.closure = any(needs_closure(optimizer) for optimizer in moved)
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """True for optimizers such as LBFGS, whose ``step`` cannot be called without a closure."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def seed_everything(seed: int) -> None:

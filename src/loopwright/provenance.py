@@ -22,8 +22,11 @@ _SECRET_NAMES = {
     "keys", "token", "tokens",
 }  # fmt: skip
 _SECRETS = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY|\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}"
 )
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|[/\\]lib[/\\]python3")
+_HIDDEN = re.compile(r"(^|/)\.")
 _asked: dict[str, tuple[float, dict[str, Any] | None]] = {}
 _archived: dict[Any, tuple[bytes, int, list[str]]] = {}
 
@@ -68,8 +71,8 @@ def _git(*arguments: str, text: str | None = None) -> str | None:
 def source_archive() -> tuple[bytes, int, list[str]]:
     """A zip of the user's own source files, how many, and which were left out: ignored, secret, or too large.
 
-    Own are the script that runs and the imported modules whose ``.py`` lies below the working directory, outside of
-    hidden folders and of installed packages. The archive is kept until a file changes.
+    Own are the script that runs and the imported modules whose ``.py`` lies below the working directory,
+    outside of hidden folders and of installed packages. The archive is kept until a file changes.
     """
     own = _own_files()
     key = (os.getcwd(), tuple((name, *_stamp(path)) for name, path in own.items()))
@@ -81,25 +84,27 @@ def source_archive() -> tuple[bytes, int, list[str]]:
 
 def _own_files() -> dict[str, Path]:
     """Paths by their name in the archive."""
-    here = os.path.realpath(os.getcwd())
-    installed = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix)} - {here}
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    cwd, here = os.getcwd(), os.path.realpath(os.getcwd())
+    main = vars(sys.modules["__main__"]).get("__file__") if "__main__" in sys.modules else None
     found: dict[str, Path] = {}
     for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or not file.endswith(".py"):
+        file = getattr(module, "__dict__", {}).get("__file__")  # getattr(module, ...) could import a lazy one
+        if not isinstance(file, str) or not file.endswith(".py") or _INSTALLED.search(file):
             continue
-        if file is not main and os.path.isabs(file) and not file.startswith((here, os.getcwd())):
+        if file is not main and os.path.isabs(file) and not file.startswith((cwd, here)):
             continue  # most modules: not worth resolving links
         path = os.path.realpath(file)
         inside = path.startswith(here + os.sep)
-        name = os.path.relpath(path, here) if inside else os.path.basename(path)
-        foreign = any(path.startswith(p + os.sep) for p in installed) or re.search(
-            r"(site|dist)-packages|(^|[/\\])\.", name
-        )
-        if (inside or file is main) and not foreign and os.path.isfile(path):
-            found[name.replace(os.sep, "/")] = Path(path)
-    return dict(sorted(found.items()))
+        name = os.path.relpath(path, here).replace(os.sep, "/") if inside else os.path.basename(path)
+        if (inside or file is main) and not _HIDDEN.search(name) and not _in_environment(path, here):
+            found[name] = Path(path)
+    return {name: path for name, path in sorted(found.items()) if path.is_file()}
+
+
+def _in_environment(path: str, here: str) -> bool:
+    """True for what belongs to Python or to a virtual environment, also one that lies below ``here``."""
+    prefixes = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix)} - {here}
+    return any(path.startswith(prefix + os.sep) for prefix in prefixes)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -140,11 +145,11 @@ def _ignored(names: list[str]) -> set[str]:
     except (OSError, ValueError):
         return set()
     patterns = [line.strip().strip("/") for line in lines if line.strip() and line[0] not in "#!"]
-    return {
-        n
-        for n in names
-        for p in patterns
-        if fnmatch.fnmatch(n, p)
-        or any(fnmatch.fnmatch(x, p) for x in (*n.split("/"),))
-        or n.startswith(p + "/")
-    }
+    return {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path, or a part of it, is what a plain pattern of ``.gitignore`` means."""
+    parts = name.split("/")
+    heads = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatch.fnmatch(text, pattern) for text in (*heads, *parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from math import inf
 from typing import Any
 
@@ -13,7 +14,7 @@ from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
 from loopwright.state import Progress, Run, Stage
 
-__all__ = ["apply_changes", "begin_stage", "end_stage", "is_over"]
+__all__ = ["apply_changes", "begin_stage", "end_stage", "is_over", "needs_closure"]
 
 
 def begin_stage(run: Run, stage: Stage) -> bool:
@@ -23,9 +24,12 @@ def begin_stage(run: Run, stage: Stage) -> bool:
     for until in stage.until:
         unit, value = until.unit, until.value
         if unit == "epochs" and value % 1:  # part of an epoch: so many steps
+            if batches is None:
+                raise SettingError(f"'{until}' needs data with a known number of batches; count steps instead")
             unit, value = "steps", max(1, round(value * -(-batches // stage.accumulate)))
         end[unit] = min(end[unit], until.position(start) + value if unit == until.unit else start.step + value)
-    run.stage_end = Progress(epoch=end["epochs"], step=end["steps"], samples=end["samples"], seconds=end["seconds"])  # type: ignore[arg-type]
+    steps, samples = end["steps"], end["samples"]
+    run.stage_end = Progress(epoch=end["epochs"], step=steps, samples=samples, seconds=end["seconds"])  # type: ignore[arg-type]
     run.log_every.start(p, batches)
     run.validates_within = False
     if stage.valid:
@@ -47,9 +51,7 @@ def end_stage(run: Run) -> None:
     """Count the stage. The next one begins a new epoch, also where this one ended inside of an epoch."""
     p = run.progress
     inside = p.batch > 0 and p.stage + 1 < len(run.stages)
-    run.progress = p._replace(
-        stage=p.stage + 1, stage_step=0, epoch=p.epoch + inside, batch=0 if inside else p.batch
-    )
+    run.progress = p._replace(stage=p.stage + 1, stage_step=0, epoch=p.epoch + inside, batch=0 if inside else p.batch)
     run.stage_start = run.progress
 
 
@@ -68,15 +70,35 @@ def apply_changes(run: Run) -> None:
     for optimizer_name, optimizer in run.optimizers.items():
         if known and not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
             raise SettingError(
-                f"after {run.replaced[-1]}, the optimizer {optimizer_name!r} moves no parameter of the model any more; replace "
+                f"after {run.replaced[-1]}, the optimizer {optimizer_name!r} moves no parameter of the model any "
+                f"more; replace "
                 f"it as well: run.replace('optimizer', {type(optimizer).__name__}(new_model.parameters(), ...))"
             )
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """True for optimizers such as LBFGS, whose ``step`` cannot be called without a closure."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _replace_optimizer(run: Run, key: str, new: Any) -> None:
     if not isinstance(new, Optimizer):
         raise SettingError(f"run.replace('optimizer', {new!r}): expected a torch optimizer")
-    old, run.optimizers[key] = run.optimizers[key], new
+    old = run.optimizers[key]
+    for phase in (phase for stage in run.stages for phase in stage.phases if old in phase.moved):
+        scheduled = [s for s in (*phase.step_schedulers, *phase.epoch_schedulers) if s.torch.optimizer is old]
+        if scheduled or needs_closure(new) != phase.closure:
+            why = (
+                f"{type(scheduled[0].torch).__name__} would go on with the old one"
+                if scheduled
+                else ("one of them calls the step back and the other does not")
+            )
+            raise SettingError(
+                f"{type(new).__name__} cannot take the place of {type(old).__name__} in phase {phase.name!r}: {why}. "
+                "Begin a stage with it instead: lw.Stage(..., optimizer=new)"
+            )
+    run.optimizers[key] = new
     for stage in run.stages:
         for phase in stage.phases:
             phase.moved = tuple(new if o is old else o for o in phase.moved)
@@ -93,7 +115,9 @@ def _replace_data(run: Run, kind: str, new: Any) -> None:
 
 def _replace_model(run: Run, kind: str, key: str, new: Any) -> None:
     if not hasattr(run.task, "replace"):
-        raise SettingError(f"run.replace({kind!r}) needs a Task or Supervised; a plain step function owns its models itself")
+        raise SettingError(
+            f"run.replace({kind!r}) needs a Task or Supervised; a plain step function owns its models itself"
+        )
     run.task.replace(key or kind, new.to(run.device) if isinstance(new, nn.Module) else new)
     run.models.update(run.task.models())
     steps = {phase.name: phase.step for phase in run.task.phases()}

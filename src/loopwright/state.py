@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -173,7 +173,7 @@ class Stage:
     """
 
     name: str
-    until: Duration | int | str | Sequence[Duration | str]
+    until: Any
     source: Any = None
     valid: Any = None
     phases: Any = None
@@ -227,10 +227,10 @@ class Run:
     meters: dict[str, Any] = field(default_factory=dict)  # "valid", "test"; those of training are on the phases
     settings: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
-    status: str = "created"
+    status: Literal["created", "running", "done", "stopped", "interrupted", "failed"] = "created"
     exact: bool | list[str] = True
-    progress: Progress = Progress()
-    stage_start: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
+    stage_start: Progress = field(default_factory=Progress)
     metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each logged name
     history: History = field(default_factory=History)
     series: Series = field(default_factory=Series)
@@ -244,7 +244,7 @@ class Run:
     handlers: list[Any] = field(default_factory=list)
     log_every: Every = field(default_factory=lambda: Every("50 steps"))
     changes: list[tuple[str, Any]] = field(default_factory=list)
-    stage_end: Progress = Progress()
+    stage_end: Progress = field(default_factory=Progress)
     trainable: dict[str, bool] = field(default_factory=dict)
     moves_batches: bool = False
     validates_within: bool = False

@@ -11,11 +11,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loopwright._compat import any_nonfinite
-from loopwright.errors import NonFiniteError, SkipBatch, StepOutputError, choose
+from loopwright.data import move
+from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
 from loopwright.state import Phase, Run, Stage
 
-__all__ = ["as_output", "closure_step", "explain", "nonfinite", "rescale", "scalars", "windows", "zero_grad"]
+__all__ = [
+    "as_output",
+    "closure_step",
+    "explain",
+    "nonfinite",
+    "prepared",
+    "rescale",
+    "scalars",
+    "windows",
+    "zero_grad",
+]
 
 
 def windows(stage: Stage, batches: Iterator[Any], start: int) -> Iterator[tuple[Iterable[Any], list[float] | None]]:
@@ -42,6 +53,22 @@ def _held(stage: Stage, batches: Iterator[Any], n: int) -> Iterator[tuple[Iterab
         yield window, [stage.weight(batch) for batch in window]
 
 
+def prepared(run: Run, window: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a window on the device, as the hooks want them; those skipped are left out."""
+    hooks = run.hooks
+    for batch in window:
+        if run.moves_batches:
+            batch = move(batch, run.device)
+        try:
+            if hooks.on_batch_start:
+                fire(hooks.on_batch_start, run, batch)
+            if hooks.map_batch:
+                batch = fold(hooks.map_batch, run, batch)
+        except SkipBatch:
+            continue
+        yield batch
+
+
 def zero_grad(optimizer: Optimizer) -> None:
     """Set gradients to None directly: torch's own does the same and records a profiler range for 5 us."""
     if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in optimizer.__dict__:
@@ -60,7 +87,7 @@ def as_output(output: Any, phase: Phase | None) -> dict[str, Any]:
     if phase is None or not phase.moved:
         if known or output is None:
             return dict(output or {})
-        if isinstance(output, (int, float)):
+        if isinstance(output, (int, float)) or getattr(output, "ndim", None) == 0:  # NumPy's and JAX's, too
             return {"loss": float(output)}
     elif known and "loss" in output:
         return dict(output)
@@ -121,12 +148,18 @@ def nonfinite(run: Run, phase: Phase, loss: Any) -> bool:
     bad = [
         names.get(id(p), "a parameter")
         for p in phase.parameters()
-        if p.grad is not None and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else p.grad).all())
+        if p.grad is not None
+        and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else p.grad).all())
     ]
     where = f"; gradients not finite: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}" if bad else ""
-    rule = f" ({run.skips_in_row} steps in a row; at most {run.skip_limit} may be skipped)" if run.nonfinite == "skip" else ""
+    rule = (
+        f" ({run.skips_in_row} steps in a row; at most {run.skip_limit} may be skipped)"
+        if run.nonfinite == "skip"
+        else ""
+    )
     raise NonFiniteError(
-        f"phase {phase.name!r} has a loss of {float(loss):g} at step {run.progress.step + 1}{where}{rule}. The parameters "
+        f"phase {phase.name!r} has a loss of {float(loss):g} at step {run.progress.step + 1}{where}{rule}. The "
+        f"parameters "
         "are those of before this step. Look for a learning rate too high, log or division of 0, or bad input; "
         'nonfinite="skip" leaves such steps out, nonfinite=None trains on'
     )
@@ -136,12 +169,12 @@ def closure_step(run: Run, phase: Phase, batch: Any) -> dict[str, Any]:
     """One step of an optimizer that calls back (LBFGS): forward and backward happen as often as it asks.
 
     Returns the output of its first call. After a step that leaves a loss or a parameter not finite, the parameters are
-    put back and NonFiniteError is raised.
+    put back and NonFiniteError is raised; SkipStep and StopEpoch put them back as well.
     """
     (optimizer,), hooks = phase.moved, run.hooks
     outputs: list[dict[str, Any]] = []
     parameters = phase.parameters()
-    before = [p.detach().clone() for p in parameters] if run.nonfinite is not None else []
+    before = [p.detach().clone() for p in parameters]
 
     def closure() -> Tensor:
         zero_grad(optimizer)
@@ -151,23 +184,34 @@ def closure_step(run: Run, phase: Phase, batch: Any) -> dict[str, Any]:
         if hooks.map_loss:
             output["loss"] = fold(hooks.map_loss, run, output["loss"], output, batch, phase)
         loss: Tensor = output["loss"]
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if hooks.on_backward_end:
             fire(hooks.on_backward_end, run, loss, output, batch, phase)
         outputs.append(output)
         return loss
 
-    optimizer.step(closure)
-    if before and any_nonfinite([p.detach().clone() for p in parameters], outputs[-1]["loss"].detach()):
-        with torch.no_grad():
-            for parameter, kept in zip(parameters, before, strict=True):
-                parameter.copy_(kept)
+    try:
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch's own closures return a tensor, too
+    except (SkipStep, StopEpoch):
+        _put_back(parameters, before)
+        raise
+    if run.nonfinite is not None and any_nonfinite(
+        [p.detach().clone() for p in parameters], outputs[-1]["loss"].detach()
+    ):
+        _put_back(parameters, before)
         raise NonFiniteError(
-            f"phase {phase.name!r}: {type(optimizer).__name__} left a loss of {float(outputs[-1]['loss']):g} or a parameter "
+            f"phase {phase.name!r}: {type(optimizer).__name__} left a loss of {float(outputs[-1]['loss']):g} or a "
+            f"parameter "
             f"that is not finite at step {run.progress.step + 1}; the parameters have been put back. Lower lr, or pass "
             'line_search_fn="strong_wolfe" to LBFGS'
         )
     return outputs[0]
+
+
+@torch.no_grad()
+def _put_back(parameters: list[Tensor], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: Any) -> None:
@@ -176,7 +220,9 @@ def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: An
     loss = output.get("loss") if isinstance(output, dict) else None
     better: Exception | None = None
     if isinstance(error, SkipBatch):
-        better = StepOutputError("SkipBatch came after map_batch had returned; raise lw.SkipStep to drop the step instead")
+        better = StepOutputError(
+            "SkipBatch came after map_batch had returned; raise lw.SkipStep to drop the step instead"
+        )
     elif isinstance(error, (RuntimeError, AttributeError)) and phase.moved and loss is not None:
         if not isinstance(loss, Tensor):
             better = StepOutputError(

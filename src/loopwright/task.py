@@ -76,7 +76,7 @@ class Task(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_run"}
 
     def replace(self, name: str, obj: Any) -> None:
-        """Put ``obj`` in the place of the child ``name``; the loop calls it for ``run.replace("model.<name>", obj)``."""
+        """Put ``obj`` in the place of the child ``name``, as ``run.replace("model.<name>", obj)`` asks for."""
         if name in ("model", "loss") and not hasattr(self, name):
             raise SettingError(
                 f"{type(self).__name__} has no {name!r} of its own; name the child to replace, such as "
@@ -88,11 +88,11 @@ class Task(nn.Module):
 class Supervised(Task):
     """A plain module, a loss and an optimizer as a task.
 
-    ``loss(preds, target)`` returns a scalar; without one, the module's own ``loss`` output is taken, else cross entropy for
-    integer targets and mean squared error for floating ones. ``optimizer`` is an instance or a factory
-    ``params -> Optimizer``; ``schedule`` a torch scheduler, a factory ``optimizer -> scheduler``, or ``lw.per_step(...)``.
-    A batch is ``(input, ..., target)``; ``inputs`` and ``targets`` choose otherwise, by key, by position, by a list of these
-    (keys are passed as keywords), or by a function of the batch.
+    ``loss(preds, target)`` returns a scalar; without one, the module's own ``loss`` output is taken, else cross
+    entropy for integer targets and mean squared error for floating ones. ``optimizer`` is an instance or a factory
+    ``params -> Optimizer``; ``schedule`` a torch scheduler, a factory ``optimizer -> scheduler``, or
+    ``lw.per_step(...)``. A batch is ``(input, ..., target)``; ``inputs`` and ``targets`` choose otherwise, by key, by
+    position, by a list of these (keys are passed as keywords), or by a function of the batch.
 
     A step's output holds ``loss``, ``preds`` (what the module returned) and ``target``.
 
@@ -116,7 +116,9 @@ class Supervised(Task):
         if not isinstance(module, nn.Module):
             raise SettingError(f"Supervised needs an nn.Module; got {describe(module)}")
         if loss is not None and not callable(loss):
-            raise SettingError(f"loss={loss!r} cannot be called; pass a function or module, such as nn.CrossEntropyLoss()")
+            raise SettingError(
+                f"loss={loss!r} cannot be called; pass a function or module, such as nn.CrossEntropyLoss()"
+            )
         if isinstance(loss, type):
             raise SettingError(f"loss={loss.__name__} is a class; make an instance: {loss.__name__}()")
         super().__init__()
@@ -247,7 +249,8 @@ def _target(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return next((batch[key] for key in ("labels", "label", "target", "y") if key in batch), None)
     raise StepOutputError(
-        f"a batch {describe(batch)} has no target; Supervised expects (input, target). Choose with inputs= and targets=, "
+        f"a batch {describe(batch)} has no target; Supervised expects (input, target). Choose with inputs= and "
+        f"targets=, "
         "such as targets=lambda batch: batch for an autoencoder"
     )
 
@@ -265,12 +268,14 @@ class StepTask:
     def __init__(self, step: Callable[[Any, Any], Any], state: Mapping[str, Any] | None = None) -> None:
         if not callable(step):
             raise SettingError(f"step={step!r} cannot be called; pass a function step(run, batch)")
-        self.step, self.state, self.run = step, dict(state or {}), None
+        self.step, self.state = step, dict(state or {})
+        self.run: Any = None
         for name, obj in self.state.items():
             pair = isinstance(obj, tuple) and len(obj) == 2 and all(callable(part) for part in obj)
             if not pair and not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
                 raise SettingError(
-                    f"state[{name!r}] is a {type(obj).__name__}, which has no state_dict; pass a pair of functions instead: "
+                    f"state[{name!r}] is a {type(obj).__name__}, which has no state_dict; pass a pair of functions "
+                    f"instead: "
                     f"state={{{name!r}: (get, set)}}, where set(get()) puts the object back"
                 )
 

@@ -24,12 +24,14 @@ def format_value(value: float | None) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Hours, minutes and seconds as on a clock.
+    """Hours, minutes and seconds as on a clock; less than 10 seconds with a decimal.
 
-    >>> [format_time(s) for s in (7.4, 62, 3723, 90061)]
-    ['0:07', '1:02', '1:02:03', '1 d 1:01:01']
+    >>> [format_time(s) for s in (0.31, 7.4, 62, 3723, 90061)]
+    ['0.3 s', '7.4 s', '1:02', '1:02:03', '1 d 1:01:01']
     """
-    minutes, s = divmod(round(max(0.0, seconds)), 60)
+    if seconds < 9.95:
+        return f"{max(0.0, seconds):.1f} s"
+    minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
     clock = f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

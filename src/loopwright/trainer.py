@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,18 @@ from torch import Tensor, nn
 from loopwright import loop
 from loopwright.callbacks import Checkpoint, ProgressBar
 from loopwright.data import DataModule, as_source
-from loopwright.errors import LoopwrightError, LoopwrightWarning, SettingError, choose
+from loopwright.errors import LoopwrightError, SettingError, choose
 from loopwright.events import Callback, Event, Filter, Handler, Hooks
 from loopwright.explain import explain
-from loopwright.folder import close_folder, open_folder
-from loopwright.interrupt import leave_if_interrupted, watch_signals
+from loopwright.history import History, Series
+from loopwright.interrupt import leave_if_interrupted
 from loopwright.loggers import JSONLLogger
+from loopwright.metrics import check_metrics
 from loopwright.parallel import Single, pick_device, pick_precision
 from loopwright.plan import Plan, make_plan
-from loopwright.metrics import check_metrics
-from loopwright.prepare import as_sources, assemble, measured_by, sample_count, seed_everything, trainable_flags
-from loopwright.progress import Duration, Every, Progress
+from loopwright.prepare import as_sources, assemble, measured_by, sample_count, trainable_flags
+from loopwright.progress import Duration, Every
+from loopwright.session import go_on, session
 from loopwright.state import Run, Stage
 from loopwright.task import StepTask, Supervised, Task  # noqa: F401 - Supervised is for the doctest
 
@@ -34,14 +34,14 @@ __all__ = ["Trainer"]
 class Trainer:
     """Settings of training; ``fit``, ``validate``, ``test``, ``predict`` and ``run`` use them on a task and data.
 
-    Training lasts ``epochs``, ``steps`` or ``time`` ("10 min"), whichever is reached first. ``accumulate`` batches make one
-    optimizer step; ``clip_norm`` bounds the 2-norm of the gradients. ``callbacks`` are called in their order. ``loggers``
-    None means ``metrics.jsonl`` in the run folder, which is made under ``folder/name`` (``folder=None`` writes nothing).
-    ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several. ``validate_every`` and
-    ``log_every`` are durations; bare numbers are steps. ``seed`` seeds everything before training, None leaves the global
-    generators alone. ``deterministic`` asks torch for deterministic algorithms during the fit. ``nonfinite`` says what
-    happens when a loss or gradient is NaN or infinite: "raise", "skip" or "skip 25" (at most so many steps in a row;
-    10 without a number), or None (train on).
+    Training lasts ``epochs``, ``steps`` or ``time`` ("10 min"), whichever is reached first. ``accumulate`` batches
+    make one optimizer step; ``clip_norm`` bounds the 2-norm of the gradients. ``callbacks`` are called in their order.
+    ``loggers`` None means ``metrics.jsonl`` in the run folder, which is made under ``folder/name`` (``folder=None``
+    writes nothing). ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several.
+    ``validate_every`` and ``log_every`` are durations; bare numbers are steps. ``seed`` seeds everything before
+    training, None leaves the global generators alone. ``deterministic`` asks torch for deterministic algorithms during
+    the fit. ``nonfinite`` says what happens when a loss or gradient is NaN or infinite: "raise", "skip" or "skip 25"
+    (at most so many steps in a row; 10 without a number), or None (train on).
 
     Raises SettingError for a value that cannot be used.
 
@@ -54,7 +54,7 @@ class Trainer:
 
     def __init__(
         self,
-        epochs: int | float | None = None,
+        epochs: int | None = None,
         *,
         steps: int | None = None,
         time: str | None = None,
@@ -100,11 +100,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ handlers
 
-    def on(self, event: Event | Filter, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def on(
+        self, event: Event | Filter, *args: Any, **kwargs: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register a function for an event: ``@trainer.on(lw.Event.EPOCH_END(every=5))``.
 
-        It is called as ``fn(run, *args, **kwargs)`` after the callbacks, in the order of registration; a parameter named
-        like one of the hook's own (``result``, ``values``, ``batch``, ...) receives it. ``trainer.off(fn)`` removes it.
+        It is called as ``fn(run, *args, **kwargs)`` after the callbacks, in the order of registration; a parameter
+        named like one of the hook's own (``result``, ``values``, ``batch``, ...) receives it. ``trainer.off(fn)``
+        removes it.
 
         >>> trainer = Trainer(epochs=1)
         >>> @trainer.on(Event.EPOCH_END(every=5))
@@ -144,9 +147,9 @@ class Trainer:
         """Train ``task`` on ``train``, validating on ``valid``, and return the run.
 
         Data is a DataLoader, a Dataset, arrays such as ``(X, y)``, a list of batches, a generator function, or a
-        DataModule; ``valid`` may be a dict of several. ``weight(batch)`` gives the samples or tokens of a batch where its
-        first dimension does not; with accumulation it makes the window be read ahead, which moves the draws of a dataset
-        that uses the global generators in this process. The same task fitted again goes on to the new total.
+        DataModule; ``valid`` may be a dict of several. ``weight(batch)`` gives the samples or tokens of a batch where
+        its first dimension does not; with accumulation it makes the window be read ahead, which moves the draws of a
+        dataset that uses the global generators in this process. The same task fitted again goes on to the new total.
 
         Raises PlanError, before any work starts, with everything that cannot work.
         """
@@ -194,8 +197,8 @@ class Trainer:
     def predict(self, task: Task, data: Any) -> Any:
         """What ``predict_step`` returns, for all samples in order, on the CPU.
 
-        Tensors are joined along dimension 0, also inside dicts, lists and tuples; anything else comes as a list with one
-        entry a batch.
+        Tensors are joined along dimension 0, also inside dicts, lists and tuples; anything else comes as a list with
+        one entry a batch.
         """
         run = self._bare(_checked(task))
         if isinstance(data, DataModule):
@@ -231,7 +234,9 @@ class Trainer:
         if not isinstance(task, StepTask):
             _checked(task)
         if not self.until and not stages:
-            raise SettingError("how long to train is not said; write lw.Trainer(epochs=10), steps=1000 or time='10 min'")
+            raise SettingError(
+                "how long to train is not said; write lw.Trainer(epochs=10), steps=1000 or time='10 min'"
+            )
         if stages and self.until:
             raise SettingError(
                 "both the Trainer and the stages say how long to train; leave epochs, steps and time out of the Trainer"
@@ -241,12 +246,12 @@ class Trainer:
         parts = assemble(
             task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
             clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=self._key(), device=device,
-            optimizers=previous.optimizers if previous is not None else None,
+            previous=previous,
         )  # fmt: skip
         bar = [self.progress if isinstance(self.progress, Callback) else ProgressBar()] if self.progress else []
-        run = self._bare(task, [*self.callbacks, *bar], self.handlers)
+        run = self._bare(task, bar)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
-        run.settings = {**{k: _plain(v) for k, v in self.settings.items()}, "key": self._key()}
+        run.settings = {**self.settings, "key": self._key()}
         run.meters["valid"] = measured_by(parts.metrics)
         run.weight = parts.stages[0].weight
         run.savers, run.loggers = self._savers(), self._loggers()
@@ -259,16 +264,17 @@ class Trainer:
             go_on(run, previous)
         return run
 
-    def _bare(self, task: Any, callbacks: list[Callback] | None = None, handlers: Sequence[Handler] = ()) -> Run:
+    def _bare(self, task: Any, bar: Sequence[Callback] = ()) -> Run:
         """A run with nothing to train yet: enough to evaluate or predict."""
-        callbacks = list(self.callbacks) if callbacks is None else callbacks
+        callbacks, history = [*self.callbacks, *bar], History()
         device, models = pick_device(self.device), task.models()
         for model in models.values():
             model.to(device)
         return Run(
-            task=task, stages=[], models=models, optimizers={}, callbacks=callbacks, hooks=Hooks(callbacks, handlers),
-            comm=Single(), precision=self.precision, device=device, weight=sample_count,
-            handlers=list(handlers), moves_batches=device.type != "cpu",
+            task=task, stages=[], models=models, optimizers={}, callbacks=callbacks,
+            hooks=Hooks(callbacks, self.handlers), comm=Single(), precision=self.precision, device=device,
+            weight=sample_count, handlers=list(self.handlers), moves_batches=device.type != "cpu",
+            history=history, series=Series(history.losses),
         )  # fmt: skip
 
     def _savers(self) -> list[Any]:
@@ -302,63 +308,8 @@ class Trainer:
         step = task.test_step if kind == "test" else task.validation_step
         return loop.evaluate(run, as_sources(data, self._key()), step, kind=kind)
 
-    @contextmanager
-    def _session(self, run: Run) -> Iterator[None]:
-        """What surrounds the loop: seeds, flags, folder, loggers, signals; everything is closed and put back."""
-        _say_what_is_odd(run)
-        if self.seed is not None and run.progress.step == 0:
-            seed_everything(self.seed)
-        if self.folder is not None and run.folder is None:
-            name = self.name or type(next(iter(run.models.values()), run.task)).__name__
-            run.folder = open_folder(self.folder, name, settings=run.settings, seed=self.seed)
-        was_deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(self.deterministic or was_deterministic)
-        run.status, error = "running", None
-        run.task.__dict__["_run"] = run
-        try:
-            for handler in run.handlers:
-                handler.start(run)
-            for part in (*run.savers, *run.loggers):
-                if hasattr(part, "start"):
-                    part.start(run)
-            with watch_signals(run):
-                yield
-            interrupted = run.stop_reason in ("SIGINT", "SIGTERM")
-            run.status = "interrupted" if interrupted else "stopped" if run.stop_reason else "done"
-        except BaseException as caught:
-            error = caught
-            run.status = "interrupted" if isinstance(caught, KeyboardInterrupt) else "failed"
-            raise
-        finally:
-            torch.use_deterministic_algorithms(was_deterministic)
-            for name, parameter in run.task.named_parameters() if isinstance(run.task, nn.Module) else ():
-                parameter.requires_grad_(run.trainable.get(name, parameter.requires_grad))
-            for logger in run.loggers:
-                if hasattr(logger, "close"):
-                    logger.close(run.status)
-            if run.folder is not None:
-                close_folder(run.folder, run.status, error=error, metrics=run.metrics, progress=run.progress, exact=run.exact)
-
-
-def go_on(run: Run, previous: Run) -> None:
-    """Let ``run`` continue where ``previous``, of the same task, stands: towards its own, larger total."""
-    run.progress, run.history, run.series, run.metrics = (
-        previous.progress, previous.history, previous.series, dict(previous.metrics),
-    )  # fmt: skip
-    run.stage_start, run.folder, run.replaced = previous.stage_start, previous.folder, previous.replaced
-    run.trainable, run.validated_at = previous.trainable, previous.validated_at
-    for stage, old_stage in zip(run.stages, previous.stages, strict=False):
-        for phase, old in zip(stage.phases, old_stage.phases, strict=False):
-            phase.step_schedulers, phase.epoch_schedulers = old.step_schedulers, old.epoch_schedulers
-    if len(run.stages) == len(previous.stages) == 1:
-        run.progress = run.progress._replace(stage=0, stage_step=run.progress.step)
-        run.stage_start = Progress()
-    stage = run.stage
-    if stage is not None and run.progress.batch:
-        if run.data is previous.data:
-            stage.source.load_state_dict(previous.stages[run.progress.stage].source.state_dict())
-        else:  # other data: the open epoch ends here
-            run.progress = run.progress._replace(epoch=run.progress.epoch + 1, batch=0)
+    def _session(self, run: Run) -> AbstractContextManager[None]:
+        return session(run, seed=self.seed, root=self.folder, name=self.name, deterministic=self.deterministic)
 
 
 def joined(outputs: list[Any]) -> Any:
@@ -385,10 +336,13 @@ def _checked(task: Any) -> Any:
         raise SettingError(f"{task.__name__} is a class; make an instance: {task.__name__}()")
     if isinstance(task, nn.Module):
         raise SettingError(
-            f"{type(task).__name__} is a plain module; say how to train it: lw.Supervised(module, loss=nn.CrossEntropyLoss(), "
+            f"{type(task).__name__} is a plain module; say how to train it: lw.Supervised(module, "
+            f"loss=nn.CrossEntropyLoss(), "
             "optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3)), or derive it from lw.Task"
         )
-    raise SettingError(f"{type(task).__name__} is no task; pass lw.Supervised(...) or an lw.Task, or call trainer.run(step, data)")
+    raise SettingError(
+        f"{type(task).__name__} is no task; pass lw.Supervised(...) or an lw.Task, or call trainer.run(step, data)"
+    )
 
 
 def _nonfinite(value: str | None) -> tuple[str | None, int]:
@@ -398,29 +352,3 @@ def _nonfinite(value: str | None) -> tuple[str | None, int]:
     if words[:1] == ["skip"] and len(words) <= 2 and (len(words) == 1 or (words[1].isdigit() and int(words[1]) > 0)):
         return "skip", int(words[1]) if len(words) == 2 else 10
     raise SettingError(f"nonfinite={value!r}: expected 'raise', 'skip', 'skip 25' (at most so many in a row) or None")
-
-
-def _plain(value: Any) -> Any:
-    """A setting as plain data where it is plain, else as its class name."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, (Path, torch.device)) else type(value).__name__
-
-
-def _say_what_is_odd(run: Run) -> None:
-    if isinstance(run.task, nn.Module):
-        for name, model in run.models.items():
-            if not model.training:
-                model.train()
-                warnings.warn(f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=4)
-    stage = run.stage
-    done = stage is not None and len(run.stages) == 1 and run.progress.step > 0
-    if done and any(u.position(run.progress) >= u.value for u in stage.until):  # type: ignore[union-attr]
-        warnings.warn(
-            f"this task has already been trained for {run.progress.epoch} epochs ({run.progress.step} steps): nothing to do. "
-            "Ask the Trainer for more, or make a new task to start anew",
-            LoopwrightWarning,
-            stacklevel=4,
-        )

@@ -180,6 +180,10 @@ def seed_worker(worker: int) -> None:
     np.random.seed(torch.initial_seed() % 2**31 + worker)
 
 
+def fixed(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator())
+
+
 def generator(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -214,12 +218,12 @@ IN_PROCESS: dict[str, Kind] = {
     "gather subset of subset": Kind(
         lambda: DataLoader(Subset(Subset(tensors(), range(3, 15)), np.arange(0, 12, 2)), 4, shuffle=True), Gather
     ),
-    "gather strided": Kind(lambda: DataLoader(TensorDataset(torch.rand(3, 20).T), 6, shuffle=True), Gather),
-    "gather one, three": Kind(lambda: DataLoader(TensorDataset(*torch.rand(3, 20, 2)), 6, shuffle=True), Gather),
+    "gather strided": Kind(lambda: DataLoader(TensorDataset(fixed(3, 20).T), 6, shuffle=True), Gather),
+    "gather one, three": Kind(lambda: DataLoader(TensorDataset(*fixed(3, 20, 2)), 6, shuffle=True), Gather),
     "negative subset": Kind(lambda: DataLoader(Subset(tensors(), [-1, 3, -2]), 2, shuffle=True), TorchLoader),
     "channels last": Kind(
         lambda: DataLoader(
-            TensorDataset(torch.rand(20, 3, 4, 5).to(memory_format=torch.channels_last)), 6, shuffle=True
+            TensorDataset(fixed(20, 3, 4, 5).to(memory_format=torch.channels_last)), 6, shuffle=True
         ),
         TorchLoader,
     ),
@@ -266,7 +270,7 @@ IN_PROCESS: dict[str, Kind] = {
     "subclass of DataLoader": Kind(lambda: Shouting(20), TorchLoader),
     "stream": Kind(lambda: DataLoader(Stream(), 6), Iterated),
     "list of batches": Kind(lambda: [torch.arange(3), torch.arange(3, 8), torch.arange(8, 9)], Iterated),
-    "arrays": Kind(lambda: Loader((torch.rand(20, 2), np.arange(20)), 7, shuffle=True), Loader),
+    "arrays": Kind(lambda: Loader((fixed(20, 2), np.arange(20)), 7, shuffle=True), Loader),
     "arrays in order": Kind(lambda: Loader({"x": torch.arange(20)}, 7, drop_last=True), Loader),
     "dataset": Kind(lambda: Loader(Noisy(), 7, shuffle=True, seed=3), Loader),
 }

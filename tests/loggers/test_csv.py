@@ -21,9 +21,7 @@ def test_columns_grow_and_earlier_rows_get_empty_cells(make_run, tmp_path):
     logger.log(Progress(step=5, samples=20, seconds=0.5), {"train/loss": 0.5, "lr": 0.1}, "train")
     logger.log(Progress(step=10, epoch=1), {"valid/loss": math.nan}, "valid")
     assert (tmp_path / "metrics.csv").read_text() == (
-        "kind,step,epoch,samples,seconds,train/loss,lr,valid/loss\n"
-        "train,5,0,20,0.5,0.5,0.1,\n"
-        "valid,10,1,0,0.0,,,nan\n"
+        "kind,step,epoch,samples,seconds,train/loss,lr,valid/loss\ntrain,5,0,20,0.5,0.5,0.1,\nvalid,10,1,0,0.0,,,nan\n"
     )
     logger.close("finished")
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
@@ -71,9 +69,7 @@ def test_a_resumed_run_has_the_same_table_as_one_that_was_never_killed(make_run,
 def test_a_file_that_is_no_such_table_is_left_alone(make_run, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(
-        SettingError, match=r"its first line is 'a,b', expected 'kind,step,epoch,samples,seconds,...'"
-    ):
+    with pytest.raises(SettingError, match=r"its first line is 'a,b', expected 'kind,step,epoch,samples,seconds,...'"):
         CSVLogger(path).start(make_run())
     assert path.read_text() == "a,b\n1,2\n"
 

@@ -15,9 +15,7 @@ class Tty(io.StringIO):
 
 def log(table, *losses):
     for epoch, loss in enumerate(losses, 1):
-        table.log(
-            Progress(epoch=epoch, seconds=epoch / 2), {"train/loss": loss, "valid/accuracy": loss}, "epoch"
-        )
+        table.log(Progress(epoch=epoch, seconds=epoch / 2), {"train/loss": loss, "valid/accuracy": loss}, "epoch")
 
 
 def test_one_aligned_row_an_epoch_and_one_header():

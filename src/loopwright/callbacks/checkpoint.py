@@ -51,9 +51,7 @@ class Checkpoint:
         if on_error not in ("raise", "warn"):
             raise SettingError(f"on_error={on_error!r} is unknown; use on_error='raise' or on_error='warn'")
         if monitor is None and mode is not None:
-            raise SettingError(
-                f"mode={mode!r} needs a value to watch: add monitor='valid/loss', or leave mode out"
-            )
+            raise SettingError(f"mode={mode!r} needs a value to watch: add monitor='valid/loss', or leave mode out")
         self.every, self.monitor, self.keep = every, monitor, keep
         self.at_end, self.on_error = at_end, on_error
         self.mode = direction(monitor, mode) if monitor is not None else None
@@ -156,9 +154,7 @@ class Checkpoint:
 
     def _best_first(self) -> list[Path]:
         """Those with a value, the earliest of equals first."""
-        return sorted(
-            (p for p, rank in self._ranks.items() if rank is not None), key=lambda p: self._ranks[p] or 0.0
-        )
+        return sorted((p for p, rank in self._ranks.items() if rank is not None), key=lambda p: self._ranks[p] or 0.0)
 
     def _look(self) -> None:
         ranked = self._best_first()
@@ -170,9 +166,7 @@ class Checkpoint:
     def _surplus(self) -> list[Path]:
         newest_first = list(reversed(self._ranks))
         kept = (
-            newest_first[: self.keep]
-            if self.monitor is None
-            else [*self._best_first()[: self.keep], newest_first[0]]
+            newest_first[: self.keep] if self.monitor is None else [*self._best_first()[: self.keep], newest_first[0]]
         )
         return [path for path in self._ranks if path not in kept]
 

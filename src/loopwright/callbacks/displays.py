@@ -8,40 +8,44 @@ import shutil
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TextIO
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TextIO
 
-__all__ = ["Bar", "Display", "Lines", "Notebook", "Terminal", "display_mode", "open_display"]
+__all__ = ["Bar", "Cell", "Display", "Lines", "Notebook", "Terminal", "display_mode", "open_display"]
+
+
+class Cell(NamedTuple):
+    """A text, with the name in front of it on a line (if any) or above it in a table.
+
+    Where there is no room for all, cells of a high rank are left out first.
+    """
+
+    name: str
+    text: str
+    rank: int = 0
+    column: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.text}" if self.name else self.text
 
 
 @dataclass(slots=True)
 class Bar:
-    """What is going on now: a label, the part that is done (None: unknown), and what to say beside it.
-
-    ``items`` are pairs of a rank and a text: where there is no room for all, those of a high rank are left
-    out first.
-    """
+    """What is going on now: a label, the part that is done (None: unknown), and what to say beside it."""
 
     label: str
     done: float | None
-    items: list[tuple[int, str]] = field(default_factory=list)
-
-    def text(self) -> str:
-        """Everything on one line, without a bar."""
-        return "  ".join([self.label, *(text for _, text in self.items)])
+    cells: list[Cell]
 
 
 class Display(Protocol):
-    """Where progress is shown: ``row`` and ``note`` stay, ``live`` is replaced if it ``erases``.
-
-    A row has a label and cells of a name and a text.
-    """
+    """Where progress is shown: ``row`` and ``note`` stay, ``live`` is replaced if it ``erases``."""
 
     refresh_s: float
     erases: bool
 
     def live(self, bars: Sequence[Bar], losses: array[float]) -> None: ...
-    def row(self, label: str, cells: Sequence[tuple[str, str]]) -> None: ...
+    def row(self, label: str, cells: Sequence[Cell]) -> None: ...
     def note(self, text: str) -> None: ...
 
 
@@ -81,10 +85,10 @@ class Lines:
 
     def live(self, bars: Sequence[Bar], losses: array[float]) -> None:
         """A line for the innermost thing that is going on."""
-        self.note(bars[-1].text())
+        self.row(bars[-1].label, bars[-1].cells)
 
-    def row(self, label: str, cells: Sequence[tuple[str, str]]) -> None:
-        self.note("  ".join([label, *(f"{name} {text}".strip() for name, text in cells)]))
+    def row(self, label: str, cells: Sequence[Cell]) -> None:
+        self.note("  ".join([label, *map(str, cells)]))
 
     def note(self, text: str) -> None:
         if text:
@@ -117,8 +121,8 @@ class Terminal:
         self.file.write("\x1b[J" + room + "\x1b7" + "".join("\r\n" + line for line in lines) + "\x1b8")
         self.file.flush()
 
-    def row(self, label: str, cells: Sequence[tuple[str, str]]) -> None:
-        self.note("  ".join([label, *(f"{self._dim(name)} {text}".strip() for name, text in cells)]))
+    def row(self, label: str, cells: Sequence[Cell]) -> None:
+        self.note(self._line(Bar(label, None, list(cells)), self._width()))
 
     def note(self, text: str) -> None:
         self.file.write("\x1b[J" + (text + "\n" if text else ""))
@@ -136,15 +140,14 @@ class Terminal:
         return shutil.get_terminal_size().columns
 
     def _line(self, bar: Bar, width: int) -> str:
-        """``bar`` in less than ``width`` columns: items of a high rank are left out, then the bar itself."""
-        room = width - 1 - len(bar.label)
-        items = list(bar.items)
-        least = 14 if bar.done is not None else 0
-        while items and sum(len(text) + 2 for _, text in items) + least > room:
-            items.remove(max(items, key=lambda item: item[0]))
-        room -= sum(len(text) + 2 for _, text in items)
+        """``bar`` in less than ``width`` columns: cells of a high rank are left out, then the bar itself."""
+        room, cells, least = width - 1 - len(bar.label), list(bar.cells), 0 if bar.done is None else 14
+        while cells and _length(cells) + least > room:
+            cells.remove(max(cells, key=lambda cell: cell.rank))
+        room -= _length(cells)
         drawn = "" if bar.done is None or room < least else "  " + self._bar(bar.done, min(30, room - 2))
-        return bar.label[: width - 1] + drawn + "".join("  " + text for _, text in items)
+        texts = [f"  {self._dim(cell.name)} {cell.text}" if cell.name else f"  {cell.text}" for cell in cells]
+        return bar.label[: width - 1] + drawn + "".join(texts)
 
     def _bar(self, done: float, width: int) -> str:
         full, tip, empty = self.glyphs
@@ -152,6 +155,10 @@ class Terminal:
         head = full * int(filled) + (tip if filled % 1 >= 0.5 else "")
         tail = empty * (width - len(head))
         return f"\x1b[32m{head}\x1b[39m{self._dim(tail)}" if self.color else head + tail
+
+
+def _length(cells: Sequence[Cell]) -> int:
+    return sum(len(str(cell)) + 2 for cell in cells)
 
 
 class Notebook:
@@ -172,8 +179,8 @@ class Notebook:
         lines = "".join(f"<div>{_bar_html(bar)}</div>" for bar in bars)
         self._show(self._table(self.rows_while_running) + self.curve + lines)
 
-    def row(self, label: str, cells: Sequence[tuple[str, str]]) -> None:
-        self.rows.append({"": label, **dict(cells)})
+    def row(self, label: str, cells: Sequence[Cell]) -> None:
+        self.rows.append({"": label, **{cell.name or cell.column: cell.text.strip() for cell in cells}})
 
     def note(self, text: str) -> None:
         """End the output with ``text`` instead of bars."""
@@ -202,10 +209,8 @@ class Notebook:
 
 def _bar_html(bar: Bar) -> str:
     style = "width:12em;height:0.8em;margin:0 1em;accent-color:#4c9a52"
-    drawn = (
-        "  " if bar.done is None else f'<progress style="{style}" value="{bar.done:.4f}" max="1"></progress>'
-    )
-    return html.escape(bar.label) + drawn + html.escape("  ".join(text for _, text in bar.items))
+    drawn = "  " if bar.done is None else f'<progress style="{style}" value="{bar.done:.4f}" max="1"></progress>'
+    return html.escape(bar.label) + drawn + html.escape("  ".join(map(str, bar.cells)))
 
 
 def sparkline(values: Sequence[float], *, width: int = 320, height: int = 48) -> str:

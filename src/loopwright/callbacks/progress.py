@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
-from loopwright.callbacks.displays import Bar, Display, display_mode, open_display
+from loopwright.callbacks.displays import Bar, Cell, Display, display_mode, open_display
 from loopwright.callbacks.estimate import part_done, planned, time_left
 from loopwright.errors import SettingError, choose
 from loopwright.events import Callback
@@ -63,9 +63,7 @@ class ProgressBar(Callback):
         self.display: Display | None = None
         self.fitting = False
         self.began = self.opened = self.zero = self.idle_s = 0.0
-        self.held: tuple[str, list[tuple[str, str]]] | None = (
-            None  # a row that came too soon
-        )
+        self.held: tuple[str, list[Cell]] | None = None  # a row that came too soon
         self.next = math.inf  # seconds of the run: the one number that a step without a refresh compares
 
     # training
@@ -88,8 +86,13 @@ class ProgressBar(Callback):
     def on_epoch_end(self, run: Run) -> None:
         if self.display is None:
             return
-        ends = [("", self._rate(run)), ("", format_time(self._now() - self.began))]
-        self.held = (self._label(run), [*self._cells(run.history[-1]), *ends])
+        record = run.history[-1]
+        took = format_time(self._now() - self.began)
+        ends = [Cell("", self._rate(run), 99, "speed"), Cell("", took, 2, "time")]
+        self.held = (
+            self._label(run),
+            [*self._cells(record, [n for n in record if n.startswith(("train/", "valid/"))]), *ends],
+        )
         if self.rows < _BURST + _A_SECOND * (self._now() - self.opened):
             self._show_held()
         # erased by the row; if another follows soon, the bar would only flicker
@@ -100,11 +103,11 @@ class ProgressBar(Callback):
     def on_fit_end(self, run: Run) -> None:
         self._show_held()
         if self.display is not None and run.progress.batch:  # it ended within an epoch, which has no record
-            self.display.row(self._label(run, f"step {run.progress.step:,}"), self._cells(run.metrics))
-        if run.stop_reason is None:
-            self._close(f"finished after {_so_far(run)}")
-        else:
-            self._close(f"stopped after {_so_far(run)}: {run.stop_reason}")
+            names = [name for name in run.metrics if _is_train_loss(name)]
+            self.display.row(self._label(run, self._step(run)), self._cells(run.metrics, names))
+        reason = run.stop_reason or ""
+        what = "interrupted" if reason in ("SIGINT", "SIGTERM") else "stopped" if reason else "finished"
+        self._close(f"{what} after {_so_far(run)}{f': {reason}' if what == 'stopped' else ''}")
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         self._show_held()
@@ -156,7 +159,7 @@ class ProgressBar(Callback):
             return
         n, total = self.read, self.read_batches
         count = f"{n:,}/{total:,}" if total else f"{n:,} batches"
-        bar = Bar(self.reading, n / total if total else None, [(0, count)])
+        bar = Bar(self.reading, n / total if total else None, [Cell("", count)])
         self.next = self._now() + self.display.refresh_s
         bars = [bar]
         if self.fitting and (run.progress.batch or run.progress.epoch >= self.epoch):  # an epoch is open
@@ -168,9 +171,9 @@ class ProgressBar(Callback):
         seconds = self._now() - self.read_began
         self.idle_s += seconds
         if self.display is not None and show:
-            cells = [(name, _value(value)) for name, value in values.items()]
-            label = self._label(run, f"step {run.progress.step:,}") if self.fitting else self.reading
-            self.display.row(label, [*cells, ("", format_time(seconds))])
+            cells = [Cell(name, _value(value), 1) for name, value in values.items()]
+            label = self._label(run, self._step(run)) if self.fitting else self.reading
+            self.display.row(label, [*cells, Cell("", format_time(seconds), 2, "time")])
             self.next = self._now() + (0.0 if self.display.erases else self.display.refresh_s)
         if not self.fitting:
             self._close("")
@@ -219,36 +222,45 @@ class ProgressBar(Callback):
         p, stage = run.progress, run.stage
         total = stage.source.batches if stage is not None else None
         self.batch = p.batch if p.epoch < self.epoch else total or self.batch
-        items = [(1, f"{self.batch:,}/{total:,}" if total else f"{self.batch:,} batches")]
+        cells = [Cell("", f"{self.batch:,}/{total:,}" if total else f"{self.batch:,} batches", 1)]
         if self.steps:
-            items.append((3, f"step {p.step:,}/{self.steps:,}"))
-        shown = self.metrics or [name for name in run.metrics if self._is_live(name)]
-        texts = [f"{name} {_value(run.metrics.get(name))}" for name in shown]
-        items += [(0 if not i else 4 + i, text) for i, text in enumerate(texts)]
+            cells.append(Cell("", self._step(run), 3))
+        cells += self._cells(run.metrics, [name for name in run.metrics if self._is_live(name)])
         if p.samples > self.samples:
-            items.append((2, self._rate(run)))
+            cells.append(Cell("", self._rate(run), 9))
         left = time_left(run)
         if left is not None:
-            items.append((1, f"{format_time(left)} left"))
-        return Bar(self._label(run), self.batch / total if total else part_done(run), items)
+            cells.append(Cell("", f"{format_time(left)} left", 2))
+        return Bar(self._label(run), self.batch / total if total else part_done(run), cells)
 
     def _is_live(self, name: str) -> bool:
         if name.startswith("valid/"):
             return self.validated
-        return name.startswith("train/") and name.endswith("loss")
+        return _is_train_loss(name)
+
+    def _step(self, run: Run) -> str:
+        return f"step {run.progress.step:,}" + (f"/{self.steps:,}" if self.steps else "")
 
     def _rate(self, run: Run) -> str:
         seconds = self._now() - self.began - self.idle_s
         return f"{format_count((run.progress.samples - self.samples) / max(seconds, 1e-9))} samples/s"
 
-    def _cells(self, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-        names = self.metrics or [name for name in values if name.startswith(("train/", "valid/"))]
-        return [(name, _value(values.get(name))) for name in names]
+    def _cells(self, values: Mapping[str, Any], names: Iterable[str]) -> list[Cell]:
+        """The chosen values, or else those of ``names``; the first loss and the validation matter most."""
+        cells: list[Cell] = []
+        for name in self.metrics or names:
+            rank = 20 if name.startswith("train/") and cells else min(len(cells), 8)
+            cells.append(Cell(name, _value(values.get(name)), rank))
+        return cells
 
     def _show_held(self) -> None:
         if self.display is not None and self.held is not None:
             self.display.row(*self.held)
             self.rows, self.held = self.rows + 1, None
+
+
+def _is_train_loss(name: str) -> bool:
+    return name.startswith("train/") and name.endswith("loss")
 
 
 def _value(value: float | None) -> str:
@@ -263,7 +275,8 @@ def _losses(run: Run) -> array[float]:
 def _so_far(run: Run) -> str:
     p = run.progress
     counts: Iterable[tuple[int, str]] = ((p.epoch, "epoch"), (p.step, "step"))
-    return ", ".join([*(f"{n:,} {unit}{'s' * (n != 1)}" for n, unit in counts), format_time(p.seconds)])
+    where = f" ({run.folder})" if run.folder is not None else ""
+    return ", ".join([*(f"{n:,} {unit}{'s' * (n != 1)}" for n, unit in counts), format_time(p.seconds)]) + where
 
 
 def _switched_off() -> bool:

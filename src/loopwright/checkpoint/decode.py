@@ -58,8 +58,7 @@ def _decode(plain: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"the state of this checkpoint has a malformed value of type {tag!r} "
-            f"({type(error).__name__}: {error})"
+            f"the state of this checkpoint has a malformed value of type {tag!r} ({type(error).__name__}: {error})"
         ) from error
 
 

@@ -84,9 +84,7 @@ class _Encoder:
         return [self.encode(v, f"{where}[{i}]", depth) for i, v in enumerate(values)]
 
     def pairs(self, value: Mapping[Any, Any], where: str, depth: int) -> list[Any]:
-        return [
-            [self.key(k, where, depth), self.encode(v, _inside(where, k), depth)] for k, v in value.items()
-        ]
+        return [[self.key(k, where, depth), self.encode(v, _inside(where, k), depth)] for k, v in value.items()]
 
     def mapping(self, value: dict[Any, Any], where: str, depth: int) -> Any:
         if all(type(k) is str for k in value) and TAG not in value:
@@ -114,12 +112,7 @@ class _Encoder:
         return {TAG: "defaultdict", "factory": name, "v": self.pairs(value, where, depth)}
 
     def _tensor(self, tensor: Tensor, where: str) -> Any:
-        if (
-            type(tensor) not in (Tensor, nn.Parameter)
-            or tensor.is_quantized
-            or tensor.is_meta
-            or tensor.is_nested
-        ):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             raise CheckpointError(
                 f"{where} is a {_described(tensor)}, which cannot be saved; "
                 "convert it to a plain tensor in state_dict()"
@@ -190,9 +183,7 @@ def _refusal(value: Any, where: str) -> CheckpointError:
         fix = "return its state_dict() instead"
     else:
         fix = "return numbers, strings, tensors, and lists, tuples, sets and dicts of them"
-    return CheckpointError(
-        f"{where or 'the state'} is a {shown}{dtype}, which cannot be saved in a checkpoint; {fix}"
-    )
+    return CheckpointError(f"{where or 'the state'} is a {shown}{dtype}, which cannot be saved in a checkpoint; {fix}")
 
 
 def _set(name: str) -> Callable[[_Encoder, Any, str, int], Any]:

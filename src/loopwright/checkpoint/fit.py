@@ -45,12 +45,8 @@ def problems_of(
     optimizers: Mapping[str, Optimizer], saved: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str]
 ) -> list[str]:
     """How optimizers differ from those of a checkpoint in name, class, and number of parameters in each group."""
-    problems = [
-        f"it has no optimizer {name!r}. {choose(name, saved)}" for name in optimizers if name not in saved
-    ]
-    problems += [
-        f"this run has no optimizer {n!r}. {choose(n, optimizers)}" for n in saved if n not in optimizers
-    ]
+    problems = [f"it has no optimizer {name!r}. {choose(name, saved)}" for name in optimizers if name not in saved]
+    problems += [f"this run has no optimizer {n!r}. {choose(n, optimizers)}" for n in saved if n not in optimizers]
     for name in optimizers.keys() & saved.keys():
         optimizer = optimizers[name]
         if (kind := type(optimizer).__qualname__) != kinds[name]:

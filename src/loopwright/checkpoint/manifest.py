@@ -16,10 +16,11 @@ from typing import Any
 
 from loopwright.errors import CheckpointError
 
-__all__ = ["FORMAT", "NAME", "parse", "peek", "render"]
+__all__ = ["FILE", "FORMAT", "NAME", "parse", "peek", "render"]
 
 NAME = "manifest.json"
 FORMAT = 1
+FILE = re.compile(r"[\w%~-][\w.%~-]*\.(safetensors|json)")
 
 
 def render(manifest: dict[str, Any]) -> bytes:
@@ -39,17 +40,17 @@ def parse(path: Path) -> dict[str, Any]:
     """
     file = path / NAME
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest: Any = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         state = "has no manifest.json" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} is not a checkpoint: it {state}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: it is not JSON ({error})") from None
-    expected = manifest.get("checksum") if isinstance(manifest, dict) else None
-    if expected != (found := _checksum(manifest) if isinstance(manifest, dict) else None) or expected is None:
-        raise CheckpointError(
-            f"{file} is damaged: it says that its checksum is {expected}, and it is {found}"
-        )
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{file} is damaged: it holds a {type(manifest).__name__}, not an object")
+    expected, found = manifest.get("checksum"), _checksum(manifest)
+    if expected != found:
+        raise CheckpointError(f"{file} is damaged: it says that its checksum is {expected}, and it is {found}")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest.get('format')!r}, and this version of Loopwright reads format {FORMAT}. "
@@ -62,12 +63,8 @@ def parse(path: Path) -> dict[str, Any]:
 def _check_files(file: Path, files: Any) -> None:
     """A checksum proves that nothing was damaged, not that nobody forged it: no path may lead out of the folder."""
     for name, entry in files.items() if isinstance(files, dict) else [("files", None)]:
-        fits = (
-            isinstance(entry, dict)
-            and isinstance(entry.get("size"), int)
-            and isinstance(entry.get("sha256"), str)
-        )
-        if not fits or not re.fullmatch(r"[\w%-][\w.%-]*\.(safetensors|json)", name):
+        fits = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        if not fits or not FILE.fullmatch(name):
             raise CheckpointError(f"{file} names a file that no checkpoint has: {name!r}: {entry!r}")
 
 

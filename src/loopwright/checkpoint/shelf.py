@@ -48,9 +48,7 @@ def find(path: Path | str) -> Path:
     found = newest(path / "checkpoints") or newest(path)
     if found is None:
         state = "has no manifest.json, and no checkpoints are in it" if path.is_dir() else "does not exist"
-        raise CheckpointError(
-            f"{path} is not a checkpoint: it {state}. Give the folder of a run or of a checkpoint"
-        )
+        raise CheckpointError(f"{path} is not a checkpoint: it {state}. Give the folder of a run or of a checkpoint")
     return found
 
 
@@ -74,9 +72,7 @@ def index(folder: Path | str) -> dict[str, Path | None]:
 def write_index(folder: Path, *, last: Path | None, best: Path | None) -> None:
     """Write ``index.json``, in one move."""
     temporary = folder / f".{INDEX}.writing"
-    temporary.write_text(
-        json.dumps({"last": last and last.name, "best": best and best.name}), encoding="utf-8"
-    )
+    temporary.write_text(json.dumps({"last": last and last.name, "best": best and best.name}), encoding="utf-8")
     os.replace(temporary, folder / INDEX)
 
 
@@ -89,11 +85,7 @@ def best(checkpoints: list[Path]) -> Path | None:
 def monitored(path: Path, monitor: str | None = None) -> float | None:
     """The monitored value of a checkpoint, smaller is better; None where there is none (of that name)."""
     info: Any = manifests.peek(path).get("info")
-    if (
-        not isinstance(info, dict)
-        or not isinstance(value := info.get("value"), (int, float))
-        or math.isnan(value)
-    ):
+    if not isinstance(info, dict) or not isinstance(value := info.get("value"), (int, float)) or math.isnan(value):
         return None
     if monitor is not None and info.get("monitor") != monitor:
         return None

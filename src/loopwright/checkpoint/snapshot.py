@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loopwright import rng
+from loopwright import __version__, rng
 from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
@@ -41,7 +40,7 @@ def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "models": extras,
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
         "optimizer_kinds": {name: _kind(optimizer) for name, optimizer in run.optimizers.items()},
-        "precision": run.precision.state_dict() if _has_state(run.precision) else {},
+        "precision": _state(run.precision),
         "stage": {"index": at, **_stage(run, run.stages[at])} if run.stages else {},
         **{name: _listed(getattr(run, name)) for name in ("callbacks", *_WATCHERS)},
         "user": {name: _given(name, obj) for name, obj in _user(run)},
@@ -73,7 +72,7 @@ def info(run: Run) -> dict[str, Any]:
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "loopwright": version("loopwright"),
+            "loopwright": __version__,
         },
     }  # fmt: skip
 
@@ -155,8 +154,7 @@ def _stage(run: Run, stage: Stage) -> dict[str, Any]:
         meters = phase.meters.state_dict() if phase.meters is not None and run.progress.batch else {}
         schedulers = [s.state_dict() for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
         phases[phase.name] = {"schedulers": schedulers, "meters": meters}
-    source = stage.source.state_dict() if _has_state(stage.source) else {}
-    return {"name": stage.name, "source": source, "phases": phases}
+    return {"name": stage.name, "source": _state(stage.source), "phases": phases}
 
 
 def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
@@ -164,8 +162,9 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
     for name in _COUNTERS:
         setattr(run, name, state["counters"][name])
     run.replaced[:] = state["replaced"]
-    if _has_state(run.precision):
-        run.precision.load_state_dict(state["precision"])
+    precision: Any = run.precision
+    if _has_state(precision):
+        precision.load_state_dict(state["precision"])
     if state["stage"] and state["stage"]["index"] < len(run.stages):
         _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
     for name in ("callbacks", *_WATCHERS):
@@ -208,18 +207,14 @@ def _lost(run: Run, state: Mapping[str, Any]) -> list[str]:
     kept = sum(bool(entry["state"]) for entry in state["callbacks"])
     if len(list(_matched(run.callbacks, state["callbacks"]))) < kept:
         names = ", ".join(entry["kind"] for entry in state["callbacks"] if entry["state"])
-        mine = ", ".join(map(_kind, run.callbacks)) or "none"
-        problems.append(
-            f"the checkpoint holds what these callbacks remember: {names}; this run has {mine}. Add them"
-        )
+        here = ", ".join(map(_kind, run.callbacks)) or "none"
+        problems.append(f"the checkpoint holds what these callbacks remember: {names}; this run has {here}. Add them")
     own = {name for name, _ in _user(run)}
     problems += [
         f"the checkpoint has no state {name!r}. {choose(name, state['user'])}"
         for name in sorted(own - state["user"].keys())
     ]
-    problems += [
-        f"this run has no state {name!r}. {choose(name, own)}" for name in sorted(state["user"].keys() - own)
-    ]
+    problems += [f"this run has no state {name!r}. {choose(name, own)}" for name in sorted(state["user"].keys() - own)]
     return problems
 
 
@@ -234,7 +229,7 @@ def _refuse(data: Contents, problems: list[str]) -> None:
 
 
 def _listed(objects: list[Any]) -> list[dict[str, Any]]:
-    return [{"kind": _kind(o), "state": o.state_dict() if _has_state(o) else {}} for o in objects]
+    return [{"kind": _kind(o), "state": _state(o)} for o in objects]
 
 
 def _matched(objects: list[Any], saved: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
@@ -263,6 +258,10 @@ def _given(name: str, obj: Any) -> Any:
         f"state[{name!r}] is a {_kind(obj)}, which has no state_dict and load_state_dict; give an object that has "
         f"them, or two functions: state={{{name!r}: (get, set)}}"
     )
+
+
+def _state(obj: Any) -> Any:
+    return obj.state_dict() if _has_state(obj) else {}
 
 
 def _has_state(obj: Any) -> bool:

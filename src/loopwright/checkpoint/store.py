@@ -38,9 +38,7 @@ _CHUNK = 1 << 22
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(writing|deleted|replaced)")
 
 
-def write(
-    folder: Path, files: Mapping[str, Mapping[str, Tensor]], state: Any, info: Mapping[str, Any]
-) -> Path:
+def write(folder: Path, files: Mapping[str, Mapping[str, Tensor]], state: Any, info: Mapping[str, Any]) -> Path:
     """Write a checkpoint and return its folder, once all of it is on disk.
 
     ``files``: tensors by group; the group ``model`` becomes ``model.safetensors`` with the same keys.
@@ -57,9 +55,7 @@ def write(
     """
     folder = Path(folder)
     if folder.exists() and not (folder / manifests.NAME).is_file():
-        raise CheckpointError(
-            f"{folder} exists and is not a checkpoint (it has no manifest.json); nothing was written"
-        )
+        raise CheckpointError(f"{folder} exists and is not a checkpoint (it has no manifest.json); nothing was written")
     temporary = _beside(folder, "writing")
     try:
         _make(folder.parent)
@@ -90,27 +86,21 @@ def _fill(
     for name in _OURS:
         mine = {k: t for k, t in tensors.items() if k.startswith("optimizers") == (name == "optimizer")}
         if mine and name in groups:
-            raise CheckpointError(
-                f"the group name {name!r} is used for the tensors of the state; choose another"
-            )
+            raise CheckpointError(f"the group name {name!r} is used for the tensors of the state; choose another")
         groups |= {name: mine} if mine else {}
     entries: dict[str, dict[str, Any]] = {}
     for group, named in groups.items():
-        file = f"{quote(group, safe=' ')}.safetensors".replace(" ", "%20")
+        file = f"{quote(group, safe='')}.safetensors"
+        if not manifests.FILE.fullmatch(file):
+            raise CheckpointError(f"{group!r} cannot name a group of tensors; begin with a letter or a digit")
         if file.lower() in (name.lower() for name in entries):
-            raise CheckpointError(
-                f"the group {group!r} differs from another in upper and lower case only; rename one"
-            )
+            raise CheckpointError(f"the group {group!r} differs from another in upper and lower case only; rename one")
         data, notes = pack(named)
         entries[file] = {"group": group, **_save(temporary / file, data), **notes}
-    entries[STATE] = _save(
-        temporary / STATE, json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()
-    )
+    entries[STATE] = _save(temporary / STATE, json.dumps(plain, allow_nan=False, separators=(",", ":")).encode())
     about, kept = encode(dict(info), "info")
     if kept:
-        raise CheckpointError(
-            f"info holds plain data only, and {next(iter(kept))} is a tensor; use float(...)"
-        )
+        raise CheckpointError(f"info holds plain data only, and {next(iter(kept))} is a tensor; use float(...)")
     manifest = {"format": manifests.FORMAT, "order": order, "info": about, "files": entries}
     _save(temporary / manifests.NAME, manifests.render(manifest))
     _sync(temporary)
@@ -197,9 +187,7 @@ def read(path: Path | str) -> Contents:
         return Contents(path, decode(manifest["info"], {}), state, files)
     except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         text = (
-            str(error)
-            if isinstance(error, CheckpointError)
-            else f"{path} is damaged ({type(error).__name__}: {error})"
+            str(error) if isinstance(error, CheckpointError) else f"{path} is damaged ({type(error).__name__}: {error})"
         )
         raise CheckpointError(text + _instead(path)) from error
 
@@ -216,17 +204,13 @@ def verify(path: Path | str) -> dict[str, Any]:
         try:
             size = file.stat().st_size
             if size != entry["size"]:
-                raise CheckpointError(
-                    f"{file} is damaged: it has {size} bytes, and the manifest says {entry['size']}"
-                )
+                raise CheckpointError(f"{file} is damaged: it has {size} bytes, and the manifest says {entry['size']}")
             with open(file, "rb") as data:
                 found = hashlib.file_digest(data, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
         if found != entry["sha256"]:
-            raise CheckpointError(
-                f"{file} is damaged: its sha256 is {found}, and the manifest says {entry['sha256']}"
-            )
+            raise CheckpointError(f"{file} is damaged: its sha256 is {found}, and the manifest says {entry['sha256']}")
     return manifest
 
 

@@ -46,9 +46,7 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Any]]:
         if start in taken:  # a view of what another name holds: the format refuses memory that overlaps
             stored[name] = stored[name].clone()
         taken.add(start)
-    data = save(
-        stored, metadata={"format": "pt", **aliases}
-    )  # aliases as safetensors.torch.load_model reads them
+    data = save(stored, metadata={"format": "pt", **aliases})  # aliases as safetensors.torch.load_model reads them
     return data, {key: value for key, value in (("aliases", aliases), ("tensors", details)) if value}
 
 
@@ -82,14 +80,10 @@ def unpack(file: Path, notes: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     try:
         # cloned: mapped tensors may lie at unaligned addresses, where kernels can give other bits
-        tensors = {
-            name: _restored(t, notes.get("tensors", {}).get(name, {})) for name, t in load_file(file).items()
-        }
+        tensors = {name: _restored(t, notes.get("tensors", {}).get(name, {})) for name, t in load_file(file).items()}
         return tensors | {name: tensors[kept] for name, kept in notes.get("aliases", {}).items()}
     except Exception as error:
-        raise CheckpointError(
-            f"{file} cannot be read as tensors ({type(error).__name__}: {error})"
-        ) from error
+        raise CheckpointError(f"{file} cannot be read as tensors ({type(error).__name__}: {error})") from error
 
 
 def _restored(tensor: Tensor, detail: Mapping[str, Any]) -> Tensor:

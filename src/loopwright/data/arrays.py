@@ -41,9 +41,7 @@ def as_tensors(data: Any, path: str = "data") -> Any:
     else:
         leaf = _from_numpy(_frame_values(data, path) if _is_frame(data) else data, path)
     if leaf.dim() == 0:
-        raise DataError(
-            f"{path} is a single number; expected an array whose first dimension counts the samples"
-        )
+        raise DataError(f"{path} is a single number; expected an array whose first dimension counts the samples")
     return leaf
 
 
@@ -55,9 +53,7 @@ def _like(data: Any, parts: list[Any]) -> Any:
 
 def _frame_values(frame: Any, path: str) -> Any:
     columns = dict(frame.dtypes) if hasattr(frame, "columns") else {frame.name: frame.dtype}
-    wrong = [
-        f"{name!r} ({dtype})" for name, dtype in columns.items() if getattr(dtype, "kind", "O") not in "biuf"
-    ]
+    wrong = [f"{name!r} ({dtype})" for name, dtype in columns.items() if getattr(dtype, "kind", "O") not in "biuf"]
     if wrong:
         raise DataError(
             f"{path} has columns that are not numbers: {', '.join(wrong)}. Turn them into numbers first, as in "
@@ -91,9 +87,7 @@ def _from_numpy(array: Any, path: str) -> Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError as error:
-        raise DataError(
-            f"{path} is a NumPy array of dtype {array.dtype}, which torch does not have"
-        ) from error
+        raise DataError(f"{path} is a NumPy array of dtype {array.dtype}, which torch does not have") from error
 
 
 def _paths(data: Any, path: str) -> Iterator[tuple[str, Tensor]]:

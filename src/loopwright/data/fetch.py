@@ -34,7 +34,7 @@ class Indices(list[Any]):
 def fetch_samples(dataset: Any, indices: list[Any]) -> Any:
     """The samples of one batch: with one ``__getitems__`` where the dataset has it, as torch does."""
     many = getattr(dataset, "__getitems__", None)
-    return many(indices) if many else [dataset[i] for i in indices]
+    return many(list(indices)) if many else [dataset[i] for i in indices]
 
 
 def add_fetch_note(error: BaseException, epoch: int, batch: int, indices: Any = None) -> None:

@@ -41,7 +41,7 @@ class Gather:
         self._plan = Plan(len(sampler.sampler), sampler.batch_size, sampler.drop_last)
         self._shuffled = type(loader.sampler) is RandomSampler
         self._seed: int | None = None
-        self._opened = self._resumed = False
+        self._epoch: int | None = None  # the epoch of that seed
 
     @property
     def batches(self) -> int:
@@ -55,19 +55,18 @@ class Gather:
         return self._plan.sizes(batch)
 
     def at(self, epoch: int, batch: int) -> Iterator[list[Tensor]]:
-        if self._resumed and batch:
-            self._opened = True
-        else:
+        """An epoch that was begun, here or in the saved run, goes on in its order; any other one begins."""
+        if batch == 0 or epoch != self._epoch:
             self._open()
-        self._resumed = False
+            self._epoch = epoch
         return self._batches(batch)
 
     def _open(self) -> None:
         """Draw what torch draws when the iterator is made: the workers' seed, and with workers the order's."""
         loader = self.loader
-        if not (loader.persistent_workers and self._opened):
+        if self._epoch is None or not loader.persistent_workers:
             draw_seed()
-        self._opened, self._seed = True, None
+        self._seed = None
         if loader.num_workers and self._shuffled:
             self._seed = draw_seed()  # workers are given their first batches at once
 
@@ -79,9 +78,7 @@ class Gather:
         pin, select = self.loader.pin_memory, torch.index_select
         if not len(order):
             return
-        for rows in order.split(
-            self._plan.batch_size
-        ):  # views of one large gather would be unaligned: other bits
+        for rows in order.split(self._plan.batch_size):  # views of one large gather would be unaligned: other bits
             if pin:
                 yield [select(t, 0, rows).pin_memory() for t in tensors]
             else:
@@ -97,12 +94,12 @@ class Gather:
         return (order if index is None else index[order]).to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._plan.state_dict(), "seed": self._seed, "opened": self._opened}
+        return {**self._plan.state_dict(), "seed": self._seed, "epoch": self._epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError if the data or the batches of the saved run have another size."""
         check_state(self._plan.state_dict(), state)
-        self._seed, self._opened, self._resumed = state["seed"], state["opened"], True
+        self._seed, self._epoch = state["seed"], state["epoch"]
 
 
 def draw_seed() -> int:

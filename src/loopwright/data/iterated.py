@@ -7,6 +7,9 @@ from itertools import islice
 from typing import Any
 
 from loopwright import rng
+from torch.utils.data import DataLoader
+
+from loopwright._compat import has_ended, stop_workers
 from loopwright.data.batch import samples
 from loopwright.data.fetch import add_fetch_note
 from loopwright.data.generators import get_globals, set_globals
@@ -40,7 +43,8 @@ class Iterated:
         self.why = why
         self.holder: Any = data if holder is None and _holds_state(data) else holder
         self._listed = isinstance(data, (list, tuple))
-        self._used = False
+        self._used = self._ended = False
+        self._running: Any = None
         self._at = (0, 0)
         self._made: dict[str, Any] | None = None
         self._loaded: Mapping[str, Any] | None = None
@@ -57,9 +61,7 @@ class Iterated:
         if self._listed or self.holder is not None:
             return []
         name = getattr(self.data, "__qualname__", type(self.data).__name__)
-        return [
-            self.why or f"{name} has no position to save; a resume reads it again from the start of the epoch"
-        ]
+        return [self.why or f"{name} has no position to save; a resume reads it again from the start of the epoch"]
 
     def sizes(self, batch: int) -> Iterator[int] | None:
         return map(samples, self.data[batch:]) if isinstance(self.data, (list, tuple)) else None
@@ -67,7 +69,7 @@ class Iterated:
     def state_dict(self) -> dict[str, Any]:
         own = {"batches": self.batches if self._listed else None, "epoch": self._at[0], "batch": self._at[1]}
         held = None if self.holder is None else self.holder.state_dict()
-        return {**own, "held": held, "made": self._made}
+        return {**own, "held": held, "made": self._made, "ended": self._ended or has_ended(self._running)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError if a list of batches has another length than in the saved run."""
@@ -79,16 +81,26 @@ class Iterated:
         state, self._loaded = self._loaded, None
         if isinstance(self.data, (list, tuple)):
             return self._batches(iter(self.data[batch:]), epoch, batch)
+        if state is not None and batch and state["ended"]:
+            return self._batches(iter(()), epoch, batch)
         if state is not None and self.holder is not None:
             self.holder.load_state_dict(state["held"])
-        if state is None or batch == 0:
+        elif state is None and self.holder is None and batch and (epoch, batch) == self._at and self._is_iterator:
+            return self._batches(self.data, epoch, batch)  # it stands where it was left
+        skip = 0 if self.holder else batch
+        if not batch:
             self._made = get_globals()
-            return self._batches(self._skip(self._open(epoch), 0 if self.holder else batch), epoch, batch)
+            return self._batches(self._open(epoch), epoch, batch)
         with rng.forked():
-            if self.holder is None and state["made"] is not None:
+            if state is not None:
                 self._made = state["made"]
-                set_globals(state["made"])
-            return self._batches(self._skip(self._open(epoch), 0 if self.holder else batch), epoch, batch)
+            if self.holder is None and self._made is not None:
+                set_globals(self._made)
+            return self._batches(self._skip(self._open(epoch), skip), epoch, batch)
+
+    @property
+    def _is_iterator(self) -> bool:
+        return isinstance(self.data, Iterator)
 
     def _open(self, epoch: int) -> Iterator[Any]:
         tell = getattr(getattr(self.data, "dataset", self.data), "set_epoch", None)
@@ -112,7 +124,7 @@ class Iterated:
         return iterator
 
     def _batches(self, iterator: Iterator[Any], epoch: int, batch: int) -> Iterator[Any]:
-        self._at, first = (epoch, batch), batch
+        self._at, self._running, self._ended, first = (epoch, batch), iterator, False, batch
         try:
             while True:
                 try:
@@ -127,9 +139,12 @@ class Iterated:
                 yield item
                 del item
         finally:
-            if iterator is not self.data and hasattr(iterator, "close"):
+            self._ended, self._running = has_ended(iterator), None
+            if hasattr(iterator, "close") and not self._is_iterator:
                 iterator.close()  # a generator's own finally runs now
-        if batch == first and self._used and iterator is self.data:
+            elif isinstance(self.data, DataLoader) and self.data.num_workers and not self.data.persistent_workers:
+                stop_workers(iterator)
+        if batch == first and self._used and self._is_iterator:
             raise DataError(
                 f"the iterator {type(self.data).__name__} was used up in an earlier epoch. Pass a list of batches, or a "
                 "generator function (the function itself, not its result), which can be started anew each epoch"

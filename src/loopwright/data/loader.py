@@ -71,9 +71,7 @@ class Loader:
         return self.at(self._passes - 1, 0)
 
     def __repr__(self) -> str:
-        settings = ", ".join(
-            f"{k}={getattr(self, k)!r}" for k in ("batch_size", "shuffle", "drop_last", "seed")
-        )
+        settings = ", ".join(f"{k}={getattr(self, k)!r}" for k in ("batch_size", "shuffle", "drop_last", "seed"))
         return f"Loader({type(self.data).__name__} of {self._plan.length} samples, {settings})"
 
     # --------------------------------------------------------------------------------------------- as a source
@@ -125,9 +123,7 @@ class Loader:
 class _Rows:
     """Reads batches of arrays, or of a TensorDataset, with one ``index_select`` a tensor."""
 
-    def __init__(
-        self, tensors: Any, index: Tensor | None, length: int, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, tensors: Any, index: Tensor | None, length: int, device: torch.device | None = None) -> None:
         self.tensors, self.index, self.length, self.device = tensors, index, length, device
 
     def fetch(self, rows: Tensor, epoch: int, batch: int) -> Any:
@@ -180,11 +176,7 @@ def _reader(data: Any) -> _Rows | _Samples:
 def _kind(data: Any) -> str:
     if isinstance(data, (list, tuple)) and data:
         return f"a {type(data).__name__} of {type(data[0]).__name__}"
-    return (
-        f"an empty {type(data).__name__}"
-        if isinstance(data, (list, tuple, Mapping)) and not data
-        else repr(data)
-    )
+    return f"an empty {type(data).__name__}" if isinstance(data, (list, tuple, Mapping)) and not data else repr(data)
 
 
 def _device_of(tensors: Any) -> torch.device | None:

@@ -34,21 +34,22 @@ class Order:
     digest of the indices, by which ``seek`` sees whether the sampler has repeated itself.
     """
 
-    def __init__(self, sampler: Any, streams: Streams, *, mark: bool) -> None:
-        self.sampler, self.streams, self.mark = sampler, streams, mark
+    def __init__(self, sampler: Any, streams: Streams, *, ahead: bool, mark: bool) -> None:
+        self.sampler, self.streams, self.ahead, self.mark = sampler, streams, ahead, mark
         self.draws = False  # seen to draw from the global generators while it yields
-        self._unknown = type(sampler) not in _KNOWN or type(
-            getattr(sampler, "sampler", None)
-        ) not in _KNOWN | {type(None)}
-        self._next: Callable[[], Iterator[Any]] = self._opened
+        self._unknown = type(sampler) not in _KNOWN or type(getattr(sampler, "sampler", None)) not in _KNOWN | {
+            type(None)
+        }
+        self._watched = _WATCHED if self._unknown else 0
         self.reset()
 
     def reset(self) -> None:
         """Forget what is on its way: a new epoch begins."""
         self.pending: deque[Any] = deque()
         self.digest = 0
+        self.made: dict[str, Any] | None = None  # the generators when torch draws the seed of new workers
         self._note: dict[str, Any] = {}
-        self._next = self._opened
+        self._next: Callable[[], Iterator[Any]] = self._opened
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -61,12 +62,16 @@ class Order:
         self._next = lambda: iter(())
 
     def _opened(self) -> Iterator[Any]:
-        self._note = {"opened": self.streams.get(), "sampler": _state_of(self.sampler)}
-        return self._start(iter(self.sampler))
+        self._note = {"opened": self.streams.get() if self._unknown else None, "sampler": _state_of(self.sampler)}
+        indices = iter(self.sampler)
+        if self.ahead and self.made is None:
+            self.made = self.streams.get()
+        return self._start(indices)
 
     def _start(self, indices: Iterator[Any]) -> Iterator[Any]:
-        self._note["started"] = self.streams.get()
-        yield from self._follow(indices, watched=_WATCHED if self._unknown and not self.draws else 0)
+        self._note["started"] = self.streams.get(only_torch=not self._unknown)
+        watched, self._watched = self._watched, 0
+        yield from self._follow(indices, watched)
 
     def _follow(self, indices: Iterator[Any], watched: int = 0) -> Iterator[Any]:
         number = 0
@@ -89,7 +94,7 @@ class Order:
         self.digest = zlib.crc32(_raw(self.pending.popleft()), self.digest)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._note, "digest": self.digest}
+        return {**self._note, "digest": None if self.draws else self.digest, "now": _state_of(self.sampler)}
 
     def seek(self, state: Mapping[str, Any], batch: int) -> Iterator[Any]:
         """The indices after the first ``batch`` batches, from the sampler run again from its noted start.
@@ -98,9 +103,9 @@ class Order:
         """
         self.reset()
         self._note = {name: state[name] for name in ("opened", "started", "sampler")}
-        if state["sampler"] is not None:
-            self.sampler.load_state_dict(state["sampler"])
-        self.streams.set(state["opened"])
+        _load_state(self.sampler, state["sampler"])
+        if state["opened"] is not None:
+            self.streams.set(state["opened"])
         indices = iter(self.sampler)
         self.streams.set(state["started"])
         for number in range(batch):
@@ -108,13 +113,17 @@ class Order:
                 self.digest = zlib.crc32(_raw(next(indices)), self.digest)
             except StopIteration:
                 self._refuse(f"ended after {number} batches, before the {batch} of the saved position")
-        if state.get("digest", self.digest) != self.digest:
+        if state["digest"] not in (None, self.digest):
             self._refuse(f"gave other indices for the first {batch} batches than in the saved run")
         return self._follow(indices)
 
     def hand_out(self, indices: Iterator[Any]) -> None:
         """Let the next ``iter`` give ``indices``."""
         self._next = lambda: indices
+
+    def renew(self, state: Mapping[str, Any]) -> None:
+        """Put the sampler where it was when ``state`` was taken, to begin a new epoch there."""
+        _load_state(self.sampler, state["now"])
 
     def _refuse(self, what: str) -> NoReturn:
         raise DataError(
@@ -138,10 +147,18 @@ class Order:
 
 
 def _state_of(sampler: Any) -> Any:
-    both = callable(getattr(sampler, "state_dict", None)) and callable(
-        getattr(sampler, "load_state_dict", None)
-    )
-    return sampler.state_dict() if both else None
+    both = all(callable(getattr(sampler, name, None)) for name in ("state_dict", "load_state_dict"))
+    if both:
+        return sampler.state_dict()
+    inner = getattr(sampler, "sampler", None)  # a batch sampler around one that has a state
+    return None if inner is None else _state_of(inner)
+
+
+def _load_state(sampler: Any, state: Any) -> None:
+    if state is not None and hasattr(sampler, "load_state_dict"):
+        sampler.load_state_dict(state)
+    elif state is not None:
+        _load_state(sampler.sampler, state)
 
 
 def _raw(index: Any) -> bytes:

@@ -47,14 +47,11 @@ def check_state(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming what differs, unless ``saved`` has every value of ``own``."""
     missing = object()
     differ = [
-        (name, saved.get(name, missing), value)
-        for name, value in own.items()
-        if saved.get(name, missing) != value
+        (name, saved.get(name, missing), value) for name, value in own.items() if saved.get(name, missing) != value
     ]
     if differ:
         told = ", ".join(
-            f"{name} was {'not noted' if was is missing else repr(was)} and is {now!r}"
-            for name, was, now in differ
+            f"{name} was {'not noted' if was is missing else repr(was)} and is {now!r}" for name, was, now in differ
         )
         raise CheckpointError(
             f"the saved position does not fit this data: {told}. Resume with the data and the loader of the saved run, "

@@ -47,7 +47,7 @@ def as_source(data: Any, *, train: bool, key: int) -> Source:
     """
     source = _adapt(data, train=train, key=key)
     if source.batches == 0:
-        raise DataError(f"there is not one batch in {_named(data)}: {_why_none(data, source)}")
+        raise DataError(f"there is not one batch in the data ({_named(data)}): {_why_none(data, source)}")
     return source
 
 
@@ -97,11 +97,7 @@ def _stream(loader: DataLoader[Any]) -> Iterated:
     holds = all(callable(getattr(dataset, part, None)) for part in ("state_dict", "load_state_dict"))
     if holds and not loader.num_workers:
         return Iterated(loader, holder=dataset)
-    lacks = (
-        "is read by workers, which do not tell its position"
-        if holds
-        else "has no state_dict and load_state_dict"
-    )
+    lacks = "is read by workers, which do not tell its position" if holds else "has no state_dict and load_state_dict"
     return Iterated(loader, why=f"the IterableDataset {name} {lacks}")
 
 
@@ -110,10 +106,10 @@ def _named(data: Any) -> str:
 
 
 def _why_none(data: Any, source: Source) -> str:
-    dropped = bool(getattr(data, "drop_last", False))
-    dataset = getattr(data, "dataset", getattr(data, "data", data))
-    if dropped:
-        size = getattr(data, "batch_size", None)
-        have = f"{len(dataset)} samples" if isinstance(data, DataLoader) else "too few samples"
-        return f"drop_last=True leaves nothing of {have} in batches of {size}. Use drop_last=False, or a smaller batch_size"
+    length, size = source.state_dict().get("length"), getattr(data, "batch_size", None)
+    if getattr(data, "drop_last", False) and length:
+        return (
+            f"drop_last=True leaves nothing of {length} samples in batches of {size}. Use drop_last=False or a "
+            f"batch_size of at most {length}"
+        )
     return "it is empty. Check the path, the filter or the split that it comes from"

@@ -39,13 +39,9 @@ class TorchLoader:
         self.loader = loader
         self.workers = loader.num_workers
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        mark = (
-            not self.workers
-            and loader.batch_sampler is not None
-            and not hasattr(loader.dataset, "__getitems__")
-        )
+        mark = not self.workers and loader.batch_sampler is not None and not hasattr(loader.dataset, "__getitems__")
         self._streams = Streams({part: getattr(loader, part) for part in _ROOTS})
-        self._order = Order(getattr(loader, name), self._streams, mark=mark)
+        self._order = Order(getattr(loader, name), self._streams, ahead=self.workers > 0, mark=mark)
         self._parts: dict[str, Any] = {name: self._order}
         if self.workers:
             collate = Collate(loader.collate_fn)
@@ -54,9 +50,11 @@ class TorchLoader:
         self._clone = copy_loader(loader, self._parts)
         self._made: dict[str, Any] | None = None  # the generators when the workers were made
         self._states: dict[int, Any] = {}  # of the workers, after the last batch that each has given
-        self._running: Any = None
+        self._running: Any = None  # the iterator of persistent workers
         self._loaded: Mapping[str, Any] | None = None
-        self._at, self._left = (0, 0), False
+        self._at = (0, 0)
+        self._ended = True  # the last pass went to its end
+        self._left = False  # an epoch began although the one before had not ended, with workers that live on
 
     # ------------------------------------------------------------------------------------------ what is known
 
@@ -84,13 +82,9 @@ class TorchLoader:
     def exact(self) -> list[str]:
         reasons = []
         if self.workers and not self.loader.in_order:
-            reasons.append(
-                "DataLoader(in_order=False) gives batches in the order in which its workers finish"
-            )
+            reasons.append("DataLoader(in_order=False) gives batches in the order in which its workers finish")
         if self._order.draws and self.workers:
-            reasons.append(
-                f"the sampler {self._sampler} draws random numbers while its workers are ahead of training"
-            )
+            reasons.append(f"the sampler {self._sampler} draws random numbers while its workers are ahead of training")
         elif self._order.draws:
             reasons.append(f"the sampler {self._sampler} draws random numbers from batch to batch")
         if self._left:
@@ -130,6 +124,8 @@ class TorchLoader:
     def at(self, epoch: int, batch: int) -> Iterator[Any]:
         """Raises DataError if a loaded state is of another batch, or the sampler does not repeat itself."""
         state, self._loaded = self._loaded, None
+        if state is None and batch and (epoch, batch) == self._at:
+            state = self.state_dict()  # goes on where it was left
         self._tell(epoch)
         if state is not None and batch:
             iterator = self._resume(state, epoch, batch)
@@ -154,6 +150,7 @@ class TorchLoader:
         """A new epoch, as ``iter(loader)`` begins it."""
         persistent = self.loader.persistent_workers
         if state is not None:
+            self._order.renew(state["order"])
             self._streams.set_found(state["generators"])
             if persistent and state["made"] is not None:
                 with rng.forked():
@@ -161,12 +158,18 @@ class TorchLoader:
         self._order.reset()
         if skip:
             self._order.skip(skip)
-        if self.workers and not (persistent and self._running is not None):
-            self._made, self._states, self._start.states = self._streams.get(), {}, {}
-        self._running = iter(self._clone)
-        return self._running  # type: ignore[no-any-return]
+        new = self.workers > 0 and not (persistent and self._running is not None)
+        if new:
+            self._states, self._start.states = {}, {}
+        elif self.workers and not self._ended:
+            self._left = True
+        iterator = iter(self._clone)
+        if new:
+            self._made = self._order.made
+        self._running = iterator if persistent else None
+        return iterator
 
-    def _remake(self, state: Mapping[str, Any]) -> None:
+    def _remake(self, state: Mapping[str, Any]) -> Iterator[Any]:
         """Workers as they were, with the same seeds and random states, and nothing to do yet."""
         self.close()
         now = self._streams.get_found()
@@ -174,8 +177,10 @@ class TorchLoader:
         self._start.states = self._states
         self._order.silence()
         self._streams.set(state["made"])
-        self._running = iter(self._clone)
+        iterator = iter(self._clone)
         self._streams.set_found(now)
+        self._running = iterator if self.loader.persistent_workers else None
+        return iterator
 
     def _resume(self, state: Mapping[str, Any], epoch: int, batch: int) -> Iterator[Any]:
         if (epoch, batch) != (state["epoch"], state["batch"]):
@@ -186,22 +191,22 @@ class TorchLoader:
         with rng.forked():
             indices = self._order.seek(state["order"], batch)
             if self.workers:
-                self._remake(state)
-                begin_workers(self._running, indices, batch % self.workers)
+                iterator = self._remake(state)
+                begin_workers(iterator, indices, batch % self.workers)
             else:
                 self._order.hand_out(indices)
-                self._running = iter(self._clone)
+                iterator = iter(self._clone)
             self._streams.set_found(state["generators"])
-        return self._running  # type: ignore[no-any-return]
+        return iterator
 
     def _batches(self, iterator: Iterator[Any], epoch: int, batch: int) -> Iterator[Any]:
-        order, workers, ended = self._order, self.workers, False
+        order, workers, self._ended = self._order, self.workers, False
         try:
             while True:
                 try:
                     item = next(iterator)
                 except StopIteration:
-                    ended = True
+                    self._ended = True
                     return
                 except Exception as error:
                     add_fetch_note(error, epoch, batch, order.pending[0] if order.pending else None)
@@ -216,14 +221,12 @@ class TorchLoader:
                 yield item
                 del item  # or two batches would be held while the next one is fetched
         finally:
-            if workers and self.loader.persistent_workers:
-                self._left |= not ended
-            elif workers:
+            if workers and not self.loader.persistent_workers:
                 stop_workers(iterator)  # a traceback may hold the iterator, and with it the workers
 
     def close(self) -> None:
         """Stop persistent workers; the next epoch would start new ones."""
-        if self._running is not None and self.workers:
+        if self._running is not None:
             stop_workers(self._running)
             self._clone = copy_loader(self.loader, self._parts)
-        self._running = None
+            self._running = None

@@ -57,9 +57,7 @@ class TableLogger:
         cells = [format_value(values.get(name)).rjust(_width(name)) for name in self._columns]
         best = self._mark(values)
         if tty and not os.environ.get("NO_COLOR"):
-            cells = [
-                _BEST + c + _PLAIN if n in best else c for n, c in zip(self._columns, cells, strict=True)
-            ]
+            cells = [_BEST + c + _PLAIN if n in best else c for n, c in zip(self._columns, cells, strict=True)]
         lines.append(self._line(str(progress.epoch), cells, f"{progress.seconds:.1f}"))
         # a progress bar may stand below the cursor
         file.write((_CLEAR if tty else "") + "".join(line + "\n" for line in lines))

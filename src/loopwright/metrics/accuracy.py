@@ -44,14 +44,10 @@ class Accuracy(Metric):
         "least": "min", "most": "max",  # and of probabilities
     }  # fmt: skip
 
-    def __init__(
-        self, top_k: int = 1, *, threshold: float | None = None, ignore_index: int | None = None
-    ) -> None:
+    def __init__(self, top_k: int = 1, *, threshold: float | None = None, ignore_index: int | None = None) -> None:
         self.top_k = check_top_k(top_k)
         if top_k > 1 and threshold is not None:
-            raise SettingError(
-                f"threshold={threshold} is for two classes, top_k={top_k} for more: give one of them"
-            )
+            raise SettingError(f"threshold={threshold} is for two classes, top_k={top_k} for more: give one of them")
         self.threshold = threshold
         self.ignore_index = ignore_index
         self._forget()
@@ -61,6 +57,7 @@ class Accuracy(Metric):
         self._size = 0
         self._classes = 0  # that preds have scores for; 0 where they have the shape of the target
         self._seen: Any = None
+        self._kind: Any = None
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
@@ -80,8 +77,10 @@ class Accuracy(Metric):
 
     def _check_shapes(self, preds: Tensor, target: Tensor) -> None:
         classes = fit(preds, target, self.top_k)
-        self.fold()  # what is held has other shapes or dtypes
-        self._classes = classes
+        kind = (classes, preds.shape[2:], target.shape[1:], preds.dtype, target.dtype)
+        if kind != self._kind:  # what is held cannot be joined with it
+            self.fold()
+        self._kind, self._classes = kind, classes
         self._seen = (preds.shape, target.shape, preds.dtype, target.dtype)
 
     def fold(self) -> None:

@@ -72,7 +72,7 @@ class Metric:
             if name not in state:
                 raise MetricError(f"{type(self).__name__} has no state {name!r}. {choose(name, state)}")
             if isinstance(value, Tensor):
-                value = value.detach()
+                value = value.detach() if value.requires_grad else value
             elif not isinstance(value, (int, float)):
                 raise MetricError(
                     f"{type(self).__name__}.add({name}=...) takes a number or a tensor, got {type(value).__name__}"
@@ -140,6 +140,9 @@ def _named(metric: Metric) -> str:
     return f"{type(metric).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
 
+_WIDE = (torch.float64, torch.int64, torch.complex64, torch.complex128)
+
+
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
@@ -147,11 +150,10 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _sum(old: Any, new: Any) -> Any:
-    if isinstance(new, Tensor) and not new.is_complex():
+    if isinstance(new, Tensor) and new.dtype not in _WIDE:
         new = new.to(wide(new.device) if new.is_floating_point() else torch.int64)
-    if old is None:
-        old = 0  # adding it makes a tensor of our own, which nobody can change
-    return _beside(old, new) + new
+    # with 0 it makes a tensor of our own, which nobody can change
+    return new + 0 if old is None else _beside(old, new) + new
 
 
 def _max(old: Any, new: Any) -> Any:
@@ -168,9 +170,7 @@ def _min(old: Any, new: Any) -> Any:
 
 def _cat(old: Any, new: Any) -> list[Tensor]:
     rows: list[Tensor] = [] if old is None else old
-    rows.append(
-        torch.atleast_1d(_tensor(new)).clone()
-    )  # a loop may write the next batch into the same memory
+    rows.append(torch.atleast_1d(_tensor(new)).clone())  # a loop may write the next batch into the same memory
     return rows
 
 

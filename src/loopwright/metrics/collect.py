@@ -52,15 +52,13 @@ class Meters:
             feeds = self._resolve(output)
         for name, update, inputs in feeds:
             try:
-                given = [_detached(output[key]) for key in inputs]
+                given = [output[key] for key in inputs]
             except (KeyError, TypeError, IndexError):
                 raise self._missing(name, inputs, output) from None
             try:
-                update(*given)
+                update(*[v if type(v) is Tensor and not v.requires_grad else _detached(v) for v in given])
             except Exception as error:
-                shapes = ", ".join(
-                    f"{key}: {describe(value)}" for key, value in zip(inputs, given, strict=True)
-                )
+                shapes = ", ".join(f"{key}: {describe(value)}" for key, value in zip(inputs, given, strict=True))
                 error.add_note(f"[loopwright] in metric {name!r}, given {shapes}")
                 raise
 
@@ -92,9 +90,7 @@ class Meters:
         reads = f"metric {name!r} reads {' and '.join(map(repr, inputs))} of what the step returns"
         if not isinstance(output, Mapping):
             keys = ", ".join(f"{key!r}: {key}" for key in inputs)
-            return MetricError(
-                f"{reads}, which is {describe(output)}. Return a dict: {{'loss': loss, {keys}}}"
-            )
+            return MetricError(f"{reads}, which is {describe(output)}. Return a dict: {{'loss': loss, {keys}}}")
         missing = next(key for key in inputs if key not in output)
         return MetricError(
             f"{reads}, which has no {missing!r}. {choose(missing, output)} Return it under this name, or name what to "
@@ -161,18 +157,14 @@ def check_metrics(metrics: Any) -> dict[str, Any]:
         return {}
     if _is_metric(metrics) or not isinstance(metrics, Mapping):
         kind = type(metrics).__name__ if not isinstance(metrics, type) else metrics.__name__
-        raise SettingError(
-            f'metrics={kind}: expected a dict with a name for each: metrics={{"accuracy": {kind}(...)}}'
-        )
+        raise SettingError(f'metrics={kind}: expected a dict with a name for each: metrics={{"accuracy": {kind}(...)}}')
     for name, metric in metrics.items():
         if not isinstance(name, str) or not name or "/" in name:
             raise SettingError(
                 f"metric name {name!r}: expected a text without '/', which joins the parts of logged names"
             )
         if name == "loss":
-            raise SettingError(
-                "a metric cannot be named 'loss': the mean of what steps return as 'loss' is logged so"
-            )
+            raise SettingError("a metric cannot be named 'loss': the mean of what steps return as 'loss' is logged so")
         inner, inputs = _unwrapped(metric)
         if isinstance(inner, type):
             raise SettingError(f"metric {name!r} is the class {inner.__name__}: write {inner.__name__}()")

@@ -90,7 +90,10 @@ def hits(answer: Tensor, target: Tensor, top_k: int, threshold: float) -> Tensor
 def difference(preds: Tensor, target: Tensor, least: torch.dtype | None = None) -> Tensor:
     """``preds - target`` in floats that can hold it: an unsigned difference would wrap, a float16 one overflow."""
     if preds.shape != target.shape:
-        raise _unfit(preds, target, 1)
+        raise MetricError(
+            f"preds {describe(preds)} and target {describe(target)} do not fit: "
+            f"{_squeeze(preds, target) or 'expected one shape for both'}"
+        )
     dtype = torch.promote_types(preds.dtype, target.dtype)
     if dtype not in (torch.float32, torch.float64):
         preds = preds.to(least or wide(preds.device))
@@ -106,23 +109,24 @@ def check_top_k(top_k: int) -> int:
 
 def _unfit(preds: Tensor, target: Tensor, top_k: int) -> MetricError:
     shapes = f"preds {describe(preds)} and target {describe(target)}"
-    p, t = preds.shape, target.shape
-    if preds.ndim == target.ndim + 1 and preds.ndim > 1 and p[:1] + p[2:] == t:
+    if preds.shape == target.shape:
+        return MetricError(f"{shapes}: top_k={top_k} needs a score for each class, preds of shape [N, C, ...]")
+    if preds.ndim > 1 and preds.shape[:1] + preds.shape[2:] == target.shape:
+        classes = preds.shape[1]
+        if classes == 1:
+            return MetricError(f"{shapes}: one class only. Where one output means two, write preds.squeeze(1)")
         if target.is_floating_point():
             return MetricError(f"{shapes}: class indices are integers. Write target.long()")
-        if p[1] == 1:
-            return MetricError(
-                f"{shapes} have one class only. For two classes with one output, write preds.squeeze(1)"
-            )
-        return MetricError(f"{shapes} have {p[1]} classes, fewer than top_k={top_k}")
-    if p == t:
-        return MetricError(
-            f"{shapes}: top_k={top_k} needs a score for each class, preds of shape [N, C, ...]"
-        )
-    if t[-1:] == (1,) and (p == t[:-1] or (len(p) == len(t) and p[:1] + p[2:] == t[:-1])):
-        return MetricError(f"{shapes} do not fit. Write target.squeeze({target.ndim - 1})")
+        return MetricError(f"{shapes}: {classes} classes are fewer than top_k={top_k}")
+    expected = "one shape for both, or scores [N, C, ...] with class indices [N, ...]"
+    return MetricError(f"{shapes} do not fit: {_squeeze(preds, target) or f'expected {expected}'}")
+
+
+def _squeeze(preds: Tensor, target: Tensor) -> str | None:
+    """What to write where a last dimension of 1 is all that is wrong."""
+    p, t = preds.shape, target.shape
+    if t[-1:] == (1,) and t[:-1] in (p, p[:1] + p[2:]):
+        return f"write target.squeeze({target.ndim - 1})"
     if p[-1:] == (1,) and p[:-1] == t:
-        return MetricError(f"{shapes} do not fit. Write preds.squeeze({preds.ndim - 1})")
-    return MetricError(
-        f"{shapes} do not fit: expected one shape for both, or scores [N, C, ...] with class indices [N, ...]"
-    )
+        return f"write preds.squeeze({preds.ndim - 1})"
+    return None

@@ -1,4 +1,4 @@
-"""What any metric has taken in, as plain data and tensors: ours, those of torchmetrics, and others that can say it."""
+"""What any metric has taken in, as plain data and tensors: ours, those of torchmetrics, any that can say it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def remember(metric: Any) -> dict[str, Any] | None:
     if parts:
         return {path: _values(part) for path, part in parts.items()}
     if callable(getattr(metric, "state_dict", None)) and callable(getattr(metric, "load_state_dict", None)):
-        return _copied(metric.state_dict())  # type: ignore[no-any-return]
+        return dict(_copied(metric.state_dict()))
     return None
 
 
@@ -32,51 +32,48 @@ def restore(metric: Any, state: Mapping[str, Any]) -> None:
         odd = sorted(parts.keys() ^ state.keys())[0]
         raise CheckpointError(
             f"the saved state is not one of this {type(metric).__name__}: only one of them has the part {odd!r}. "
-            f"{choose(odd, parts)} Resume with the metrics that the run was started with"
+            "Resume with the metrics that the run was started with"
         )
     metric.reset()
     for path, part in parts.items():
         _set(part, state[path])
 
 
-def _parts(metric: Any) -> dict[str, nn.Module]:
-    """The torchmetrics metrics in ``metric`` by path: itself, the members of a collection, what a wrapper wraps.
+def _parts(metric: Any) -> dict[str, Any]:
+    """The torchmetrics metrics in ``metric`` by path: itself, members of a collection, what a wrapper wraps.
 
     Their states are plain attributes that ``state_dict`` leaves out; ``_defaults`` has their names.
     """
-    if not isinstance(metric, nn.Module):
-        return {}
-    return {
-        path: part
-        for path, part in metric.named_modules()
-        if isinstance(getattr(part, "_defaults", None), dict)
-    }
+    modules = metric.named_modules() if isinstance(metric, nn.Module) else ()
+    return {path: part for path, part in modules if isinstance(getattr(part, "_defaults", None), dict)}
 
 
-def _values(part: nn.Module) -> dict[str, Any]:
-    """States, other tensors, counts such as ``_update_count``, and settings that may have been found in the data."""
+def _values(part: Any) -> dict[str, Any]:
+    """States, other tensors, counts such as ``_update_count``, and settings that may come from the data."""
     return {
         name: _copied(value)
         for name, value in vars(part).items()
         if name != "_computed"
-        and (isinstance(value, (Tensor, bool, int, float, str)) or name in part._defaults)  # type: ignore[operator]
+        and (name in part._defaults or isinstance(value, (Tensor, int, float, str)))
+        and (name[0] == "_" or not isinstance(value, bool))
     }
 
 
-def _set(part: nn.Module, values: Mapping[str, Any]) -> None:
+def _set(part: Any, values: Mapping[str, Any]) -> None:
     own, defaults = vars(part), part._defaults
-    missing = sorted(set(defaults) - set(values))  # type: ignore[arg-type]
-    if missing:
+    missing = sorted(name for name in defaults if name in own and name not in values)
+    if missing:  # names that are not its own belong to the metric that it wraps
         raise CheckpointError(
-            f"the saved state has no {missing[0]!r}, which {type(part).__name__} needs. {choose(missing[0], values)}"
+            f"the saved state has no {missing[0]!r}, which {type(part).__name__} needs. "
+            f"{choose(missing[0], values)} Resume with the metrics that the run was started with"
         )
     for name, value in values.items():
-        default = defaults.get(name)  # type: ignore[union-attr,operator]
+        default = defaults.get(name)
         # a setting stays what it is in the code, unless the first batch was to find it out
         if default is not None or isinstance(value, Tensor) or name[0] == "_" or own.get(name, 0) is None:
             own[name] = _copied(value)
         if isinstance(default, Tensor) and default.shape != value.shape and default.numel() == 1:
-            defaults[name] = default.expand(value.shape).clone()  # type: ignore[index,operator]
+            defaults[name] = default.expand(value.shape).clone()
     own["_computed"] = None
 
 

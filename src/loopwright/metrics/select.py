@@ -27,7 +27,7 @@ class On:
                 f"On({type(metric).__name__}, ...) needs the names of what to pass to its update, such as "
                 f'On(metric, "preds", "target"); got {", ".join(map(repr, names)) or "none"}'
             )
-        self.metric = metric.metric if isinstance(metric, On) else metric
+        self.metric: Any = metric.metric if isinstance(metric, On) else metric
         self.inputs = names
 
     def update(self, *args: Any, **kwargs: Any) -> None:

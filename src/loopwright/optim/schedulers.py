@@ -37,7 +37,7 @@ class Scheduler:
             raise SettingError(f"{type(scheduler).__name__} monitors nothing; leave monitor={monitor!r} out")
         if plateau and every == "step":
             raise SettingError("ReduceLROnPlateau is stepped every 'epoch', after its metric is known")
-        self.torch = scheduler
+        self.torch: Any = scheduler
         self.every = every or ("step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch")
         self.monitor = monitor
         self.plateau = plateau
@@ -49,7 +49,9 @@ class Scheduler:
             return
         name = self.monitor or ("valid/loss" if "valid/loss" in metrics else "train/loss")
         if name not in metrics:
-            raise SettingError(f"ReduceLROnPlateau monitors {name!r}, which nothing has produced. {choose(name, metrics)}")
+            raise SettingError(
+                f"ReduceLROnPlateau monitors {name!r}, which nothing has produced. {choose(name, metrics)}"
+            )
         self.torch.step(metrics[name])
 
     def state_dict(self) -> dict[str, Any]:

@@ -29,5 +29,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         count = torch.accelerator.device_count() if here is not None else 0
         if here is None or here.type != picked.type or (picked.index or 0) >= count:
             there = f"{count} of type {here.type!r}" if here is not None else "none"
-            raise SettingError(f"device={str(device)!r} is not on this machine (accelerators: {there}); use device='auto'")
+            raise SettingError(
+                f"device={str(device)!r} is not on this machine (accelerators: {there}); use device='auto'"
+            )
     return picked

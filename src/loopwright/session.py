@@ -1,0 +1,109 @@
+"""What surrounds the loop of a fit, and how a task that was fitted before goes on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loopwright.errors import LoopwrightWarning
+from loopwright.folder import close_folder, open_folder, reopen_folder
+from loopwright.interrupt import watch_signals
+from loopwright.prepare import seed_everything
+from loopwright.progress import Progress
+from loopwright.state import Run
+
+__all__ = ["go_on", "session"]
+
+
+@contextmanager
+def session(
+    run: Run, *, seed: int | None, root: str | Path | None, name: str | None, deterministic: bool
+) -> Iterator[None]:
+    """What surrounds the loop: seeds, flags, folder, loggers, signals; everything is closed and put back."""
+    _say_what_is_odd(run)
+    if seed is not None and run.progress.step == 0:
+        seed_everything(seed)
+    if root is not None and run.folder is None:
+        label = name or type(next(iter(run.models.values()), run.task)).__name__
+        run.folder = open_folder(root, label, settings=run.settings, seed=seed)
+    elif run.folder is not None:
+        reopen_folder(run.folder)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic or was_deterministic)
+    error: BaseException | None = None
+    run.status = "running"
+    run.task.__dict__["_run"] = run
+    try:
+        for part in (*run.handlers, *run.savers, *run.loggers):
+            if hasattr(part, "start"):
+                part.start(run)
+        with watch_signals(run):
+            yield
+        interrupted = run.stop_reason in ("SIGINT", "SIGTERM")
+        run.status = "interrupted" if interrupted else "stopped" if run.stop_reason else "done"
+    except BaseException as caught:
+        error = caught
+        run.status = "interrupted" if isinstance(caught, KeyboardInterrupt) else "failed"
+        raise
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+        for parameter_name, parameter in run.task.named_parameters() if isinstance(run.task, nn.Module) else ():
+            parameter.requires_grad_(run.trainable.get(parameter_name, parameter.requires_grad))
+        for logger in run.loggers:
+            if hasattr(logger, "close"):
+                logger.close(run.status)
+        if run.folder is not None:
+            close_folder(
+                run.folder,
+                run.status,
+                error=error,
+                metrics=run.metrics,
+                progress=run.progress._asdict(),
+                exact=run.exact,
+            )
+
+
+def go_on(run: Run, previous: Run) -> None:
+    """Let ``run`` continue where ``previous``, of the same task, stands: towards its own, larger total."""
+    run.progress, run.history, run.series, run.metrics = (
+        previous.progress, previous.history, previous.series, dict(previous.metrics),
+    )  # fmt: skip
+    run.stage_start, run.folder, run.replaced = previous.stage_start, previous.folder, previous.replaced
+    run.trainable, run.validated_at = previous.trainable, previous.validated_at
+    if len(run.stages) == len(previous.stages) == 1:
+        run.progress = run.progress._replace(stage=0, stage_step=run.progress.step)
+        run.stage_start = Progress()
+    stage = run.stages[run.progress.stage] if run.progress.stage < len(run.stages) else None
+    if stage is not None and run.progress.batch:
+        if run.data is previous.data:
+            open_stage = previous.stages[run.progress.stage]
+            stage.source.load_state_dict(open_stage.source.state_dict())
+            for phase, old in zip(stage.phases, open_stage.phases, strict=False):
+                phase.meters = old.meters
+        else:  # other data: the open epoch ends here
+            run.progress = run.progress._replace(epoch=run.progress.epoch + 1, batch=0)
+
+
+def _say_what_is_odd(run: Run) -> None:
+    if isinstance(run.task, nn.Module):
+        for name, model in run.models.items():
+            if not model.training:
+                model.train()
+                warnings.warn(
+                    f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=4
+                )
+    stage = run.stage
+    done = stage is not None and len(run.stages) == 1 and run.progress.step > 0
+    if done and any(u.position(run.progress) >= u.value for u in stage.until):  # type: ignore[union-attr]
+        warnings.warn(
+            f"this task has already been trained for {run.progress.epoch} epochs ({run.progress.step} steps): nothing "
+            f"to do. "
+            "Ask the Trainer for more, or make a new task to start anew",
+            LoopwrightWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,50 @@
+"""Looking at a model without changing anything: for validation, test and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from loopwright import rng
+from loopwright.data import move
+from loopwright.errors import DataError
+from loopwright.state import Run, Source
+
+__all__ = ["read", "unseen"]
+
+
+def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
+    """One pass over ``source`` for evaluation, on the device; an error says where it was."""
+    batches, n = source.at(0, 0), 0
+    try:
+        for batch in batches:
+            n += 1
+            yield move(batch, run.device) if run.moves_batches else batch
+    except Exception as error:
+        error.add_note(f"[loopwright] in {kind}, batch {n}")
+        raise
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+    if not n:
+        raise DataError(
+            f"the {kind} data gave no batch. If it is an iterator, it is used up: pass a list or a DataLoader"
+        )
+
+
+@contextmanager
+def unseen(run: Run) -> Iterator[None]:
+    """Modules in eval mode, each with its own flag put back; all random generators forked; no gradients."""
+    flags = [(m, m.training) for model in run.models.values() for m in model.modules()]
+    for model in run.models.values():
+        model.eval()
+    try:
+        with rng.forked(), torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
