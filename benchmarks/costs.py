@@ -109,7 +109,7 @@ def step_costs(options) -> list[Goal]:
     assert off.same_bits("ours", "hand") and all_on.same_bits("ours", "hand"), "the weights are not those of the loop by hand"
     def extra(what, results, name, over, limit=None):
         share = 100 * (results.ratio(name, over) - 1)
-        return Goal(what, results.extra_us(name, over), "us", limit, f"{share:.1f} % of it; {results.spread_us(name, over)}")
+        return Goal(what, results.extra_us(name, over), "us", limit, f"{share:.1f} % of it; {results.spread_us(name, over)}; fastest laps {results.best_extra_us(name, over):.1f}")
     return [
         Goal("the step by hand, batches preloaded", off.step_us("hand"), "us", note="how fast this machine is"),
         extra("ours over the same step by hand, nothing enabled", off, "ours", "hand", 8),

@@ -85,8 +85,9 @@ class Lane(threading.Thread):
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender in one round."""
+    """One contender in one round: seconds of an epoch (the mean, and that of the fastest lap) and of what comes once."""
     epoch_s: float
+    best_s: float
     fixed_s: float
 
 
@@ -108,6 +109,14 @@ class Results:
 
     def ratio(self, name: str, to: str) -> float:
         return statistics.median(self.ratios(name, to))
+
+    def best_ratio(self, name: str, to: str) -> float:
+        """Of the fastest laps of all rounds: steady where other work disturbs, blind to what a lap can be without."""
+        return min(timings[name].best_s for timings in self.rounds) / min(timings[to].best_s for timings in self.rounds)
+
+    def best_extra_us(self, name: str, over: str) -> float:
+        best = {who: min(timings[who].best_s for timings in self.rounds) for who in (name, over)}
+        return (best[name] - best[over]) / self.steps_per_epoch * 1e6
 
     def extra_us(self, name: str, over: str) -> float:
         """Microseconds a step more than the other, the median over the rounds."""
@@ -145,7 +154,7 @@ def race(contenders: dict[str, Prepare], *, laps: int, chunk: int, steps_per_epo
         timings = {}
         for name, lane in lanes.items():
             epoch = sum(lane.laps[1:]) / (length * chunk)
-            timings[name] = Timing(epoch, lane.laps[0] - epoch + lane.tail)
+            timings[name] = Timing(epoch, min(lane.laps[1:]) / chunk, lane.laps[0] - epoch + lane.tail)
             results.weights.setdefault(name, lane.weights)
         results.rounds.append(timings)
     return results

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loopwright.errors import HookError, SettingError, SkipBatch, SkipStep, StopEpoch, choose
@@ -381,27 +382,33 @@ class Hooks:
 
 def check_callback(callback: Any) -> None:
     """Raise HookError unless every hook of ``callback`` exists and takes what the loop passes."""
-    kind = type(callback)
-    if isinstance(callback, type) or not any(hasattr(kind, hook) for hook in HOOKS):
-        shown = (
-            f"the class {callback.__name__}; make an instance, {callback.__name__}()"
-            if isinstance(callback, type)
-            else repr(callback)
+    if isinstance(callback, type):
+        raise HookError(
+            f"callbacks must be lw.Callback objects; got the class {callback.__name__}; make an instance, "
+            f"{callback.__name__}()"
         )
-        raise HookError(f"callbacks must be lw.Callback objects; got {shown}")
+    if not any(hasattr(type(callback), hook) for hook in HOOKS):
+        raise HookError(f"callbacks must be lw.Callback objects; got {callback!r}")
+    _check_class(type(callback))
+
+
+@cache
+def _check_class(kind: type) -> None:
     for name in dir(kind):
-        if name.startswith(("on_", "map_")) and callable(getattr(kind, name)):
-            if name not in HOOKS:
-                raise HookError(f"{kind.__name__}.{name} is not a hook of Loopwright. {choose(name, HOOKS)}")
-            expected = inspect.signature(getattr(Callback, name))
-            try:
-                inspect.signature(getattr(callback, name)).bind(*[None] * (len(expected.parameters) - 1))
-            except TypeError:
-                got = inspect.signature(getattr(kind, name))
-                names = ", ".join(expected.parameters)
-                raise HookError(
-                    f"{kind.__name__}.{name}{got} has the wrong parameters; write: def {name}({names})"
-                ) from None
+        method = getattr(kind, name)
+        if not name.startswith(("on_", "map_")) or not callable(method) or method is getattr(Callback, name, None):
+            continue
+        if name not in HOOKS:
+            raise HookError(f"{kind.__name__}.{name} is not a hook of Loopwright. {choose(name, HOOKS)}")
+        expected = inspect.signature(getattr(Callback, name))
+        given = len(expected.parameters) - isinstance(inspect.getattr_static(kind, name), staticmethod)
+        try:
+            inspect.signature(method).bind(*[None] * given)
+        except TypeError:
+            names = ", ".join(expected.parameters)
+            raise HookError(
+                f"{kind.__name__}.{name}{inspect.signature(method)} has the wrong parameters; write: def {name}({names})"
+            ) from None
 
 
 def fire(hooks: Calls, run: Run, *args: Any) -> None:

@@ -56,10 +56,7 @@ def assemble(
         train.setup()
         valid, train = train.valid_data() if valid is None else valid, train.train_data()
     models = task.models()
-    for model in models.values():
-        model.to(device)
-    if isinstance(task, nn.Module):
-        task.to(device)
+    move_task(task, models, device)
     metrics = check_metrics(task.configure_metrics())
     old = previous.stages if previous is not None else []
     if previous is None:
@@ -190,6 +187,13 @@ def _phase(
     phase.prefix = "" if alone else f"{phase.name}/"
     phase.meters = Meters(metrics, training=True) if metrics else None
     phase.closure = any(needs_closure(optimizer) for optimizer in moved)
+
+
+def move_task(task: Any, models: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Put the modules of a task on ``device``, those that are not there yet."""
+    for module in (*([task] if isinstance(task, nn.Module) else []), *models.values()):
+        if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+            module.to(device)
 
 
 def seed_everything(seed: int) -> None:

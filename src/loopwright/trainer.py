@@ -22,7 +22,7 @@ from loopwright.loggers import JSONLLogger
 from loopwright.metrics import check_metrics
 from loopwright.parallel import Single, pick_device, pick_precision
 from loopwright.plan import Plan, make_plan
-from loopwright.prepare import as_sources, assemble, measured_by, sample_count, trainable_flags
+from loopwright.prepare import as_sources, assemble, measured_by, move_task, sample_count, trainable_flags
 from loopwright.progress import Duration, Every
 from loopwright.session import go_on, session
 from loopwright.state import Run, Stage
@@ -268,8 +268,7 @@ class Trainer:
         """A run with nothing to train yet: enough to evaluate or predict."""
         callbacks, history = [*self.callbacks, *bar], History()
         device, models = pick_device(self.device), task.models()
-        for model in models.values():
-            model.to(device)
+        move_task(task, models, device)
         return Run(
             task=task, stages=[], models=models, optimizers={}, callbacks=callbacks,
             hooks=Hooks(callbacks, self.handlers), comm=Single(), precision=self.precision, device=device,

@@ -222,15 +222,11 @@ IN_PROCESS: dict[str, Kind] = {
     "gather one, three": Kind(lambda: DataLoader(TensorDataset(*fixed(3, 20, 2)), 6, shuffle=True), Gather),
     "negative subset": Kind(lambda: DataLoader(Subset(tensors(), [-1, 3, -2]), 2, shuffle=True), TorchLoader),
     "channels last": Kind(
-        lambda: DataLoader(
-            TensorDataset(fixed(20, 3, 4, 5).to(memory_format=torch.channels_last)), 6, shuffle=True
-        ),
+        lambda: DataLoader(TensorDataset(fixed(20, 3, 4, 5).to(memory_format=torch.channels_last)), 6, shuffle=True),
         TorchLoader,
     ),
     "subclass of TensorDataset": Kind(lambda: DataLoader(Doubled(torch.arange(20.0)), 6, shuffle=True), TorchLoader),
-    "tensors, own generator": Kind(
-        lambda: DataLoader(tensors(), 6, shuffle=True, generator=generator()), TorchLoader
-    ),
+    "tensors, own generator": Kind(lambda: DataLoader(tensors(), 6, shuffle=True, generator=generator()), TorchLoader),
     "in order": Kind(loader(), TorchLoader),
     "batch of 1": Kind(loader(batch_size=1, shuffle=True), TorchLoader),
     "shuffled": Kind(loader(shuffle=True), TorchLoader),
@@ -243,13 +239,9 @@ IN_PROCESS: dict[str, Kind] = {
     "weighted": Kind(
         lambda: loader(sampler=WeightedRandomSampler(np.arange(1.0, 21), 30, generator=generator()))(), TorchLoader
     ),
-    "weighted, global": Kind(
-        lambda: loader(sampler=WeightedRandomSampler(np.arange(1.0, 21), 30))(), TorchLoader
-    ),
+    "weighted, global": Kind(lambda: loader(sampler=WeightedRandomSampler(np.arange(1.0, 21), 30))(), TorchLoader),
     "with replacement": Kind(
-        lambda: loader(
-            sampler=RandomSampler(range(20), replacement=True, num_samples=70, generator=generator())
-        )(),
+        lambda: loader(sampler=RandomSampler(range(20), replacement=True, num_samples=70, generator=generator()))(),
         TorchLoader,
     ),
     "part of the indices": Kind(lambda: loader(sampler=SubsetRandomSampler([1, 4, 9, 16, 2]))(), TorchLoader),
@@ -262,9 +254,7 @@ IN_PROCESS: dict[str, Kind] = {
     "sampler with a state": Kind(lambda: loader(sampler=Remembers())(), TorchLoader),
     "no batching": Kind(loader(batch_size=None, shuffle=True), TorchLoader),
     "batches as samples": Kind(
-        lambda: DataLoader(
-            tensors(), sampler=BatchSampler(RandomSampler(range(20)), 6, False), batch_size=None
-        ),
+        lambda: DataLoader(tensors(), sampler=BatchSampler(RandomSampler(range(20)), 6, False), batch_size=None),
         TorchLoader,
     ),
     "subclass of DataLoader": Kind(lambda: Shouting(20), TorchLoader),
@@ -281,13 +271,9 @@ WORKERS: dict[str, Kind] = {
         lambda: DataLoader(tensors(), 7, shuffle=True, num_workers=2, persistent_workers=True), Gather
     ),
     "shuffled": Kind(loader(batch_size=3, shuffle=True, num_workers=2), TorchLoader, 5),
-    "persistent": Kind(
-        loader(batch_size=3, shuffle=True, num_workers=2, persistent_workers=True), TorchLoader, 6
-    ),
+    "persistent": Kind(loader(batch_size=3, shuffle=True, num_workers=2, persistent_workers=True), TorchLoader, 6),
     "persistent, seldom": Kind(
-        lambda: loader(
-            Sometimes(), 3, shuffle=True, num_workers=2, persistent_workers=True, generator=generator()
-        )(),
+        lambda: loader(Sometimes(), 3, shuffle=True, num_workers=2, persistent_workers=True, generator=generator())(),
         TorchLoader,
         4,
     ),

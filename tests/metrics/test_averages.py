@@ -124,8 +124,8 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     with pytest.raises(MetricError) as error:
         Mean().update(torch.zeros(3), torch.ones(2))
     assert str(error.value) == (
-        "value float64[3] and weight float64[2] do not fit: expected one shape for both, or one number as the weight of "
-        "the batch"
+        "value float64[3] and weight float64[2] do not fit: expected one shape for both, or one number as the weight "
+        "of the batch"
     )
     weighted = Mean()
     weighted.update(torch.tensor([1.0, 2.0]), 3.0)

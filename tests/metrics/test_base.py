@@ -158,11 +158,11 @@ def test_a_copy_collects_by_itself() -> None:
 
 
 def test_names_and_reductions_are_checked() -> None:
-    with pytest.raises(MetricError, match="Span has no state 'totl'. Known: .* Did you mean 'total'"):
+    with pytest.raises(MetricError, match=r"Span has no state 'totl'\. Known: .* Did you mean 'total'"):
         Span().add(totl=1)
     with pytest.raises(MetricError, match="Span has no state 'totl'"):
         Span().total("totl")
-    with pytest.raises(MetricError, match=r"Span.add\(total=...\) takes a number or a tensor, got list"):
+    with pytest.raises(MetricError, match=r"Span\.add\(total=\.\.\.\) takes a number or a tensor, got list"):
         Span().add(total=[1])
 
     class Wrong(Metric):

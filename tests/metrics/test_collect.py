@@ -1,8 +1,11 @@
-"""What the loop holds: metrics fed by name, left out or refused for a reason, computed to plain numbers, saved mid-way."""
+"""What the loop holds: metrics fed by name, left out or refused for a reason, computed to numbers, saved mid-way."""
 
 from __future__ import annotations
 
 import copy
+import random
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,9 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 from torchmetrics.segmentation import MeanIoU
-from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
+from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, Running
 
+from loopwright import rng
 from loopwright.errors import CheckpointError, MetricError, SettingError
 from loopwright.metrics import Accuracy, Mean, Meters, On, check_metrics, fresh
 
@@ -63,7 +67,7 @@ def test_inputs_are_passed_by_name_and_in_order() -> None:
 
 def test_inputs_are_detached_at_any_depth() -> None:
     leaf = torch.ones(2, requires_grad=True)
-    box = {"boxes": leaf * 2, "names": ["a"]}
+    box: dict[str, Any] = {"boxes": leaf * 2, "names": ["a"]}
     meters = Meters({"a": On(Plain(), "x", "nested")})
     meters.feed({"x": leaf * 1, "nested": [box, (leaf, 3)]})
     ((x, nested),) = meters.metrics["a"].metric.got
@@ -100,10 +104,10 @@ READS = "metric 'accuracy' reads 'preds' and 'target' of what the step returns, 
     ("output", "training", "message"),
     [
         ({"loss": 1.0, "pred": torch.ones(2), "target": torch.ones(2)}, True, READS + "has no 'preds'. Known: 'loss', "
-         "'pred', 'target'. Did you mean 'pred'? Return it under this name, or name what to read: "
-         "lw.metrics.On(Accuracy(...), 'pred', 'target')"),
-        ({"loss": 1.0}, False, READS + "has no 'preds'. Known: 'loss'. Return it under this name, or name what to read: "
-         "lw.metrics.On(Accuracy(...), 'loss', 'preds')"),
+         "'pred', 'target'. Did you mean 'pred'? Return it under this name, or name what to "
+         "read: lw.metrics.On(Accuracy(...), 'pred', 'target')"),
+        ({"loss": 1.0}, False, READS + "has no 'preds'. Known: 'loss'. Return it under this name, or name what to "
+         "read: lw.metrics.On(Accuracy(...), 'loss', 'preds')"),
         (torch.tensor(1.0), False, READS + "is float32[]. Return a dict: "
          "{'loss': loss, 'preds': preds, 'target': target}"),
     ],
@@ -170,8 +174,8 @@ def test_results_that_are_no_numbers_are_refused(value: Any, seen: str) -> None:
     with pytest.raises(MetricError) as error:
         meters.compute()
     assert str(error.value) == (
-        f"metric 'odd' computed {seen}; a record holds numbers: expected a number, a vector, or a dict of them. Look at "
-        "other values in a callback, or reduce them in a metric of your own"
+        f"metric 'odd' computed {seen}; a record holds numbers: expected a number, a vector, or a dict of them. Look "
+        "at other values in a callback, or reduce them in a metric of your own"
     )
 
 
@@ -236,6 +240,7 @@ SAVED: dict[str, Any] = {
     "wrapper": lambda: ClasswiseWrapper(MulticlassAccuracy(3, average=None)),
     "window": lambda: Running(MulticlassAccuracy(3), window=3),
     "min max": lambda: MinMaxMetric(MulticlassAccuracy(3)),
+    "drawing": lambda: BootStrapper(MulticlassAccuracy(3), num_bootstraps=2),
     "sized by data": lambda: MeanIoU(input_format="one-hot"),
 }
 
@@ -276,11 +281,11 @@ def assert_plain(value: Any) -> None:
         assert all(isinstance(key, str) for key in value)
         for item in value.values():
             assert_plain(item)
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             assert_plain(item)
     else:
-        assert type(value) in (Tensor, int, float, str, bool)
+        assert value is None or type(value) in (Tensor, np.ndarray, int, float, str, bool)
 
 
 def test_settings_are_those_of_the_code_and_not_of_the_state() -> None:
@@ -328,6 +333,42 @@ def test_a_metric_that_cannot_be_saved_is_a_reason_for_inexactness() -> None:
     assert other.compute() == meters.compute()
 
 
+# ------------------------------------------------------------------------------------------------- random numbers
+
+
+class Draws:
+    """Draws from all three generators, in update and in compute."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float, float]] = []
+
+    def update(self, *args: Any) -> None:
+        self.seen.append((torch.rand(()).item(), random.random(), float(np.random.rand())))
+
+    def compute(self) -> float:
+        return torch.rand(()).item() + random.random() + float(np.random.rand())
+
+    def reset(self) -> None:
+        self.seen = []
+
+
+def test_metrics_that_draw_leave_the_generators_as_they_were() -> None:
+    meters = Meters({"draws": On(Draws(), "loss"), "accuracy": Accuracy()}, training=True)
+    with rng.forked():
+        expected = [(torch.rand(()).item(), random.random(), float(np.random.rand())) for _ in range(3)]
+    for seed in range(3):
+        meters.feed(batch(seed))
+    meters.compute()
+    assert (torch.rand(()).item(), random.random(), float(np.random.rand())) == expected[0]
+    assert meters.metrics["draws"].metric.seen == expected  # one stream, and not the same numbers each time
+
+
+def test_only_metrics_that_draw_pay_for_it() -> None:
+    meters = Meters({"draws": On(Draws(), "loss"), "accuracy": Accuracy()})
+    meters.feed(batch(0))
+    assert [type(update) for _, update, _ in meters._feeds or []] == [partial, MethodType]
+
+
 # ------------------------------------------------------------------------------------------------------- checks
 
 
@@ -344,10 +385,10 @@ def test_a_metric_that_cannot_be_saved_is_a_reason_for_inexactness() -> None:
         ({1: Accuracy()}, "metric name 1: expected a text without '/', which joins the parts of logged names"),
         ({"loss": Accuracy()},
          "a metric cannot be named 'loss': the mean of what steps return as 'loss' is logged so"),
-        ({"accuracy": max}, "metric 'accuracy' is a builtin_function_or_method: expected an object with update, compute "
-         "and reset, such as those of loopwright.metrics and torchmetrics"),
-        ({"a": On(3, "x")}, "metric 'a' is a int: expected an object with update, compute "
-         "and reset, such as those of loopwright.metrics and torchmetrics"),
+        ({"accuracy": max}, "metric 'accuracy' is a builtin_function_or_method: expected an object with update, "
+         "compute and reset, such as those of loopwright.metrics and torchmetrics"),
+        ({"a": On(3, "x")}, "metric 'a' is a int: expected an object with update, "
+         "compute and reset, such as those of loopwright.metrics and torchmetrics"),
     ],
 )  # fmt: skip
 def test_metrics_that_cannot_be_used_are_refused_with_the_fix(metrics: Any, message: str) -> None:

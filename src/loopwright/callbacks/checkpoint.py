@@ -9,9 +9,10 @@ from typing import Any
 
 from loopwright.checkpoint import delete, list_checkpoints, snapshot, sweep, write, write_index
 from loopwright.checkpoint.shelf import monitored
-from loopwright.errors import CheckpointError, SettingError, choose
+from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError, choose
 from loopwright.monitor import direction
-from loopwright.state import Duration, Every, Progress, Run
+from loopwright.progress import Duration, Every, Progress
+from loopwright.state import Run
 
 __all__ = ["Checkpoint"]
 
@@ -110,7 +111,7 @@ class Checkpoint:
         except (CheckpointError, OSError) as error:
             if self.on_error == "raise":
                 raise
-            warnings.warn(f"no checkpoint at step {run.progress.step}: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"no checkpoint at step {run.progress.step}: {error}", LoopwrightWarning, stacklevel=2)
             return None
         finally:
             self._validated = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import shutil
 import sys
@@ -10,6 +11,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TextIO
+
+import numpy as np
 
 __all__ = ["Bar", "Cell", "Display", "Lines", "Notebook", "Terminal", "display_mode", "open_display"]
 
@@ -170,6 +173,7 @@ class Notebook:
     def __init__(self, refresh_s: float) -> None:
         self.refresh_s = refresh_s
         self.rows: list[dict[str, str]] = []
+        self.names: list[str] = []
         self.handle: Any = None
         self.curve, self.points = "", 0
 
@@ -181,6 +185,7 @@ class Notebook:
 
     def row(self, label: str, cells: Sequence[Cell]) -> None:
         self.rows.append({"": label, **{cell.name or cell.column: cell.text.strip() for cell in cells}})
+        self.names = sorted(dict.fromkeys([*self.names, *self.rows[-1]]), key=_place)
 
     def note(self, text: str) -> None:
         """End the output with ``text`` instead of bars."""
@@ -189,7 +194,9 @@ class Notebook:
     def _show(self, body: str) -> None:
         from IPython.display import HTML, display
 
-        page = HTML(f'<div style="font-family:monospace;font-variant-numeric:tabular-nums">{body}</div>')
+        page = HTML(
+            f'<div style="font-family:monospace;font-variant-numeric:tabular-nums;white-space:pre">{body}</div>'
+        )
         if self.handle is None:
             self.handle = display(page, display_id=True)
         else:
@@ -198,13 +205,22 @@ class Notebook:
     def _table(self, limit: int) -> str:
         if not self.rows:
             return ""
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        names = self.names
+        cell = '<td style="padding:0 0.7em;text-align:right">'
         hidden = len(self.rows) - limit
-        body = f'<tr><td colspan="{len(names)}">{hidden} earlier epochs</td></tr>' if hidden > 0 else ""
-        for row in self.rows[-limit:]:
-            body += "<tr>" + "".join(f"<td>{html.escape(row.get(name, ''))}</td>" for name in names) + "</tr>"
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        rows = [f'<td colspan="{len(names)}">{hidden} earlier lines</td>'] if hidden > 0 else []
+        rows += ["".join(cell + html.escape(row.get(n, "")) + "</td>" for n in names) for row in self.rows[-limit:]]
+        head = "".join(f"{cell}<b>{html.escape(name)}</b></td>" for name in names)
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in [head, *rows])}</table>"
+
+
+def _place(name: str) -> tuple[int, str]:
+    """The label first, then what was logged, then speed and time."""
+    kinds = ("", "train", "valid", "test")
+    kind = name.partition("/")[0]
+    if kind in kinds:
+        return kinds.index(kind), ""  # in the order in which they came
+    return len(kinds) + (kind == name), name
 
 
 def _bar_html(bar: Bar) -> str:
@@ -219,10 +235,9 @@ def sparkline(values: Sequence[float], *, width: int = 320, height: int = 48) ->
     >>> sparkline([3.0, 1.0, 2.0]).count(",")
     3
     """
-    stride = -(-len(values) // (width // 2)) or 1
-    parts = (values[i : i + stride] for i in range(0, len(values), stride))
-    means = [sum(part) / len(part) for part in parts]
-    drawn = [(i, v) for i, v in enumerate(means) if abs(v) < float("inf")]
+    stride = max(1, -(-len(values) // (width // 2)))
+    means = np.array(values[: len(values) // stride * stride], dtype=np.float64).reshape(-1, stride).mean(axis=1)
+    drawn = [(i, v) for i, v in enumerate(means.tolist()) if math.isfinite(v)]
     if len(drawn) < 2:
         return ""
     low, high = min(v for _, v in drawn), max(v for _, v in drawn)

@@ -70,7 +70,7 @@ class ProgressBar(Callback):
 
     def on_fit_start(self, run: Run) -> None:
         self._open(run)
-        self.fitting, self.rows, self.held = True, 0, None
+        self.fitting, self.rows, self.shown, self.held = True, 0, -1, None
         self._begin_epoch(run)
 
     def on_epoch_start(self, run: Run) -> None:
@@ -86,13 +86,10 @@ class ProgressBar(Callback):
     def on_epoch_end(self, run: Run) -> None:
         if self.display is None:
             return
-        record = run.history[-1]
-        took = format_time(self._now() - self.began)
-        ends = [Cell("", self._rate(run), 99, "speed"), Cell("", took, 2, "time")]
-        self.held = (
-            self._label(run),
-            [*self._cells(record, [n for n in record if n.startswith(("train/", "valid/"))]), *ends],
-        )
+        record, took = run.history[-1], format_time(self._now() - self.began)
+        cells = self._cells(record, [name for name in record if name.startswith(("train/", "valid/"))])
+        cells += [Cell("", self._rate(run), 99, "speed"), Cell("", took, 2, "time")]
+        self.held = (self._label(run), cells)
         if self.rows < _BURST + _A_SECOND * (self._now() - self.opened):
             self._show_held()
         # erased by the row; if another follows soon, the bar would only flicker
@@ -102,9 +99,8 @@ class ProgressBar(Callback):
 
     def on_fit_end(self, run: Run) -> None:
         self._show_held()
-        if self.display is not None and run.progress.batch:  # it ended within an epoch, which has no record
-            names = [name for name in run.metrics if _is_train_loss(name)]
-            self.display.row(self._label(run, self._step(run)), self._cells(run.metrics, names))
+        if self.display is not None and run.progress.batch and run.progress.step != self.shown:
+            self._show_step(run, {})  # it ended within an epoch, which has no record
         reason = run.stop_reason or ""
         what = "interrupted" if reason in ("SIGINT", "SIGTERM") else "stopped" if reason else "finished"
         self._close(f"{what} after {_so_far(run)}{f': {reason}' if what == 'stopped' else ''}")
@@ -171,9 +167,10 @@ class ProgressBar(Callback):
         seconds = self._now() - self.read_began
         self.idle_s += seconds
         if self.display is not None and show:
-            cells = [Cell(name, _value(value), 1) for name, value in values.items()]
-            label = self._label(run, self._step(run)) if self.fitting else self.reading
-            self.display.row(label, [*cells, Cell("", format_time(seconds), 2, "time")])
+            if self.fitting:
+                self._show_step(run, values, Cell("", format_time(seconds), 2, "time"))
+            else:
+                self.display.row(self.reading, self._cells(values, values))
             self.next = self._now() + (0.0 if self.display.erases else self.display.refresh_s)
         if not self.fitting:
             self._close("")
@@ -252,6 +249,14 @@ class ProgressBar(Callback):
             rank = 20 if name.startswith("train/") and cells else min(len(cells), 8)
             cells.append(Cell(name, _value(values.get(name)), rank))
         return cells
+
+    def _show_step(self, run: Run, values: Mapping[str, float], *more: Cell) -> None:
+        """A line within an epoch: the last logged losses and a validation."""
+        losses = {name: value for name, value in run.metrics.items() if _is_train_loss(name)}
+        known = {**losses, **values}
+        self.shown = run.progress.step
+        if self.display is not None:
+            self.display.row(self._label(run, self._step(run)), [*self._cells(known, known), *more])
 
     def _show_held(self) -> None:
         if self.display is not None and self.held is not None:

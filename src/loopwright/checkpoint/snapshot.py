@@ -16,12 +16,14 @@ from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
 from loopwright.errors import CheckpointError, choose
-from loopwright.state import Progress, Run, Stage
+from loopwright.events import Handler
+from loopwright.progress import Progress
+from loopwright.state import Run, Stage
 
 __all__ = ["check", "info", "progress", "restore", "restore_models", "take"]
 
 _COUNTERS = ("skipped", "skips_in_row", "validated_at")
-_WATCHERS = ("loggers", "savers")  # may differ after a resume: they change nothing in training
+_WATCHERS = ("handlers", "loggers", "savers")  # may differ after a resume: they change nothing in training
 
 
 def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -44,8 +46,8 @@ def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "stage": {"index": at, **_stage(run, run.stages[at])} if run.stages else {},
         **{name: _listed(getattr(run, name)) for name in ("callbacks", *_WATCHERS)},
         "user": {name: _given(name, obj) for name, obj in _user(run)},
+        "series": run.series.state_dict(),  # before the history, which receives what waits in it
         "history": run.history.state_dict(),
-        "series": run.series.state_dict(),
         "metrics": dict(run.metrics),
         "rng": rng.get(),
     }
@@ -269,7 +271,7 @@ def _has_state(obj: Any) -> bool:
 
 
 def _kind(obj: Any) -> str:
-    return type(obj).__qualname__
+    return f"handler {obj.name}" if isinstance(obj, Handler) else type(obj).__qualname__
 
 
 def _plain(progress: Progress) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Indices(list[Any]):
     >>> batch = Indices([7, 3, 5])
     >>> for i in batch:
     ...     if i == 3: break
-    >>> batch.last()
+    >>> batch.open()
     3
     """
 
@@ -24,11 +24,13 @@ class Indices(list[Any]):
         self.iterator = super().__iter__()
         return self.iterator
 
-    def last(self) -> Any:
-        """The index handed out last, or None before the first."""
-        iterator = getattr(self, "iterator", None)
-        given = 0 if iterator is None else len(self) - iterator.__length_hint__()
-        return self[given - 1] if 0 < given <= len(self) else None
+    def open(self) -> Any:
+        """The index that was handed out last, while others were still to come or the end had not been asked for."""
+        iterator: Any = getattr(self, "iterator", None)
+        if iterator is None:
+            return None
+        place = iterator.__reduce__()[2:]  # a list's iterator pickles as (iter, (list,), place) until it has ended
+        return self[place[0] - 1] if place and place[0] else None
 
 
 def fetch_samples(dataset: Any, indices: list[Any]) -> Any:
@@ -40,14 +42,14 @@ def fetch_samples(dataset: Any, indices: list[Any]) -> Any:
 def add_fetch_note(error: BaseException, epoch: int, batch: int, indices: Any = None) -> None:
     """Note on ``error`` where in the data it happened; ``epoch`` and ``batch`` are completed units."""
     note = f"[loopwright] while fetching batch {batch + 1} of epoch {epoch + 1}"
+    culprit = indices.open() if isinstance(indices, Indices) else None
     if indices is not None:
         note += f", dataset indices {_shown(indices)}"
-    culprit = indices.last() if isinstance(indices, Indices) else None
     if culprit is not None:
-        note += f"; the last one asked for was {culprit!r}"
+        note += f"; it was dataset[{culprit!r}] that raised"
     error.add_note(note)
 
 
 def _shown(indices: Any) -> str:
-    text = repr(list(indices) if isinstance(indices, (list, tuple)) else indices)
+    text = repr(indices)
     return text if len(text) <= 400 else f"{text[:397]}..."

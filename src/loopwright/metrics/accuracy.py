@@ -24,8 +24,9 @@ class Accuracy(Metric):
 
     Scores ``preds [N, C, ...]`` (logits or probabilities) with class indices ``target [N, ...]``: right if the target
     is the largest score, or with ``top_k=k`` among the k largest. One shape for both: float ``preds`` are probabilities
-    of class 1 and say 1 above ``threshold`` (default 0.5; write ``threshold=0.0`` for logits), integer and bool ``preds``
-    are right where they equal the target; each element counts. Elements whose target is ``ignore_index`` are left out.
+    of class 1 and say 1 above ``threshold`` (default 0.5; write ``threshold=0.0`` for logits), integer and bool
+    ``preds`` are right where they equal the target; each element counts. Elements whose target is ``ignore_index`` are
+    left out.
 
     Counts are exact. ``update`` keeps the answers and a copy of ``target``, counts 64k elements at a time, and reads
     nothing from the device. Raises MetricError for shapes that do not fit (at once), and for targets that are no class

@@ -21,9 +21,9 @@ class Mean(Metric):
     """Mean of ``value`` of a step's output; a float, nan if nothing was seen.
 
     Each element counts once, so a vector with one value a sample gives the mean over samples, and a scalar counts each
-    batch alike. ``weight=`` names the weights in the output: numbers or tensors of the same shape, or one number for all
-    elements of a batch. Sums are float64. Raises MetricError for a weight of another shape. Scalars that a step returns
-    are averaged over samples without any metric.
+    batch alike. ``weight=`` names the weights in the output: numbers or tensors of the same shape, or one number for
+    all elements of a batch. Sums are float64. Raises MetricError for a weight of another shape. Scalars that a step
+    returns are averaged over samples without any metric.
 
     >>> mean = Mean("loss_of_each")
     >>> mean.update(torch.tensor([1.0, 2.0, 3.0]))

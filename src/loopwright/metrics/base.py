@@ -17,11 +17,11 @@ __all__ = ["Metric", "wide"]
 class Metric:
     """A value over many batches, computed from totals; subclasses give ``state``, ``update`` and ``compute``.
 
-    ``state`` names the totals and how they grow: ``"sum"``, ``"max"``, ``"min"``, or ``"cat"`` (all values are kept, joined
-    along dimension 0). ``update`` calls ``self.add(name=value)`` with numbers or tensors of any shape; ``compute`` reads
-    ``self.total(name)``. ``inputs`` are the names in a step's output that ``update`` receives, in this order. Totals live
-    on the device of what is added (sums in float64 or int64), are never read from it before ``compute``, and hold no
-    graph. Resetting, merging and saving need nothing more.
+    ``state`` names the totals and how they grow: ``"sum"``, ``"max"``, ``"min"``, or ``"cat"`` (all values are kept,
+    joined along dimension 0). ``update`` calls ``self.add(name=value)`` with numbers or tensors of any shape;
+    ``compute`` reads ``self.total(name)``. ``inputs`` are the names in a step's output that ``update`` receives, in
+    order. Totals live on the device of what is added (sums in float64 or int64), are never read from it before
+    ``compute``, and hold no graph. Resetting, merging and saving need nothing more.
 
     >>> class Bias(Metric):
     ...     state = {"error": "sum", "count": "sum"}

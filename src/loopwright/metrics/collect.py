@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loopwright.errors import CheckpointError, MetricError, SettingError, choose
+from loopwright import rng
+from loopwright.errors import CheckpointError, MetricError, choose
 from loopwright.events import describe
+from loopwright.metrics.check import INPUTS, check_metrics, fresh, unwrapped
+from loopwright.metrics.draws import OwnDraws
 from loopwright.metrics.memory import remember, restore
-from loopwright.metrics.select import On
 
-__all__ = ["Meters", "check_metrics", "fresh"]
+__all__ = ["Meters"]
 
-INPUTS = ("preds", "target")  # what a metric without ``inputs`` reads
-Feed = tuple[str, Callable[..., None], tuple[str, ...]]
+Feed = tuple[str, Any, tuple[str, ...]]
 
 
 class Meters:
     """Copies of ``metrics`` that collect one series: a training epoch, a validation, a test.
 
-    ``feed`` passes to each metric the entries of a step's output that its ``inputs`` name (``preds`` and ``target`` if it
-    has none), detached. Which metrics take part is settled at the first batch after a reset: in training, one of whose
-    inputs the step returns none is left out; otherwise all inputs must be there.
+    ``feed`` passes to each metric the entries of a step's output that its ``inputs`` name (``preds`` and ``target`` if
+    it has none), detached. Which metrics take part is settled at the first batch after a reset: in training, one of
+    whose inputs the step returns none is left out; otherwise all inputs must be there. A metric that draws random
+    numbers (as its first batch shows) draws from a stream of its own, and computing leaves the generators as they were:
+    training goes the same way with and without metrics.
 
     >>> from loopwright.metrics import Accuracy
     >>> meters = Meters({"accuracy": Accuracy()})
@@ -40,6 +43,7 @@ class Meters:
         self.training = training
         self._fed: list[str] = []
         self._feeds: list[Feed] | None = None
+        self._draws: dict[str, OwnDraws] = {}
 
     def feed(self, output: Any) -> None:
         """Update the metrics with what a step returned for one batch.
@@ -48,6 +52,7 @@ class Meters:
         metric raises keeps its type and gains a note with the metric's name and the shapes.
         """
         feeds = self._feeds
+        settled = feeds is not None
         if feeds is None:
             feeds = self._resolve(output)
         for name, update, inputs in feeds:
@@ -61,12 +66,14 @@ class Meters:
                 shapes = ", ".join(f"{key}: {describe(value)}" for key, value in zip(inputs, given, strict=True))
                 error.add_note(f"[loopwright] in metric {name!r}, given {shapes}")
                 raise
+        if not settled:
+            self._settle()
 
     def _resolve(self, output: Any) -> list[Feed]:
         known = output if isinstance(output, Mapping) else {}
         feeds: list[Feed] = []
         for name, metric in self.metrics.items():
-            metric, inputs = _unwrapped(metric)
+            metric, inputs = unwrapped(metric)
             missing = [key for key in inputs if key not in known]
             if self.training and len(missing) == len(inputs):
                 continue
@@ -81,12 +88,21 @@ class Meters:
                 tensors = [known[key] for key in inputs if isinstance(known[key], Tensor)]
                 if tensors:
                     metric.to(tensors[0].device)
-            feeds.append((name, metric.update, inputs))
+            draws = self._draws.setdefault(name, OwnDraws())
+            feeds.append((name, partial(draws.call, metric.update), inputs))
         self._feeds, self._fed = feeds, [name for name, _, _ in feeds]
         return feeds
 
+    def _settle(self) -> None:
+        """After the first batch: call those metrics directly that drew nothing."""
+        self._draws = {name: draws for name, draws in self._draws.items() if draws.state is not None}
+        self._feeds = [
+            (name, update if name in self._draws else update.args[0], inputs)
+            for name, update, inputs in self._feeds or []
+        ]
+
     def _missing(self, name: str, inputs: tuple[str, ...], output: Any) -> MetricError:
-        kind = type(_unwrapped(self.metrics[name])[0]).__name__
+        kind = type(unwrapped(self.metrics[name])[0]).__name__
         reads = f"metric {name!r} reads {' and '.join(map(repr, inputs))} of what the step returns"
         if not isinstance(output, Mapping):
             keys = ", ".join(f"{key!r}: {key}" for key in inputs)
@@ -105,7 +121,8 @@ class Meters:
         values: dict[str, float] = {}
         for name in self._fed:
             try:
-                values.update(_flat(name, self.metrics[name].compute()))
+                with rng.forked():
+                    values.update(_flat(name, self.metrics[name].compute()))
             except Exception as error:
                 error.add_note(f"[loopwright] when metric {name!r} was computed")
                 raise
@@ -115,7 +132,7 @@ class Meters:
         """Begin a new series."""
         for name in self._fed:
             self.metrics[name].reset()
-        self._fed, self._feeds = [], None
+        self._fed, self._feeds, self._draws = [], None, {}
 
     @property
     def exact(self) -> list[str]:
@@ -123,85 +140,34 @@ class Meters:
         return [
             f"metric {name!r} ({type(metric).__name__}) has no state_dict and load_state_dict: after a resume in the "
             "middle of an epoch, its value of that epoch covers the rest only"
-            for name, metric in ((name, _unwrapped(metric)[0]) for name, metric in self.metrics.items())
+            for name, metric in ((name, unwrapped(metric)[0]) for name, metric in self.metrics.items())
             if remember(metric) is None
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What the metrics have taken in, by name, as plain data and tensors."""
-        return {name: remember(_unwrapped(self.metrics[name])[0]) for name in self._fed}
+        """What the metrics have taken in, by name, as plain data, tensors and states of generators."""
+        return {
+            name: {
+                "state": remember(unwrapped(self.metrics[name])[0]),
+                "draws": self._draws[name].state if name in self._draws else None,
+            }
+            for name in self._fed
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave. Raises CheckpointError for metrics that are not here."""
         self.reset()
-        for name, values in state.items():
+        for name, saved in state.items():
             if name not in self.metrics:
                 raise CheckpointError(
                     f"the checkpoint has the metric {name!r}, this run has not. {choose(name, self.metrics)} "
                     "Resume with the metrics that the run was started with"
                 )
-            if values is not None:
-                restore(_unwrapped(self.metrics[name])[0], values)
+            if saved["state"] is not None:
+                restore(unwrapped(self.metrics[name])[0], saved["state"])
+            if saved["draws"] is not None:
+                self._draws[name] = OwnDraws(saved["draws"])
             self._fed.append(name)
-
-
-def check_metrics(metrics: Any) -> dict[str, Any]:
-    """``metrics`` as a dict, if it can be used: names without "/", each with ``update``, ``compute`` and ``reset``.
-
-    Raises SettingError, saying what to write.
-
-    >>> check_metrics(None)
-    {}
-    """
-    if metrics is None:
-        return {}
-    if _is_metric(metrics) or not isinstance(metrics, Mapping):
-        kind = type(metrics).__name__ if not isinstance(metrics, type) else metrics.__name__
-        raise SettingError(f'metrics={kind}: expected a dict with a name for each: metrics={{"accuracy": {kind}(...)}}')
-    for name, metric in metrics.items():
-        if not isinstance(name, str) or not name or "/" in name:
-            raise SettingError(
-                f"metric name {name!r}: expected a text without '/', which joins the parts of logged names"
-            )
-        if name == "loss":
-            raise SettingError("a metric cannot be named 'loss': the mean of what steps return as 'loss' is logged so")
-        inner, inputs = _unwrapped(metric)
-        if isinstance(inner, type):
-            raise SettingError(f"metric {name!r} is the class {inner.__name__}: write {inner.__name__}()")
-        if not _is_metric(inner):
-            raise SettingError(
-                f"metric {name!r} is a {type(inner).__name__}: expected an object with update, compute and reset, such "
-                "as those of loopwright.metrics and torchmetrics"
-            )
-        if not isinstance(inputs, tuple) or not inputs or not all(isinstance(key, str) for key in inputs):
-            raise SettingError(
-                f"metric {name!r} has inputs={inputs!r}: expected a tuple of names in a step's output. Name them: "
-                f'lw.metrics.On({type(inner).__name__}(...), "preds", "target")'
-            )
-    return dict(metrics)
-
-
-def fresh(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep copies of ``metrics`` that have taken in nothing: each series collects in its own.
-
-    >>> fresh({})
-    {}
-    """
-    copies = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
-    for metric in copies.values():
-        metric.reset()
-    return copies
-
-
-def _is_metric(thing: Any) -> bool:
-    return not isinstance(thing, type) and all(
-        callable(getattr(thing, n, None)) for n in ("update", "compute", "reset")
-    )
-
-
-def _unwrapped(metric: Any) -> tuple[Any, Any]:
-    """The metric itself and the names that it reads."""
-    return metric.metric if isinstance(metric, On) else metric, getattr(metric, "inputs", INPUTS)
 
 
 def _others(output: Mapping[str, Any], count: int) -> list[str]:
@@ -240,6 +206,6 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, float(value)
     else:
         raise MetricError(
-            f"metric {name!r} computed {describe(value)}; a record holds numbers: expected a number, a vector, or a dict "
-            "of them. Look at other values in a callback, or reduce them in a metric of your own"
+            f"metric {name!r} computed {describe(value)}; a record holds numbers: expected a number, a vector, or a "
+            "dict of them. Look at other values in a callback, or reduce them in a metric of your own"
         )

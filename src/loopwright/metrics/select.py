@@ -12,9 +12,9 @@ __all__ = ["On"]
 
 
 class On:
-    """``metric``, any object with ``update``, ``compute`` and ``reset``, fed from the ``names`` of a step's output, in order.
+    """``metric``, fed from the ``names`` of a step's output, in their order.
 
-    Everything else is the metric's own. Raises SettingError without a name.
+    It is any object with ``update``, ``compute`` and ``reset``, and stays as it is. Raises SettingError without a name.
 
     >>> from loopwright.metrics import Accuracy
     >>> On(Accuracy(), "logits", "y").inputs

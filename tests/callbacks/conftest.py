@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+
+class Terminal(io.StringIO):
+    """A terminal of ``width`` columns that understands what a display may send, and refuses anything else."""
+
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def __init__(self, width: int = 80) -> None:
+        super().__init__()
+        self.width = width
+        self.lines: list[list[str]] = [[]]
+        self.row = self.column = 0
+        self.saved = (0, 0)
+        self.refreshes = 0
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.refreshes += 1
+        for token in re.findall(r"\x1b\[\d*[A-Za-z]|\x1b.|[\r\n]|[^\x1b\r\n]", text):
+            self._take(token)
+        return super().write(text)
+
+    def _take(self, token: str) -> None:
+        if token == "\r":
+            self.column = 0
+        elif token in ("\n", "\x1bD"):
+            self.row, self.column = self.row + 1, 0 if token == "\n" else self.column
+            self.lines += [[] for _ in range(self.row + 1 - len(self.lines))]
+        elif token == "\x1b7":
+            self.saved = (self.row, self.column)
+        elif token == "\x1b8":
+            self.row, self.column = self.saved
+        elif token == "\x1b[J":
+            del self.lines[self.row + 1 :]
+            del self.lines[self.row][self.column :]
+        elif token.endswith("A") and token.startswith("\x1b["):
+            self.row -= int(token[2:-1])
+        elif token.endswith("m") and token.startswith("\x1b["):
+            pass
+        else:
+            assert not token.startswith("\x1b"), f"unexpected escape {token!r}"
+            line = self.lines[self.row]
+            line += [" "] * (self.column + 1 - len(line))
+            line[self.column] = token
+            self.column += 1
+            assert self.column < self.width, f"a line reaches the right edge: {''.join(line)!r}"
+
+    @property
+    def screen(self) -> list[str]:
+        """What is to be read, without empty lines at the end."""
+        lines = ["".join(line).rstrip() for line in self.lines]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("NO_COLOR", "LOOPWRIGHT_PROGRESS", "TQDM_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    return Terminal()

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from loopwright.data import Loader
+from loopwright.data.generators import get_globals
+from loopwright.errors import CheckpointError, DataError, SettingError
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Squares(Dataset[Any]):
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, i: int) -> Any:
+        return {"n": i, "square": torch.tensor(i * i)}
+
+
+def test_batches_have_the_structure_of_the_data() -> None:
+    x, y = torch.arange(6).view(3, 2), np.arange(3.0)
+    data = {"pair": Pair(x, y), "list": [x, (y,)], "alone": x}
+    first, second = Loader(data, 2)
+    assert type(first) is dict
+    assert type(first["pair"]) is Pair
+    assert type(first["list"]) is list
+    assert type(first["list"][1]) is tuple
+    assert torch.equal(second["pair"].x, x[2:])
+    assert torch.equal(first["list"][1][0], torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "bool"])
+def test_dtypes_of_numpy_stay(dtype: str) -> None:
+    (batch,) = Loader(np.ones(3, dtype), 3)
+    assert str(batch.dtype) == f"torch.{dtype}"
+
+
+def test_arrays_that_torch_would_not_take_are_read_all_the_same(tmp_path: Path) -> None:
+    """Read-only, big-endian, reversed and memory-mapped ones; without a warning, and without a copy where it can be."""
+    frozen = np.arange(4.0)
+    frozen.flags.writeable = False
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(4.0))
+    mapped = np.load(path, mmap_mode="r")
+    for array in (
+        frozen,
+        np.arange(4.0, dtype=">f8"),
+        np.arange(4.0)[::-1][::-1],
+        np.arange(3.0, -1, -1)[::-1],
+        mapped,
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loader = Loader(array, 4)
+        (batch,) = loader
+        assert batch.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert loader._read.tensors.data_ptr() == mapped.ctypes.data
+
+
+def test_frames_become_one_tensor_that_holds_all_columns() -> None:
+    frame = pd.DataFrame({"a": [1, 2, 3], "b": [0.5, 1.5, 2.5], "c": [True, False, True]})
+    (batch,) = Loader((frame, frame["a"]), 3)
+    assert torch.equal(batch[0], torch.tensor([[1, 0.5, 1], [2, 1.5, 0], [3, 2.5, 1]], dtype=torch.float64))
+    assert torch.equal(batch[1], torch.tensor([1, 2, 3]))
+    nullable = pd.DataFrame({"a": pd.array([1, None], "Int64")})
+    (batch,) = Loader(nullable, 3)
+    assert torch.equal(batch.isnan(), torch.tensor([[False], [True]]))
+
+
+def test_columns_that_are_not_numbers_are_named() -> None:
+    frame = pd.DataFrame({"age": [1, 2], "name": ["a", "b"], "day": pd.to_datetime(["2020-01-01", "2020-01-02"])})
+    with pytest.raises(DataError) as error:
+        Loader({"x": frame})
+    assert str(error.value).startswith("data['x'] has columns that are not numbers: 'name' (str), 'day' (datetime64[")
+    assert str(error.value).endswith(
+        'Turn them into numbers first, as in frame["name"].astype("category").cat.codes, or drop them'
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ((torch.zeros(3), torch.zeros(4)), r"different lengths: len\(data\[0\]\) == 3, len\(data\[1\]\) == 4\. All"),
+        (np.array(["a"]), r"data is a NumPy array of dtype <U1; expected numbers or booleans"),
+        (np.array(1.0), "data is a single number"),
+        ((), "cannot read an empty tuple"),
+        ([1, 2], "cannot read a list of int"),
+        ("text", "cannot read 'text'"),
+        (iter([1]), "cannot read <list_iterator"),
+        (
+            type("Stream", (IterableDataset,), {"__iter__": iter})(),
+            r"Stream is an IterableDataset, .* pass torch\.utils\.data\.DataLoader",
+        ),
+        (type("Sized", (Dataset,), {})(), "Sized has no __len__; define it"),
+    ],
+)
+def test_data_that_cannot_be_read_is_refused_with_the_reason(data: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        Loader(data)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, None])
+def test_a_batch_size_below_one_is_refused(size: Any) -> None:
+    with pytest.raises(SettingError, match=rf"batch_size={size}; expected a whole number of at least 1"):
+        Loader(torch.zeros(3), size)
+
+
+def test_a_dataset_is_collated_as_torch_does() -> None:
+    theirs = list(DataLoader(Squares(), 2))
+    ours = list(Loader(Squares(), 2))
+    assert str(ours) == str(theirs)
+    assert str(list(Loader(TensorDataset(torch.arange(5)), 2))) == str(
+        list(DataLoader(TensorDataset(torch.arange(5)), 2))
+    )
+    subset = Subset(TensorDataset(torch.arange(5)), [4, 1, 1])
+    assert str(list(Loader(subset, 2))) == str(list(DataLoader(subset, 2)))
+
+
+def test_a_failing_sample_is_named() -> None:
+    class Bad(Squares):
+        def __getitem__(self, i: int) -> Any:
+            return 1 // (3 - i)
+
+    with pytest.raises(ZeroDivisionError) as error:
+        list(Loader(Bad(), 2))
+    assert error.value.__notes__ == [
+        "[loopwright] while fetching batch 2 of epoch 1, dataset indices [2, 3]; it was dataset[3] that raised"
+    ]
+
+
+def test_every_iteration_is_an_epoch_and_draws_nothing() -> None:
+    before = get_globals()
+    loader = Loader(torch.arange(50), 50, shuffle=True, seed=1)
+    (first,), (second,) = loader, loader
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, torch.arange(50))
+    assert torch.equal(next(Loader(torch.arange(50), 50, shuffle=True, seed=1).at(1, 0)), second)
+    assert get_globals() == before
+
+
+def test_the_key_comes_from_the_seed_then_the_run_then_torch() -> None:
+    def order(loader: Loader) -> list[int]:
+        return next(loader.at(0, 0)).tolist()  # type: ignore[no-any-return]
+
+    bare = Loader(torch.arange(50), shuffle=True)
+    seeded = Loader(torch.arange(50), shuffle=True, seed=7)
+    assert seeded.keyed(1) is seeded
+    assert order(bare.keyed(7)) == order(seeded) != order(bare.keyed(8))
+    torch.manual_seed(7)
+    assert order(bare) == order(seeded)
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 60), size=st.integers(1, 70), drop=st.booleans(), epoch=st.integers(0, 9), skip=st.integers(0, 9)
+)
+def test_the_rest_of_an_epoch_is_its_tail(n: int, size: int, drop: bool, epoch: int, skip: int) -> None:
+    loader = Loader(torch.arange(n), size, shuffle=True, drop_last=drop, seed=0)
+    whole = [batch.tolist() for batch in loader.at(epoch, 0)]
+    assert [batch.tolist() for batch in loader.at(epoch, skip)] == whole[skip:]
+    assert list(loader.sizes(skip)) == [len(batch) for batch in whole[skip:]]
+    assert len(loader) == loader.batches == len(whole)
+
+
+def test_a_resumed_run_keeps_its_key_and_refuses_other_data() -> None:
+    state = Loader(torch.arange(9), 2, shuffle=True).keyed(5).state_dict()
+    fresh = Loader(torch.arange(9), 2, shuffle=True).keyed(6)
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
+    with pytest.raises(CheckpointError, match="length was 9 and is 8, shuffle was True and is False"):
+        Loader(torch.arange(8), 2).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="key was 5 and is 4"):
+        Loader(torch.arange(9), 2, shuffle=True, seed=4).load_state_dict(state)
+
+
+def test_neighbouring_keys_and_epochs_have_orders_of_their_own() -> None:
+    orders = {
+        tuple(next(Loader(torch.arange(30), shuffle=True, seed=key).at(epoch, 0)).tolist())
+        for key in range(20)
+        for epoch in range(20)
+    }
+    assert len(orders) == 400
+
+
+def test_the_representation_tells_the_settings() -> None:
+    assert repr(Loader(torch.zeros(3, 1), seed=1)) == (
+        "Loader(Tensor of 3 samples, batch_size=64, shuffle=False, drop_last=False, seed=1)"
+    )
