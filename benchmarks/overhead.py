@@ -62,11 +62,11 @@ def ratio_goals(results: list[Results]) -> list[Goal]:
 
 def main() -> int:
     parser = measure.arguments(__doc__.splitlines()[0], rounds=7)
-    parser.add_argument("--laps", type=int, default=None, help="laps of a run in a round (default 24, quick 4)")
-    parser.add_argument("--chunk", type=int, default=5, help="epochs of a lap (default 5)")
+    parser.add_argument("--laps", type=int, default=None, help="laps of a run in a round (default 12, quick 3)")
+    parser.add_argument("--chunk", type=int, default=10, help="epochs of a lap (default 10): short ones follow a changing machine, but make bars draw too often")
     parser.add_argument("--only", choices=["peers", "ours", "ratios", "costs"], default="all")
     options = parser.parse_args()
-    laps, rounds = (4, 3) if options.quick else (24, 7)
+    laps, rounds = (3, 3) if options.quick else (12, 7)
     laps, rounds = options.laps or laps, options.rounds or rounds
     torch.set_num_threads(1)
     peers.quiet()

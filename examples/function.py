@@ -48,16 +48,17 @@ def pendulum(epochs: int) -> dict[str, float]:
 def digits(epochs: int) -> float:
     """Accuracy of a linear classifier of scikit-learn, fed batch by batch; it is no torch at all."""
     X_train, X_test, y_train, y_test = train_test_split(*load_digits(return_X_y=True), random_state=0)
-    model = SGDClassifier(loss="log_loss", random_state=0)
+    model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=1e-3, random_state=0)
 
     def step(run: lw.Run, batch: list[Tensor]) -> dict[str, float]:
         X, y = (part.numpy() for part in batch)
         model.partial_fit(X, y, classes=range(10))
         return {"accuracy": model.score(X, y)}
 
-    # what checkpoints keep of an object that has no state_dict: a function to read it, one to put it back
-    state = {"model": (lambda: dict(vars(model)), lambda kept: vars(model).update(kept))}
-    trainer = lw.Trainer(epochs=epochs, seed=0, name="sgd", checkpoint=False)
+    # what checkpoints keep of an object that has no state_dict: a function to read it, and one to put it back
+    learned = ("coef_", "intercept_", "t_")
+    state = {"model": (lambda: {k: vars(model).get(k) for k in learned}, vars(model).update)}
+    trainer = lw.Trainer(epochs=epochs, seed=0, name="sgd", device="cpu")
     trainer.run(step, lw.Loader((X_train, y_train), batch_size=64, shuffle=True), state=state)
     return float(model.score(X_test, y_test))
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Batches, acts, bits, classifier, line, loader, pairs, same, samples, sgd_task, trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import loopwright as lw
+from tiny import Batches, acts, bits, classifier, line, loader, pairs, same, samples, sgd_task, trainer
 
 
 def gradients(data: Any, *callbacks: lw.Callback, **settings: Any) -> list[float]:
@@ -58,7 +58,7 @@ def test_a_short_last_window_is_a_true_mean_and_is_stepped(given_as: Callable[..
 @pytest.mark.capability("B-05")
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(2, 37))
 def test_accumulation_equals_the_big_batch(size: int, window: int, n: int) -> None:
-    """Steps over windows of small batches equal steps over the big batches to 1e-6, ragged tail and schedule included."""
+    """Steps over windows of small batches equal steps over the big batches to 1e-6, ragged tail and schedule too."""
     data, ends = TensorDataset(*samples(n)), []
     for batch_size, accumulate in ((size, window), (size * window, 1)):
         net = classifier()
@@ -84,7 +84,9 @@ def test_tokens_weigh_the_batches_of_a_window() -> None:
     masks = [torch.tensor([[1.0], [1.0], [0.0]]), torch.tensor([[1.0], [0.0], [0.0]])]
     net = line()
     task = sgd_task(net, loss=masked_mean)
-    run = trainer(epochs=1, accumulate=2).fit(task, list(zip(x, masks, strict=True)), weight=lambda b: b[1].sum().item())
+    run = trainer(epochs=1, accumulate=2).fit(
+        task, list(zip(x, masks, strict=True)), weight=lambda b: b[1].sum().item()
+    )
     assert net.weight.item() == pytest.approx(-(1 + 2 + 5) / 3)
     assert run.progress.samples == 3
     assert run.metrics["train/loss"] == 0.0
@@ -131,9 +133,7 @@ def test_skipped_batches_are_not_counted_as_samples_but_as_batches() -> None:
 
 def test_a_loss_of_a_window_with_a_skipped_batch_is_the_mean_of_the_others() -> None:
     net = line(1.0)
-    run = trainer(epochs=1, accumulate=3, callbacks=[skip(6)]).fit(
-        sgd_task(net, lr=0.0), pairs([1, 2, 3], [6], [4, 4])
-    )
+    run = trainer(epochs=1, accumulate=3, callbacks=[skip(6)]).fit(sgd_task(net, lr=0.0), pairs([1, 2, 3], [6], [4, 4]))
     assert run.metrics["train/loss"] == pytest.approx(14 / 5)
     assert run.progress.samples == 5
 

@@ -24,7 +24,8 @@ def trainer(**settings: Any) -> lw.Trainer:
 
 def line(weight: float = 0.0, bias: float | None = None) -> nn.Linear:
     """Linear(1, 1) with a known weight; without a bias, unless one is given."""
-    net = nn.Linear(1, 1, bias=bias is not None)
+    with torch.random.fork_rng():
+        net = nn.Linear(1, 1, bias=bias is not None)
     nn.init.constant_(net.weight, weight)
     if bias is not None:
         nn.init.constant_(net.bias, bias)
@@ -104,8 +105,10 @@ def _copied(value: Any) -> Any:
 def same(a: Any, b: Any) -> bool:
     """True if two nested states are equal, tensors bit for bit (NaN equals NaN)."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(
-            torch.nan_to_num(a), torch.nan_to_num(b)
+        return (
+            a.dtype == b.dtype
+            and torch.equal(torch.isnan(a), torch.isnan(b))
+            and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
         )
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
@@ -122,6 +125,7 @@ def recorder(seen: list[Any], *, note: Callable[..., Any] = lambda name, run, ar
             seen.append(note(name, run, args))
             return args[0] if name.startswith("map_") else None
 
+        called.__name__ = name
         return called
 
     made = type("Recorder", (lw.Callback,), {name: hook(name) for name in HOOKS})()
@@ -131,7 +135,14 @@ def recorder(seen: list[Any], *, note: Callable[..., Any] = lambda name, run, ar
 
 def acts(**hooks: Callable[..., Any]) -> lw.Callback:
     """A callback made of functions: ``acts(map_loss=lambda run, loss, *_: 2 * loss)``."""
-    kinds = {name: (lambda f: lambda self, run, *args: f(run, *args))(f) for name, f in hooks.items()}
-    made = type("Acts", (lw.Callback,), kinds)()
+
+    def method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(self: Any, run: lw.Run, *args: Any) -> Any:
+            return function(run, *args)
+
+        called.__name__ = name
+        return called
+
+    made = type("Acts", (lw.Callback,), {name: method(name, f) for name, f in hooks.items()})()
     assert isinstance(made, lw.Callback)
     return made

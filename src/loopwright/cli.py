@@ -60,10 +60,10 @@ def _runs(folder: Path) -> int:
     for path in found:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            metrics = dict(record.get("metrics") or {})
+        except (OSError, ValueError, AttributeError, TypeError):
             print(f"{path.parent}  unreadable run.json")
             continue
-        metrics = record.get("metrics") or {}
         shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
         print(f"{path.parent}  {record.get('status', '?'):<11} {shown}")
     return 0

@@ -78,7 +78,7 @@ class SkipStep(Exception):  # noqa: N818
 
 
 class StopEpoch(Exception):  # noqa: N818
-    """Raise it in any training hook: the open window is stepped, then the epoch ends."""
+    """Raise it in a hook from ``on_step_start`` to ``on_step_end``: the open window is stepped, then the epoch ends."""
 
 
 def choose(name: object, known: Iterable[object]) -> str:

@@ -25,10 +25,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from loopwright.errors import HookError, SettingError, SkipBatch, SkipStep, StopEpoch, choose
-from loopwright.state import Every, Phase, Run, Stage, StepResult
+from loopwright.state import Duration, Every, Phase, Run, Stage, StepResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,42 +136,52 @@ Calls = tuple[Callable[..., Any], ...]
 HOOKS = tuple(name for name in vars(Callback) if name.startswith(("on_", "map_")))
 
 
+Test = Callable[[Run, int], bool]
+
+
 class Filter:
     """One or several events, and the occurrences of them that count. Made by calling an Event.
 
-    ``a | b`` means at either, ``a & b`` (of one event) when both hold.
+    ``a | b`` means at either, ``a & b`` (of one event) when both hold. A filter may serve several handlers.
     """
 
-    def __init__(self, hook: str, test: Callable[[Run, int], bool], text: str) -> None:
-        self.tests: dict[str, Callable[[Run, int], bool]] = {hook: test}
-        self.text = text
-        self.intervals: list[Every] = []
+    def __init__(self, hooks: Iterable[str], make: Callable[[list[Every]], dict[str, Test]], text: str) -> None:
+        self.hooks, self.text = tuple(hooks), text
+        self.make = make  # the tests by hook, anew for each handler: an interval is used up by what it fires for
 
     def __or__(self, other: Filter | Event) -> Filter:
         other = _as_filter(other)
-        joined = Filter("", lambda run, n: False, f"{self.text} | {other.text}")
-        joined.tests, joined.intervals = dict(self.tests), self.intervals + other.intervals
-        for hook, test in other.tests.items():
-            mine = self.tests.get(hook)
-            # both are asked each time: an interval keeps its place only if it sees every occurrence
-            joined.tests[hook] = test if mine is None else _either(mine, test)
-        return joined
+
+        def make(intervals: list[Every]) -> dict[str, Test]:
+            tests = self.make(intervals)
+            for hook, test in other.make(intervals).items():
+                tests[hook] = _either(tests[hook], test) if hook in tests else test
+            return tests
+
+        return Filter(dict.fromkeys(self.hooks + other.hooks), make, f"{self.text} | {other.text}")
 
     def __and__(self, other: Filter | Event) -> Filter:
         other = _as_filter(other)
-        if set(self.tests) != set(other.tests) or len(self.tests) != 1:
+        if set(self.hooks) != set(other.hooks) or len(self.hooks) != 1:
             raise SettingError(f"'&' joins two filters of one event; got {self.text} & {other.text}")
-        ((hook, mine),), test = self.tests.items(), next(iter(other.tests.values()))
-        both = Filter(hook, lambda run, n: mine(run, n) & test(run, n), f"{self.text} & {other.text}")
-        both.intervals = self.intervals + other.intervals
-        return both
+
+        def make(intervals: list[Every]) -> dict[str, Test]:
+            (hook, a), b = *self.make(intervals).items(), next(iter(other.make(intervals).values()))
+            return {hook: lambda run, n: a(run, n) & b(run, n)}
+
+        return Filter(self.hooks, make, f"{_in_brackets(self)} & {_in_brackets(other)}")
 
     def __repr__(self) -> str:
         return self.text
 
 
-def _either(a: Callable[[Run, int], bool], b: Callable[[Run, int], bool]) -> Callable[[Run, int], bool]:
+def _either(a: Test, b: Test) -> Test:
+    # both are asked each time: an interval keeps its place only if it sees every occurrence
     return lambda run, n: a(run, n) | b(run, n)
+
+
+def _in_brackets(part: Filter) -> str:
+    return f"({part})" if " | " in part.text else part.text
 
 
 class Event:
@@ -213,7 +224,7 @@ class Event:
 
     def __call__(
         self,
-        every: int | str | None = None,
+        every: int | str | Duration | None = None,
         *,
         once: int | None = None,
         after: int | None = None,
@@ -228,22 +239,27 @@ class Event:
                 raise SettingError(f"{self.name}({name}={value!r}): count occurrences from 1, such as {name}=20")
         if when is not None and not callable(when):
             raise SettingError(f"{self.name}(when={when!r}): expected a function of the run that returns True or False")
-        if isinstance(every, (int, float)) and (every < 1 or every % 1 or isinstance(every, bool)):
+        if isinstance(every, float) and every % 1 == 0:
+            every = int(every)
+        number = isinstance(every, int) and not isinstance(every, bool) and every > 0
+        if not number and not isinstance(every, (str, Duration, NoneType)):
             raise SettingError(f"{self.name}(every={every!r}): expected a whole number from 1, or a duration '10 min'")
-        interval = Every(every) if isinstance(every, str) else None
+        duration = Duration.parse(every) if isinstance(every, (str, Duration)) else None
+        count = every if isinstance(every, int) else 1
 
-        def test(run: Run, n: int) -> bool:
-            if interval is not None:
-                ok = interval.due(run.progress)
-            else:
-                ok = not isinstance(every, int) or n % every == 0
-            ok = ok and (once is None or n == once) and (after is None or n > after) and (before is None or n < before)
-            return ok and (when is None or bool(when(run)))
+        def make(intervals: list[Every]) -> dict[str, Test]:
+            interval = None if duration is None else Every(duration)
+            intervals += [] if interval is None else [interval]
+
+            def test(run: Run, n: int) -> bool:
+                ok = n % count == 0 if interval is None else interval.due(run.progress)
+                ok = ok and (once is None or n == once) and (after is None or n > after)
+                return ok and (before is None or n < before) and (when is None or bool(when(run)))
+
+            return {self.hook: test}
 
         text = ", ".join(f"{k}={getattr(v, '__name__', None) or repr(v)}" for k, v in given.items())
-        made = Filter(self.hook, test, f"{self.name}({text})" if text else self.name)
-        made.intervals = [] if interval is None else [interval]
-        return made
+        return Filter((self.hook,), make, f"{self.name}({text})" if text else self.name)
 
     def __or__(self, other: Filter | Event) -> Filter:
         return self() | other
@@ -278,10 +294,14 @@ class Handler:
 
     def __init__(self, event: Event | Filter, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.event, self.fn, self.args, self.kwargs = _as_filter(event), fn, args, kwargs
+        if not callable(fn):
+            raise SettingError(f"{fn!r} cannot be called; register a function: @trainer.on(lw.Event.{self.event})")
         self.name = getattr(fn, "__qualname__", type(fn).__name__)
         self.active = True
-        self.counts = dict.fromkeys(self.event.tests, 0)
-        self.passed = {hook: self._passed(hook) for hook in self.event.tests}
+        self.intervals: list[Every] = []
+        self.tests = self.event.make(self.intervals)
+        self.counts = dict.fromkeys(self.tests, 0)
+        self.passed = {hook: self._passed(hook) for hook in self.tests}
 
     def _passed(self, hook: str) -> list[tuple[int, str]]:
         """Positions and names of the hook's arguments that the function asks for by name."""
@@ -303,21 +323,27 @@ class Handler:
 
     def start(self, run: Run) -> None:
         """Begin with ``run``: intervals stand where its progress does, and a new run counts from 0."""
-        for interval in self.event.intervals:
-            interval.start(run.progress)
+        for interval in self.intervals:
+            interval.start(run.progress, run.stage.source.batches if run.stage is not None else None)
         if run.progress.step == 0:
             self.counts = dict.fromkeys(self.counts, 0)
 
+    def start_stage(self, run: Run, stage: Stage) -> None:
+        """Parts of an epoch go by the number of batches in an epoch of ``stage``."""
+        for interval in self.intervals:
+            if interval.duration.is_part:
+                interval.start(run.progress, stage.source.batches)
+
     def bound(self, hook: str) -> Callable[..., None]:
         """The function that a run calls for ``hook``."""
-        test, passed = self.event.tests[hook], self.passed[hook]
+        test, passed = self.tests[hook], self.passed[hook]
 
         def call(run: Run, *given: Any) -> None:
             self.counts[hook] = n = _number(hook, run, self.counts[hook])
             if self.active and test(run, n):
                 self.fn(run, *self.args, **self.kwargs, **{name: given[i] for i, name in passed})
 
-        call.__qualname__ = self.name
+        call.__qualname__ = f"{self.name}, at {self.event}"
         return call
 
     def state_dict(self) -> dict[str, Any]:
@@ -333,7 +359,8 @@ def _number(hook: str, run: Run, count: int) -> int:
     unit = {"step": p.step, "epoch": p.epoch, "stage": p.stage}.get(hook.split("_")[1])
     if unit is None:
         return count + 1
-    return unit + 1 if hook.endswith("_start") else unit
+    # a stage is counted after its end
+    return unit + 1 if hook.endswith("_start") or hook == "on_stage_end" else unit
 
 
 class Hooks:
@@ -376,7 +403,7 @@ class Hooks:
         for hook in HOOKS:
             base = getattr(Callback, hook)
             found = [getattr(c, hook) for c in callbacks if getattr(type(c), hook, base) is not base]
-            found += [h.bound(hook) for h in handlers if hook in h.event.tests]
+            found += [h.bound(hook) for h in handlers if hook in h.tests]
             setattr(self, hook, tuple(found))
 
 
@@ -389,7 +416,7 @@ def check_callback(callback: Any) -> None:
         )
     if not any(hasattr(type(callback), hook) for hook in HOOKS):
         raise HookError(f"callbacks must be lw.Callback objects; got {callback!r}")
-    _check_class(type(callback))
+    _check_class(callback.__class__)
 
 
 @cache
@@ -407,7 +434,8 @@ def _check_class(kind: type) -> None:
         except TypeError:
             names = ", ".join(expected.parameters)
             raise HookError(
-                f"{kind.__name__}.{name}{inspect.signature(method)} has the wrong parameters; write: def {name}({names})"
+                f"{kind.__name__}.{name}{inspect.signature(method)} has the wrong parameters; write: "
+                f"def {name}({names})"
             ) from None
 
 
@@ -417,7 +445,7 @@ def fire(hooks: Calls, run: Run, *args: Any) -> None:
         returned = _call(hook, run, args)
         if returned is not None:
             wrong = HookError(
-                f"{hook.__qualname__} returned {_short(returned)}; on_* hooks observe and must return None. "
+                f"{hook_name(hook, run)} returned {_short(returned)}; on_* hooks observe and must return None. "
                 "To change a value, override map_batch, map_output or map_loss and return the new one there"
             )
             add_place(wrong, run, hook)
@@ -429,31 +457,72 @@ def fold(hooks: Calls, run: Run, value: Any, *args: Any) -> Any:
     for hook in hooks:
         value = _call(hook, run, (value, *args))
         if value is None:
-            wrong = HookError(f"{hook.__qualname__} returned None; map_* hooks must return the (new) value")
+            wrong = HookError(f"{hook_name(hook, run)} returned None; map_* hooks must return the (new) value")
             add_place(wrong, run, hook)
             raise wrong
     return value
 
 
+# where the exceptions that steer the loop may come from; too late for SkipBatch, the loop itself says so
+_IN_BATCH = ("on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end")
+_IN_STEP = ("on_step_start", *_IN_BATCH, "on_grads_ready")
+_STEERED: dict[type[Exception], tuple[str, ...]] = {
+    SkipBatch: _IN_BATCH,
+    SkipStep: _IN_STEP,
+    StopEpoch: (*_IN_STEP, "on_step_end"),
+}
+
+
 def _call(hook: Callable[..., Any], run: Run, args: tuple[Any, ...]) -> Any:
     try:
         return hook(run, *args)
-    except (SkipBatch, SkipStep, StopEpoch):
-        raise
+    except (SkipBatch, SkipStep, StopEpoch) as signal:
+        places = next(places for kind, places in _STEERED.items() if isinstance(signal, kind))
+        if _place(hook, run) in places:
+            raise
+        wrong = HookError(
+            f"{hook_name(hook, run)} raised {type(signal).__name__}, which steers the loop only from "
+            f"{', '.join(places)}. Raise it there, or stop training with run.request_stop(reason)"
+        )
+        add_place(wrong, run, hook)
+        raise wrong from signal
     except BaseException as error:
-        add_place(error, run, hook)
+        base = getattr(Callback, _place(hook, run), None)
+        names = list(inspect.signature(base).parameters)[2:] if base is not None else []
+        add_place(error, run, hook, dict(zip(names, args, strict=False)).get("batch"))
         raise
+
+
+def _place(hook: Any, run: Run) -> str:
+    """Which hook of ``run`` a function stands in: one may serve several, so its own name does not tell."""
+    found = (name for name in HOOKS if any(one is hook for one in getattr(run.hooks, name)))
+    return next(found, str(getattr(hook, "__name__", "")))
+
+
+def hook_name(hook: Any, run: Run) -> str:
+    """``Class.on_step_end``, with the class of the callback itself; for a handler its name and its event."""
+    owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "func", None), "__self__", None)
+    if owner is None:
+        return str(getattr(hook, "__qualname__", None) or _short(hook))
+    return f"{(owner if isinstance(owner, type) else type(owner)).__qualname__}.{_place(hook, run)}"
 
 
 def add_place(error: BaseException, run: Run, hook: Any = None, batch: Any = None) -> None:
-    """Note on ``error`` where training stood, in units completed: hook, epoch, batch, step, shapes and dtypes."""
+    """Note on ``error`` where training stood, in units completed: hook, epoch, batch, step, shapes and dtypes.
+
+    There is one such note for each place: a second call adds what the first did not know.
+    """
     p = run.progress
-    who = f"in {getattr(hook, '__qualname__', hook)}, " if hook is not None else ""
-    note = f"[loopwright] {who}after epoch {p.epoch}, batch {p.batch} of the open epoch, step {p.step}"
-    if batch is not None:
-        note += f"; batch: {describe(batch)}"
-    if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+    who = hook_name(hook, run) if hook is not None else ""
+    place = f"after epoch {p.epoch}, batch {p.batch} of the open epoch, step {p.step}"
+    shapes = "" if batch is None else f"; batch: {describe(batch)}"
+    notes: list[str] = getattr(error, "__notes__", [])
+    for i, note in enumerate(notes):
+        known, _, described = note.partition("; batch: ")
+        if known.startswith("[loopwright] ") and known.endswith(place) and who in known:
+            notes[i] = note if described else note + shapes
+            return
+    error.add_note(f"[loopwright] {f'in {who}, ' if who else ''}{place}{shapes}")
 
 
 def describe(value: Any) -> str:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from loopwright.events import Handler
+from loopwright.events import hook_name
 from loopwright.state import Run, Stage
 
 __all__ = ["explain"]
 
 
-def explain(run: Run, handlers: list[Handler]) -> str:
+def explain(run: Run) -> str:
     """The loop that this very run walks, as indented pseudo-code; only what takes place is shown."""
     lines: list[str] = []
-    places = {hook: [_name(f) for f in getattr(run.hooks, hook)] for hook in run.hooks.__slots__}
-    filters = {h.name: h.event for h in handlers}
 
     def put(depth: int, text: str) -> None:
         lines.append("    " * depth + text)
 
     def put_hook(depth: int, hook: str) -> None:
-        for name in places[hook]:
-            put(depth, f"{name}  # {hook}, at {filters[name]}" if name in filters else f"{name}  # {hook}")
+        for function in getattr(run.hooks, hook):
+            name = hook_name(function, run)
+            put(depth, name if name.endswith(f".{hook}") else f"{name}  # {hook}")
 
     put_hook(0, "on_fit_start")
     for stage in run.stages:
@@ -38,9 +37,8 @@ def explain(run: Run, handlers: list[Handler]) -> str:
             for scheduler in phase.step_schedulers:
                 put(3, f"{type(scheduler.torch).__name__}.step()")
         put_hook(3, "on_step_end")
-        within = stage.valid and (
-            stage.validate_every.duration.unit != "epochs" or stage.validate_every.duration.value % 1
-        )
+        every = stage.validate_every.duration
+        within = stage.valid and (every.unit != "epochs" or every.is_part)
         if within:
             _validation(stage, 3, put, put_hook)
         _saving(run, 3, put, put_hook)
@@ -60,7 +58,11 @@ def explain(run: Run, handlers: list[Handler]) -> str:
 
 def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
     several = len(stage.phases) > 1
-    for i, phase in enumerate(stage.phases):
+    if several and (run.hooks.on_batch_start or run.hooks.map_batch):
+        put(3, "for each batch of the window:")
+        put_hook(4, "on_batch_start")
+        put_hook(4, "map_batch")
+    for phase in stage.phases:
         depth = 3
         if several or phase.every > 1:
             put(3, f"phase {phase.name!r}" + (f", every {phase.every} steps:" if phase.every > 1 else ":"))
@@ -71,7 +73,7 @@ def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
         if stage.accumulate > 1:
             put(depth, "for each batch of the window:")
             inner += 1
-        if i == 0:
+        if not several:
             put_hook(inner, "on_batch_start")
             put_hook(inner, "map_batch")
         if phase.closure:
@@ -113,10 +115,6 @@ def _saving(run: Run, depth: int, put: Any, put_hook: Any) -> None:
     for saver in run.savers:
         put(depth, f"when due (also after validations and epochs): {type(saver).__name__}.save(run)")
         put_hook(depth + 1, "on_checkpoint")
-
-
-def _name(function: Any) -> str:
-    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def _names(objects: list[Any]) -> str:

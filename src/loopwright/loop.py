@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from loopwright.data import move
 from loopwright.errors import DataError, SkipStep, StopEpoch
-from loopwright.events import add_place, fire, fold
+from loopwright.events import add_place, fire, fold, hook_name
 from loopwright.history import Series
 from loopwright.records import log_epoch, log_train, log_values
 from loopwright.stages import apply_changes, begin_stage, end_stage, is_over
@@ -64,7 +64,7 @@ def train(run: Run) -> None:
             try:
                 fire((hook,), run, error)
             except Exception as second:
-                error.add_note(f"[loopwright] {hook.__qualname__} failed as well: {second!r}")
+                error.add_note(f"[loopwright] {hook_name(hook, run)} failed as well: {second!r}")
         raise
 
 
@@ -262,8 +262,8 @@ def end_epoch(run: Run, stage: Stage) -> None:
     validates = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
     if validates:
         evaluate(run, stage.valid, run.task.validation_step)
-    if is_over(run):
-        log_train(run)  # the last steps, so that the record of the epoch is the last one
+    if run.log_every.due(run.progress) or is_over(run):
+        log_train(run)  # at the end the last steps, so that the record of the epoch is the last one
     log_epoch(run, stage)
     for phase in stage.phases:
         for scheduler in phase.epoch_schedulers:

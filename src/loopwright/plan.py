@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import OneCycleLR
 
 from loopwright.errors import PlanError, choose
-from loopwright.state import Run, Stage
+from loopwright.state import Duration, Run, Stage
 from loopwright.task import Supervised, Task
 
 __all__ = ["Plan", "make_plan"]
@@ -38,17 +40,21 @@ class Plan:
 def make_plan(run: Run) -> Plan:
     """Look at a prepared run, without reading a batch."""
     plan = Plan()
-    for check in (_parameters, _schedules, _monitors, _settings):
+    for check in (_parameters, _schedules, _intervals, _monitors, _settings):
         plan.problems += check(run)
     for stage in run.stages:
         plan.facts.append(_describe(stage))
-    count = sum(p.numel() for model in run.models.values() for p in model.parameters())
+    count = sum(_size(p) for model in run.models.values() for p in model.parameters())
     moved = {id(p): p for s in run.stages for ph in s.phases for p in ph.parameters() if p.requires_grad}
-    plan.facts.append(f"parameters: {count:,}, of which {sum(p.numel() for p in moved.values()):,} are trained")
+    plan.facts.append(f"parameters: {count:,}, of which {sum(map(_size, moved.values())):,} are trained")
     plan.facts.append(f"device: {run.device}, precision: {run.precision.name}")
     reasons = run.exact if isinstance(run.exact, list) else []
     plan.facts.append(f"exact resume: no, since {'; '.join(reasons)}" if reasons else "exact resume: yes")
     return plan
+
+
+def _size(parameter: Tensor) -> int:
+    return 0 if is_lazy(parameter) else parameter.numel()
 
 
 def _describe(stage: Stage) -> str:
@@ -67,6 +73,12 @@ def _parameters(run: Run) -> Iterator[str]:
     if not isinstance(run.task, nn.Module):
         return
     own = {id(p): name for name, p in run.task.named_parameters()}
+    lazy = [name for name, p in run.task.named_parameters() if is_lazy(p)]
+    if lazy:
+        yield (
+            f"{', '.join(lazy[:4])}{', ...' if len(lazy) > 4 else ''} of a lazy module has no shape yet; call the "
+            "module once with a batch before its optimizer is made"
+        )
     seen: set[int] = set()
     for name, optimizer in run.optimizers.items():
         ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -119,16 +131,48 @@ def _schedules(run: Run) -> Iterator[str]:
                         "OneCycleLR is stepped once an epoch here, but the run counts steps; wrap it: "
                         "lw.per_step(scheduler)"
                     )
+                elif steps:
+                    yield from _once_an_epoch(scheduler, min(steps) // phase.every, stage, epochs)
+
+
+def _once_an_epoch(scheduler: Any, steps: int, stage: Stage, epochs: list[float]) -> Iterator[str]:
+    """A schedule by epochs that was made for steps, or in a run that ends before its first epoch does."""
+    name = type(scheduler.torch).__name__
+    for setting in ("T_max", "total_iters"):
+        length = getattr(scheduler.torch, setting, None)
+        if epochs and length == steps and length > min(epochs):
+            yield (
+                f"{name} was made for {setting}={length}, the steps of this run, but is stepped once an epoch; wrap "
+                f"it, lw.per_step(scheduler), or make it with {setting}={min(epochs):g}"
+            )
+    batches = stage.source.batches
+    if batches is not None and steps < batches // stage.accumulate:
+        change = "" if scheduler.plateau else " Wrap it: lw.per_step(scheduler), or"
+        yield (
+            f"{name} is stepped once an epoch, but this run ends after {steps} steps, inside of its first epoch."
+            f"{change or ' Plan to'} train for at least one epoch"
+        )
+
+
+def _intervals(run: Run) -> Iterator[str]:
+    """Parts of an epoch where nobody knows how long an epoch is."""
+    for stage in run.stages:
+        if stage.source.batches is not None:
+            continue
+        asked = [("until", until) for until in stage.until] + [("log_every", run.log_every.duration)]
+        asked += [("validate_every", stage.validate_every.duration)] if stage.valid else []
+        asked += [(type(s).__name__, Duration.parse(s.every)) for s in run.savers if hasattr(s, "every")]
+        asked += [(f"handler {h.name}", interval.duration) for h in run.handlers for interval in h.intervals]
+        for who, duration in asked:
+            if duration.is_part:
+                yield f"{who}: '{duration}' needs data with a known number of batches; count steps instead"
 
 
 def _monitors(run: Run) -> Iterator[str]:
     """A monitored name that nothing produces; only what is certain is reported."""
     has_valid = any(stage.valid for stage in run.stages)
-    names = {"loss", *run.task.configure_metrics()}
-    closed = isinstance(run.task, Supervised)  # its step returns just loss, preds and target
-    several = any(len(stage.phases) > 1 for stage in run.stages) or any(
-        len(s.valid) > 1 or "" not in s.valid for s in run.stages if s.valid
-    )
+    names = {"loss", *(run.task.configure_metrics() or ())}
+    closed = _closed_kinds(run)
     schedulers = [s for stage in run.stages for phase in stage.phases for s in phase.epoch_schedulers]
     for item in [*run.callbacks, *run.savers, *schedulers]:
         monitor = getattr(item, "monitor", None)
@@ -140,13 +184,33 @@ def _monitors(run: Run) -> Iterator[str]:
             yield f"{who}, but there is no validation; pass fit(..., valid=loader) or monitor 'train/{name}'"
         elif kind not in ("train", "valid", "lr"):
             produced = [f"{k}/{n}" for k in (("train", "valid") if has_valid else ("train",)) for n in names]
-            yield f"{who}, which is not logged. {choose(monitor, produced)}"
-        elif closed and not several and kind != "lr" and name not in names:
+            likely = f"{'valid' if has_valid else 'train'}/{monitor}"
+            yield f"{who}, which is not logged. {choose(likely, produced)}"
+        elif kind in closed and name.partition("/")[0] not in names:  # a metric of several values: accuracy/0
             yield f"{who}, which nothing produces. {choose(monitor, [f'{kind}/{n}' for n in names])}"
+
+
+def _closed_kinds(run: Run) -> set[str]:
+    """Of which records all names are known: the steps are those of Supervised, and nobody else adds a name."""
+    kind = type(run.task)
+    if not isinstance(run.task, Supervised) or kind.training_step is not Supervised.training_step:
+        return set()
+    several = any(len(stage.phases) > 1 for stage in run.stages)
+    named = any(len(stage.valid) > 1 or "" not in stage.valid for stage in run.stages if stage.valid)
+    others = run.handlers or any(type(c).__module__.partition(".")[0] != "loopwright" for c in run.callbacks)
+    own = kind.validation_step is Supervised.validation_step
+    return ({"valid"} if own and not named else set()) | (set() if several or others else {"train"})
 
 
 def _settings(run: Run) -> Iterator[str]:
     """Settings that cannot apply to this run."""
+    if not any(phase.moved for stage in run.stages for phase in stage.phases):
+        for name in ("clip_norm", "nonfinite"):
+            if run.settings.get(name) not in (None, "raise"):
+                yield (
+                    f"{name}={run.settings[name]!r} cannot apply, since no phase moves an optimizer by itself; "
+                    "do it in the step"
+                )
     for stage in run.stages:
         if run.settings.get("validate_every", "1 epoch") != "1 epoch" and not stage.valid:
             yield (
@@ -176,7 +240,7 @@ def _settings(run: Run) -> Iterator[str]:
                     f"{kind.__name__} has neither validation_step nor training_step, but validation data was given; "
                     f"write one"
                 )
-        if isinstance(run.task, Task) and not any(phase.moved for phase in stage.phases):
+        if isinstance(run.task, Task) and all(not ph.moved and ph.optimizers != () for ph in stage.phases):
             yield f"no phase of stage {stage.name!r} moves an optimizer; return one from configure_optimizers"
         for phase in stage.phases:
             frozen = phase.moved and not any(p.requires_grad for p in phase.parameters())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loopwright.data import DataModule, as_source, samples
@@ -33,6 +33,24 @@ class Parts:
     metrics: dict[str, Any]
     shared: dict[str, Optimizer] = field(default_factory=dict)  # those that no stage brought with it
     kept: Mapping[str, Optimizer] = field(default_factory=dict)  # all those of the run before
+    found: list[tuple[Optimizer, list[dict[str, Any]]]] = field(default_factory=list)
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Remember the settings of ``optimizer`` before a schedule is made for it, which may set learning rates."""
+        settings = [{k: _copied(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self.found.append((optimizer, settings))
+
+    def undo(self) -> None:
+        """Give the optimizers the settings back that they came with, for a run that does not take place."""
+        for optimizer, groups in reversed(self.found):
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                for added in group.keys() - settings.keys() - {"params"}:
+                    del group[added]
+                group.update(settings)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def assemble(
@@ -144,7 +162,7 @@ def _stage(
         raise SettingError(f"stage {stage.name!r} has no phase to train; return at least one from phases()")
     known = {phase.name: (*phase.step_schedulers, *phase.epoch_schedulers) for phase in before}
     for phase in phases:
-        _phase(phase, optimizers, schedules, parts.metrics, clip_norm, known, alone=len(phases) == 1)
+        _phase(phase, optimizers, schedules, parts, clip_norm, known, alone=len(phases) == 1)
     made.phases = phases
     return made
 
@@ -162,7 +180,7 @@ def as_sources(data: Any, key: int) -> dict[str, Source]:
 
 
 def _phase(
-    phase: Phase, optimizers: Mapping[str, Optimizer], schedules: dict[str, Any], metrics: Mapping[str, Any],
+    phase: Phase, optimizers: Mapping[str, Optimizer], schedules: dict[str, Any], parts: Parts,
     clip_norm: float | None, known: Mapping[str, tuple[Any, ...]], *, alone: bool,
 ) -> None:  # fmt: skip
     wanted = list(optimizers) if phase.optimizers is None else phase.optimizers
@@ -176,6 +194,7 @@ def _phase(
             )
         optimizer = optimizers[one] if isinstance(one, str) else one
         moved.append(optimizer)
+        parts.note(optimizer)
         if phase.name not in known and isinstance(one, str) and named.get(one) is not None:
             named[one] = as_schedulers(named[one], (optimizer,))  # made once, for all stages: making it sets lr
             schedulers += named[one]
@@ -185,7 +204,7 @@ def _phase(
     phase.step_schedulers = tuple(s for s in schedulers if s.every == "step")
     phase.epoch_schedulers = tuple(s for s in schedulers if s.every == "epoch")
     phase.prefix = "" if alone else f"{phase.name}/"
-    phase.meters = Meters(metrics, training=True) if metrics else None
+    phase.meters = Meters(parts.metrics, training=True) if parts.metrics else None
     phase.closure = any(needs_closure(optimizer) for optimizer in moved)
 
 

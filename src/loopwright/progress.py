@@ -63,7 +63,7 @@ class Duration:
         """
         if isinstance(text, Duration):
             return text
-        match = re.fullmatch(r"\s*([0-9.eE+_]+)\s*([A-Za-z]*)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
         try:
             if match is None or isinstance(text, bool):
                 raise ValueError
@@ -88,8 +88,13 @@ class Duration:
             return progress.epoch + (progress.batch / batches if batches else 0.0)
         return progress.samples if self.unit == "samples" else progress.seconds
 
+    @property
+    def is_part(self) -> bool:
+        """True for a part of an epoch, which only data with a known number of batches has."""
+        return self.unit == "epochs" and self.value % 1 != 0
+
     def __str__(self) -> str:
-        return f"{self.value:g} {self.unit}"
+        return f"{self.value:.15g} {self.unit if self.value != 1 else self.unit[:-1]}"
 
 
 class Every:
@@ -110,9 +115,7 @@ class Every:
 
     def start(self, progress: Progress, batches: int | None = None) -> None:
         """Begin, or begin again after a resume, at ``progress``; ``batches`` an epoch allow parts of an epoch."""
-        self.batches = batches if self.duration.value % 1 else None
-        if self.duration.unit == "epochs" and self.duration.value % 1 and batches == 0:
-            raise SettingError(f"'{self.duration}' needs data with a known number of batches; count steps instead")
+        self.batches = batches if self.duration.is_part else None
         self._after(self.duration.position(progress, self.batches))
 
     def _after(self, position: float) -> None:

@@ -25,7 +25,6 @@ _SECRETS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY|\bAKIA[0-9A-Z]{16}\b"
     r"|\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}"
 )
-_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|[/\\]lib[/\\]python3")
 _HIDDEN = re.compile(r"(^|/)\.")
 _asked: dict[str, tuple[float, dict[str, Any] | None]] = {}
 _archived: dict[Any, tuple[bytes, int, list[str]]] = {}
@@ -89,10 +88,10 @@ def _own_files() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for module in list(sys.modules.values()):
         file = getattr(module, "__dict__", {}).get("__file__")  # getattr(module, ...) could import a lazy one
-        if not isinstance(file, str) or not file.endswith(".py") or _INSTALLED.search(file):
-            continue
-        if file is not main and os.path.isabs(file) and not file.startswith((cwd, here)):
+        if not isinstance(file, str) or not (file.startswith((cwd, here)) or file is main):
             continue  # most modules: not worth resolving links
+        if not file.endswith(".py") or "site-packages" in file or "dist-packages" in file:
+            continue
         path = os.path.realpath(file)
         inside = path.startswith(here + os.sep)
         name = os.path.relpath(path, here).replace(os.sep, "/") if inside else os.path.basename(path)

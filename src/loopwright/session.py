@@ -33,8 +33,9 @@ def session(
         run.folder = open_folder(root, label, settings=run.settings, seed=seed)
     elif run.folder is not None:
         reopen_folder(run.folder)
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic or was_deterministic)
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if deterministic:  # only then: torch's own function imports its compiler, which takes a second
+        torch.use_deterministic_algorithms(True)
     error: BaseException | None = None
     run.status = "running"
     run.task.__dict__["_run"] = run
@@ -51,21 +52,31 @@ def session(
         run.status = "interrupted" if isinstance(caught, KeyboardInterrupt) else "failed"
         raise
     finally:
-        torch.use_deterministic_algorithms(was_deterministic)
+        if deterministic:
+            torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         for parameter_name, parameter in run.task.named_parameters() if isinstance(run.task, nn.Module) else ():
             parameter.requires_grad_(run.trainable.get(parameter_name, parameter.requires_grad))
-        for logger in run.loggers:
+        _close(run, error)
+
+
+def _close(run: Run, error: BaseException | None) -> None:
+    """Close the loggers and the folder, each whatever happens to the others; the first error is the one to raise."""
+    first, status = error, run.status if run.status != "created" else "failed"
+    for logger in run.loggers:
+        try:
             if hasattr(logger, "close"):
                 logger.close(run.status)
-        if run.folder is not None:
-            close_folder(
-                run.folder,
-                run.status,
-                error=error,
-                metrics=run.metrics,
-                progress=run.progress._asdict(),
-                exact=run.exact,
-            )
+        except Exception as another:
+            if first is None:
+                first, status = another, "failed"
+            else:
+                first.add_note(f"[loopwright] {type(logger).__name__}.close failed as well: {another!r}")
+    if run.folder is not None:
+        progress = run.progress._asdict()
+        close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
+    run.status = status
+    if first is not None and first is not error:
+        raise first
 
 
 def go_on(run: Run, previous: Run) -> None:
@@ -95,7 +106,7 @@ def _say_what_is_odd(run: Run) -> None:
             if not model.training:
                 model.train()
                 warnings.warn(
-                    f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=4
+                    f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=7
                 )
     stage = run.stage
     done = stage is not None and len(run.stages) == 1 and run.progress.step > 0
@@ -105,5 +116,5 @@ def _say_what_is_odd(run: Run) -> None:
             f"to do. "
             "Ask the Trainer for more, or make a new task to start anew",
             LoopwrightWarning,
-            stacklevel=4,
+            stacklevel=7,
         )

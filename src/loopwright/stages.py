@@ -31,11 +31,13 @@ def begin_stage(run: Run, stage: Stage) -> bool:
     steps, samples = end["steps"], end["samples"]
     run.stage_end = Progress(epoch=end["epochs"], step=steps, samples=samples, seconds=end["seconds"])  # type: ignore[arg-type]
     run.log_every.start(p, batches)
+    for handler in run.handlers:
+        handler.start_stage(run, stage)
     run.validates_within = False
     if stage.valid:
         stage.validate_every.start(p, batches)
         every = stage.validate_every.duration
-        run.validates_within = every.unit != "epochs" or every.value % 1 != 0
+        run.validates_within = every.unit != "epochs" or every.is_part
     if isinstance(run.task, nn.Module):
         set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
     return p.stage_step == p.batch == 0 and p.epoch == start.epoch

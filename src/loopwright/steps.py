@@ -200,7 +200,7 @@ def closure_step(run: Run, phase: Phase, batch: Any) -> dict[str, Any]:
     ):
         _put_back(parameters, before)
         raise NonFiniteError(
-            f"phase {phase.name!r}: {type(optimizer).__name__} left a loss of {float(outputs[-1]['loss']):g} or a "
+            f"phase {phase.name!r}: {type(optimizer).__name__} left a loss of {outputs[-1]['loss'].item():g} or a "
             f"parameter "
             f"that is not finite at step {run.progress.step + 1}; the parameters have been put back. Lower lr, or pass "
             'line_search_fn="strong_wolfe" to LBFGS'
@@ -223,7 +223,7 @@ def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: An
         better = StepOutputError(
             "SkipBatch came after map_batch had returned; raise lw.SkipStep to drop the step instead"
         )
-    elif isinstance(error, (RuntimeError, AttributeError)) and phase.moved and loss is not None:
+    elif isinstance(error, (RuntimeError, AttributeError)) and phase.moved and isinstance(output, dict):
         if not isinstance(loss, Tensor):
             better = StepOutputError(
                 f"step {phase.name!r} returned a loss of type {type(loss).__name__}; return the tensor itself "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from loopwright.loggers import JSONLLogger
 from loopwright.metrics import check_metrics
 from loopwright.parallel import Single, pick_device, pick_precision
 from loopwright.plan import Plan, make_plan
-from loopwright.prepare import as_sources, assemble, measured_by, move_task, sample_count, trainable_flags
+from loopwright.prepare import Parts, as_sources, assemble, measured_by, move_task, sample_count, trainable_flags
 from loopwright.progress import Duration, Every
 from loopwright.session import go_on, session
 from loopwright.state import Run, Stage
@@ -88,12 +88,22 @@ class Trainer:
         self.accumulate, self.clip_norm, self.seed, self.deterministic = accumulate, clip_norm, seed, deterministic
         self.validate_every, self.log_every = validate_every, log_every
         self.device, self.precision = device, pick_precision(precision)
+        for kind, listed in (("callbacks", callbacks), ("loggers", loggers or ())):
+            if not isinstance(listed, (list, tuple)):
+                one = type(listed).__name__
+                raise SettingError(f"{kind}={one}: expected a list of them, such as {kind}=[{one}(...)]")
         self.callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
         given = [c for c in callbacks if isinstance(c, Checkpoint)]
         self.checkpoint = given if isinstance(checkpoint, bool) and given else checkpoint
         self.loggers, self.progress, self.folder, self.name = loggers, progress, folder, name
         self.handlers: list[Handler] = []
         explicit = not isinstance(self.checkpoint, bool)
+        for saver in self.checkpoint if isinstance(self.checkpoint, (list, tuple)) else [self.checkpoint]:
+            if explicit and not hasattr(saver, "due"):
+                raise SettingError(
+                    f"checkpoint={saver!r}: expected True, False, an lw.Checkpoint or a list of them, such as "
+                    "checkpoint=lw.Checkpoint('10 min')"
+                )
         if explicit and folder is None:
             raise SettingError("checkpoint=... needs a folder to write to; leave folder=None out, or checkpoint=False")
         Hooks(self.callbacks)  # a wrong signature is an error here, where the callback was given
@@ -107,7 +117,7 @@ class Trainer:
 
         It is called as ``fn(run, *args, **kwargs)`` after the callbacks, in the order of registration; a parameter
         named like one of the hook's own (``result``, ``values``, ``batch``, ...) receives it. ``trainer.off(fn)``
-        removes it.
+        removes it. What is registered during a fit is called from the next one on.
 
         >>> trainer = Trainer(epochs=1)
         >>> @trainer.on(Event.EPOCH_END(every=5))
@@ -125,10 +135,10 @@ class Trainer:
 
     def off(self, fn: Callable[..., Any]) -> None:
         """Remove every registration of ``fn``, also from a run that is under way. SettingError if there is none."""
-        found = [h for h in self.handlers if h.fn is fn]
+        found = [h for h in self.handlers if h.fn is fn or h.fn == fn]  # a bound method is a new object each time
         if not found:
-            names = [h.name for h in self.handlers]
-            raise SettingError(f"{getattr(fn, '__qualname__', fn)} is not a handler here. {choose(fn, names)}")
+            name = getattr(fn, "__qualname__", repr(fn))
+            raise SettingError(f"{name} is not a handler here. {choose(name, [h.name for h in self.handlers])}")
         for handler in found:
             handler.active = False
             self.handlers.remove(handler)
@@ -153,9 +163,8 @@ class Trainer:
 
         Raises PlanError, before any work starts, with everything that cannot work.
         """
-        run = self._prepare(task, train, valid, stages, weight)
-        make_plan(run).check()
-        with self._session(run):
+        run, parts = self._prepare(task, train, valid, stages, weight)
+        with self._session(run, parts):
             loop.train(run)
         leave_if_interrupted(run)
         return run
@@ -179,9 +188,8 @@ class Trainer:
         [1, 2, 3, 1, 2, 3]
         """
         task = StepTask(step, state)
-        run = self._prepare(task, data, None, None, weight)
-        make_plan(run).check()
-        with self._session(run):
+        run, parts = self._prepare(task, data, None, None, weight)
+        with self._session(run, parts):
             loop.train(run)
         leave_if_interrupted(run)
         return run
@@ -210,13 +218,17 @@ class Trainer:
     def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
         """Check all that can be checked before step 0, and say what the run will do. Reads no batch."""
         try:
-            return make_plan(self._prepare(task, train, valid, stages, None))
+            run, parts = self._prepare(task, train, valid, stages, None)
         except LoopwrightError as error:
             return Plan(problems=[str(error)])
+        parts.undo()
+        return make_plan(run)
 
     def explain(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> str:
         """The flat loop of this very run, with each callback and handler in its place, as text to print."""
-        return explain(self._prepare(task, train, valid, stages, None), self.handlers)
+        run, parts = self._prepare(task, train, valid, stages, None)
+        parts.undo()
+        return explain(run)
 
     # ------------------------------------------------------------------------------------------ how a run is made
 
@@ -230,7 +242,7 @@ class Trainer:
         valid: Any,
         stages: Sequence[Stage] | None,
         weight: Callable[[Any], float] | None,
-    ) -> Run:
+    ) -> tuple[Run, Parts]:
         if not isinstance(task, StepTask):
             _checked(task)
         if not self.until and not stages:
@@ -262,7 +274,7 @@ class Trainer:
             task.run, run.state = run, task.state
         if previous is not None:
             go_on(run, previous)
-        return run
+        return run, parts
 
     def _bare(self, task: Any, bar: Sequence[Callback] = ()) -> Run:
         """A run with nothing to train yet: enough to evaluate or predict."""
@@ -281,7 +293,7 @@ class Trainer:
             return []
         if self.checkpoint is True:
             return [Checkpoint()]
-        return [self.checkpoint] if isinstance(self.checkpoint, Checkpoint) else list(self.checkpoint)
+        return list(self.checkpoint) if isinstance(self.checkpoint, (list, tuple)) else [self.checkpoint]
 
     def _loggers(self) -> list[Any]:
         if self.loggers is None:
@@ -307,8 +319,18 @@ class Trainer:
         step = task.test_step if kind == "test" else task.validation_step
         return loop.evaluate(run, as_sources(data, self._key()), step, kind=kind)
 
-    def _session(self, run: Run) -> AbstractContextManager[None]:
-        return session(run, seed=self.seed, root=self.folder, name=self.name, deterministic=self.deterministic)
+    @contextmanager
+    def _session(self, run: Run, parts: Parts) -> Iterator[None]:
+        """The session of a run whose plan has no problem; one that cannot begin leaves the optimizers as they were."""
+        around = session(run, seed=self.seed, root=self.folder, name=self.name, deterministic=self.deterministic)
+        try:
+            make_plan(run).check()
+            with around:
+                yield
+        except BaseException:
+            if run.status == "created":
+                parts.undo()
+            raise
 
 
 def joined(outputs: list[Any]) -> Any:

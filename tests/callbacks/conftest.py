@@ -7,16 +7,16 @@ import pytest
 
 
 class Terminal(io.StringIO):
-    """A terminal of ``width`` columns that understands what a display may send, and refuses anything else."""
+    """A terminal that scrolls, understands what a display may send, and refuses anything else."""
 
     encoding = "utf-8"  # type: ignore[assignment]
 
-    def __init__(self, width: int = 80) -> None:
+    def __init__(self, width: int = 100, height: int = 6) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.height = width, height
         self.lines: list[list[str]] = [[]]
         self.row = self.column = 0
-        self.saved = (0, 0)
+        self.saved, self.drawing = (0, 0), False
         self.refreshes = 0
 
     def isatty(self) -> bool:
@@ -35,14 +35,14 @@ class Terminal(io.StringIO):
             self.row, self.column = self.row + 1, 0 if token == "\n" else self.column
             self.lines += [[] for _ in range(self.row + 1 - len(self.lines))]
         elif token == "\x1b7":
-            self.saved = (self.row, self.column)
+            self.saved, self.drawing = (self.row - self.top, self.column), True  # a place on the screen
         elif token == "\x1b8":
-            self.row, self.column = self.saved
+            self.row, self.column, self.drawing = self.top + self.saved[0], self.saved[1], False
         elif token == "\x1b[J":
             del self.lines[self.row + 1 :]
             del self.lines[self.row][self.column :]
         elif token.endswith("A") and token.startswith("\x1b["):
-            self.row -= int(token[2:-1])
+            self.row = max(self.top, self.row - int(token[2:-1]))
         elif token.endswith("m") and token.startswith("\x1b["):
             pass
         else:
@@ -51,11 +51,17 @@ class Terminal(io.StringIO):
             line += [" "] * (self.column + 1 - len(line))
             line[self.column] = token
             self.column += 1
-            assert self.column < self.width, f"a line reaches the right edge: {''.join(line)!r}"
+            fits = self.column < self.width or not self.drawing
+            assert fits, f"a bar reaches the right edge, where it would wrap: {''.join(line)!r}"
+
+    @property
+    def top(self) -> int:
+        """The first line that is still on the screen."""
+        return max(0, len(self.lines) - self.height)
 
     @property
     def screen(self) -> list[str]:
-        """What is to be read, without empty lines at the end."""
+        """What is to be read, also above the top, without empty lines at the end."""
         lines = ["".join(line).rstrip() for line in self.lines]
         while lines and not lines[-1]:
             lines.pop()
@@ -65,7 +71,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "100")
     for name in ("NO_COLOR", "LOOPWRIGHT_PROGRESS", "TQDM_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     return Terminal()

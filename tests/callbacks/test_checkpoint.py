@@ -20,9 +20,7 @@ def fit(*savers: lw.Checkpoint, epochs: int = 4, scores: list[float] | None = No
     """Epochs of 3 steps, each validated at its end; ``valid/score`` is the first of ``scores``, then the next, ..."""
     net = nn.Linear(5, 3)
     metrics = {} if scores is None else {"score": Scripted(scores)}
-    task = lw.Supervised(
-        net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1), metrics=metrics
-    )
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1), metrics=metrics)
     made = trainer(epochs=epochs, folder="runs", checkpoint=savers, loggers=[], callbacks=callbacks)
     return made.fit(task, loader(12, batch_size=4), loader(4, batch_size=4))
 
@@ -256,7 +254,9 @@ def test_arguments_are_checked_where_they_are_given(arguments: dict[str, Any], m
 
 
 def test_a_run_without_a_folder_is_refused() -> None:
-    run = trainer(epochs=1).fit(lw.Supervised(net := nn.Linear(5, 3), nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters())), loader(4))
+    run = trainer(epochs=1).fit(
+        lw.Supervised(net := nn.Linear(5, 3), nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters())), loader(4)
+    )
     with pytest.raises(SettingError, match=r"Checkpoint needs a folder to write to: Trainer\(folder='runs'\)"):
         lw.Checkpoint().start(run)
 

@@ -39,9 +39,7 @@ def test_it_stops_after_patience_validations_and_a_nan_in_training_stops_at_once
     """EarlyStopping by validation score ends training and says why; a loss that is NaN ends it by itself."""
     run = fit([1.0, 0.5, 0.6, 0.7, 0.4], EarlyStopping(patience=2))
     assert run.progress.epoch == 4
-    assert run.stop_reason == (
-        "valid/loss has not improved in 2 validations: best 0.5 at step 4, last 0.7 at step 8"
-    )
+    assert run.stop_reason == ("valid/loss has not improved in 2 validations: best 0.5 at step 4, last 0.7 at step 8")
     net = nn.Linear(1, 1)
     task = lw.Supervised(net, lambda output, target: output.sum() * math.nan, torch.optim.SGD(net.parameters(), lr=0.1))
     before = net.weight.clone()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,14 +25,13 @@ def data(n=4):
     return [(torch.ones(2, 1) * i, torch.ones(2, 1)) for i in range(n)]
 
 
-def fit(file, *, epochs=2, valid=None, bar=None, callbacks=(), batches=4, **settings):
+def fit(file, *, epochs=2, valid=None, bar=None, batches=4, stages=None, **settings):
+    """Train a net that does not move: its loss is 1 at all times."""
     net = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(net.weight)
-    metrics = {"r2": lw.metrics.Mean()} if False else None
-    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.0), metrics=metrics)
-    given = {"epochs": epochs, "folder": None, "callbacks": callbacks} | settings
-    trainer = lw.Trainer(progress=bar or ProgressBar(file=file), **given)
-    return trainer.fit(task, data(batches), valid)
+    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.0))
+    trainer = lw.Trainer(epochs, folder=None, progress=bar or ProgressBar(file=file), **settings)
+    return trainer.fit(task, data(batches), valid, stages=stages)
 
 
 class Second(Single):
@@ -91,33 +91,27 @@ def test_a_terminal_keeps_a_line_of_metrics_an_epoch_and_nothing_else(terminal):
         assert re.fullmatch(pattern, line)
 
 
-def screens(terminal, bar, epochs=2):
-    """The screen after each step, refreshed each time."""
-    seen = []
+class Refresh(lw.Callback):
+    """Makes every step and every batch of validation a refresh, and keeps the screens that were to be seen."""
 
-    class Look(lw.Callback):
-        def on_step_start(self, run):
-            bar.next = 0.0
+    def __init__(self, bar):
+        self.bar, self.seen = bar, []
 
-    class Shoot(lw.Callback):
-        def on_step_end(self, run, result):
-            seen.append(terminal.screen)
+    def on_step_start(self, run):
+        self.bar.next = 0.0
+        self.seen.append(self.bar.file.screen)
 
-    return seen, Look(), Shoot()
+    def on_eval_batch_end(self, run, output, batch):
+        self.on_step_start(run)
 
 
 def test_the_bar_stands_below_the_cursor_and_counts_the_batches_of_the_epoch(terminal):
-    bar = ProgressBar(file=terminal)
-    seen, force, shoot = screens(terminal, bar)
-    # the bar is drawn last, so what a step left is seen when the next one begins
-    class Before(lw.Callback):
-        def on_step_start(self, run):
-            seen.append(terminal.screen)
-
-    fit(terminal, epochs=1, bar=bar, callbacks=[Before(), force], log_every=1)
-    assert seen[0] == ["", seen[0][1]]
-    assert re.fullmatch(r"epoch 1/1  ─{30}  0/4", seen[0][1])
-    assert re.fullmatch(rf"epoch 1/1  ━{{15}}─{{15}}  2/4  train/loss 2.5000  {SPEED}", seen[2][1].replace("0.5000", "2.5000"))
+    look = Refresh(ProgressBar(file=terminal))
+    fit(terminal, epochs=1, bar=look.bar, callbacks=[look], log_every=1)
+    assert [len(screen) for screen in look.seen] == [2, 2, 2, 2]
+    assert look.seen[2][0] == ""  # where the cursor stands
+    assert re.fullmatch(r"epoch 1/1  ─{30}  0/4", look.seen[0][1])
+    assert re.fullmatch(rf"epoch 1/1  ━{{15}}─{{15}}  2/4  train/loss 1.0000  {SPEED}", look.seen[2][1])
 
 
 def test_what_is_printed_meanwhile_stays_whole_above_the_bar(terminal):
@@ -146,37 +140,28 @@ def test_a_line_that_someone_else_has_begun_is_kept(terminal):
 
 
 def test_validation_has_its_own_line_and_count(terminal):
-    bar, seen = ProgressBar(file=terminal), []
-
-    class Look(lw.Callback):
-        def on_eval_batch_end(self, run, output, batch):
-            seen.append(terminal.screen)
-            bar.next = 0.0
-
-    fit(terminal, epochs=1, bar=bar, callbacks=[Look()], valid=data(3))
-    assert [line.strip() for line in seen[2][1:]] == [
-        seen[2][1],
-        "validation  " + "━" * 20 + "─" * 10 + "  2/3",
-    ]
-    assert seen[2][1].startswith("epoch 1/1  " + "━" * 30 + "  4/4")
+    look = Refresh(ProgressBar(file=terminal))
+    fit(terminal, epochs=1, bar=look.bar, callbacks=[look], valid=data(3))
+    training, validation = look.seen[-1][1:]  # as the third batch of validation ends
+    assert training.startswith("epoch 1/1  " + "━" * 30 + "  4/4")
+    assert validation == "validation  " + "━" * 20 + "─" * 10 + "  2/3"
     assert not any("validation" in line for line in terminal.screen)
 
 
-def test_a_validation_within_an_epoch_gets_its_own_row():
+def test_a_validation_within_an_epoch_has_its_own_line():
     file = io.StringIO()
-    fit(file, epochs=1, valid=data(2), validate_every="2 steps", log_every="1 step", batches=4)
+    fit(file, epochs=1, valid=data(2), validate_every="2 steps", log_every="1 step")
     lines = file.getvalue().splitlines()
-    assert re.fullmatch(rf"epoch 1/1  step 2  train/loss 0.0000  valid/loss 1.0000  {CLOCK}", lines[0].replace("1.0000", "0.0000", 1))
-    assert [line.split("  ")[1] for line in lines[:2]] == ["step 2", "step 4"]
+    for n in (2, 4):
+        row = rf"epoch 1/1  step {n}  train/loss 1.0000  valid/loss 1.0000  {CLOCK}"
+        assert re.fullmatch(row, lines[n // 2 - 1])
+    assert lines[2].startswith("epoch 1/1  train/loss 1.0000")
 
 
 def test_stages_are_named_and_steps_are_counted_to_their_total():
     file = io.StringIO()
     stages = [lw.Stage("head", until="1 epoch"), lw.Stage("everything", until="2 epochs")]
-    fit(file, epochs=None, stages=None) if False else None
-    net = nn.Linear(1, 1)
-    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
-    lw.Trainer(folder=None, progress=ProgressBar(file=file)).fit(task, data(), stages=stages)
+    fit(file, epochs=None, stages=stages)
     labels = [line.split("  train")[0] for line in file.getvalue().splitlines()[:-1]]
     assert labels == ["head        epoch 1/3", "everything  epoch 2/3", "everything  epoch 3/3"]
 
@@ -196,10 +181,11 @@ def test_chosen_metrics_are_shown_and_a_missing_one_is_a_dash():
 def test_lines_are_never_wider_than_the_terminal(terminal, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     terminal.width = width
-    bar = ProgressBar(file=terminal)
-    _, force, _ = screens(terminal, bar)
-    fit(terminal, epochs=2, bar=bar, callbacks=[force], valid={"first": data(1), "second": data(1)}, log_every=1)
-    assert terminal.screen[0].startswith("epoch 1/2")
+    look = Refresh(ProgressBar(file=terminal))
+    valid = {"first": data(1), "second": data(1)}
+    fit(terminal, bar=look.bar, callbacks=[look], valid=valid, log_every=1)
+    assert [line[:9] for line in terminal.screen] == ["epoch 1/2", "epoch 2/2", "finished "]
+    assert all(len(line) < width for line in terminal.screen[:2])
 
 
 def test_an_error_leaves_the_terminal_clean_and_says_so(terminal):
@@ -242,7 +228,7 @@ def test_colours_are_left_out_where_no_color_is_set(terminal, monkeypatch):
     file = type(terminal)()
     fit(file, epochs=1)
     assert not re.search(r"\x1b\[\d+m", file.getvalue())
-    assert "━" in file.getvalue()
+    assert "─" in file.getvalue()
 
 
 def test_a_terminal_without_unicode_gets_ascii(terminal):
@@ -288,12 +274,12 @@ def drive(bar, seconds, steps):
     run = bare(stage(["1 epoch"], batches=steps), seconds=0.0)
     bar.on_fit_start(run)
     bar.on_epoch_start(run)
-    written = []
+    written = [len(bar.file.getvalue())]
     for step in range(1, steps + 1):
         run.progress = Progress(batch=step, step=step, samples=step, seconds=step * seconds)
         bar.on_step_end(run, None)
         written.append(len(bar.file.getvalue()))
-    return [step for step, (a, b) in enumerate(zip([0, *written], written, strict=False), 1) if a != b]
+    return [step for step, (a, b) in enumerate(pairwise(written), 1) if a != b]
 
 
 def test_a_log_file_gets_at_most_one_line_every_30_seconds():
@@ -306,14 +292,14 @@ def test_a_log_file_gets_at_most_one_line_every_30_seconds():
 def test_a_terminal_is_refreshed_at_most_10_times_a_second(terminal):
     refreshed = drive(ProgressBar(file=terminal), 0.03, 100)  # 3 seconds
     assert 20 <= len(refreshed) <= 31
-    assert min(b - a for a, b in zip(refreshed, refreshed[1:], strict=False)) >= 4
+    assert min(b - a for a, b in pairwise(refreshed)) >= 4
 
 
 def test_showing_progress_changes_no_bit():
     def weights(progress):
         torch.manual_seed(3)
         net = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1))
-        task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+        task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.01))
         lw.Trainer(epochs=3, folder=None, progress=progress).fit(task, data(), data(2))
         return [p.detach() for p in net.parameters()]
 
@@ -354,7 +340,8 @@ def test_the_first_limit_that_is_reached_counts():
 
 
 def test_later_stages_count_with_the_speed_of_the_open_one():
-    later = [stage(["2 epochs"], batches=5, accumulate=2), stage(["20 steps"]), stage(["10 s"]), stage(["40 samples"])]
+    epochs = stage(["2 epochs"], batches=5, accumulate=2)
+    later = [epochs, stage(["20 steps"]), stage(["10 s"]), stage(["40 samples"])]
     run = bare(stage(["20 steps"]), *later, epoch=1, step=10, samples=20, seconds=20.0)
     assert time_left(run) == pytest.approx(20 + 2 * 3 * 2 + 20 * 2 + 10 + 40)
     assert planned(bare(stage(["2 epochs"]), stage(["1.5 epochs"])), "epoch") == 4
@@ -365,7 +352,8 @@ def test_an_unknown_length_gives_no_estimate_before_the_first_epoch_is_over():
     assert (time_left(run), part_done(run)) == (None, None)
     run.progress = Progress(epoch=1, step=20, seconds=20.0)
     assert time_left(run) == pytest.approx(40.0)
-    assert time_left(bare(stage(["3 epochs"]), stage(["1 epoch"], batches=None), step=9, epoch=1, seconds=9.0)) is None
+    run = bare(stage(["3 epochs"]), stage(["1 epoch"], batches=None), step=9, epoch=1, seconds=9.0)
+    assert time_left(run) is None
 
 
 # where it is shown

@@ -154,6 +154,12 @@ def test_tied_tensors_stay_tied_and_others_apart() -> None:
     assert torch.equal(back["part"], torch.tensor([0.0, 1.0]))
 
 
+def test_tensors_stay_tied_across_files() -> None:
+    moments = torch.ones(2)
+    state = read(write(Path("checkpoints/a"), {}, {"optimizers": {"m": moments}, "mine": moments}, {})).state
+    assert state["mine"] is state["optimizers"]["m"]
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

@@ -48,7 +48,9 @@ def parts(*, schedule: str | None = "plateau", optimizer: Any = torch.optim.Adam
     return lw.Supervised(model, nn.CrossEntropyLoss(), optimizers, schedule=made.get(schedule or ""), metrics=metrics)
 
 
-def fit(*more: lw.Callback, memory: Memory | None = None, noisy: bool = True, **settings: Any) -> tuple[lw.Run, lw.Supervised]:
+def fit(
+    *more: lw.Callback, memory: Memory | None = None, noisy: bool = True, **settings: Any
+) -> tuple[lw.Run, lw.Supervised]:
     seed_all(3)
     task = parts(**settings)
     callbacks = [memory or Memory(), *more]
@@ -77,7 +79,9 @@ def test_a_run_goes_on_with_the_same_bits_from_any_step(at: int, schedule: str) 
     torch.rand(100)
     data = read(f"checkpoints/step-{at}")
     resumed = Memory()
-    again, other = fit(acts(on_fit_start=lambda run: snapshot.restore(run, data)), memory=resumed, schedule=schedule, seed=99)
+    again, other = fit(
+        acts(on_fit_start=lambda run: snapshot.restore(run, data)), memory=resumed, schedule=schedule, seed=99
+    )
     assert len(resumed.losses) == 12
     found = [*bits(other, *again.optimizers.values()), *fields(again), resumed.losses]
     assert [same(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(expected)
@@ -96,6 +100,17 @@ def test_a_snapshot_holds_the_model_by_its_own_names_and_no_live_reference() -> 
     assert data.info["metrics"]["valid/loss"] == run.metrics["valid/loss"]
     assert set(data.info["versions"]) == {"python", "torch", "numpy", "loopwright"}
     assert snapshot.progress(data) == run.progress
+
+
+def test_counts_and_what_was_replaced_are_kept() -> None:
+    run, _ = fit()
+    run.skipped, run.skips_in_row, run.validated_at, run.replaced = 3, 2, 7, ["loss by Other after step 1"]
+    data = read(save(run))
+    other, _ = fit(seed=5)
+    other.stop_reason = "early stopping"
+    snapshot.restore(other, data)
+    found = (other.skipped, other.skips_in_row, other.validated_at, other.replaced, other.stop_reason)
+    assert found == (3, 2, 7, ["loss by Other after step 1"], "early stopping")  # why a run stopped is its own
 
 
 def test_weights_alone_can_be_restored() -> None:

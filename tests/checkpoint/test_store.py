@@ -160,7 +160,9 @@ def test_a_failure_of_the_disk_leaves_the_older_checkpoint(call: str, monkeypatc
         return genuine(*args, **kwargs)
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(CheckpointError, match="could not be written: .*No space left on device.* Older ones are untouched"):
+    with pytest.raises(
+        CheckpointError, match="could not be written: .*No space left on device.* Older ones are untouched"
+    ):
         make(step=2)
     monkeypatch.undo()
     assert read(path).info == {"step": 1}
@@ -196,7 +198,9 @@ def names(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.safetensors", "state.json", "manifest.json"]
+)
 def test_any_flipped_bit_is_found_and_its_file_named(name: str) -> None:
     path = make(step=1)
     file = path / name
@@ -242,7 +246,9 @@ def test_a_cut_file_is_found(name: str, keep: float) -> None:
 def test_a_missing_file_is_named() -> None:
     path = make()
     (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoints/step-1/state.json cannot be read: No such file or directory"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints/step-1/state.json cannot be read: No such file or directory"
+    ):
         verify(path)
 
 
@@ -295,7 +301,9 @@ def test_a_manifest_that_is_none_is_an_error(text: str) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("detail", [{"dtype": "load", "shape": [1]}, {"dtype": "float64", "shape": [99]}, {"stride": [9, 9]}])
+@pytest.mark.parametrize(
+    "detail", [{"dtype": "load", "shape": [1]}, {"dtype": "float64", "shape": [99]}, {"stride": [9, 9]}]
+)
 def test_forged_notes_on_tensors_are_refused(detail: dict[str, object]) -> None:
     path = make()
     files = json.loads((path / "manifest.json").read_text())["files"]

@@ -15,7 +15,11 @@ from torch.optim import lr_scheduler
 from loopwright.checkpoint import check, read, write
 
 OPTIMIZERS = sorted(
-    (o for o in vars(optim).values() if inspect.isclass(o) and issubclass(o, optim.Optimizer) and o is not optim.Optimizer),
+    (
+        o
+        for o in vars(optim).values()
+        if inspect.isclass(o) and issubclass(o, optim.Optimizer) and o is not optim.Optimizer
+    ),
     key=lambda o: o.__name__,
 )
 SETTINGS: dict[str, list[dict[str, Any]]] = {

@@ -93,3 +93,13 @@ def test_the_values_of_a_test_after_the_run_are_added(make_run, tmp_path):
         ("epoch", ""),
         ("test", "0.25"),
     ]
+
+
+def test_a_torn_last_row_is_left_out_and_never_joined_to_the_next(make_run, tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("kind,step,epoch,samples,seconds\ntrain,1,0,0,0.0\ntrain,2,")
+    logger = CSVLogger()
+    logger.start(make_run())
+    logger.log(Progress(step=2), {}, "train")
+    logger.close("finished")
+    assert [row["step"] for row in rows(path)] == ["1", "2"]

@@ -111,16 +111,17 @@ def test_nothing_seen_is_nan() -> None:
     assert math.isnan(ignored.compute())
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("binary", [False, True])
-def test_reused_buffers_change_nothing(top_k: int, binary: bool) -> None:
-    if binary and top_k > 1:
-        return
+@pytest.mark.parametrize("spoilt", [0, 1])
+@pytest.mark.parametrize(("kind", "top_k"), [("scores", 1), ("scores", 2), ("probabilities", 1), ("indices", 1)])
+def test_reused_buffers_change_nothing(kind: str, top_k: int, spoilt: int) -> None:
     accuracy = Accuracy(top_k)
-    preds, target = (torch.ones(4), torch.ones(4)) if binary else (torch.eye(4), torch.arange(4))
+    preds, target = {
+        "scores": (torch.eye(4), torch.arange(4)),
+        "probabilities": (torch.ones(4), torch.ones(4)),
+        "indices": (torch.ones(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)),
+    }[kind]
     accuracy.update(preds, target)
-    preds.zero_()
-    target.zero_()
+    (preds, target)[spoilt].copy_((preds, target)[spoilt].flip(0) if kind == "scores" else torch.zeros(4))
     assert accuracy.compute() == 1.0
 
 
@@ -224,6 +225,12 @@ def test_a_class_that_is_none_is_found(index: int, low: int, high: int, top_k: i
     )
     accuracy = Accuracy(top_k, ignore_index=index)
     accuracy.update(torch.eye(3), torch.tensor([0, 1, index]))
+    assert accuracy.compute() == 1.0
+
+
+def test_what_is_ignored_may_be_anything() -> None:
+    accuracy = Accuracy(ignore_index=-1)
+    accuracy.update(torch.tensor([7.0, 0.3, -2.0]), torch.tensor([-1, 0, -1]))
     assert accuracy.compute() == 1.0
 
 

@@ -113,8 +113,10 @@ def test_a_state_is_a_snapshot_and_goes_on_elsewhere() -> None:
     assert same(second.compute(), filled(A).compute())
     second.update(B)
     assert same(second.compute(), first.compute())
-    state["total"].zero_()
-    state["rows"].zero_()
+    for value in state.values():
+        value.zero_()
+    for value in second.state_dict().values():
+        value.zero_()
     assert same(second.compute(), first.compute())
 
 
@@ -140,6 +142,15 @@ def test_totals_hold_no_graph_and_no_foreign_memory() -> None:
     assert not any(v.requires_grad for v in before.values())
     values.data.fill_(100.0)  # a loop that reuses its buffers
     assert same(span.compute(), before)
+
+
+def test_totals_are_copies_of_what_is_added() -> None:
+    for dtype in (torch.float64, torch.int64):
+        metric, buffer = Span(), torch.ones(2, dtype=dtype)
+        for name in Span.state:
+            metric.add(**{name: buffer})
+        buffer.fill_(9)
+        assert all(metric.total(name).tolist() == [1, 1] for name in Span.state)
 
 
 def test_totals_of_inference_mode_go_on_outside_of_it() -> None:

@@ -42,14 +42,14 @@ class Bar:
 
 
 class Display(Protocol):
-    """Where progress is shown: ``row`` and ``note`` stay, ``live`` is replaced if it ``erases``."""
+    """Where progress is shown: ``row`` and ``end`` stay, ``live`` is replaced if it ``erases``."""
 
     refresh_s: float
     erases: bool
 
     def live(self, bars: Sequence[Bar], losses: array[float]) -> None: ...
     def row(self, label: str, cells: Sequence[Cell]) -> None: ...
-    def note(self, text: str) -> None: ...
+    def end(self, text: str, losses: array[float]) -> None: ...
 
 
 def display_mode(file: TextIO) -> str:
@@ -91,9 +91,12 @@ class Lines:
         self.row(bars[-1].label, bars[-1].cells)
 
     def row(self, label: str, cells: Sequence[Cell]) -> None:
-        self.note("  ".join([label, *map(str, cells)]))
+        self._print("  ".join([label, *map(str, cells)]))
 
-    def note(self, text: str) -> None:
+    def end(self, text: str, losses: array[float]) -> None:
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         if text:
             print(text, file=self.file, flush=True)
 
@@ -125,9 +128,12 @@ class Terminal:
         self.file.flush()
 
     def row(self, label: str, cells: Sequence[Cell]) -> None:
-        self.note(self._line(Bar(label, None, list(cells)), self._width()))
+        self._print(self._line(Bar(label, None, list(cells)), self._width()))
 
-    def note(self, text: str) -> None:
+    def end(self, text: str, losses: array[float]) -> None:
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         self.file.write("\x1b[J" + (text + "\n" if text else ""))
         self.file.flush()
 
@@ -178,22 +184,21 @@ class Notebook:
         self.curve, self.points = "", 0
 
     def live(self, bars: Sequence[Bar], losses: array[float]) -> None:
-        if len(losses) != self.points:
-            self.curve, self.points = sparkline(losses), len(losses)
-        lines = "".join(f"<div>{_bar_html(bar)}</div>" for bar in bars)
-        self._show(self._table(self.rows_while_running) + self.curve + lines)
+        self._show(self.rows_while_running, losses, "".join(f"<div>{_bar_html(bar)}</div>" for bar in bars))
 
     def row(self, label: str, cells: Sequence[Cell]) -> None:
         self.rows.append({"": label, **{cell.name or cell.column: cell.text.strip() for cell in cells}})
         self.names = sorted(dict.fromkeys([*self.names, *self.rows[-1]]), key=_place)
 
-    def note(self, text: str) -> None:
-        """End the output with ``text`` instead of bars."""
-        self._show(self._table(self.rows_at_end) + self.curve + f"<div>{html.escape(text)}</div>")
+    def end(self, text: str, losses: array[float]) -> None:
+        self._show(self.rows_at_end, losses, f"<div>{html.escape(text)}</div>")
 
-    def _show(self, body: str) -> None:
+    def _show(self, rows: int, losses: array[float], below: str) -> None:
         from IPython.display import HTML, display
 
+        if len(losses) != self.points:
+            self.curve, self.points = sparkline(losses), len(losses)
+        body = self._table(rows) + self.curve + below
         page = HTML(
             f'<div style="font-family:monospace;font-variant-numeric:tabular-nums;white-space:pre">{body}</div>'
         )
@@ -245,6 +250,6 @@ def sparkline(values: Sequence[float], *, width: int = 320, height: int = 48) ->
     points = " ".join(f"{i * x:.1f},{height - 2 - (v - low) * y:.1f}" for i, v in drawn)
     return (
         f'<svg width="{width}" height="{height}" style="display:block;margin:0.3em 0" role="img">'
-        f"<title>loss of each step: {drawn[0][1]:.4g} at first, {drawn[-1][1]:.4g} now</title>"
+        f"<title>loss of each step from {drawn[0][1]:.4g} to {drawn[-1][1]:.4g}</title>"
         f'<polyline points="{points}" fill="none" stroke="#4c9a52" stroke-width="1.5"/></svg>'
     )

@@ -88,7 +88,7 @@ class ProgressBar(Callback):
             return
         record, took = run.history[-1], format_time(self._now() - self.began)
         cells = self._cells(record, [name for name in record if name.startswith(("train/", "valid/"))])
-        cells += [Cell("", self._rate(run), 99, "speed"), Cell("", took, 2, "time")]
+        cells += [*self._rate(run, rank=99), Cell("", took, 2, "time")]
         self.held = (self._label(run), cells)
         if self.rows < _BURST + _A_SECOND * (self._now() - self.opened):
             self._show_held()
@@ -103,12 +103,12 @@ class ProgressBar(Callback):
             self._show_step(run, {})  # it ended within an epoch, which has no record
         reason = run.stop_reason or ""
         what = "interrupted" if reason in ("SIGINT", "SIGTERM") else "stopped" if reason else "finished"
-        self._close(f"{what} after {_so_far(run)}{f': {reason}' if what == 'stopped' else ''}")
+        self._close(run, f"{what} after {_so_far(run)}{f': {reason}' if what == 'stopped' else ''}")
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         self._show_held()
         asked = isinstance(error, KeyboardInterrupt | SystemExit)
-        self._close(f"{'interrupted' if asked else f'failed ({type(error).__name__})'} after {_so_far(run)}")
+        self._close(run, f"{'interrupted' if asked else f'failed ({type(error).__name__})'} after {_so_far(run)}")
 
     # reading: validation, test, prediction
 
@@ -173,7 +173,7 @@ class ProgressBar(Callback):
                 self.display.row(self.reading, self._cells(values, values))
             self.next = self._now() + (0.0 if self.display.erases else self.display.refresh_s)
         if not self.fitting:
-            self._close("")
+            self._close(run, "")
 
     # what is shown
 
@@ -187,9 +187,9 @@ class ProgressBar(Callback):
             self.display = open_display(mode, file, self.refresh_s)
             self.next = self.opened + (0.0 if self.display.erases else self.display.refresh_s)
 
-    def _close(self, text: str) -> None:
+    def _close(self, run: Run, text: str) -> None:
         if self.display is not None:
-            self.display.note(text)
+            self.display.end(text, _losses(run))
         self.display, self.fitting, self.held, self.next = None, False, None, math.inf
 
     def _now(self) -> float:
@@ -223,8 +223,7 @@ class ProgressBar(Callback):
         if self.steps:
             cells.append(Cell("", self._step(run), 3))
         cells += self._cells(run.metrics, [name for name in run.metrics if self._is_live(name)])
-        if p.samples > self.samples:
-            cells.append(Cell("", self._rate(run), 9))
+        cells += self._rate(run, rank=9)
         left = time_left(run)
         if left is not None:
             cells.append(Cell("", f"{format_time(left)} left", 2))
@@ -238,9 +237,12 @@ class ProgressBar(Callback):
     def _step(self, run: Run) -> str:
         return f"step {run.progress.step:,}" + (f"/{self.steps:,}" if self.steps else "")
 
-    def _rate(self, run: Run) -> str:
-        seconds = self._now() - self.began - self.idle_s
-        return f"{format_count((run.progress.samples - self.samples) / max(seconds, 1e-9))} samples/s"
+    def _rate(self, run: Run, *, rank: int) -> list[Cell]:
+        """Samples a second of training in this epoch; nothing where a step does not say its samples."""
+        samples, seconds = run.progress.samples - self.samples, self._now() - self.began - self.idle_s
+        if not samples or seconds <= 0:
+            return []
+        return [Cell("", f"{format_count(samples / seconds)} samples/s", rank, "speed")]
 
     def _cells(self, values: Mapping[str, Any], names: Iterable[str]) -> list[Cell]:
         """The chosen values, or else those of ``names``; the first loss and the validation matter most."""

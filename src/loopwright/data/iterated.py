@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from loopwright import rng
 from torch.utils.data import DataLoader
 
+from loopwright import rng
 from loopwright._compat import has_ended, stop_workers
 from loopwright.data.batch import samples
 from loopwright.data.fetch import add_fetch_note
@@ -146,8 +146,8 @@ class Iterated:
                 stop_workers(iterator)
         if batch == first and self._used and self._is_iterator:
             raise DataError(
-                f"the iterator {type(self.data).__name__} was used up in an earlier epoch. Pass a list of batches, or a "
-                "generator function (the function itself, not its result), which can be started anew each epoch"
+                f"the iterator {type(self.data).__name__} was used up in an earlier epoch. Pass a list of batches, or "
+                "a generator function (the function itself, not its result), which can be started anew each epoch"
             )
 
 

@@ -163,8 +163,8 @@ def _reader(data: Any) -> _Rows | _Samples:
         isinstance(data, Dataset) or hasattr(type(data), "__getitem__")
     ):
         raise DataError(
-            f"lw.Loader cannot read {_kind(data)}; expected a tensor, a NumPy array, a data frame, a tuple, list or dict of "
-            "these, or a dataset with __getitem__ and __len__"
+            f"lw.Loader cannot read {_kind(data)}; expected a tensor, a NumPy array, a data frame, a tuple, list or "
+            "dict of these, or a dataset with __getitem__ and __len__"
         )
     if not hasattr(data, "__len__"):
         raise DataError(

@@ -79,8 +79,8 @@ def _adapt_loader(loader: DataLoader[Any]) -> Source:
     samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
         raise DataError(
-            "this DataLoader has a DistributedSampler, but every batch is already shared out over the processes. Pass a "
-            "loader without it, whose batch_size is that of all processes together: "
+            "this DataLoader has a DistributedSampler, but every batch is already shared out over the processes. Pass "
+            "a loader without it, whose batch_size is that of all processes together: "
             "DataLoader(dataset, batch_size=..., shuffle=True)"
         )
     if all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")):

@@ -115,7 +115,7 @@ class TorchLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError if the dataset, the number of batches or of workers is another than in the saved run."""
+        """Raises CheckpointError if the dataset, its batches or the number of workers differ from the saved run."""
         check_state(self._own(), state)
         self._loaded = state
 

@@ -23,7 +23,8 @@ class TableLogger:
     again with one column more; a value that an epoch does not have is ``-``. Losses and errors are best
     when small, accuracies and scores when large; a name that does not tell is never marked. Colour is for
     terminals only, and not where ``NO_COLOR`` is set. ``file`` is ``sys.stdout`` by default. Of several
-    processes only rank 0 prints.
+    processes only rank 0 prints. It goes with ``Trainer(progress=False)``: the progress display has a line
+    an epoch of its own.
 
     >>> table = TableLogger()
     >>> table.log(Progress(epoch=1, seconds=0.5), {"train/loss": 0.71, "valid/accuracy": 0.5}, "epoch")

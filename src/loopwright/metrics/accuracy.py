@@ -57,6 +57,7 @@ class Accuracy(Metric):
         self._held: list[tuple[Tensor, ...]] = []
         self._size = 0
         self._classes = 0  # that preds have scores for; 0 where they have the shape of the target
+        self._bits = 0  # of a class index
         self._seen: Any = None
         self._kind: Any = None
 
@@ -70,7 +71,7 @@ class Accuracy(Metric):
         elif self.top_k > 1:
             self._held.append((best(preds.detach(), self.top_k), target.clone()))
         else:  # both in one number, which takes one operation less
-            self._held.append((preds.argmax(1).add_(target, alpha=self._classes),))
+            self._held.append((preds.argmax(1).add_(target, alpha=1 << self._bits),))
         size = target.numel()
         self._size += size if size > PIECE else PIECE
         if self._size > HELD:
@@ -81,7 +82,7 @@ class Accuracy(Metric):
         kind = (classes, preds.shape[2:], target.shape[1:], preds.dtype, target.dtype)
         if kind != self._kind:  # what is held cannot be joined with it
             self.fold()
-        self._kind, self._classes = kind, classes
+        self._kind, self._classes, self._bits = kind, classes, classes.bit_length()
         self._seen = (preds.shape, target.shape, preds.dtype, target.dtype)
 
     def fold(self) -> None:
@@ -112,8 +113,7 @@ class Accuracy(Metric):
         held, self._held, self._size = self._held, [], 0
         if len(held[0]) == 1:
             both = torch.cat([code for (code,) in held]).flatten()
-            target = both.div(self._classes, rounding_mode="floor")
-            return both - target * self._classes, target
+            return both & ((1 << self._bits) - 1), both >> self._bits
         answers, targets = (torch.cat(column) for column in zip(*held, strict=True))
         if self.top_k > 1:
             answers = answers.movedim(1, -1).flatten(0, -2)

@@ -41,6 +41,9 @@ class Mean(Metric):
 
     def update(self, value: Tensor | float, weight: Tensor | float | None = None) -> None:
         """Take in the values of one batch, with their weights."""
+        if weight is None and (not isinstance(value, Tensor) or value.ndim == 0):
+            self.add(total=value, weight=1)
+            return
         value, size = _floats(value)
         if weight is None:
             self.add(total=value.sum(), weight=size)
@@ -61,7 +64,8 @@ class Mean(Metric):
 class MAE(Metric):
     """Mean of ``|preds - target|`` over all elements of all batches; a float, nan if nothing was seen.
 
-    Both have one shape, of any dtype that holds real numbers. Sums are float64 (float32 where the device has no more).
+    Both have one shape, of any dtype that holds real numbers. Batches are added in float64
+    (float32 where the device has no more).
     Raises MetricError for shapes that differ.
 
     >>> mae = MAE()
@@ -75,7 +79,7 @@ class MAE(Metric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
         error = difference(preds.detach(), target).abs()
-        self.add(total=error.sum(dtype=wide(error.device)), count=error.numel())
+        self.add(total=error.sum(), count=error.numel())
 
     def compute(self) -> float:
         """The mean absolute error."""
@@ -96,7 +100,7 @@ class MSE(Metric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
         error = difference(preds.detach(), target).square()
-        self.add(total=error.sum(dtype=wide(error.device)), count=error.numel())
+        self.add(total=error.sum(), count=error.numel())
 
     def compute(self) -> float:
         """The mean squared error."""

@@ -150,8 +150,11 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _sum(old: Any, new: Any) -> Any:
-    if isinstance(new, Tensor) and new.dtype not in _WIDE:
-        new = new.to(wide(new.device) if new.is_floating_point() else torch.int64)
+    if isinstance(new, Tensor):
+        if new.is_cpu and new.ndim == 0 and not new.is_complex():
+            new = new.item()  # no device to wait for, and Python adds the same float64 ten times as fast
+        elif new.dtype not in _WIDE:
+            new = new.to(wide(new.device) if new.is_floating_point() else torch.int64)
     # with 0 it makes a tensor of our own, which nobody can change
     return new + 0 if old is None else _beside(old, new) + new
 
@@ -159,13 +162,13 @@ def _sum(old: Any, new: Any) -> Any:
 def _max(old: Any, new: Any) -> Any:
     if isinstance(old, Tensor) or isinstance(new, Tensor):
         return new.clone() if old is None else torch.maximum(*_pair(old, new))
-    return new if old is None else max(old, new)
+    return old if old is not None and (new <= old or old != old) else new  # nan stays, as in torch.maximum
 
 
 def _min(old: Any, new: Any) -> Any:
     if isinstance(old, Tensor) or isinstance(new, Tensor):
         return new.clone() if old is None else torch.minimum(*_pair(old, new))
-    return new if old is None else min(old, new)
+    return old if old is not None and (new >= old or old != old) else new
 
 
 def _cat(old: Any, new: Any) -> list[Tensor]:

@@ -24,8 +24,8 @@ def accuracy(
 ) -> Tensor:
     """Fraction of right answers in a batch: a float32 scalar in [0, 1], nan if there is nothing to count.
 
-    ``preds`` and ``target`` as for ``Accuracy``; what that class finds out when it computes (a class out of range, logits
-    where probabilities are expected) is not checked here, since it takes a read of the device.
+    ``preds`` and ``target`` as for ``Accuracy``; what that class finds out when it computes (a class out of range,
+    logits where probabilities are expected) is not checked here, since it takes a read of the device.
     Raises MetricError for shapes that do not fit.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))

@@ -1,0 +1,215 @@
+"""The picture that ``explain`` draws of a run is what the run does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import acts, line, pairs, recorder, sgd_task, trainer
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+
+import loopwright as lw
+from loopwright.events import HOOKS
+
+IN_A_FIT = [name for name in HOOKS if name != "on_exception" and "test" not in name and "predict" not in name]
+PLACE = re.compile("(?:" + "|".join(IN_A_FIT) + r")\b")
+
+
+class Clip(lw.Callback):
+    def on_grads_ready(self, run: lw.Run, phase: lw.Phase, grad_norm: Any) -> None: ...
+
+
+class Scale(lw.Callback):
+    def map_loss(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: lw.Phase) -> Any:
+        return loss * 2
+
+
+class Log:
+    def log(self, progress: lw.Progress, values: Any, kind: str) -> None: ...
+
+
+def look(run: lw.Run) -> None: ...
+
+
+@pytest.mark.capability("B-08")
+def test_a_rich_run_is_drawn_line_by_line(folder: Path) -> None:
+    """explain() prints the flat loop of this run: settings, schedules, callbacks and handlers, each in its place."""
+    user = trainer(
+        epochs=3, accumulate=2, clip_norm=1.0, folder=folder, loggers=[Log()], log_every=10, nonfinite="skip 5",
+        callbacks=[Clip(), Scale(), lw.EarlyStopping()],
+        checkpoint=[lw.Checkpoint("1 epoch"), lw.Checkpoint("5 min", at_end=False)],
+    )  # fmt: skip
+    user.on(lw.Event.STEP_END(every=50) | lw.Event.FIT_END)(look)
+    user.on(lw.Event.EPOCH_END(every="2 epochs"), "word")(print)
+    net = line()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    schedule = [lw.per_step(CosineAnnealingLR(optimizer, 60)), StepLR(optimizer, 1)]
+    task = lw.Supervised(net, nn.MSELoss(), optimizer, schedule=schedule, metrics={"error": lw.metrics.Mean("loss")})
+    assert user.explain(task, pairs([1.0], [2.0], [3.0]), pairs([1.0])) == '''\
+stage 'main': until 3 epochs
+    for each epoch:
+        for each window of up to 2 batches of Iterated:
+            set gradients to None
+            for each batch of the window:
+                output = Supervised.training_step(batch)
+                Scale.map_loss
+                loss.backward() scaled by the batch's share of the window
+                update metrics: error
+            clip the gradients to a norm of 1
+            Clip.on_grads_ready
+            if the loss or a gradient is not finite: skip
+            SGD.step()
+            every 10 steps: log train/... to Log
+            CosineAnnealingLR.step()
+            look, at STEP_END(every=50) | FIT_END  # on_step_end
+            when due (also after validations and epochs): Checkpoint.save(run)
+            when due (also after validations and epochs): Checkpoint.save(run)
+        every 1 epoch: validate, with random generators and train/eval flags put back:
+            for each batch of valid: validation_step(batch), update metrics
+            EarlyStopping.on_validation_end
+        append the record of the epoch to run.history
+        StepLR.step()
+        print, at EPOCH_END(every='2 epochs')  # on_epoch_end
+save a last checkpoint
+EarlyStopping.on_fit_start
+look, at STEP_END(every=50) | FIT_END  # on_fit_end'''
+
+
+def drawn(text: str) -> list[str]:
+    return PLACE.findall(text)
+
+
+@pytest.mark.capability("B-08")
+@pytest.mark.parametrize("validate_every", ["1 step", "1 epoch"])
+@pytest.mark.parametrize("phases", [1, 2])
+def test_hooks_stand_in_the_order_in_which_they_fire(validate_every: str, phases: int, folder: Path) -> None:
+    """The hooks of one epoch of one step, as drawn, are those recorded from the run, in the same order."""
+    seen: list[str] = []
+    net = line()
+
+    class Own(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: Any) -> Any:
+            return self.net(batch[0]).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase(f"phase {i}", self.training_step) for i in range(phases)]
+
+    saving = lw.Checkpoint("1 step", at_end=False)
+    user = trainer(
+        epochs=1, validate_every=validate_every, callbacks=[recorder(seen)], checkpoint=saving, folder=folder, loggers=[]
+    )
+    task = Own()
+    picture = user.explain(task, pairs([1.0]), pairs([1.0]))
+    user.fit(task, pairs([1.0]), pairs([1.0]))
+    assert drawn(picture) == seen
+
+
+def test_stages_and_phases_are_drawn_one_after_the_other() -> None:
+    gen, disc = line(), line()
+
+    class Gan(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gen, self.disc = gen, disc
+
+        def fool(self, batch: Any) -> Any:
+            return self.gen(batch[0]).mean()
+
+        def tell(self, batch: Any) -> Any:
+            return self.disc(batch[0]).mean()
+
+        def configure_optimizers(self) -> Any:
+            return {"gen": torch.optim.SGD(gen.parameters(), lr=0.1), "disc": torch.optim.Adam(disc.parameters())}
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase("gen", self.fool, "gen", every=5), lw.Phase("disc", self.tell, "disc", clip_norm=0.5)]
+
+    user = trainer(callbacks=[acts(on_batch_start=lambda run, batch: None)], nonfinite=None)
+    stages = [lw.Stage("first", "1 epoch"), lw.Stage("second", "2 steps", accumulate=3)]
+    text = user.explain(Gan(), pairs([1.0]), stages=stages).replace(Gan.__qualname__, "Gan")
+    assert text == '''\
+stage 'first': until 1 epoch
+    for each epoch:
+        for each batch of Iterated:
+            for each batch of the window:
+                Acts.on_batch_start
+            phase 'gen', every 5 steps:
+                set gradients to None
+                output = Gan.fool(batch)
+                loss.backward()
+                SGD.step()
+            phase 'disc':
+                set gradients to None
+                output = Gan.tell(batch)
+                loss.backward()
+                clip the gradients to a norm of 0.5
+                Adam.step()
+            every 50 steps: log train/...
+        append the record of the epoch to run.history
+stage 'second': until 2 steps
+    for each epoch:
+        for each window of up to 3 batches of Iterated:
+            for each batch of the window:
+                Acts.on_batch_start
+            phase 'gen', every 5 steps:
+                set gradients to None
+                for each batch of the window:
+                    output = Gan.fool(batch)
+                    loss.backward() scaled by the batch's share of the window
+                SGD.step()
+            phase 'disc':
+                set gradients to None
+                for each batch of the window:
+                    output = Gan.tell(batch)
+                    loss.backward() scaled by the batch's share of the window
+                clip the gradients to a norm of 0.5
+                Adam.step()
+            every 50 steps: log train/...
+        append the record of the epoch to run.history'''
+
+
+def test_a_closure_optimizer_and_a_precision_are_drawn() -> None:
+    net = line()
+    task = lw.Supervised(net, nn.MSELoss(), torch.optim.LBFGS(net.parameters()))
+    text = trainer(epochs=1).explain(task, pairs([1.0]))
+    assert "LBFGS.step(closure), which calls as often as it needs:\n                output = Supervised" in text
+    assert "finite" not in text
+    assert "set gradients to None" not in text
+    text = trainer(epochs=1, precision="bf16").explain(sgd_task(line()), pairs([1.0]))
+    assert "output = Supervised.training_step(batch) under autocast to bf16" in text
+
+
+def test_two_handlers_of_one_name_are_drawn_each_with_its_event() -> None:
+    user = trainer(epochs=1)
+    for event in (lw.Event.STEP_END(every=2), lw.Event.EPOCH_END(once=5)):
+        user.on(event)(lambda run: None)
+    lines = [one.strip().rpartition("<lambda>")[2] for one in user.explain(sgd_task(line()), pairs([1.0])).splitlines()]
+    assert [one for one in lines if one.startswith(", at")] == [
+        ", at STEP_END(every=2)  # on_step_end", ", at EPOCH_END(once=5)  # on_epoch_end",
+    ]  # fmt: skip
+
+
+@pytest.mark.capability("TB-05")
+def test_who_writes_the_loss_is_told_in_order() -> None:
+    """Two callbacks that edit the loss are listed in the order in which they do it, between the step and backward."""
+
+    class Add(lw.Callback):
+        def map_loss(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: lw.Phase) -> Any:
+            return loss + 1
+
+    for callbacks in ([Scale(), Add()], [Add(), Scale()]):
+        lines = trainer(epochs=1, callbacks=callbacks).explain(sgd_task(line()), pairs([1.0])).splitlines()
+        at = next(i for i, text in enumerate(lines) if "output = " in text)
+        writers = [f"{type(c).__qualname__}.map_loss" for c in callbacks]
+        assert [text.strip() for text in lines[at + 1 : at + 4]] == [*writers, "loss.backward()"]

@@ -1,0 +1,526 @@
+"""Hooks: when they fire, what they see, what they may change, and what they may not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loopwright as lw
+from loopwright import events
+from tiny import acts, line, mean_of_preds, pairs, recorder, sgd_task, trainer
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+STEP = ["on_step_start"]
+BATCH = ["on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end"]
+READY = ["on_grads_ready", "on_step_end"]
+VALID = ["on_validation_start", "on_eval_batch_end", "on_validation_end"]
+TRAINING_HOOKS = [*STEP, *BATCH, *READY]
+
+
+def recorded(data: Any, **settings: Any) -> list[str]:
+    seen: list[str] = []
+    trainer(**{"epochs": 1, "callbacks": [recorder(seen)], **settings}).fit(sgd_task(line()), data, pairs([1.0]))
+    return seen
+
+
+def test_a_real_run_fires_in_the_order_of_the_picture(folder: Path) -> None:
+    """The picture in the docstring of events.py is what a run with one batch, validation and checkpoint does."""
+    picture = (events.__doc__ or "").partition("::")[2].partition("``on_*``")[0]
+    drawn = re.findall(r"(?:on|map)_\w+", re.sub("#.*", "", picture))
+    seen = recorded(
+        pairs([1.0]), validate_every="1 step", checkpoint=lw.Checkpoint("1 step", at_end=False), folder=folder
+    )
+    assert seen == drawn
+    evaluating = {"on_exception", *(name for name in events.HOOKS if "test" in name or "predict" in name)}
+    assert set(events.HOOKS) - set(drawn) == evaluating
+
+
+def test_windows_validations_and_checkpoints_fire_where_they_belong(folder: Path) -> None:
+    seen = recorded(
+        pairs([1], [2], [3]), accumulate=2, checkpoint=lw.Checkpoint("1 epoch", at_end=False), folder=folder
+    )
+    assert seen == [
+        *("on_fit_start", "on_stage_start", "on_epoch_start"),
+        *(*STEP, *BATCH, *BATCH, *READY),
+        *(*STEP, *BATCH, *READY),
+        *VALID,
+        *("on_epoch_end", "on_checkpoint", "on_stage_end", "on_fit_end"),
+    ]
+
+
+def test_with_two_phases_batches_are_prepared_once_and_phases_follow_one_another() -> None:
+    seen: list[Any] = []
+    net = line()
+
+    class Two(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase(name, lambda batch: self.net(batch[0]).mean()) for name in ("a", "b")]
+
+    def note(name: str, run: lw.Run, args: tuple[Any, ...]) -> Any:
+        return name, *(arg.name for arg in args if isinstance(arg, lw.Phase))
+
+    trainer(epochs=1, accumulate=2, callbacks=[recorder(seen, note=note)]).fit(Two(), pairs([1], [2]))
+    prepared = [("on_batch_start",), ("map_batch",)]
+    assert seen[4:-4] == [
+        *prepared * 2,
+        *[("map_output", "a"), ("map_loss", "a"), ("on_backward_end", "a")] * 2,
+        ("on_grads_ready", "a"),
+        *[("map_output", "b"), ("map_loss", "b"), ("on_backward_end", "b")] * 2,
+        ("on_grads_ready", "b"),
+    ]
+
+
+def test_test_and_predict_fire_their_own_hooks_for_callbacks_and_handlers() -> None:
+    seen: list[str] = []
+    user = trainer(callbacks=[recorder(seen)])
+    user.on(lw.Event.TEST_END)(lambda run, values: seen.append(f"handler: {sorted(values)}"))
+    user.on(lw.Event.PREDICT_END)(lambda run: seen.append("handler"))
+    user.test(sgd_task(line()), pairs([1], [2]))
+    assert seen == ["on_test_start", *["on_eval_batch_end"] * 2, "on_test_end", "handler: ['test/loss']"]
+    seen.clear()
+    user.predict(sgd_task(line()), pairs([1], [2]))
+    assert seen == ["on_predict_start", *["on_predict_batch_end"] * 2, "on_predict_end", "handler"]
+    seen.clear()
+    user.validate(sgd_task(line()), pairs([1]))
+    assert seen == VALID
+
+
+def test_callbacks_fire_in_the_order_of_their_list_and_handlers_after_them() -> None:
+    seen: list[str] = []
+    callbacks = [acts(on_step_end=lambda run, result, n=n: seen.append(n)) for n in "ab"]
+    user = trainer(epochs=1, callbacks=callbacks)
+    for name in "cd":
+        user.on(lw.Event.STEP_END, name)(lambda run, name: seen.append(name))
+    user.fit(sgd_task(line()), pairs([1.0]))
+    assert seen == ["a", "b", "c", "d"]
+
+
+# ------------------------------------------------------------------------------------------------- what they may see
+
+
+@pytest.mark.capability("FA-22", "FA-23")
+def test_every_point_of_training_has_a_hook_that_sees_what_is_known_there() -> None:
+    """Batch, output, loss, gradients, result, rate and weights are there at the hook of each point of training."""
+    net, seen = line(1.0), {}
+
+    def note(value: Any = None, **values: Any) -> Any:
+        seen.update(values)
+        return value
+
+    watch = acts(
+        on_step_start=lambda run: note(step_start=(run.lr, run.progress.step, run.stage.name)),
+        on_batch_start=lambda run, batch: note(batch=batch[0].tolist()),
+        map_output=lambda run, output, batch, phase: note(output, output=sorted(output), phase=phase.name),
+        map_loss=lambda run, loss, output, batch, phase: note(loss, loss=loss.item(), graph=loss.requires_grad),
+        on_backward_end=lambda run, *args: note(gradient=net.weight.grad.item(), before=net.weight.item()),
+        on_grads_ready=lambda run, phase, norm: note(norm=norm.item(), clipped=net.weight.grad.item()),
+        on_step_end=lambda run, result: note(
+            result=(result.values["loss"].item(), result.weight, result.grad_norm.item(), result.moved),
+            preds=result.output["preds"].tolist(),
+            after=net.weight.item(),
+            step=run.progress.step,
+        ),
+    )
+    trainer(epochs=1, clip_norm=2.0, callbacks=[watch]).fit(sgd_task(net, lr=0.5), pairs([1, 5]))
+    assert seen == {
+        "step_start": (0.5, 0, "main"),
+        "batch": [[1.0], [5.0]],
+        "output": ["loss", "preds", "target"],
+        "phase": "main",
+        "loss": 3.0,
+        "graph": True,
+        "gradient": 3.0,
+        "before": 1.0,
+        "norm": 3.0,
+        "clipped": pytest.approx(2.0, rel=1e-6),
+        "result": (3.0, 2, 3.0, ("main",)),
+        "preds": [[1.0], [5.0]],
+        "after": pytest.approx(0.0, abs=1e-6),
+        "step": 1,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- what they may change
+
+
+@pytest.mark.capability("FA-21", "FA-24")
+def test_batch_output_loss_and_gradients_can_be_replaced_before_they_are_used() -> None:
+    """Each replacement has its effect: batch before forward, output and loss before backward, grads before step."""
+
+    def weight_after(**hooks: Any) -> float:
+        net = line()
+        trainer(epochs=1, callbacks=[acts(**hooks)]).fit(sgd_task(net), pairs([1, 3]))
+        return net.weight.item()
+
+    def halve(run: lw.Run, phase: lw.Phase, norm: Any) -> None:
+        for parameter in phase.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(0.5)
+
+    assert weight_after() == -2.0
+    assert weight_after(map_batch=lambda run, batch: [batch[0] * 10, batch[1]]) == -20.0
+    assert weight_after(map_output=lambda run, out, *_: {**out, "loss": out["preds"].sum()}) == -4.0
+    assert weight_after(map_loss=lambda run, loss, *_: loss * 3) == -6.0
+    assert weight_after(on_grads_ready=halve) == -1.0
+
+
+def test_map_hooks_are_threaded_in_the_order_of_the_list() -> None:
+    net = line()
+    double, add = acts(map_loss=lambda run, loss, *_: loss * 2), acts(map_loss=lambda run, loss, *_: loss + 1)
+    run = trainer(epochs=1, callbacks=[double, add]).fit(sgd_task(net, lr=0.0), pairs([1]))
+    assert run.metrics["train/loss"] == 1.0
+    run = trainer(epochs=1, callbacks=[add, double]).fit(sgd_task(net, lr=0.0), pairs([1]))
+    assert run.metrics["train/loss"] == 2.0
+
+
+@pytest.mark.parametrize("hook", [name for name in TRAINING_HOOKS if name.startswith("on_")] + VALID)
+def test_an_observer_that_returns_a_value_is_refused(hook: str) -> None:
+    with pytest.raises(lw.HookError) as caught:
+        recorded(pairs([1.0]), callbacks=[acts(**{hook: lambda run, *args: 5})])
+    assert str(caught.value) == (
+        f"Acts.{hook} returned 5; on_* hooks observe and must return None. To change a value, "
+        "override map_batch, map_output or map_loss and return the new one there"
+    )
+
+
+def test_a_named_observer_that_returns_a_value_is_named() -> None:
+    class Meddler(lw.Callback):
+        def on_step_end(self, run: lw.Run, result: lw.StepResult) -> Any:
+            return result
+
+    with pytest.raises(lw.HookError, match=r"Meddler\.on_step_end returned StepResult\(.*; on_\* hooks observe"):
+        recorded(pairs([1.0]), callbacks=[Meddler()])
+
+
+@pytest.mark.parametrize("hook", ["map_batch", "map_output", "map_loss"])
+def test_a_map_hook_that_returns_nothing_is_refused(hook: str) -> None:
+    with pytest.raises(lw.HookError, match=r"returned None; map_\* hooks must return the \(new\) value"):
+        recorded(pairs([1.0]), callbacks=[acts(**{hook: lambda run, *args: None})])
+
+
+# ------------------------------------------------------------------------------------------------- steering the loop
+
+
+def raising(hook: str, kind: type[Exception], at_batch: int) -> lw.Callback:
+    """Raises ``kind`` in ``hook`` when ``at_batch`` batches of the epoch are complete."""
+
+    def steer(run: lw.Run, *args: Any) -> Any:
+        if run.progress.batch == at_batch:
+            raise kind
+        return args[0] if hook.startswith("map_") else None
+
+    return acts(**{hook: steer})
+
+
+@pytest.mark.capability("FA-24")
+@pytest.mark.parametrize("hook", ["on_batch_start", "map_batch"])
+def test_skip_batch_leaves_the_batch_out(hook: str) -> None:
+    """A batch can be skipped before its forward; with one batch a step, no step is counted."""
+    net = line()
+    run = trainer(epochs=1, callbacks=[raising(hook, lw.SkipBatch, 1)]).fit(sgd_task(net), pairs([1], [2], [4]))
+    assert net.weight.item() == -5.0
+    assert run.progress[:4] == (1, 1, 0, 2)
+
+
+@pytest.mark.parametrize("hook", ["map_output", "map_loss", "on_backward_end"])
+def test_skip_batch_after_map_batch_is_refused(hook: str) -> None:
+    with pytest.raises(lw.StepOutputError) as caught:
+        trainer(epochs=1, callbacks=[raising(hook, lw.SkipBatch, 0)]).fit(sgd_task(line()), pairs([1]))
+    assert str(caught.value) == (
+        "SkipBatch came after map_batch had returned; raise lw.SkipStep to drop the step instead"
+    )
+
+
+@pytest.mark.capability("FA-24")
+@pytest.mark.parametrize("hook", [h for h in TRAINING_HOOKS if h != "on_step_end"])
+def test_skip_step_drops_the_step(hook: str) -> None:
+    """A step can be dropped anywhere before the optimizers move; its batch is used up, its values are not logged."""
+    net, optimizer_calls = line(), []
+    task = sgd_task(net)
+    task.optimizer.register_step_post_hook(lambda *args: optimizer_calls.append(1))
+    run = trainer(epochs=1, callbacks=[raising(hook, lw.SkipStep, 1)]).fit(task, pairs([1], [2], [4]))
+    assert net.weight.item() == -5.0
+    assert len(optimizer_calls) == run.progress.step == len(run.history.losses["loss"]) == 2
+    assert run.progress[:3] == (1, 1, 0)
+
+
+@pytest.mark.capability("FA-24")
+@pytest.mark.parametrize("hook", TRAINING_HOOKS)
+@pytest.mark.parametrize("at_batch", [0, 1])
+def test_stop_epoch_ends_the_epoch_at_every_training_hook(hook: str, at_batch: int) -> None:
+    """The epoch ends, also at its first batch; what has gone backward is stepped, and the next epoch begins anew."""
+    net = line()
+    task = sgd_task(net, lr=1.0)
+    stopped = {"on_backward_end": 1, "on_grads_ready": 1, "on_step_end": 0}.get(hook, 0)
+    at = at_batch + (hook == "on_step_end")
+    run = trainer(epochs=2, callbacks=[raising(hook, lw.StopEpoch, at)]).fit(task, pairs([1], [2], [4]))
+    steps = at + stopped
+    assert net.weight.item() == -2.0 * sum([1, 2, 4][:steps])
+    assert run.progress[:4] == (1, 2, 0, 2 * steps)
+    assert len(run.history) == 2
+
+
+def test_a_stop_request_ends_training_between_two_steps() -> None:
+    net, ends = line(), []
+    user = trainer(epochs=3, callbacks=[acts(on_fit_end=lambda run: ends.append(run.progress.batch))])
+    user.on(lw.Event.BATCH_START(once=2))(lambda run: run.request_stop("seen enough"))
+    run = user.fit(sgd_task(net), pairs([1], [2], [4]))
+    assert net.weight.item() == -3.0
+    assert (run.stop_reason, run.status, run.progress[:4]) == ("seen enough", "stopped", (0, 0, 2, 2))
+    assert ends == [2]
+
+
+def test_the_first_reason_to_stop_is_kept() -> None:
+    user = trainer(epochs=3)
+    for reason in ("first", "second"):
+        user.on(lw.Event.STEP_END, reason)(lambda run, reason: run.request_stop(reason))
+    assert user.fit(sgd_task(line()), pairs([1], [2])).stop_reason == "first"
+
+
+# ----------------------------------------------------------------------------------------------- run.log, run.replace
+
+
+def test_run_log_adds_the_mean_of_a_value_to_the_records() -> None:
+    user = trainer(epochs=1)
+    user.on(lw.Event.STEP_END)(lambda run: run.log({"twice": 2 * run.progress.step, "t": torch.ones(()) * 3}))
+    run = user.fit(sgd_task(line()), pairs([1], [2], [4]))
+    assert run.history["train/twice"] == [4.0]
+    assert run.metrics["train/t"] == 3.0
+
+
+def replacing(after: int, **new: Any) -> tuple[lw.Trainer, dict[str, Any]]:
+    user = trainer(epochs=2)
+
+    @user.on(lw.Event.STEP_END(once=after))
+    def change(run: lw.Run) -> None:
+        for name, obj in new.items():
+            run.replace(name, obj)
+
+    return user, new
+
+
+@pytest.mark.capability("TB-02")
+def test_model_optimizer_loss_and_data_can_be_replaced_while_training() -> None:
+    """A callback replaces model, optimizer, loss and data with run.replace, the output with map_output."""
+    data = pairs([1], [2])
+    net, other = line(), line(10.0)
+    user, _ = replacing(1, model=other, optimizer=torch.optim.SGD(other.parameters(), lr=0.5))
+    task = sgd_task(net)
+    run = user.fit(task, data)
+    assert net.weight.item() == -1.0
+    assert other.weight.item() == 10.0 - 0.5 * (2 + 1 + 2)
+    assert run.models["model"] is task.module is other
+    assert run.replaced == ["model by Linear after step 1", "optimizer by SGD after step 1"]
+
+    net = line()
+    user, _ = replacing(1, loss=lambda preds, target: 10 * preds.mean())
+    user.fit(sgd_task(net), data)
+    assert net.weight.item() == -(1 + 20 + 10 + 20)
+
+    net = line()
+    user, _ = replacing(1, optimizer=torch.optim.SGD(net.parameters(), lr=10.0))
+    user.fit(sgd_task(net), data)
+    assert net.weight.item() == -(1 + 20 + 10 + 20)
+
+    net = line()
+    user, _ = replacing(1, train=pairs([100]), valid=pairs([7]))
+    run = user.fit(sgd_task(net), data, pairs([5]))
+    assert net.weight.item() == -(1 + 2 + 100)  # the open epoch goes on with its data
+    assert run.metrics["valid/loss"] == 7 * -103.0
+
+    net = line()
+    change = acts(map_output=lambda run, out, *_: {**out, "loss": (out["preds"] * 0 + 5).sum(), "preds": out["preds"]})
+    assert trainer(epochs=1, callbacks=[change]).fit(sgd_task(net), data).metrics["train/loss"] == 5.0
+
+
+def test_a_child_of_a_task_can_be_replaced_by_name() -> None:
+    class Own(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = line(1.0), line(1.0)
+
+        def training_step(self, batch: Any) -> Tensor:
+            return self.head(self.body(batch[0])).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.body.parameters(), lr=1.0)
+
+    task, head = Own(), line(3.0)
+    user, _ = replacing(1, **{"model.head": head})
+    task.head.requires_grad_(False)
+    user.fit(task, pairs([1], [2]))
+    assert task.head is head
+    assert task.body.weight.item() == 1.0 - 1 - 3 * (2 + 1 + 2)
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ({"modle": 1}, "run.replace has no 'modle' to replace. Known: 'loss', 'model', 'model.module', 'optimizer', "
+                       "'optimizer.main', 'train', 'valid'. Did you mean 'model'?"),
+        ({"optimizer": 5}, "run.replace('optimizer', 5): expected a torch optimizer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_replaced_is_refused(new: dict[str, Any], message: str) -> None:
+    user, _ = replacing(1, **new)
+    with pytest.raises(lw.SettingError) as caught:
+        user.fit(sgd_task(line()), pairs([1], [2]))
+    assert str(caught.value) == message
+
+
+def test_a_model_replaced_without_its_optimizer_is_refused() -> None:
+    user, _ = replacing(1, model=line())
+    with pytest.raises(lw.SettingError, match="the optimizer 'main' moves no parameter of the model any more"):
+        user.fit(sgd_task(line()), pairs([1], [2]))
+
+
+def test_an_optimizer_is_not_replaced_under_its_schedule_or_by_one_with_a_closure() -> None:
+    for schedule, new, why in (
+        (lambda o: torch.optim.lr_scheduler.StepLR(o, 1), torch.optim.SGD, "StepLR would go on with the old one"),
+        (None, torch.optim.LBFGS, "one of them calls the step back and the other does not"),
+    ):
+        net = line()
+        user, _ = replacing(1, optimizer=new(net.parameters(), lr=1.0))
+        with pytest.raises(lw.SettingError, match=why):
+            user.fit(sgd_task(net, schedule=schedule), pairs([1], [2]))
+
+
+# ----------------------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", *TRAINING_HOOKS, *VALID, "on_epoch_end", "on_fit_end"])
+def test_an_error_in_a_hook_keeps_its_type_and_says_where_it_was(hook: str) -> None:
+    def fail(run: lw.Run, *args: Any) -> None:
+        raise ZeroDivisionError("by a hook")
+
+    caught: list[BaseException] = []
+    watch = acts(on_exception=lambda run, error: caught.append(error))
+    with pytest.raises(ZeroDivisionError, match="by a hook") as raised:
+        recorded(pairs([1.0]), callbacks=[acts(**{hook: fail}), watch])
+    assert caught == [raised.value]
+    notes = raised.value.__notes__
+    assert notes[0].startswith(f"[loopwright] in Acts.{hook}, after epoch ")
+
+
+def test_an_error_in_a_step_says_after_which_step_and_with_which_batch() -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = line()
+
+        def forward(self, x: Tensor) -> Any:
+            if x[0] == 4:
+                raise KeyError("lost")
+            return self.net(x)
+
+    with pytest.raises(KeyError, match="lost") as raised:
+        trainer(epochs=1).fit(sgd_task(Fails()), pairs([1], [2], [4, 5]))
+    assert raised.value.__notes__ == [
+        "[loopwright] after epoch 0, batch 2 of the open epoch, step 2; batch: (float32[2, 1], float32[2, 1])"
+    ]
+
+
+def test_a_failing_on_exception_does_not_hide_the_error() -> None:
+    def fail(run: lw.Run, *args: Any) -> None:
+        raise ValueError("first")
+
+    def fail_again(run: lw.Run, error: BaseException) -> None:
+        raise RuntimeError("second")
+
+    with pytest.raises(ValueError, match="first") as raised:
+        recorded(pairs([1.0]), callbacks=[acts(on_step_end=fail, on_exception=fail_again)])
+    assert any("failed as well: RuntimeError('second')" in note for note in raised.value.__notes__)
+
+
+def test_the_data_is_closed_when_a_step_fails_or_a_run_stops() -> None:
+    for failing in (True, False):
+        closed = []
+
+        def batches(closed: list[int] = closed) -> Any:
+            try:
+                yield from pairs([1], [2], [4])
+            finally:
+                closed.append(1)
+
+        user = trainer(epochs=1)
+
+        @user.on(lw.Event.STEP_END(once=2))
+        def leave(run: lw.Run, failing: bool = failing, closed: list[int] = closed) -> None:
+            assert not closed
+            if failing:
+                raise ValueError("stop")
+            run.request_stop("enough")
+
+        try:
+            user.fit(sgd_task(line()), batches)
+        except ValueError as error:
+            kept = error  # the traceback keeps the frames alive; closing must not wait for it
+            assert closed == [1], kept
+        assert closed == [1]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            None,
+            "step 'main' returned None; return the loss (a tensor), or a dict such as "
+            '{"loss": loss, "preds": preds, "target": target}',
+        ),
+        (
+            {"los": torch.zeros(())},
+            "step 'main' returned the keys ['los']; a training step must return 'loss', a scalar tensor. "
+            "Known: 'los'. Did you mean 'los'?",
+        ),
+        (
+            {"loss": 0.5},
+            "step 'main' returned a loss of type float; return the tensor itself (without .item() or float()), "
+            "so that gradients can be computed from it",
+        ),
+        (
+            torch.zeros(3, requires_grad=True),
+            "step 'main' returned a loss of shape [3]; return a scalar, such as loss.mean()",
+        ),
+        (
+            torch.zeros(()),
+            "step 'main' returned a loss that depends on no trainable parameter; leave out .detach(), .item() and "
+            "torch.no_grad() in the step, and check requires_grad of the parameters",
+        ),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_wrong_output_of_a_step_is_explained(returned: Any, message: str, accumulate: int) -> None:
+    net = line()
+
+    class Own(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: Any) -> Any:
+            return returned
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(net.parameters(), lr=1.0)
+
+    with pytest.raises(lw.StepOutputError) as caught:
+        trainer(epochs=1, accumulate=accumulate).fit(Own(), pairs([1], [2]))
+    assert str(caught.value) == message
+
+
+def test_an_empty_epoch_is_an_error_that_says_why() -> None:
+    with pytest.raises(lw.DataError, match="epoch 1 of stage 'main' had no batch to train on"):
+        trainer(epochs=1).fit(sgd_task(line(), loss=mean_of_preds), lambda: iter([]))

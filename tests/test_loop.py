@@ -1,0 +1,295 @@
+"""What the loop promises besides numbers: few frames and device reads, little memory, records; Supervised's batches."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+import weakref
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loopwright as lw
+from loopwright.history import LIMIT
+from tiny import acts, classifier, line, loader, mean_of_preds, pairs, samples, sgd_task, trainer
+
+HOME = Path(inspect.getfile(lw)).parent
+
+
+class Frames(torch.autograd.Function):
+    """The identity; its backward notes which functions of Loopwright are on the stack."""
+
+    seen: ClassVar[list[list[str]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        frame, ours, below_backward = inspect.currentframe(), [], False
+        while frame is not None:
+            below_backward |= frame.f_code.co_name == "backward" and frame.f_globals["__name__"] == "torch._tensor"
+            if below_backward and Path(frame.f_code.co_filename).is_relative_to(HOME):
+                ours.append(frame.f_code.co_name)
+            frame = frame.f_back
+        Frames.seen.append(ours)
+        return grad
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"precision": "bf16"}], ids=str)
+def test_at_most_four_frames_lie_between_fit_and_backward(settings: dict[str, Any]) -> None:
+    Frames.seen.clear()
+    task = sgd_task(classifier(), loss=lambda preds, target: Frames.apply(nn.functional.cross_entropy(preds, target)))
+    trainer(epochs=1, callbacks=[acts(on_step_end=lambda *args: None)], **settings).fit(task, loader(batch_size=20))
+    assert Frames.seen == [["train_step", "train_epoch", "train", "fit"]] * 2
+
+
+def test_a_step_adds_few_python_calls() -> None:
+    """Calls of functions of Loopwright a step, with the defaults; the hand-written loop makes 134 of torch's."""
+    calls: list[str] = []
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(HOME):
+            calls.append(frame.f_code.co_name)
+
+    def measure(steps: int) -> int:
+        calls.clear()
+        data = loader(2 * steps, batch_size=2)
+        sys.setprofile(count)
+        try:
+            trainer(epochs=1, log_every=1000).fit(sgd_task(classifier(), loss=nn.CrossEntropyLoss()), data)
+        finally:
+            sys.setprofile(None)
+        return len(calls)
+
+    assert (measure(60) - measure(20)) / 40 <= 24
+
+
+# -------------------------------------------------------------------------------------------------------- device reads
+
+
+class Reads(TorchDispatchMode):
+    """Counts the reads of a value from its device, by the step at which they happen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: list[int] = []
+        self.run: lw.Run | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and self.run is not None:
+            self.at.append(self.run.progress.step)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.capability("B-23")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_between_two_records_no_value_is_read_from_the_device(accumulate: int) -> None:
+    """With clipping, a metric, a history and a schedule, values are read at records and epochs, nowhere else."""
+    net, reads = classifier(dropout=0.5), Reads()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)  # Adam's own step counter is read on the CPU
+    task = lw.Supervised(
+        net,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        metrics={"accuracy": lw.metrics.Accuracy()},
+        schedule=lambda o: lw.per_step(torch.optim.lr_scheduler.ExponentialLR(o, 0.9)),
+    )
+    user = trainer(epochs=1, log_every=10, clip_norm=1.0, nonfinite=None, accumulate=accumulate)
+    user.on(lw.Event.FIT_START)(lambda run: setattr(reads, "run", run))
+    with reads:
+        user.fit(task, loader(35 * accumulate, batch_size=1))
+    assert set(reads.at) - {0} == {10, 20, 30, 35}  # at 0, seeds for the order are drawn
+    reads.at.clear()
+    user = trainer(epochs=1, log_every=10, nonfinite="raise")
+    user.on(lw.Event.FIT_START)(lambda run: setattr(reads, "run", run))
+    with reads:
+        user.fit(sgd_task(classifier(), loss=nn.CrossEntropyLoss()), loader(15, batch_size=1))
+    # the documented check: the loss and one flag for all gradients at each step, on the CPU where it costs nothing
+    assert [reads.at.count(step) for step in range(1, 10)] == [2] * 9
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_the_loss_of_every_step_is_kept_in_four_bytes() -> None:
+    run = trainer(epochs=3, log_every=7).fit(sgd_task(line(1.0)), pairs(*[[float(i)] for i in range(40)]))
+    losses = run.history.losses["loss"]
+    assert (len(losses), losses.itemsize) == (120, 4)
+    assert losses[1] == 1.0
+
+
+def test_values_that_wait_for_a_record_are_bounded() -> None:
+    most = []
+    watch = acts(on_step_end=lambda run, result: most.append(len(run.series._rows) + len(run.series._blocks)))
+    user = trainer(steps=3 * LIMIT, log_every="1e6 steps", nonfinite=None, callbacks=[watch])
+    user.run(lambda run, batch: 1.0, [1] * 4 * LIMIT)
+    assert max(most) < LIMIT
+
+
+def test_outputs_are_let_go_before_the_next_step() -> None:
+    alive: list[Any] = []
+
+    def look(run: lw.Run) -> None:
+        assert all(ref() is None for ref in alive)
+
+    def keep(run: lw.Run, result: lw.StepResult) -> None:
+        alive.append(weakref.ref(result.output["preds"]))
+
+    trainer(epochs=1, callbacks=[acts(on_step_start=look, on_step_end=keep)]).fit(
+        sgd_task(line()), pairs([1], [2], [3])
+    )
+    assert len(alive) == 3
+
+
+def test_a_finished_run_holds_no_batch_and_no_graph() -> None:
+    net, alive = line(), []
+    watch = acts(on_batch_start=lambda run, batch: alive.append(weakref.ref(batch[0])))
+    run = trainer(epochs=1, callbacks=[watch]).fit(sgd_task(net), lambda: iter(pairs([1], [2])))
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    assert run.progress.step == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def test_records_and_epochs_have_means_of_their_own() -> None:
+    """A record is the mean since the last record, an epoch's that of the whole epoch: neither empties the other."""
+    seen: list[tuple[int, str, float]] = []
+
+    class Keep:
+        def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+            seen.append((progress.step, kind, values["train/loss"]))
+
+    data = [(torch.full((n, 1), float(x)), torch.zeros(n, 1)) for n, x in ((1, 2), (3, 6), (2, 4))]
+    run = trainer(epochs=2, log_every=2, loggers=[Keep()]).fit(sgd_task(line(1.0), lr=0.0), data)
+    assert seen == [
+        (2, "train", (2 + 18) / 4),
+        (3, "epoch", (2 + 18 + 8) / 6),
+        (4, "train", (8 + 2) / 3),
+        (6, "train", (18 + 8) / 5),
+        (6, "epoch", (2 + 18 + 8) / 6),
+    ]
+    assert run.history["samples"] == [6, 12]
+    assert run.history["step"] == [3, 6]
+    assert run.metrics["lr"] == 0.0
+
+
+def test_the_last_steps_of_a_run_have_a_record() -> None:
+    kinds: list[Any] = []
+
+    class Keep:
+        def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+            kinds.append((progress.step, kind))
+
+    trainer(steps=4, loggers=[Keep()]).fit(sgd_task(line()), pairs([1], [2], [3]))
+    assert kinds == [(3, "epoch"), (4, "train")]
+
+
+# -------------------------------------------------------------------------------------------- what Supervised takes
+
+
+class Sum(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+X, Y, Z = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), torch.tensor([0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("choice", "batch"),
+    [
+        ({}, (X, Y, Z)),
+        ({}, [X, Y, Z]),
+        ({"inputs": ["a", "b"], "targets": "t"}, {"t": Z, "a": X, "b": Y, "more": 5}),
+        ({"inputs": [2, 1], "targets": 0}, (Z, Y, X)),
+        ({"inputs": lambda batch: (batch.pop(), batch.pop()), "targets": lambda batch: Z}, [X, Y]),
+    ],
+)
+def test_inputs_and_targets_are_found_by_place_key_or_function(choice: dict[str, Any], batch: Any) -> None:
+    task = lw.Supervised(Sum(), nn.MSELoss(), **choice)
+    out = task.training_step(batch)
+    assert torch.equal(out["preds"], X + Y)
+    assert torch.equal(out["target"], Z)
+    assert out["loss"].item() == (11**2 + 22**2) / 2
+
+
+def test_the_loss_is_chosen_by_the_kind_of_target_or_given_by_the_module() -> None:
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 3, 1])
+    task = lw.Supervised(nn.Identity())
+    assert torch.equal(task.training_step((logits, labels))["loss"], nn.functional.cross_entropy(logits, labels))
+    assert torch.equal(task.training_step((X, Y))["loss"], nn.functional.mse_loss(X, Y))
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            return {"loss": x.sum(), "logits": x}
+
+    assert lw.Supervised(Own()).training_step({"x": X, "labels": labels})["loss"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: lw.Supervised(5), "Supervised needs an nn.Module; got int"),
+        (lambda: lw.Supervised(line(), nn.MSELoss), "loss=MSELoss is a class; make an instance: MSELoss()"),
+        (lambda: lw.Supervised(line(), "mse"),
+         "loss='mse' cannot be called; pass a function or module, such as nn.CrossEntropyLoss()"),
+        (lambda: trainer(epochs=1).fit(lw.Supervised(line(), mean_of_preds), pairs([1])),
+         "Supervised has no optimizer to train with; pass one: "
+         "optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3)"),
+        (lambda: trainer(epochs=1).fit(lw.Task(), pairs([1])),
+         "Task has no configure_optimizers; write: def configure_optimizers(self): "
+         "return torch.optim.AdamW(self.parameters(), lr=1e-3)"),
+        (lambda: trainer().fit(sgd_task(line()), pairs([1])),
+         "how long to train is not said; write lw.Trainer(epochs=10), steps=1000 or time='10 min'"),
+        (lambda: trainer(epochs=1).fit(lw.Supervised(line(), optimizer=lambda p: 5), pairs([1])),
+         "the factory of optimizer 'main' returned int; it must return a torch optimizer"),
+        (lambda: trainer(epochs=1, accumulate=0), "accumulate=0: expected a whole number of batches, at least 1"),
+        (lambda: trainer(epochs=1, clip_norm=-1.0),
+         "clip_norm=-1.0: expected a positive number, or None for no clipping"),
+        (lambda: trainer(epochs=1, nonfinite="stop"),
+         "nonfinite='stop': expected 'raise', 'skip', 'skip 25' (at most so many in a row) or None"),
+        (lambda: trainer(epochs=0), "the duration 0 must be a positive number"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_with_the_fix(call: Any, message: str) -> None:
+    with pytest.raises(lw.SettingError) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_a_batch_that_does_not_have_the_chosen_key_is_explained() -> None:
+    task = lw.Supervised(Sum(), nn.MSELoss(), inputs=["a", "c"], targets="t")
+    with pytest.raises(lw.StepOutputError) as caught:
+        task.training_step({"a": X, "b": Y, "t": Z})
+    assert str(caught.value) == (
+        "inputs='c' is not in the batch {'a': float32[2], 'b': float32[2], 't': float32[2]}. Known: 'a', 'b', 't'."
+    )
+
+
+def test_samples_are_counted_by_the_first_dimension() -> None:
+    run = trainer(epochs=1).fit(sgd_task(classifier(), loss=nn.CrossEntropyLoss()), loader(batch_size=10))
+    assert run.progress.samples == 37
+    with pytest.raises(lw.DataError, match=r"cannot tell how many samples .* Pass weight=\.\.\."):
+        trainer(epochs=1).fit(sgd_task(line()), ["text"])
+
+
+def test_clipping_bounds_the_norm_at_every_step() -> None:
+    """On the second and every later step as on the first: a stored iterator over parameters would clip only once."""
+    net, norms = classifier(), []
+    watch = acts(
+        on_grads_ready=lambda run, phase, norm: norms.append(
+            torch.stack([p.grad.norm() for p in net.parameters()]).norm().item()
+        )
+    )
+    task = sgd_task(net, lr=0.1, loss=nn.CrossEntropyLoss())
+    trainer(epochs=3, clip_norm=1e-3, callbacks=[watch]).fit(task, [samples()])
+    assert norms == pytest.approx([1e-3] * 3, rel=1e-3)

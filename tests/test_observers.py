@@ -1,0 +1,156 @@
+"""Watching changes nothing: whatever looks on, the weights, optimizer state and random state are the same bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import loopwright as lw
+from tiny import bits, classifier, loader, recorder, same, seed_all
+
+
+class Look(lw.Callback):
+    """Reads all that it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_backward_end(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: lw.Phase) -> None:
+        self.seen.append((loss.item(), output["preds"].argmax(1).tolist(), batch[0].sum().item()))
+
+    def on_grads_ready(self, run: lw.Run, phase: lw.Phase, grad_norm: Any) -> None:
+        self.seen.append([p.grad.norm().item() for p in phase.parameters() if p.grad is not None])
+
+    def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+        self.seen.append((run.lr, repr(run), dict(run.metrics), run.progress))
+        run.log({"first": result.values["loss"]})
+
+
+class LogMore(lw.Callback):
+    def on_epoch_end(self, run: lw.Run) -> None:
+        assert run.history[-1]["epoch"] == run.progress.epoch
+        run.history["train/loss"]
+        [p.detach().norm().item() for model in run.models.values() for p in model.parameters()]
+
+
+def draw(run: lw.Run) -> None:
+    torch.rand(3), random.random(), np.random.rand()
+
+
+def observed(watchers: set[str], folder: Path | None = None, plan: bool = False) -> list[Any]:
+    """A fit with dropout and augmentation, watched by ``watchers``; its bits and the batches it saw."""
+    net, batches = classifier(dropout=0.5, batch_norm=True), []
+    net[0].register_forward_hook(lambda module, args, out: batches.append(args[0]) if module.training else None)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    train = loader(23, batch_size=7, shuffle=True, noisy=True)
+    valid = loader(9, batch_size=4, shuffle=True, noisy=True)
+    seed_all(5)
+    has = watchers.__contains__
+    task = lw.Supervised(
+        net,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        metrics={"accuracy": lw.metrics.Accuracy()} if has("metrics") else None,
+        schedule=lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=3),
+    )
+    callbacks: list[lw.Callback] = []
+    callbacks += [Look()] if has("look") else []
+    callbacks += [LogMore()] if has("log more") else []
+    callbacks += [recorder([])] if has("every hook") else []
+    user = lw.Trainer(
+        epochs=2,
+        callbacks=callbacks,
+        progress=has("bar"),
+        folder=folder if has("folder") or has("checkpoint") else None,
+        checkpoint=lw.Checkpoint("2 steps") if has("checkpoint") else False,
+        log_every=1 if has("often") else "50 steps",
+        validate_every="3 steps" if has("validate within") and has("validation") else "1 epoch",
+    )
+    if has("draws"):
+        user.on(lw.Event.VALIDATION_START | lw.Event.EVAL_BATCH_END | lw.Event.VALIDATION_END)(draw)
+    if has("handlers"):
+        user.on(lw.Event.STEP_END(every="2 steps"))(lambda run, result: result.values["loss"].item())
+    if has("plan"):
+        user.plan(task, train, valid)
+        user.explain(task, train, valid)
+    run = user.fit(task, train, valid if has("validation") else None)
+    assert run.progress.step == 8
+    return [*bits(net, optimizer), [b.clone() for b in batches]]
+
+
+WATCHERS = [
+    "bar", "folder", "metrics", "validation", "validate within", "often", "checkpoint", "look", "log more", "every hook",
+    "draws", "handlers", "plan",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Any]:
+    return observed(set())
+
+
+@pytest.mark.capability("B-02")
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_no_watcher_changes_a_bit(watcher: str, expected: list[Any], folder: Path) -> None:
+    """Each of the watchers, alone and with a validation: the same batches and the same bits as unwatched."""
+    assert same(observed({watcher}, folder), expected)
+    assert same(observed({watcher, "validation"}, folder), expected)
+
+
+@pytest.mark.capability("B-02")
+def test_any_set_of_watchers_changes_no_bit(expected: list[Any], tmp_path_factory: Any) -> None:
+    """Any set of them, all at once included."""
+    assert same(observed(set(WATCHERS), tmp_path_factory.mktemp("all")), expected)
+
+    @settings(max_examples=12)
+    @given(st.sets(st.sampled_from(WATCHERS), min_size=2))
+    def check(watchers: set[str]) -> None:
+        assert same(observed(watchers, tmp_path_factory.mktemp("some")), expected)
+
+    check()
+
+
+def test_planning_leaves_the_optimizer_as_it_was() -> None:
+    """Also where a schedule is made to be looked at, and when the plan finds a problem."""
+    net = classifier()
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    before = bits(optimizer)
+    factories: list[Callable[[Any], Any]] = [
+        lambda o: torch.optim.lr_scheduler.LinearLR(o),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=1),
+    ]
+    for schedule in factories:
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), optimizer, schedule=schedule)
+        user = lw.Trainer(epochs=2, folder=None, progress=False)
+        user.plan(task, loader(batch_size=7))
+        user.explain(task, loader(batch_size=7))
+        assert same(bits(optimizer), before)
+    with pytest.raises(lw.PlanError, match="OneCycleLR was made for 1 steps, but phase 'main' takes 12"):
+        user.fit(task, loader(batch_size=7))
+    assert same(bits(optimizer), before)
+
+
+def test_an_observer_that_does_change_something_changes_the_bits(expected: list[Any]) -> None:
+    """The tests above would notice: one draw outside of the validation is enough."""
+
+    class Careless(lw.Callback):
+        def on_epoch_start(self, run: lw.Run) -> None:
+            draw(run)
+
+    net = classifier(dropout=0.5, batch_norm=True)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    train = loader(23, batch_size=7, shuffle=True, noisy=True)
+    seed_all(5)
+    schedule = lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=3)  # noqa: E731
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), optimizer, schedule=schedule)
+    lw.Trainer(epochs=2, folder=None, progress=False, callbacks=[Careless()]).fit(task, train)
+    assert not same(bits(net), expected[:1])
