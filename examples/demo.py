@@ -1,8 +1,8 @@
 """The demo: a small convolutional network learns to read handwritten digits, and a report shows how well.
 
-Real data: the 1797 digits of scikit-learn, 8x8 pixels. A quarter, drawn evenly from the ten classes, is the test: it is
-looked at once, after training. A tenth of the rest chooses the best checkpoint. ``--seed`` sets everything that is drawn:
-the split, the first weights, the order of the images and their distortions.
+Real data: the 1797 digits of scikit-learn, 8x8 pixels. A quarter, drawn evenly from the ten classes, is the test:
+it is looked at once, after training. A tenth of the rest chooses the best checkpoint. ``--seed`` sets everything
+that is drawn: the split, the first weights, the order of the images and their distortions.
 Run: python examples/demo.py [--seed 0] [--epochs 24] [--folder runs]
 """
 
@@ -62,7 +62,7 @@ class Distort(lw.Callback):
 
 
 def network(width: int = 24) -> nn.Sequential:
-    """Four convolutions with batch norm; images [N, 1, 8, 8] become ten scores."""
+    """Four convolutions with batch norm: images [N, 1, 8, 8] to scores [N, 10]."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)

@@ -52,7 +52,8 @@ def write_tables(findings: Findings) -> str:
     """Accuracy, how each digit fared, the confusions, and each mistake; at most 72 columns."""
     right, total = int((findings.predicted == findings.digits).sum()), len(findings.digits)
     head = f"Test accuracy {findings.accuracy:.2%}: {right} of {total} images, never seen before"
-    kept = f"(weights of epoch {findings.best_epoch} of {len(findings.history)}, which had the lowest valid/loss)"
+    seconds = findings.history[-1]["seconds"]
+    kept = f"trained in {seconds:.0f} s; weights of epoch {findings.best_epoch}, which had the lowest valid/loss"
     parts = [[head, kept], _classes(findings), _confusions(findings.confusion), _mistakes(findings)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
@@ -66,22 +67,24 @@ def _classes(findings: Findings) -> Iterator[str]:
     for digit, row in enumerate(zip(precision, recall, f1, support, strict=True)):
         yield f"  {digit:>5}{row[0]:>12.1%}{row[1]:>12.1%}{row[2]:>12.1%}{row[3]:>10}"
     yield "  " + "-" * 49
-    yield f"  {'mean':>5}{precision.mean():>12.1%}{recall.mean():>12.1%}{f1.mean():>12.1%}{support.sum():>10}"
+    yield f"  {'all':>5}{precision.mean():>12.1%}{recall.mean():>12.1%}{f1.mean():>12.1%}{support.sum():>10}"
 
 
 def _confusions(confusion: np.ndarray) -> Iterator[str]:
-    yield "  true   predicted" + "".join(f"{digit:>5}" for digit in range(10))
-    yield "  " + "-" * 66
+    yield "  true digit (rows) and predicted digit (columns)"
+    yield "       " + "".join(f"{digit:>5}" for digit in range(10))
+    yield "  " + "-" * 55
     for digit, row in enumerate(confusion):
-        yield f"  {digit:>4}            " + "".join(f"{count or '.':>5}" for count in row)
+        yield f"  {digit:>5}" + "".join(f"{count or '.':>5}" for count in row)
 
 
 def _mistakes(findings: Findings) -> Iterator[str]:
     wrong = [i for i in findings.hardest(len(findings.digits)) if findings.predicted[i] != findings.digits[i]]
     yield f"  {len(wrong) or 'no'} mistake{'s' * (len(wrong) != 1)}{':' * bool(wrong)}"
     for i in wrong[:10]:
-        predicted, true = findings.predicted[i], findings.digits[i]
-        yield f"  a {true} taken for a {predicted}: {findings.chances[i, predicted]:.0%} against {findings.chances[i, true]:.0%}"
+        predicted, true, chances = findings.predicted[i], findings.digits[i], findings.chances[i]
+        names = [f"an {digit}" if digit == 8 else f"a {digit}" for digit in (true, predicted)]
+        yield f"  {names[0]} taken for {names[1]}: {chances[predicted]:.0%} against {chances[true]:.0%}"
     if len(wrong) > 10:
         yield f"  and {len(wrong) - 10} more"
 
@@ -135,7 +138,8 @@ def _curves(axes: Axes, findings: Findings, name: str) -> None:
     axes.set_title({"loss": "Loss (cross entropy of smoothed labels)", "accuracy": "Accuracy"}[name], fontsize=12)
     axes.set_xlabel("epoch")
     if name == "accuracy":  # the first epochs would hide what happens near the top
-        axes.set_ylim(max(0.0, min(0.96, history["train/accuracy"][len(history) // 3] - 0.02)), 1.004)
+        shown = [a for part in ("train", "valid") for a in history[f"{part}/accuracy"][len(history) // 4 :]]
+        axes.set_ylim(max(0.0, min(shown) - 0.01), 1.004)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="0.9")

@@ -1,7 +1,7 @@
 """Any step function can be trained: here one of physics, and one of scikit-learn.
 
-``trainer.run(step, data, state=...)`` calls ``step(run, batch)`` for each batch. The step does the work itself, with any
-library; it gets what training always needs: progress, logging, handlers, checkpoints, a clean stop.
+``trainer.run(step, data, state=...)`` calls ``step(run, batch)`` for each batch. The step does the work itself,
+with any library; it gets what training always needs: progress, logging, handlers, checkpoints, a clean stop.
 Run: python examples/function.py [--epochs 200]
 """
 
@@ -47,8 +47,9 @@ def pendulum(epochs: int) -> dict[str, float]:
 
 def digits(epochs: int) -> float:
     """Accuracy of a linear classifier of scikit-learn, fed batch by batch; it is no torch at all."""
-    X_train, X_test, y_train, y_test = train_test_split(*load_digits(return_X_y=True), random_state=0)
-    model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=1e-3, random_state=0)
+    X, y = load_digits(return_X_y=True)
+    X_train, X_test, y_train, y_test = train_test_split(X / 16, y, stratify=y, random_state=0)
+    model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=0.1, random_state=0)
 
     def step(run: lw.Run, batch: list[Tensor]) -> dict[str, float]:
         X, y = (part.numpy() for part in batch)

@@ -14,20 +14,18 @@ import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import pad, softplus
 
 import loopwright as lw
 
-NOISE = 32  # numbers that an image is drawn from
-
 
 class DigitGAN(lw.Task):
-    """Images are rows of 64 pixels in [-1, 1]."""
+    """Images are rows of 64 pixels in [-1, 1], each drawn from 32 random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.generator = nn.Sequential(
-            nn.Linear(NOISE, 128), nn.BatchNorm1d(128), nn.ReLU(),
+            nn.Linear(32, 128), nn.BatchNorm1d(128), nn.ReLU(),
             nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64), nn.Tanh(),
         )  # fmt: skip
         self.critic = nn.Sequential(
@@ -35,22 +33,16 @@ class DigitGAN(lw.Task):
             nn.Linear(128, 128), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(128, 1),
         )  # fmt: skip
 
-    def forward(self, noise: Tensor) -> Tensor:
-        """Images drawn from noise [N, 32]; predictions are made with it."""
-        return self.generator(noise)
+    def forward(self, like: Tensor) -> Tensor:  # draws as many images as there are in `like`
+        return self.generator(torch.randn(len(like), 32, device=like.device))
 
-    def draw_like(self, real: Tensor) -> Tensor:
-        return self(torch.randn(len(real), NOISE, device=real.device))
-
-    def critic_step(self, real: Tensor) -> dict[str, Tensor]:
+    def critic_step(self, real: Tensor) -> Tensor:
         """Real images should score high, drawn ones low."""
-        real_score, drawn_score = self.critic(real), self.critic(self.draw_like(real).detach())
-        told = ((real_score > 0).float().mean() + (drawn_score < 0).float().mean()) / 2
-        return {"loss": F.softplus(-real_score).mean() + F.softplus(drawn_score).mean(), "told": told}
+        return (softplus(-self.critic(real)) + softplus(self.critic(self(like=real).detach()))).mean()
 
     def generator_step(self, real: Tensor) -> Tensor:
         """Drawn images should score high."""
-        return F.softplus(-self.critic(self.draw_like(real))).mean()
+        return softplus(-self.critic(self(like=real))).mean()
 
     def phases(self) -> list[lw.Phase]:
         return [
@@ -60,19 +52,20 @@ class DigitGAN(lw.Task):
 
     def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         parts = {"critic": self.critic, "generator": self.generator}
-        return {name: torch.optim.Adam(p.parameters(), lr=5e-4, betas=(0.5, 0.99)) for name, p in parts.items()}
+        return {n: torch.optim.Adam(p.parameters(), lr=5e-4, betas=(0.5, 0.99)) for n, p in parts.items()}
 
 
 def main(epochs: int = 150) -> tuple[Tensor, Path]:
     """Train, and return 64 drawn images, [64, 64] in [-1, 1], and the path of their picture."""
     real = torch.from_numpy(load_digits().data).float() / 8 - 1
+    torch.manual_seed(0)
     task = DigitGAN()
     trainer = lw.Trainer(epochs=epochs, seed=0, name="gan")
     run = trainer.fit(task, train=lw.Loader(real, 64, shuffle=True))
-    drawn = trainer.predict(task, torch.randn(64, NOISE))
+    drawn = trainer.predict(task, real[:64])  # the real ones only say how many
 
     path = run.folder / "samples.png"
-    framed = F.pad(drawn.view(8, 8, 8, 8), (1, 1, 1, 1), value=-1.0)
+    framed = pad(drawn.view(8, 8, 8, 8), (1, 1, 1, 1), value=-1.0)
     rows = framed.transpose(1, 2).reshape(80, 80)  # eight rows of eight images
     plt.imsave(path, rows.repeat_interleave(8, 0).repeat_interleave(8, 1), cmap="gray_r")
     nearest, noise = (torch.cdist(some, real).amin(1).mean() for some in (drawn, torch.rand(64, 64) * 2 - 1))

@@ -25,6 +25,7 @@ def main(epochs: int = 60) -> list[str]:
     X_train, X_valid, y_train, y_valid = train_test_split(
         X.astype("float32"), y, test_size=0.3, stratify=y, random_state=0
     )
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3))
     task = lw.Supervised(
         net,
@@ -48,10 +49,10 @@ def main(epochs: int = 60) -> list[str]:
         norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
         run.log({"grad_norm": norm})  # joins the next record, as train/grad_norm
 
-    @trainer.on(Event.EPOCH_END(every=25) | Event.FIT_END, "after")  # extra arguments are handed on
+    @trainer.on(Event.EPOCH_END(every=10) | Event.FIT_END, "after")  # extra arguments are handed on
     def report(run: lw.Run, word: str) -> None:
-        m = run.metrics
-        say(f"{word} epoch {run.progress.epoch:3}: loss {m['train/loss']:.3f}, valid {m['valid/accuracy']:.1%}")
+        last = run.history[-1]
+        say(f"{word} epoch {last['epoch']:2}: loss {last['train/loss']:.3f}, valid {last['valid/accuracy']:.1%}")
 
     @trainer.on(Event.VALIDATION_END(after=5) & Event.VALIDATION_END(when=lambda run: run.lr > 2e-3))
     def slow_down(run: lw.Run, values: Mapping[str, float]) -> None:
@@ -59,9 +60,9 @@ def main(epochs: int = 60) -> list[str]:
             run.optimizers["main"].param_groups[0]["lr"] = 2e-3
             say(f"above 95 %: lr is {run.lr} from step {run.progress.step} on")
 
-    @trainer.on(Event.VALIDATION_END(when=lambda run: run.metrics["valid/loss"] < 0.3))
+    @trainer.on(Event.VALIDATION_END(when=lambda run: run.metrics["valid/loss"] < 0.2))
     def enough(run: lw.Run) -> None:
-        run.request_stop("valid/loss is below 0.3")
+        run.request_stop("valid/loss is below 0.2")
 
     run = trainer.fit(task, lw.Loader((X_train, y_train), 16, shuffle=True), lw.Loader((X_valid, y_valid), 64))
     say(f"{run.status}: {run.stop_reason or 'all epochs are done'}")

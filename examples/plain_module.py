@@ -22,6 +22,7 @@ def main(epochs: int = 30) -> dict[str, float]:
     X_train, X_test, y_train, y_test = train_test_split(
         X.astype("float32"), y, test_size=0.25, stratify=y, random_state=0
     )
+    torch.manual_seed(0)
     # the first layer brings the 30 measurements, of very different units, to one scale
     net = nn.Sequential(nn.BatchNorm1d(30), nn.Linear(30, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 2))
 

@@ -35,7 +35,6 @@ class Log:
 def look(run: lw.Run) -> None: ...
 
 
-@pytest.mark.capability("B-08")
 def test_a_rich_run_is_drawn_line_by_line(folder: Path) -> None:
     """explain() prints the flat loop of this run: settings, schedules, callbacks and handlers, each in its place."""
     user = trainer(
@@ -50,6 +49,7 @@ def test_a_rich_run_is_drawn_line_by_line(folder: Path) -> None:
     schedule = [lw.per_step(CosineAnnealingLR(optimizer, 60)), StepLR(optimizer, 1)]
     task = lw.Supervised(net, nn.MSELoss(), optimizer, schedule=schedule, metrics={"error": lw.metrics.Mean("loss")})
     assert user.explain(task, pairs([1.0], [2.0], [3.0]), pairs([1.0])) == '''\
+EarlyStopping.on_fit_start
 stage 'main': until 3 epochs
     for each epoch:
         for each window of up to 2 batches of Iterated:
@@ -73,9 +73,9 @@ stage 'main': until 3 epochs
             EarlyStopping.on_validation_end
         append the record of the epoch to run.history
         StepLR.step()
+        EarlyStopping.on_epoch_end
         print, at EPOCH_END(every='2 epochs')  # on_epoch_end
 save a last checkpoint
-EarlyStopping.on_fit_start
 look, at STEP_END(every=50) | FIT_END  # on_fit_end'''
 
 
@@ -83,7 +83,6 @@ def drawn(text: str) -> list[str]:
     return PLACE.findall(text)
 
 
-@pytest.mark.capability("B-08")
 @pytest.mark.parametrize("validate_every", ["1 step", "1 epoch"])
 @pytest.mark.parametrize("phases", [1, 2])
 def test_hooks_stand_in_the_order_in_which_they_fire(validate_every: str, phases: int, folder: Path) -> None:

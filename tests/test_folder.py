@@ -47,7 +47,8 @@ def test_a_new_run_has_its_own_folder() -> None:
 def test_settings_can_be_read_back() -> None:
     path = opened(epochs=2, lr=1e-3, betas=(0.9, 0.99), text="é: #", none=None, root=Path("a/b"), net={"width": [1, 2]})
     assert yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) == {
-        "epochs": 2, "lr": 1e-3, "betas": [0.9, 0.99], "text": "é: #", "none": None, "root": "a/b", "net": {"width": [1, 2]},
+        "epochs": 2, "lr": 1e-3, "betas": [0.9, 0.99], "text": "é: #", "none": None, "root": "a/b",
+        "net": {"width": [1, 2]},
     }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def test_a_run_that_goes_on_is_running_again() -> None:
 
 def test_an_unknown_status_is_refused() -> None:
     path = opened()
-    with pytest.raises(SettingError, match="status='finished' is unknown. Known: 'done', 'failed', 'interrupted'"):
+    with pytest.raises(SettingError, match=r"status='finished' is unknown. Known: 'done', 'failed', 'interrupted'"):
         close_folder(path, "finished")  # type: ignore[arg-type]
     assert record(path)["status"] == "running"
 
@@ -115,8 +116,8 @@ def test_an_unknown_status_is_refused() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "", " ", ".", "..", "../x", "/etc/x", "a/b", "a\\b", "a\0b", "a\nb", "~", ".hidden", "x" * 101, "a:b", "x.", "x ",
-        "-rf", None, 3, "*",
+        "", " ", ".", "..", "../x", "/etc/x", "a/b", "a\\b", "a\0b", "a\nb", "~", ".hidden", "x" * 101, "a:b",
+        "x.", "x ", "-rf", None, 3, "*",
     ],
     ids=repr,
 )  # fmt: skip
@@ -220,7 +221,7 @@ def test_a_machine_without_git_is_no_problem(tmp_path: Path) -> None:
 
 
 def test_the_source_is_the_script_and_what_it_imports_from_here() -> None:
-    put(net="", unused="", pkg__part="", pkg____init="", **{"hidden": ""})
+    put(net="", unused="", pkg__part="", pkg____init="")
     Path("pkg/__init__.py").write_text("from pkg import part")
     path = script("net", "pkg")
     assert archived(path) == ["net.py", "pkg/__init__.py", "pkg/part.py", "train.py"]

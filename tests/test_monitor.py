@@ -11,8 +11,8 @@ from loopwright.monitor import better, direction, improved
 
 FALLS = [
     "loss", "train/loss", "valid/disc/loss", "valid/MeanSquaredError", "valid/rmse", "valid/log_loss",
-    "valid/top5_error", "valid/brier_score", "valid/perplexity", "valid/cross_entropy", "valid/mean_absolute_percentage_error",
-    "test/fid",
+    "valid/top5_error", "valid/brier_score", "valid/perplexity", "valid/cross_entropy",
+    "valid/mean_absolute_percentage_error", "test/fid",
 ]  # fmt: skip
 RISES = [
     "valid/accuracy", "valid/acc", "valid/MulticlassAccuracy", "valid/f1", "valid/f1_macro", "valid/r2", "valid/auc",

@@ -203,14 +203,25 @@ def test_a_mistake_is_found_before_step_0(mistake: str) -> None:
     user, task, valid = made()
     assert user.plan(task, DATA, valid).problems == [problem]
     user, task, valid = made()
-    seen: list[Any] = []
-    user.on(lw.Event.FIT_START)(seen.append)
     with pytest.raises(lw.PlanError) as caught:
         user.fit(task, DATA, valid)
     assert caught.value.problems == [problem]
     assert str(caught.value) == f"this run cannot start:\n  - {problem}"
-    assert seen == []
-    assert not hasattr(task, "_run")
+    assert not hasattr(task, "_run")  # nothing was begun
+
+
+@pytest.mark.capability("B-06")
+def test_state_that_no_checkpoint_can_hold_is_found_before_step_0(folder: Path) -> None:
+    class Keeps(lw.Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"tools": {"loss": print}}
+
+    user, task = trainer(epochs=1, callbacks=[Keeps()], folder=folder, loggers=[]), sgd_task(line())
+    with pytest.raises(lw.CheckpointError, match=r"Keeps\.state_dict\(\)\['tools'\]\['loss'\] is a builtin"):
+        user.fit(task, DATA)
+    assert task._run.progress.step == 0
+    run = trainer(epochs=1, callbacks=[Keeps()], folder=folder, checkpoint=False).fit(sgd_task(line()), DATA)
+    assert run.status == "done"
 
 
 def test_a_step_function_refuses_settings_that_only_the_loop_could_apply() -> None:

@@ -42,9 +42,14 @@ def test_forked_puts_back_after_an_exception() -> None:
     state = rng.get()
     expected = draw()
     rng.set(state)
-    with pytest.raises(KeyError), rng.forked():
-        draw()
-        raise KeyError
+
+    def fail() -> None:
+        with rng.forked():
+            draw()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert draw() == expected
 
 

@@ -18,7 +18,7 @@ from loopwright.errors import DataError, SkipStep, StopEpoch
 from loopwright.events import add_place, fire, fold, hook_name
 from loopwright.history import Series
 from loopwright.records import log_epoch, log_train, log_values
-from loopwright.stages import apply_changes, begin_stage, end_stage, is_over
+from loopwright.stages import apply_changes, begin_stage, end_stage, inexact, is_over
 from loopwright.state import Progress, Run, Source, Stage, StepResult
 from loopwright.steps import (
     as_output,
@@ -40,6 +40,8 @@ def train(run: Run) -> None:
     try:
         run.began = time.perf_counter() - run.progress.seconds
         fire(hooks.on_fit_start, run)
+        for saver in run.savers:
+            saver.start(run)  # what cannot be saved is an error now, not at the first checkpoint
         while (stage := run.stage) is not None and run.stop_reason is None:
             fresh = begin_stage(run, stage)  # False in the middle of it, after a resume
             if fresh:
@@ -278,6 +280,7 @@ def end_epoch(run: Run, stage: Stage) -> None:
 
 def save(run: Run, saver: Any) -> None:
     """Write a checkpoint; training stands between two steps."""
+    run.exact = inexact(run) or True  # a sampler may show only while it runs that it cannot be resumed exactly
     path = saver.save(run)
     if path is not None:
         fire(run.hooks.on_checkpoint, run, path)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loopwright.data import DataModule, as_source, samples
+from loopwright.data import DataModule, as_source, data_of, opened, samples
 from loopwright.errors import SettingError, choose
 from loopwright.metrics import Meters, check_metrics
 from loopwright.optim import as_schedulers, match_names
@@ -70,9 +70,8 @@ def assemble(
 ) -> Parts:
     """Resolve all that training needs; a task goes on with the optimizers and schedulers of its ``previous`` run."""
     if isinstance(train, DataModule):
-        train.prepare_data()
-        train.setup()
-        valid, train = train.valid_data() if valid is None else valid, train.train_data()
+        module, train = train, opened(train, "train")
+        valid = data_of(module, "valid") if valid is None else valid
     models = task.models()
     move_task(task, models, device)
     metrics = check_metrics(task.configure_metrics())

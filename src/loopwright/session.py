@@ -40,7 +40,7 @@ def session(
     run.status = "running"
     run.task.__dict__["_run"] = run
     try:
-        for part in (*run.handlers, *run.savers, *run.loggers):
+        for part in (*run.handlers, *run.loggers):
             if hasattr(part, "start"):
                 part.start(run)
         with watch_signals(run):
@@ -56,6 +56,9 @@ def session(
             torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         for parameter_name, parameter in run.task.named_parameters() if isinstance(run.task, nn.Module) else ():
             parameter.requires_grad_(run.trainable.get(parameter_name, parameter.requires_grad))
+        for stage in run.stages:
+            if hasattr(stage.source, "close"):
+                stage.source.close()  # persistent workers end with the fit
         _close(run, error)
 
 

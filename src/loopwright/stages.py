@@ -14,7 +14,7 @@ from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
 from loopwright.state import Progress, Run, Stage
 
-__all__ = ["apply_changes", "begin_stage", "end_stage", "is_over", "needs_closure"]
+__all__ = ["apply_changes", "begin_stage", "end_stage", "inexact", "is_over", "needs_closure"]
 
 
 def begin_stage(run: Run, stage: Stage) -> bool:
@@ -126,3 +126,16 @@ def _replace_model(run: Run, kind: str, key: str, new: Any) -> None:
     for stage in run.stages:
         for phase in stage.phases:
             phase.step = steps.get(phase.name, phase.step)
+
+
+def inexact(run: Run) -> list[str]:
+    """Reasons why a resume of this run could not give the same bits, as far as is known by now."""
+    reasons = [reason for stage in run.stages for reason in stage.source.exact]
+    reasons += [why for stage in run.stages for phase in stage.phases if phase.meters for why in phase.meters.exact]
+    if any(until.unit == "seconds" for stage in run.stages for until in stage.until):
+        reasons.append("its length is bounded by time")
+    if run.device.type != "cpu" and not run.settings.get("deterministic"):
+        reasons.append(f"{run.device.type} without deterministic=True")
+    if run.replaced:
+        reasons.append(f"objects were replaced: {', '.join(run.replaced)}")
+    return list(dict.fromkeys(reasons))

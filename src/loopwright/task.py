@@ -144,9 +144,9 @@ class Supervised(Task):
     def _any_step(self, batch: Any, loss_of: Callable[..., Tensor] | None) -> dict[str, Any]:
         args, kwargs = _arguments(batch, _picker(self.inputs, "inputs"), has_target=self.targets is None)
         preds = self.module(*args, **kwargs)
-        pick_target = _picker(self.targets, "targets")
-        target = _target(batch) if pick_target is None else pick_target(batch)
         loss = _own_loss(preds) if loss_of is None else None
+        pick_target = _picker(self.targets, "targets")
+        target = _target(batch, needed=loss is None) if pick_target is None else pick_target(batch)
         if loss is None:
             loss = (loss_of or pick_loss(preds, target))(preds, target)
         return {"loss": loss, "preds": preds, "target": target}
@@ -239,15 +239,17 @@ def _arguments(
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, (list, tuple)):
-        return tuple(batch[:-1] if has_target else batch), {}
+        return tuple(batch[:-1] if has_target and len(batch) > 1 else batch), {}
     return (batch,), {}
 
 
-def _target(batch: Any) -> Any:
+def _target(batch: Any, *, needed: bool) -> Any:
     if isinstance(batch, (list, tuple)) and len(batch) > 1:
         return batch[-1]
     if isinstance(batch, Mapping):
         return next((batch[key] for key in ("labels", "label", "target", "y") if key in batch), None)
+    if not needed:
+        return None
     raise StepOutputError(
         f"a batch {describe(batch)} has no target; Supervised expects (input, target). Choose with inputs= and "
         f"targets=, "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loopwright import loop
 from loopwright.callbacks import Checkpoint, ProgressBar
-from loopwright.data import DataModule, as_source
+from loopwright.data import as_source, opened
 from loopwright.errors import LoopwrightError, SettingError, choose
 from loopwright.events import Callback, Event, Filter, Handler, Hooks
 from loopwright.explain import explain
@@ -25,6 +25,7 @@ from loopwright.plan import Plan, make_plan
 from loopwright.prepare import Parts, as_sources, assemble, measured_by, move_task, sample_count, trainable_flags
 from loopwright.progress import Duration, Every
 from loopwright.session import go_on, session
+from loopwright.stages import inexact
 from loopwright.state import Run, Stage
 from loopwright.task import StepTask, Supervised, Task  # noqa: F401 - Supervised is for the doctest
 
@@ -209,11 +210,8 @@ class Trainer:
         one entry a batch.
         """
         run = self._bare(_checked(task))
-        if isinstance(data, DataModule):
-            data.prepare_data()
-            data.setup()
-            data = data.predict_data()
-        return joined(loop.predict(run, as_source(data, train=False, key=self._key()), task.predict_step))
+        source = as_source(opened(data, "predict"), train=False, key=self._key())
+        return joined(loop.predict(run, source, task.predict_step))
 
     def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
         """Check all that can be checked before step 0, and say what the run will do. Reads no batch."""
@@ -269,7 +267,7 @@ class Trainer:
         run.savers, run.loggers = self._savers(), self._loggers()
         run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
         run.trainable = trainable_flags(task)
-        run.exact = self._inexact(run) or True
+        run.exact = inexact(run) or True
         if isinstance(task, StepTask):
             task.run, run.state = run, task.state
         if previous is not None:
@@ -300,24 +298,11 @@ class Trainer:
             return [JSONLLogger()] if self.folder is not None else []
         return list(self.loggers)
 
-    def _inexact(self, run: Run) -> list[str]:
-        """Reasons why a resume of this run could not give the same bits."""
-        reasons = [reason for stage in run.stages for reason in stage.source.exact]
-        if any(until.unit == "seconds" for stage in run.stages for until in stage.until):
-            reasons.append("its length is bounded by time")
-        if run.device.type != "cpu" and not self.deterministic:
-            reasons.append(f"{run.device.type} without deterministic=True")
-        return list(dict.fromkeys(reasons))
-
     def _evaluate(self, task: Any, data: Any, kind: str) -> dict[str, float]:
         run = self._bare(_checked(task))
-        if isinstance(data, DataModule):
-            data.prepare_data()
-            data.setup()
-            data = data.test_data() if kind == "test" else data.valid_data()
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = task.test_step if kind == "test" else task.validation_step
-        return loop.evaluate(run, as_sources(data, self._key()), step, kind=kind)
+        return loop.evaluate(run, as_sources(opened(data, kind), self._key()), step, kind=kind)
 
     @contextmanager
     def _session(self, run: Run, parts: Parts) -> Iterator[None]:

@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
         super().__init__()
         self.width, self.height = width, height
         self.lines: list[list[str]] = [[]]
-        self.row = self.column = 0
+        self.row = self.column = self.top = 0  # top: the first line that is still on the screen
         self.saved, self.drawing = (0, 0), False
         self.refreshes = 0
 
@@ -34,6 +34,7 @@ class Terminal(io.StringIO):
         elif token in ("\n", "\x1bD"):
             self.row, self.column = self.row + 1, 0 if token == "\n" else self.column
             self.lines += [[] for _ in range(self.row + 1 - len(self.lines))]
+            self.top = max(self.top, self.row + 1 - self.height)
         elif token == "\x1b7":
             self.saved, self.drawing = (self.row - self.top, self.column), True  # a place on the screen
         elif token == "\x1b8":
@@ -53,11 +54,6 @@ class Terminal(io.StringIO):
             self.column += 1
             fits = self.column < self.width or not self.drawing
             assert fits, f"a bar reaches the right edge, where it would wrap: {''.join(line)!r}"
-
-    @property
-    def top(self) -> int:
-        """The first line that is still on the screen."""
-        return max(0, len(self.lines) - self.height)
 
     @property
     def screen(self) -> list[str]:

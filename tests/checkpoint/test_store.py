@@ -161,7 +161,7 @@ def test_a_failure_of_the_disk_leaves_the_older_checkpoint(call: str, monkeypatc
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(
-        CheckpointError, match="could not be written: .*No space left on device.* Older ones are untouched"
+        CheckpointError, match=r"could not be written: .*No space left on device.* Older ones are untouched"
     ):
         make(step=2)
     monkeypatch.undo()
@@ -335,9 +335,11 @@ def test_checkpoints_are_listed_as_written() -> None:
 def test_a_run_folder_means_its_newest_checkpoint() -> None:
     path = write(Path("runs/a/checkpoints/step-1"), {}, {}, {})
     assert find("runs/a") == find("runs/a/checkpoints") == find(path) == path
-    with pytest.raises(CheckpointError, match="^runs is not a checkpoint: it has no manifest.json, and no checkpoints"):
+    with pytest.raises(
+        CheckpointError, match=r"^runs is not a checkpoint: it has no manifest.json, and no checkpoints"
+    ):
         find("runs")
-    with pytest.raises(CheckpointError, match="^gone is not a checkpoint: it does not exist"):
+    with pytest.raises(CheckpointError, match=r"^gone is not a checkpoint: it does not exist"):
         find("gone")
 
 
@@ -362,7 +364,7 @@ def test_delete_removes_checkpoints_and_nothing_else() -> None:
     delete(path)
     assert list(path.parent.iterdir()) == []
     path.mkdir()
-    with pytest.raises(CheckpointError, match="is not a checkpoint: it has no manifest.json; nothing was deleted"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: it has no manifest.json; nothing was deleted"):
         delete(path)
     assert path.is_dir()
 

@@ -158,7 +158,7 @@ def test_a_sampler_that_does_not_repeat_itself_is_found_out() -> None:
     with pytest.raises(DataError) as error:
         fresh.at(1, 1)
     assert str(error.value) == (
-        "cannot resume: the sampler BatchSampler gave other indices for the first 1 batches than in the saved run, so "
+        "cannot resume: the sampler Counts gave other indices for the first 1 batches than in the saved run, so "
         "its order depends on more than the random generators. Give it set_epoch(epoch), or state_dict() and "
         "load_state_dict(state), or use lw.Loader(dataset, shuffle=True)"
     )
@@ -176,7 +176,7 @@ def test_a_sampler_that_draws_index_by_index_is_named_in_exact() -> None:
     next(batches)
     assert source.exact == []
     next(batches)
-    assert source.exact == ["the sampler BatchSampler draws random numbers from batch to batch"]
+    assert source.exact == ["the sampler Draws draws random numbers from batch to batch"]
     fresh = TorchLoader(DataLoader(range(6), 2, sampler=Draws()))  # type: ignore[arg-type]
     fresh.load_state_dict(source.state_dict())
     assert len(list(fresh.at(0, 2))) == 1  # goes on, approximately

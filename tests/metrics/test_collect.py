@@ -426,6 +426,8 @@ def test_on_is_the_metric_itself_by_hand() -> None:
     metric = On(torchmetrics.MeanMetric(), "loss")
     metric.update(torch.tensor([1.0, 3.0]))
     other = On(torchmetrics.MeanMetric(), "loss")
+    other.update(torch.tensor([7.0]))
+    assert other.compute().item() == 7.0  # torchmetrics keeps this result
     other.load_state_dict(metric.state_dict())
     assert other.compute().item() == 2.0
     metric.reset()

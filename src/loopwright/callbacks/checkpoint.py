@@ -66,9 +66,13 @@ class Checkpoint:
         self._validated = False
 
     def start(self, run: Run) -> None:
-        """Begin at the run's progress, knowing what its folder holds already; leftovers of killed writes go."""
+        """Begin at the run's progress, knowing what its folder holds already; leftovers of killed writes go.
+
+        Raises CheckpointError, before the first step, naming what could not be saved.
+        """
         if run.folder is None:
             raise SettingError("Checkpoint needs a folder to write to: Trainer(folder='runs')")
+        snapshot.check(run)
         self._every.start(run.progress, run.stage.source.batches if run.stage is not None else None)
         self._aim()
         self._saved, self._validated = None, False

@@ -4,7 +4,7 @@ from loopwright.data.batch import move, samples
 from loopwright.data.gather import Gather
 from loopwright.data.iterated import Iterated
 from loopwright.data.loader import Loader
-from loopwright.data.module import DataModule, data_of
+from loopwright.data.module import DataModule, data_of, opened
 from loopwright.data.sources import as_source
 from loopwright.data.torch_loader import TorchLoader
 
@@ -17,5 +17,6 @@ __all__ = [
     "as_source",
     "data_of",
     "move",
+    "opened",
     "samples",
 ]

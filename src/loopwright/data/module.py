@@ -6,7 +6,7 @@ from typing import Any
 
 from loopwright.errors import DataError, SettingError, choose
 
-__all__ = ["DataModule", "data_of"]
+__all__ = ["DataModule", "data_of", "opened"]
 
 KINDS = ("train", "valid", "test", "predict")
 
@@ -51,10 +51,22 @@ class DataModule:
         return None
 
 
+def opened(data: Any, kind: str) -> Any:
+    """``data`` itself, or that of a DataModule, which is prepared and set up for it."""
+    if not isinstance(data, DataModule):
+        return data
+    data.prepare_data()
+    data.setup()
+    return data_of(data, kind)
+
+
 def data_of(module: DataModule, kind: str) -> Any:
     """The module's data for "train", "valid", "test" or "predict".
 
     Raises DataError if there is none and it is needed: only validation may have none.
+
+    >>> data_of(DataModule(), "valid") is None
+    True
     """
     if kind not in KINDS:
         raise SettingError(f"unknown kind of data {kind!r}. {choose(kind, KINDS)}")

@@ -37,9 +37,9 @@ class Order:
     def __init__(self, sampler: Any, streams: Streams, *, ahead: bool, mark: bool) -> None:
         self.sampler, self.streams, self.ahead, self.mark = sampler, streams, ahead, mark
         self.draws = False  # seen to draw from the global generators while it yields
-        self._unknown = type(sampler) not in _KNOWN or type(getattr(sampler, "sampler", None)) not in _KNOWN | {
-            type(None)
-        }
+        inner = getattr(sampler, "sampler", None)
+        self._unknown = type(sampler) not in _KNOWN or not (inner is None or type(inner) in _KNOWN)
+        self.name = type(inner if type(sampler) is BatchSampler else sampler).__name__
         self._watched = _WATCHED if self._unknown else 0
         self.reset()
 
@@ -49,13 +49,13 @@ class Order:
         self.digest = 0
         self.made: dict[str, Any] | None = None  # the generators when torch draws the seed of new workers
         self._note: dict[str, Any] = {}
-        self._next: Callable[[], Iterator[Any]] = self._opened
+        self._next: Callable[[], Iterator[Any]] | None = None  # in place of opening the sampler
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._next()
+        return self._opened() if self._next is None else self._next()
 
     def silence(self) -> None:
         """Give nothing until ``reset``: a worker iterator can then be made without sending it work."""
@@ -127,7 +127,7 @@ class Order:
 
     def _refuse(self, what: str) -> NoReturn:
         raise DataError(
-            f"cannot resume: the sampler {type(self.sampler).__name__} {what}, so its order depends on more than the "
+            f"cannot resume: the sampler {self.name} {what}, so its order depends on more than the "
             "random generators. Give it set_epoch(epoch), or state_dict() and load_state_dict(state), or use "
             "lw.Loader(dataset, shuffle=True)"
         )

@@ -84,16 +84,14 @@ class TorchLoader:
         if self.workers and not self.loader.in_order:
             reasons.append("DataLoader(in_order=False) gives batches in the order in which its workers finish")
         if self._order.draws and self.workers:
-            reasons.append(f"the sampler {self._sampler} draws random numbers while its workers are ahead of training")
+            reasons.append(
+                f"the sampler {self._order.name} draws random numbers while its workers are ahead of training"
+            )
         elif self._order.draws:
-            reasons.append(f"the sampler {self._sampler} draws random numbers from batch to batch")
+            reasons.append(f"the sampler {self._order.name} draws random numbers from batch to batch")
         if self._left:
             reasons.append("an epoch was left early while persistent workers were ahead of it")
         return reasons
-
-    @property
-    def _sampler(self) -> str:
-        return type(self._order.sampler).__name__
 
     def _own(self) -> dict[str, Any]:
         dataset: Any = self.loader.dataset

@@ -49,32 +49,25 @@ def _parts(metric: Any) -> dict[str, Any]:
 
 
 def _values(part: Any) -> dict[str, Any]:
-    """States, other tensors, counts such as ``_update_count``, and settings that may come from the data."""
+    """States, other tensors, counts such as ``_update_count``; settings are what the code says, not a checkpoint."""
     return {
         name: _copied(value)
         for name, value in vars(part).items()
-        if name != "_computed"
-        and (name in part._defaults or isinstance(value, (Tensor, int, float, str)))
-        and (name[0] == "_" or not isinstance(value, bool))
+        if name in part._defaults
+        or (name != "_computed" and isinstance(value, Tensor))
+        or (name[0] == "_" and isinstance(value, (bool, int, float, str)))
     }
 
 
 def _set(part: Any, values: Mapping[str, Any]) -> None:
-    own, defaults = vars(part), part._defaults
-    missing = sorted(name for name in defaults if name in own and name not in values)
+    own = vars(part)
+    missing = sorted(name for name in part._defaults if name in own and name not in values)
     if missing:  # names that are not its own belong to the metric that it wraps
         raise CheckpointError(
             f"the saved state has no {missing[0]!r}, which {type(part).__name__} needs. "
             f"{choose(missing[0], values)} Resume with the metrics that the run was started with"
         )
-    for name, value in values.items():
-        default = defaults.get(name)
-        # a setting stays what it is in the code, unless the first batch was to find it out
-        if default is not None or isinstance(value, Tensor) or name[0] == "_" or own.get(name, 0) is None:
-            own[name] = _copied(value)
-        if isinstance(default, Tensor) and default.shape != value.shape and default.numel() == 1:
-            defaults[name] = default.expand(value.shape).clone()
-    own["_computed"] = None
+    own.update({name: _copied(value) for name, value in values.items() if name in own})
 
 
 def _copied(value: Any) -> Any:

@@ -1,0 +1,592 @@
+"""Bad input: a clear error with the fix and the place; the folder closed; type and traceback of the cause kept."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import acts, line, pairs, sgd_task, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import loopwright as lw
+from loopwright.events import HOOKS
+
+DATA = pairs([1.0, 1.0], [2.0, 2.0], [3.0])  # 3 batches: 2, 2 and 1 samples
+
+
+def failure(
+    folder: Path, task: Any, data: Any, valid: Any = None, **settings: Any
+) -> tuple[BaseException, dict[str, Any]]:
+    """What a fit raises, and the record that it leaves in its folder; no worker process outlives it."""
+    user = trainer(**{"epochs": 2, "folder": folder, "name": "bad", "checkpoint": False, **settings})
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - what it is, is asserted by the caller
+        user.fit(task, data, valid)
+    assert multiprocessing.active_children() == []
+    (file,) = folder.glob("bad/*/run.json")
+    return caught.value, json.loads(file.read_text(encoding="utf-8"))
+
+
+def assert_failed(record: dict[str, Any], error: BaseException) -> None:
+    assert record["status"] == "failed"
+    assert record["error"] == {"type": type(error).__qualname__, "message": str(error)}
+    assert "ended" in record
+
+
+def functions(error: BaseException | None) -> list[str]:
+    """Names of the functions in the traceback of ``error`` and of its causes."""
+    found = []
+    while error is not None:
+        found += [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        error = error.__cause__
+    return found
+
+
+def notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
+
+
+# ------------------------------------------------------------------------------------------------------- steps
+
+
+def stepping(returns: Callable[[Tensor], Any]) -> lw.Task:
+    class Own(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = line(1.0)
+
+        def training_step(self, batch: Any) -> Any:
+            return returns(self.net(batch[0]))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Own()
+
+
+WHERE = "[loopwright] after epoch 0, batch 0 of the open epoch, step 0; batch: (float32[2, 1], float32[2, 1])"
+NO_LOSS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nothing": (
+        lambda preds: None,
+        "step 'main' returned None; return the loss (a tensor), or a dict such as "
+        '{"loss": loss, "preds": preds, "target": target}',
+    ),
+    "a dict without loss": (
+        lambda preds: {"los": preds.mean(), "acc": 0.5},
+        "step 'main' returned the keys ['acc', 'los']; a training step must return 'loss', a scalar tensor. "
+        "Known: 'acc', 'los'. Did you mean 'los'?",
+    ),
+    "None as loss": (
+        lambda preds: {"loss": None},
+        "step 'main' returned a loss of type NoneType; return the tensor itself (without .item() or float()), so that "
+        "gradients can be computed from it",
+    ),
+    "a number": (
+        lambda preds: {"loss": preds.mean().item()},
+        "step 'main' returned a loss of type float; return the tensor itself (without .item() or float()), so that "
+        "gradients can be computed from it",
+    ),
+    "one loss a sample": (
+        lambda preds: preds[:, 0],
+        "step 'main' returned a loss of shape [2]; return a scalar, such as loss.mean()",
+    ),
+    "a detached loss": (
+        lambda preds: preds.mean().detach(),
+        "step 'main' returned a loss that depends on no trainable parameter; leave out .detach(), .item() and "
+        "torch.no_grad() in the step, and check requires_grad of the parameters",
+    ),
+    "a tuple": (
+        lambda preds: (preds.mean(), preds),
+        "step 'main' returned (float32[], float32[2, 1]); return the loss (a tensor), or a dict such as "
+        '{"loss": loss, "preds": preds, "target": target}',
+    ),
+}
+
+
+@pytest.mark.parametrize("returned", NO_LOSS)
+def test_a_step_without_a_usable_loss_is_told_what_to_return(returned: str, folder: Path) -> None:
+    returns, message = NO_LOSS[returned]
+    error, record = failure(folder, stepping(returns), DATA)
+    assert type(error) is lw.StepOutputError
+    assert str(error) == message
+    assert notes(error) == [WHERE]
+    assert_failed(record, error)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(bad: float, folder: Path) -> None:
+    net = line(1.0)
+    task = sgd_task(net, loss=lambda preds, target: preds.mean() * (bad if preds.mean() < 0 else 1.0))
+    error, record = failure(folder, task, pairs([3.0], [1.0], [1.0]))  # weight 1 -> -2: the second loss is bad
+    assert type(error) is lw.NonFiniteError
+    assert isinstance(error, FloatingPointError)
+    assert str(error).startswith(
+        f"phase 'main' has a loss of {-2.0 * bad:g} at step 2; gradients not finite: weight. The parameters are those of "
+        "before this step. "
+    )
+    assert net.weight.item() == -2.0
+    assert notes(error) == ["[loopwright] after epoch 0, batch 1 of the open epoch, step 1"]
+    assert_failed(record, error)
+    assert record["progress"]["step"] == 1
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    net = line(0.0, bias=1.0)
+    task = sgd_task(net, loss=lambda preds, target: (preds * 0).sqrt().mean())
+    with pytest.raises(lw.NonFiniteError, match=r"has a loss of 0 at step 1; gradients not finite: weight, bias\. "):
+        trainer(epochs=1).fit(task, DATA)
+
+
+class Breaks(nn.Module):
+    """A user's module with a bug that shows at the second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = line(), 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.inner(x) if self.calls == 2 else self.net(x)
+
+    def inner(self, x: Tensor) -> Any:
+        return x @ torch.ones(7, 3)
+
+
+def test_an_error_in_the_module_keeps_its_type_and_traceback(folder: Path) -> None:
+    error, record = failure(folder, sgd_task(Breaks()), DATA)
+    assert type(error) is RuntimeError
+    assert "mat1 and mat2 shapes cannot be multiplied (2x1 and 7x3)" in str(error)
+    assert functions(error)[-1] == "inner"
+    assert notes(error) == [
+        "[loopwright] after epoch 0, batch 1 of the open epoch, step 1; batch: (float32[2, 1], float32[2, 1])"
+    ]
+    assert_failed(record, error)
+
+
+def test_an_error_in_a_validation_step_says_where(folder: Path) -> None:
+    def loss(preds: Tensor, target: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise LookupError("no labels here")
+        return preds.mean()
+
+    task = sgd_task(line(), loss=loss)
+    error, record = failure(folder, task, DATA, DATA)
+    assert type(error) is LookupError
+    assert functions(error)[-1] == "loss"
+    assert notes(error) == ["[loopwright] after epoch 1, batch 0 of the open epoch, step 3"]
+    assert task.module.training
+    assert torch.is_grad_enabled()
+    assert_failed(record, error)
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+
+def used_up() -> Iterator[Any]:
+    spent = iter(DATA)
+    list(spent)
+    return spent
+
+
+class Empty(Dataset[Any]):
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, i: int) -> Any:
+        raise IndexError
+
+
+NO_DATA: dict[str, tuple[Callable[[], Any], str]] = {
+    "an empty list": (list, "there is not one batch in the data ([]): it is empty. Check the path, the filter or the split "
+                            "that it comes from"),
+    "an empty dataset": (lambda: DataLoader(Empty()), "there is not one batch in the data (DataLoader): it is empty. Check "
+                         "the path, the filter or the split that it comes from"),
+    "drop_last of too few": (lambda: DataLoader(torch.zeros(3, 1), 8, drop_last=True),
+                             "there is not one batch in the data (DataLoader): drop_last=True leaves nothing of 3 samples "
+                             "in batches of 8. Use drop_last=False or a batch_size of at most 3"),
+    "None": (lambda: None, "cannot read batches from None; expected a DataLoader, a dataset, arrays (a tensor, NumPy array "
+             "or data frame, or a tuple or dict of them), a list of batches, or a generator function of batches"),
+    "a path": (lambda: "data/train", "cannot read batches from 'data/train'; expected a DataLoader, a dataset, arrays (a "
+               "tensor, NumPy array or data frame, or a tuple or dict of them), a list of batches, or a generator function "
+               "of batches"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", NO_DATA)
+def test_data_without_a_batch_is_refused_before_anything_is_written(data: str, folder: Path) -> None:
+    made, message = NO_DATA[data]
+    with pytest.raises(lw.DataError) as caught:
+        trainer(epochs=1, folder=folder).fit(sgd_task(line()), made())
+    assert str(caught.value) == message
+    assert not folder.exists()
+
+
+def test_an_iterator_that_is_used_up_is_named(folder: Path) -> None:
+    error, record = failure(folder, sgd_task(line()), used_up())
+    assert type(error) is lw.DataError
+    assert str(error) == (
+        "epoch 1 of stage 'main' had no batch to train on. If the data is an iterator, it is used up: pass a list, a "
+        "DataLoader or a generator function instead"
+    )
+    assert_failed(record, error)
+
+
+def test_an_iterator_lasts_for_one_epoch(folder: Path) -> None:
+    error, record = failure(folder, sgd_task(line()), iter(DATA))
+    assert type(error) is lw.DataError
+    assert str(error) == (
+        "the iterator list_iterator was used up in an earlier epoch. Pass a list of batches, or a generator function (the "
+        "function itself, not its result), which can be started anew each epoch"
+    )
+    assert notes(error) == ["[loopwright] after epoch 1, batch 0 of the open epoch, step 3"]
+    assert record["progress"]["epoch"] == 1
+    assert_failed(record, error)
+
+
+def test_validation_data_without_a_batch_is_named(folder: Path) -> None:
+    error, record = failure(folder, sgd_task(line()), DATA, used_up())
+    assert type(error) is lw.DataError
+    assert str(error) == (
+        "the valid data gave no batch. If it is an iterator, it is used up: pass a list or a DataLoader"
+    )
+    assert_failed(record, error)
+
+
+class Damaged(Dataset[Any]):
+    """Item 17 cannot be read."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.read(i)
+
+    def read(self, i: int) -> tuple[Tensor, Tensor]:
+        if i == 17:
+            raise OSError(f"image {i} is torn")
+        return torch.full((1,), 1.0), torch.zeros(1)
+
+
+READERS: dict[str, Callable[[], Any]] = {
+    "DataLoader": lambda: DataLoader(Damaged(), 5),
+    "DataLoader with workers": lambda: DataLoader(Damaged(), 5, num_workers=2),
+    "Loader": lambda: lw.Loader(Damaged(), 5),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_dataset_that_raises_at_item_17_is_told_with_the_item(reader: str, folder: Path) -> None:
+    error, record = failure(folder, sgd_task(line()), READERS[reader]())
+    assert type(error) is OSError
+    assert "image 17 is torn" in str(error)
+    assert "read" in functions(error) or "in read\n" in str(error)  # a worker sends its traceback as text
+    assert notes(error)[0].startswith("[loopwright] while fetching batch 4 of epoch 1, dataset indices [15, 16, 17, 18, 19]")
+    assert notes(error)[-1] == "[loopwright] after epoch 0, batch 3 of the open epoch, step 3"
+    assert record["progress"]["step"] == 3
+    assert record["error"]["type"] == "OSError"
+    assert record["status"] == "failed"
+
+
+def test_a_generator_that_raises_keeps_its_traceback(folder: Path) -> None:
+    def batches() -> Iterator[Any]:
+        yield DATA[0]
+        raise OSError("the stream broke")
+
+    error, record = failure(folder, sgd_task(line()), batches)
+    assert type(error) is OSError
+    assert functions(error)[-1] == "batches"
+    assert notes(error)[0] == "[loopwright] while fetching batch 2 of epoch 1"
+    assert_failed(record, error)
+
+
+class Stuck:
+    """A part of a batch that cannot be moved."""
+
+    def to(self, device: Any, **options: Any) -> Any:
+        raise NotImplementedError("pinned to this host")
+
+
+def test_a_batch_that_cannot_be_moved_is_told_with_its_part(folder: Path) -> None:
+    data = [({"x": torch.ones(2, 1), "extra": [Stuck()]}, torch.zeros(2, 1))]
+    task = lw.Supervised(line(), nn.MSELoss(), lambda params: torch.optim.SGD(params, lr=0.1))
+    error, record = failure(folder, task, data, device="meta")  # a device that batches are moved to
+    assert type(error) is lw.DataError
+    assert str(error) == (
+        "batch[0]['extra'][0] (Stuck) cannot be moved to meta: pinned to this host. Return tensors, or objects whose "
+        ".to(device) works, from the dataset or its collate_fn"
+    )
+    assert type(error.__cause__) is NotImplementedError
+    assert functions(error)[-1] == "to"
+    assert_failed(record, error)
+
+
+def test_a_batch_without_samples_asks_for_their_number(folder: Path) -> None:
+    error, record = failure(folder, stepping(lambda preds: preds.mean()), [[torch.tensor(1.0)]])
+    assert type(error) is lw.DataError
+    assert str(error) == (
+        "cannot tell how many samples this batch holds: [float32[]] has no tensor with a first dimension. Pass "
+        "weight=..., a function of the batch that returns the number"
+    )
+    assert_failed(record, error)
+
+
+def test_a_batch_that_does_not_fit_the_module_is_shown(folder: Path) -> None:
+    error, _ = failure(folder, sgd_task(line()), [{"x": torch.ones(2, 1), "y": torch.zeros(2, 1)}])
+    assert type(error) is TypeError
+    assert notes(error) == [
+        "[loopwright] after epoch 0, batch 0 of the open epoch, step 0; batch: {'x': float32[2, 1], 'y': float32[2, 1]}"
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- metrics
+
+
+def test_a_metric_with_the_wrong_shapes_is_named_with_them(folder: Path) -> None:
+    class Same(lw.metrics.Accuracy):
+        def update(self, preds: Tensor, target: Tensor) -> None:
+            assert_same(preds, target)
+
+    def assert_same(preds: Tensor, target: Tensor) -> None:
+        raise ValueError("shapes differ")
+
+    task = sgd_task(line(), metrics={"same": Same()})
+    error, record = failure(folder, task, DATA)
+    assert type(error) is ValueError
+    assert functions(error)[-1] == "assert_same"
+    assert "[loopwright] in metric 'same', given preds: float32[2, 1], target: float32[2, 1]" in notes(error)
+    assert WHERE in notes(error)
+    assert_failed(record, error)
+
+
+def test_a_metric_without_its_input_says_what_to_return(folder: Path) -> None:
+    task = stepping(lambda preds: {"loss": preds.mean(), "preds": preds})
+    task.configure_metrics = lambda: {"acc": lw.metrics.Accuracy()}  # type: ignore[method-assign]
+    error, record = failure(folder, task, DATA)
+    assert type(error) is lw.MetricError
+    assert str(error).startswith("metric 'acc' reads 'preds' and 'target' of what the step returns, which has no 'target'.")
+    assert_failed(record, error)
+
+
+# --------------------------------------------------------------------------------------------------- callbacks
+
+FITTING = [name for name in HOOKS if "test" not in name and "predict" not in name and name != "on_exception"]
+WITH_BATCH = [name for name in FITTING if "batch" in name or name in ("map_output", "map_loss", "on_backward_end")]
+
+
+class Fails(lw.Callback):
+    """Raises in one hook, from a function of its own."""
+
+    def __init__(self, hook: str, error: BaseException) -> None:
+        self.hook, self.error, self.told = hook, error, list[BaseException]()
+
+    def happen(self, hook: str) -> None:
+        if hook == self.hook:
+            raise self.error
+
+
+def failing(hook: str) -> Callable[..., Any]:
+    def called(self: Fails, run: lw.Run, *args: Any) -> Any:
+        self.happen(hook)
+        return args[0] if hook.startswith("map_") else None
+
+    return called
+
+
+for name in HOOKS:
+    setattr(Fails, name, failing(name))
+
+
+class Unrelated(Exception):
+    """An error of the user's own."""
+
+
+@pytest.mark.parametrize("hook", FITTING)
+def test_a_callback_that_raises_in_any_hook_is_named_with_the_place(hook: str, folder: Path) -> None:
+    told: list[BaseException] = []
+    callbacks = [Fails(hook, Unrelated("oh")), acts(on_exception=lambda run, error: told.append(error))]
+    error, record = failure(
+        folder, sgd_task(line()), DATA, DATA, callbacks=callbacks, checkpoint=lw.Checkpoint("1 step"), validate_every=2
+    )
+    assert type(error) is Unrelated
+    assert str(error) == "oh"
+    assert functions(error)[-2:] == ["called", "happen"]
+    (note,) = notes(error)
+    assert note.startswith(f"[loopwright] in Fails.{hook}, after epoch ")
+    assert note.endswith("; batch: (float32[2, 1], float32[2, 1])") == (hook in WITH_BATCH)
+    assert told == [error]
+    assert_failed(record, error)
+
+
+@pytest.mark.parametrize("hook", ["on_test_start", "on_eval_batch_end", "on_test_end", "on_predict_start",
+                                  "on_predict_batch_end", "on_predict_end"])  # fmt: skip
+def test_a_callback_that_raises_in_a_test_or_a_prediction_is_named(hook: str) -> None:
+    net = line()
+    user = trainer(callbacks=[Fails(hook, Unrelated("oh"))])
+    with pytest.raises(Unrelated) as caught:
+        (user.predict if "predict" in hook else user.test)(sgd_task(net), DATA)
+    assert notes(caught.value)[0].startswith(f"[loopwright] in Fails.{hook}, after epoch 0, ")
+    assert net.training
+    assert torch.is_grad_enabled()
+
+
+def test_a_callback_that_raises_in_on_exception_does_not_hide_the_error(folder: Path) -> None:
+    told: list[str] = []
+    callbacks = [
+        acts(on_exception=lambda run, error: told.append(f"first {error}")),
+        Fails("on_exception", KeyError("second")),
+        acts(on_exception=lambda run, error: told.append(f"last {error}")),
+        Fails("on_step_end", Unrelated("oh")),
+    ]
+    error, record = failure(folder, sgd_task(line()), DATA, callbacks=callbacks)
+    assert type(error) is Unrelated
+    assert told == ["first oh", "last oh"]
+    assert notes(error) == [
+        "[loopwright] in Fails.on_step_end, after epoch 0, batch 1 of the open epoch, step 1",
+        "[loopwright] Fails.on_exception failed as well: KeyError('second')",
+    ]
+    assert_failed(record, error)
+
+
+@pytest.mark.parametrize("hook", [name for name in FITTING if name.startswith("on_")])
+def test_a_callback_that_returns_a_value_is_told_what_to_override(hook: str, folder: Path) -> None:
+    error, record = failure(
+        folder, sgd_task(line()), DATA, DATA, callbacks=[acts(**{hook: lambda run, *args: "done"})],
+        checkpoint=lw.Checkpoint("1 step"),
+    )  # fmt: skip
+    assert type(error) is lw.HookError
+    assert str(error) == (
+        f"Acts.{hook} returned 'done'; on_* hooks observe and must return None. To change a value, override map_batch, "
+        "map_output or map_loss and return the new one there"
+    )
+    assert notes(error)[0].startswith(f"[loopwright] in Acts.{hook}, after epoch ")
+    assert_failed(record, error)
+
+
+def test_a_method_that_serves_two_hooks_is_named_by_the_one_that_was_called() -> None:
+    class Both(lw.Callback):
+        def on_epoch_start(self, run: lw.Run) -> None:
+            if run.progress.epoch:
+                raise Unrelated
+
+        on_epoch_end = on_epoch_start
+
+    class Derived(Both):
+        pass
+
+    with pytest.raises(Unrelated) as caught:
+        trainer(epochs=1, callbacks=[Derived()]).fit(sgd_task(line()), DATA)
+    place = "after epoch 1, batch 0 of the open epoch, step 3"
+    assert notes(caught.value) == [f"[loopwright] in {Derived.__qualname__}.on_epoch_end, {place}"]
+
+
+def test_a_handler_that_raises_is_named_with_its_event() -> None:
+    user = trainer(epochs=1)
+
+    @user.on(lw.Event.STEP_END(once=2))
+    def look(run: lw.Run) -> None:
+        raise Unrelated("oh")
+
+    with pytest.raises(Unrelated) as caught:
+        user.fit(sgd_task(line()), DATA)
+    assert functions(caught.value)[-1] == "look"
+    assert notes(caught.value) == [
+        f"[loopwright] in {look.__qualname__}, at STEP_END(once=2), after epoch 0, batch 2 of the open epoch, step 2"
+    ]
+
+
+STEERING: dict[type[Exception], list[str]] = {
+    lw.SkipBatch: ["on_step_start", "on_grads_ready", "on_step_end", "on_epoch_end", "on_validation_end"],
+    lw.SkipStep: ["on_step_end", "on_fit_start", "on_epoch_start", "on_validation_start"],
+    lw.StopEpoch: ["on_fit_start", "on_epoch_start", "on_epoch_end", "on_eval_batch_end", "on_fit_end"],
+}
+
+
+@pytest.mark.parametrize(("kind", "hook"), [(kind, hook) for kind, hooks in STEERING.items() for hook in hooks])
+def test_an_exception_that_steers_the_loop_from_the_wrong_hook_is_explained(kind: type[Exception], hook: str) -> None:
+    with pytest.raises(lw.HookError) as caught:
+        trainer(epochs=1, callbacks=[Fails(hook, kind())]).fit(sgd_task(line()), DATA, DATA)
+    assert str(caught.value).startswith(
+        f"Fails.{hook} raised {kind.__name__}, which steers the loop only from "
+    )
+    assert str(caught.value).endswith(". Raise it there, or stop training with run.request_stop(reason)")
+    assert type(caught.value.__cause__) is kind
+
+
+# ----------------------------------------------------------------------------------------------------- loggers
+
+
+class BadLogger:
+    def __init__(self, fails_at: str) -> None:
+        self.fails_at, self.closed = fails_at, list[str]()
+
+    def start(self, run: lw.Run) -> None:
+        self.happen("start")
+
+    def log(self, progress: Any, values: Any, kind: str) -> None:
+        self.happen("log")
+
+    def close(self, status: str) -> None:
+        self.closed.append(status)
+        self.happen("close")
+
+    def happen(self, what: str) -> None:
+        if what == self.fails_at:
+            raise OSError(f"no space left ({what})")
+
+
+@pytest.mark.parametrize("fails_at", ["start", "log", "close"])
+def test_a_logger_that_fails_leaves_the_others_and_the_folder_closed(fails_at: str, folder: Path) -> None:
+    loggers = [BadLogger(fails_at), BadLogger("never")]
+    error, record = failure(folder, sgd_task(line()), DATA, loggers=loggers)
+    assert type(error) is OSError
+    assert str(error) == f"no space left ({fails_at})"
+    assert_failed(record, error)
+    assert [len(logger.closed) for logger in loggers] == [1, 1]
+
+
+def test_a_logger_that_cannot_close_does_not_hide_the_error(folder: Path) -> None:
+    task = stepping(lambda preds: None)
+    error, record = failure(folder, task, DATA, loggers=[BadLogger("close")])
+    assert type(error) is lw.StepOutputError
+    assert notes(error)[-1] == "[loopwright] BadLogger.close failed as well: OSError('no space left (close)')"
+    assert_failed(record, error)
+
+
+# ------------------------------------------------------------------------------------------------- afterwards
+
+
+def test_a_failed_fit_can_be_gone_on_with(folder: Path) -> None:
+    """The step that failed has not happened: after the repair, training goes on with the next batch."""
+    net = line()
+    broken = Breaks()
+    broken.net = net
+    task = sgd_task(broken)
+    user = trainer(epochs=1)
+    with pytest.raises(RuntimeError):
+        user.fit(task, DATA)
+    run = user.fit(task, DATA)
+    assert run.status == "done"
+    assert run.progress[:4] == (1, 1, 0, 3)
+    assert net.weight.item() == -1.0 - 2.0 - 3.0
+
+
+def test_the_session_is_put_back_after_an_error() -> None:
+    net = nn.Sequential(line(), line())
+    net[0].requires_grad_(False)
+    stages = [lw.Stage("a", "1 epoch", train="module.0.*")]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    task = lw.Supervised(net, nn.MSELoss(), optimizer)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with pytest.raises(Unrelated):
+            trainer(deterministic=True, callbacks=[Fails("on_step_end", Unrelated())]).fit(task, DATA, stages=stages)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(True)
+    assert [p.requires_grad for p in net.parameters()] == [False, True]

@@ -1,0 +1,71 @@
+"""The demo keeps its promise. All five seeds: ``for s in 0 1 2 3 4; do python examples/demo.py --seed $s; done``."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from safetensors.torch import load_file
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the demo prints and leaves behind after one epoch."""
+    return run_demo(tmp_path_factory.mktemp("demo") / "runs", "--epochs", "1")
+
+
+def run_demo(folder: Path, *options: str) -> tuple[str, Path]:
+    """Run the demo as ``make demo`` does, without a terminal; what it printed, and its run folder."""
+    command = [sys.executable, "-W", "error", str(DEMO), "--folder", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    (run,) = (folder / "digits").iterdir()
+    return done.stdout, run
+
+
+def numbers(text: str, rows: range) -> list[list[str]]:
+    """Cells of the table lines that begin with each of ``rows``."""
+    lines = text.splitlines()
+    return [line.split() for row in rows for line in lines if re.match(rf"  +{row}  ", line)]
+
+
+def test_one_epoch_gives_the_whole_report(short):
+    out, run = short
+    report = (run / "report.txt").read_text(encoding="utf-8")
+    assert report in out
+    assert max(map(len, report.splitlines())) <= 80
+    picture = matplotlib.image.imread(run / "report.png")
+    assert picture.shape == (1000, 1300, 4)
+    (best,) = (run / "checkpoints").glob("step-*")
+    assert sum(weights.numel() for weights in load_file(best / "model.safetensors").values()) > 30_000
+    assert f"{run}/\n  report.png " in out
+    assert all(f"  {path.name}" in out for path in run.iterdir())
+
+
+def test_the_tables_agree_with_one_another(short):
+    out, _ = short
+    right, total = map(int, re.search(r": (\d+) of (\d+) images", out).groups())
+    classes, confusion = numbers(out, range(10))[::2], numbers(out, range(10))[1::2]
+    counts = [[0 if cell == "." else int(cell) for cell in row[1:]] for row in confusion]
+    assert total == 450 == sum(map(sum, counts))
+    assert right == sum(counts[i][i] for i in range(10))
+    assert [int(row[-1]) for row in classes] == [sum(row) for row in counts]
+    assert [row[2] for row in classes] == [f"{counts[i][i] / sum(counts[i]):.1%}" for i in range(10)]
+
+
+@pytest.mark.slow
+def test_the_demo_reads_99_percent_of_unseen_digits(folder):
+    out, run = run_demo(folder, "--seed", "0")
+    assert float(re.search(r"Test accuracy ([\d.]+)%", out)[1]) >= 99.0
+    assert len(numbers(out, range(10))) == 20  # ten classes, twice
+    assert (run / "report.png").stat().st_size > 30_000
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "done"
+    assert record["seed"] == 0

@@ -1,0 +1,159 @@
+"""What a run remembers of its epochs and steps, and how it is looked at."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from tiny import line, pairs, sgd_task, trainer
+
+import loopwright as lw
+from loopwright.history import History, Series
+
+
+def trained(epochs: int = 2) -> lw.Run:
+    return trainer(epochs=epochs, log_every=2).fit(sgd_task(line()), pairs([1.0], [2.0, 2.0]), pairs([3.0]))
+
+
+def test_there_is_one_record_an_epoch_with_means_over_its_samples() -> None:
+    run = trained()
+    assert len(run.history) == 2
+    first, second = run.history
+    assert {k: v for k, v in first.items() if k != "seconds"} == {
+        "epoch": 1, "step": 2, "samples": 3, "train/loss": (0 * 1 + -2 * 2) / 3, "valid/loss": -9.0, "lr": 1.0,
+    }  # fmt: skip
+    assert second["epoch"] == 2
+    assert second["seconds"] >= first["seconds"] > 0
+
+
+def test_records_are_found_by_position_by_slice_and_by_name() -> None:
+    history = trained(3).history
+    assert history[-1]["epoch"] == 3
+    assert [record["epoch"] for record in history[1:]] == [2, 3]
+    assert history["epoch"] == [1, 2, 3]
+    assert [record["epoch"] for record in history] == [1, 2, 3]
+    with pytest.raises(IndexError):
+        history[3]
+    with pytest.raises(KeyError) as caught:
+        history["train/los"]
+    assert caught.value.args[0] == (
+        "the history has no 'train/los'. Known: 'epoch', 'lr', 'samples', 'seconds', 'step', 'train/loss', 'valid/loss'. "
+        "Did you mean 'train/loss'?"
+    )
+
+
+def test_a_name_that_some_epochs_do_not_have_is_none_there() -> None:
+    run = trainer(epochs=4, validate_every="2 epochs").fit(sgd_task(line()), pairs([1.0]), pairs([1.0]))
+    assert run.history["valid/loss"] == [None, -2.0, None, -4.0]
+    assert run.history["train/loss"] == [0.0, -1.0, -2.0, -3.0]
+
+
+@pytest.mark.capability("FA-14")
+def test_the_loss_of_every_step_is_kept() -> None:
+    """The loss of each batch, in order, and the metrics of each epoch are in the history."""
+    run = trained()
+    assert run.history.losses["loss"].tolist() == [0.0, -2.0, -3.0, -8.0]
+    assert run.history.losses["loss"].itemsize == 4
+    assert run.history["valid/loss"] == [-9.0, -18.0]
+
+
+def test_losses_of_several_phases_are_kept_apart() -> None:
+    class Two(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = line(1.0)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase(str(n), lambda batch, n=n: n * self.net(batch[0]).mean()) for n in (1, 2)]
+
+    run = trainer(epochs=1).fit(Two(), pairs([1.0], [3.0]))
+    assert {name: losses.tolist() for name, losses in run.history.losses.items()} == {
+        "1/loss": [1.0, 3.0], "2/loss": [2.0, 6.0],
+    }  # fmt: skip
+    assert run.history[-1]["train/2/loss"] == 4.0
+
+
+def test_a_data_frame_has_a_row_an_epoch() -> None:
+    pytest.importorskip("pandas")
+    frame = trained(3).history.to_pandas()
+    assert list(frame["epoch"]) == [1, 2, 3]
+    assert set(frame.columns) == {"epoch", "step", "samples", "seconds", "train/loss", "valid/loss", "lr"}
+
+
+def test_without_pandas_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError) as caught:
+        History().to_pandas()
+    assert str(caught.value) == 'history.to_pandas() needs pandas: pip install "loopwright[pandas]"'
+
+
+def test_history_and_run_print_where_they_stand() -> None:
+    run = trained()
+    assert repr(History()) == "History(0 epochs; last: no epoch yet)"
+    assert repr(run.history).startswith("History(2 epochs; last: epoch=2, step=4, samples=6, seconds=")
+    assert repr(run) == "Run(done, epoch=2, step=4, train/loss=-6.333, lr=1, valid/loss=-18)"
+
+
+def test_the_state_of_a_history_is_a_copy() -> None:
+    run = trained()
+    state = run.history.state_dict()
+    run.history.append({"epoch": 3})
+    run.history.losses["loss"].append(0.0)
+    other = History()
+    other.append({"epoch": 9})
+    losses = other.losses
+    other.load_state_dict(state)
+    assert other["epoch"] == [1, 2]
+    assert other.losses["loss"].tolist() == [0.0, -2.0, -3.0, -8.0]
+    assert other.losses is losses  # whoever adds to it holds it
+
+
+# ------------------------------------------------------------------------------------------------------------- series
+
+
+def test_record_and_epoch_are_means_of_their_own() -> None:
+    series = Series()
+    for value, weight in ((1.0, 3.0), (5.0, 1.0)):
+        series.add({"loss": torch.tensor(value), "n": 2}, weight)
+    assert series.take_record() == {"loss": 2.0, "n": 2.0}
+    assert series.take_record() == {}
+    series.add({"loss": torch.tensor(8.0)}, 4.0)
+    assert series.take_record() == {"loss": 8.0}
+    assert series.take_epoch() == {"loss": 5.0, "n": 2.0}
+    assert series.take_epoch() == {}
+
+
+def test_a_value_that_comes_now_and_then_is_averaged_over_when_it_came() -> None:
+    series = Series()
+    series.add({"loss": 1.0, "rare": 10.0}, 1.0)
+    series.add({"loss": 3.0}, 1.0)
+    assert series.take_epoch() == {"loss": 2.0, "rare": 10.0}
+
+
+def test_means_do_not_depend_on_when_they_were_read() -> None:
+    values = [0.1 * n for n in range(3000)]
+    often, once = Series(), Series()
+    for i, value in enumerate(values):
+        for series in (often, once):
+            series.add({"x": torch.tensor(value)}, 0.7)
+        if i % 7 == 0:
+            often.read()
+    assert often.take_epoch() == once.take_epoch()
+
+
+def test_what_waits_is_bounded() -> None:
+    series = Series()
+    for _ in range(5000):
+        series.add({"x": 1.0})
+    assert len(series._rows) < 1024
+
+
+def test_a_mean_over_no_weight_is_nan() -> None:
+    series = Series()
+    series.add({"x": 1.0}, 0.0)
+    assert math.isnan(series.take_record()["x"])
