@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import acts, line, pairs, sgd_task, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import loopwright as lw
 from loopwright.events import HOOKS
+from tiny import acts, line, pairs, sgd_task, trainer
 
 DATA = pairs([1.0, 1.0], [2.0, 2.0], [3.0])  # 3 batches: 2, 2 and 1 samples
 
@@ -286,7 +286,9 @@ def test_a_dataset_that_raises_at_item_17_is_told_with_the_item(reader: str, fol
     assert type(error) is OSError
     assert "image 17 is torn" in str(error)
     assert "read" in functions(error) or "in read\n" in str(error)  # a worker sends its traceback as text
-    assert notes(error)[0].startswith("[loopwright] while fetching batch 4 of epoch 1, dataset indices [15, 16, 17, 18, 19]")
+    assert notes(error)[0].startswith(
+        "[loopwright] while fetching batch 4 of epoch 1, dataset indices [15, 16, 17, 18, 19]"
+    )
     assert notes(error)[-1] == "[loopwright] after epoch 0, batch 3 of the open epoch, step 3"
     assert record["progress"]["step"] == 3
     assert record["error"]["type"] == "OSError"
@@ -369,7 +371,9 @@ def test_a_metric_without_its_input_says_what_to_return(folder: Path) -> None:
     task.configure_metrics = lambda: {"acc": lw.metrics.Accuracy()}  # type: ignore[method-assign]
     error, record = failure(folder, task, DATA)
     assert type(error) is lw.MetricError
-    assert str(error).startswith("metric 'acc' reads 'preds' and 'target' of what the step returns, which has no 'target'.")
+    assert str(error).startswith(
+        "metric 'acc' reads 'preds' and 'target' of what the step returns, which has no 'target'."
+    )
     assert_failed(record, error)
 
 
@@ -511,9 +515,7 @@ STEERING: dict[type[Exception], list[str]] = {
 def test_an_exception_that_steers_the_loop_from_the_wrong_hook_is_explained(kind: type[Exception], hook: str) -> None:
     with pytest.raises(lw.HookError) as caught:
         trainer(epochs=1, callbacks=[Fails(hook, kind())]).fit(sgd_task(line()), DATA, DATA)
-    assert str(caught.value).startswith(
-        f"Fails.{hook} raised {kind.__name__}, which steers the loop only from "
-    )
+    assert str(caught.value).startswith(f"Fails.{hook} raised {kind.__name__}, which steers the loop only from ")
     assert str(caught.value).endswith(". Raise it there, or stop training with run.request_stop(reason)")
     assert type(caught.value.__cause__) is kind
 

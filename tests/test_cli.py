@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import line, pairs, sgd_task, trainer
 
 import loopwright as lw
 from loopwright.cli import main
+from tiny import line, pairs, sgd_task, trainer
 
 
 def run_command(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "loopwright", *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "loopwright", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import line, pairs, sgd_task, trainer
 
 import loopwright as lw
 from loopwright.progress import Every
+from tiny import line, pairs, sgd_task, trainer
 
 UNITS = ("steps", "epochs", "samples", "seconds")
 
@@ -210,7 +210,10 @@ def test_a_handler_at_parts_of_an_epoch_of_unknown_length_is_refused() -> None:
     with pytest.raises(lw.PlanError) as caught:
         user.fit(sgd_task(line()), lambda: iter(pairs(*DATA)))
     (problem,) = caught.value.problems
-    assert problem == f"handler {look.__qualname__}: '0.5 epochs' needs data with a known number of batches; count steps instead"
+    assert (
+        problem
+        == f"handler {look.__qualname__}: '0.5 epochs' needs data with a known number of batches; count steps instead"
+    )
 
 
 def test_parts_of_an_epoch_go_by_the_data_of_each_stage() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import line, pairs, recorder, sgd_task, trainer
 
 import loopwright as lw
 from loopwright.events import EVENTS, HOOKS, Handler, Hooks
+from tiny import line, pairs, recorder, sgd_task, trainer
 
 Event = lw.Event
 DATA = pairs([1.0], [1.0], [1.0])  # 3 steps an epoch
@@ -101,9 +101,7 @@ def test_fit_epoch_and_step_events_come_in_the_order_of_the_loop() -> None:
 def test_every_hook_is_an_event(folder: Path) -> None:
     """A function can be called at start and end of fit, stage, epoch, step, batch, evaluation, and at an exception."""
     seen: list[str] = []
-    user = trainer(
-        epochs=1, validate_every="2 steps", folder=folder, checkpoint=lw.Checkpoint("1 step"), loggers=[]
-    )
+    user = trainer(epochs=1, validate_every="2 steps", folder=folder, checkpoint=lw.Checkpoint("1 step"), loggers=[])
     for event in EVENTS.values():
         user.on(event, event.hook)(lambda run, hook: seen.append(hook))
     seen_by_callback: list[str] = []
@@ -239,7 +237,9 @@ def test_arguments_of_the_hook_are_given_by_name() -> None:
     user.on(Event.BATCH_START(once=1))(lambda run, batch=None: seen.append(batch[0].item()))
     user.on(Event.GRADS_READY(once=1))(lambda run, *, grad_norm, phase: seen.append((phase.name, grad_norm)))
     user.on(Event.VALIDATION_END)(lambda run, values: seen.append(sorted(values)))
-    user.on(Event.BACKWARD_END(once=2), "x")(lambda run, word, loss, output: seen.append((word, loss is output["loss"])))
+    user.on(Event.BACKWARD_END(once=2), "x")(
+        lambda run, word, loss, output: seen.append((word, loss is output["loss"]))
+    )
     user.on(Event.STEP_END(once=3), result="mine")(lambda run, result: seen.append(result))
     user.fit(sgd_task(line()), pairs([3.0], [1.0], [1.0]), pairs([1.0]))
     assert seen == [3.0, ("main", None), 0.0, ("x", True), "mine", ["valid/loss"]]

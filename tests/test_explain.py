@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import acts, line, pairs, recorder, sgd_task, trainer
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 import loopwright as lw
 from loopwright.events import HOOKS
+from tiny import acts, line, pairs, recorder, sgd_task, trainer
 
 IN_A_FIT = [name for name in HOOKS if name != "on_exception" and "test" not in name and "predict" not in name]
 PLACE = re.compile("(?:" + "|".join(IN_A_FIT) + r")\b")
@@ -48,7 +48,9 @@ def test_a_rich_run_is_drawn_line_by_line(folder: Path) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     schedule = [lw.per_step(CosineAnnealingLR(optimizer, 60)), StepLR(optimizer, 1)]
     task = lw.Supervised(net, nn.MSELoss(), optimizer, schedule=schedule, metrics={"error": lw.metrics.Mean("loss")})
-    assert user.explain(task, pairs([1.0], [2.0], [3.0]), pairs([1.0])) == '''\
+    assert (
+        user.explain(task, pairs([1.0], [2.0], [3.0]), pairs([1.0]))
+        == """\
 EarlyStopping.on_fit_start
 stage 'main': until 3 epochs
     for each epoch:
@@ -76,7 +78,8 @@ stage 'main': until 3 epochs
         EarlyStopping.on_epoch_end
         print, at EPOCH_END(every='2 epochs')  # on_epoch_end
 save a last checkpoint
-look, at STEP_END(every=50) | FIT_END  # on_fit_end'''
+look, at STEP_END(every=50) | FIT_END  # on_fit_end"""
+    )
 
 
 def drawn(text: str) -> list[str]:
@@ -106,7 +109,12 @@ def test_hooks_stand_in_the_order_in_which_they_fire(validate_every: str, phases
 
     saving = lw.Checkpoint("1 step", at_end=False)
     user = trainer(
-        epochs=1, validate_every=validate_every, callbacks=[recorder(seen)], checkpoint=saving, folder=folder, loggers=[]
+        epochs=1,
+        validate_every=validate_every,
+        callbacks=[recorder(seen)],
+        checkpoint=saving,
+        folder=folder,
+        loggers=[],
     )
     task = Own()
     picture = user.explain(task, pairs([1.0]), pairs([1.0]))
@@ -137,7 +145,9 @@ def test_stages_and_phases_are_drawn_one_after_the_other() -> None:
     user = trainer(callbacks=[acts(on_batch_start=lambda run, batch: None)], nonfinite=None)
     stages = [lw.Stage("first", "1 epoch"), lw.Stage("second", "2 steps", accumulate=3)]
     text = user.explain(Gan(), pairs([1.0]), stages=stages).replace(Gan.__qualname__, "Gan")
-    assert text == '''\
+    assert (
+        text
+        == """\
 stage 'first': until 1 epoch
     for each epoch:
         for each batch of Iterated:
@@ -175,7 +185,8 @@ stage 'second': until 2 steps
                 clip the gradients to a norm of 0.5
                 Adam.step()
             every 50 steps: log train/...
-        append the record of the epoch to run.history'''
+        append the record of the epoch to run.history"""
+    )
 
 
 def test_a_closure_optimizer_and_a_precision_are_drawn() -> None:

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from tiny import line, pairs, sgd_task, trainer
 
 import loopwright as lw
 from loopwright.history import History, Series
+from tiny import line, pairs, sgd_task, trainer
 
 
 def trained(epochs: int = 2) -> lw.Run:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import acts, line, pairs, sgd_task, trainer
 
 import loopwright as lw
+from tiny import acts, line, pairs, sgd_task, trainer
 
 DATA = pairs([1.0], [2.0], [3.0])
 
-SCRIPT = textwrap.dedent('''\
+SCRIPT = textwrap.dedent("""\
     import os, signal, sys, torch
     import loopwright as lw
 
@@ -41,7 +41,7 @@ SCRIPT = textwrap.dedent('''\
     finally:
         back = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, signal.getsignal(signal.SIGINT).__name__
         print("left", *back, flush=True)
-''')
+""")
 
 
 def interrupted(number: int, folder: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any], Path]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import acts, bits, classifier, line, loader, pairs, same, samples, sgd_task, trainer
 from torch import nn
 from torch.optim import lr_scheduler as sched
 from torch.utils.data import DataLoader, Dataset
 
 import loopwright as lw
+from tiny import acts, bits, classifier, line, loader, pairs, same, samples, sgd_task, trainer
 
 DATA = pairs([1.0], [2.0], [3.0])  # 3 batches
 
@@ -63,7 +63,11 @@ def scheduled(make: Callable[..., Any], **settings: Any) -> Callable[[], tuple[l
 def lbfgs(**settings: Any) -> Callable[[], tuple[lw.Trainer, Any, Any]]:
     def made() -> tuple[lw.Trainer, Any, Any]:
         net = line()
-        return trainer(epochs=1, **settings), lw.Supervised(net, nn.MSELoss(), torch.optim.LBFGS(net.parameters())), None
+        return (
+            trainer(epochs=1, **settings),
+            lw.Supervised(net, nn.MSELoss(), torch.optim.LBFGS(net.parameters())),
+            None,
+        )
 
     return made
 
@@ -348,7 +352,10 @@ def logs_itself() -> tuple[lw.Trainer, Any, dict[str, Any]]:
     callbacks = [acts(on_step_end=logged), lw.EarlyStopping("train/aux", mode="max"),
                  lw.EarlyStopping("valid/many/a", mode="max")]  # fmt: skip
     task = lw.Supervised(
-        net := classifier(), nn.CrossEntropyLoss(), sgd(net), metrics={"many": Collection(), "one": lw.metrics.Accuracy()}
+        net := classifier(),
+        nn.CrossEntropyLoss(),
+        sgd(net),
+        metrics={"many": Collection(), "one": lw.metrics.Accuracy()},
     )
     return trainer(epochs=1, callbacks=callbacks), task, {"train": samples(), "valid": samples(11)}
 
@@ -444,7 +451,9 @@ def test_looking_reads_no_batch_writes_nothing_and_changes_nothing(look: str, fo
     """plan() and explain() read no batch, make no folder, draw no random number, and leave model and optimizer as they are."""
     net = classifier(dropout=0.5)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9)
-    task = lw.Supervised(net, nn.CrossEntropyLoss(), optimizer, schedule=lambda o: sched.LinearLR(o, 0.5, total_iters=4))
+    task = lw.Supervised(
+        net, nn.CrossEntropyLoss(), optimizer, schedule=lambda o: sched.LinearLR(o, 0.5, total_iters=4)
+    )
     net.eval()
     before = bits(net, optimizer)
     user = trainer(epochs=2, folder=folder)

@@ -127,6 +127,13 @@ def test_what_is_printed_meanwhile_stays_whole_above_the_bar(terminal):
     assert terminal.screen[4].startswith("epoch 1/1  train/loss")
 
 
+def test_bars_at_the_bottom_of_the_screen_scroll_it_and_overwrite_nothing(terminal):
+    terminal.height = 4
+    look = Refresh(ProgressBar(file=terminal))
+    fit(terminal, epochs=9, bar=look.bar, callbacks=[look], valid=data(2))
+    assert [line[:9] for line in terminal.screen] == [*(f"epoch {n}/9" for n in range(1, 10)), "finished "]
+
+
 def test_a_line_that_someone_else_has_begun_is_kept(terminal):
     bar = ProgressBar(file=terminal)
 
@@ -353,6 +360,11 @@ def test_an_unknown_length_gives_no_estimate_before_the_first_epoch_is_over():
     run.progress = Progress(epoch=1, step=20, seconds=20.0)
     assert time_left(run) == pytest.approx(40.0)
     run = bare(stage(["3 epochs"]), stage(["1 epoch"], batches=None), step=9, epoch=1, seconds=9.0)
+    assert time_left(run) is None
+
+
+def test_a_slow_start_gives_no_estimate_before_the_first_step():
+    run = bare(stage(["10 s"]), stage(["5 steps"]), seconds=5.0)
     assert time_left(run) is None
 
 
