@@ -127,7 +127,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(bad: float, fol
     assert type(error) is lw.NonFiniteError
     assert isinstance(error, FloatingPointError)
     assert str(error).startswith(
-        f"phase 'main' has a loss of {-2.0 * bad:g} at step 2; gradients not finite: weight. The parameters are those of "
+        f"phase 'main' has a loss of {-2.0 * bad:g} at step 2; gradients not finite: weight. The parameters are "
+        f"those of "
         "before this step. "
     )
     assert net.weight.item() == -2.0
@@ -203,17 +204,23 @@ class Empty(Dataset[Any]):
 
 
 NO_DATA: dict[str, tuple[Callable[[], Any], str]] = {
-    "an empty list": (list, "there is not one batch in the data ([]): it is empty. Check the path, the filter or the split "
+    "an empty list": (list, "there is not one batch in the data ([]): it is empty. Check the path, the filter or the "
+                            "split "
                             "that it comes from"),
-    "an empty dataset": (lambda: DataLoader(Empty()), "there is not one batch in the data (DataLoader): it is empty. Check "
+    "an empty dataset": (lambda: DataLoader(Empty()), "there is not one batch in the data (DataLoader): it is empty. "
+                                                      "Check "
                          "the path, the filter or the split that it comes from"),
     "drop_last of too few": (lambda: DataLoader(torch.zeros(3, 1), 8, drop_last=True),
-                             "there is not one batch in the data (DataLoader): drop_last=True leaves nothing of 3 samples "
+                             "there is not one batch in the data (DataLoader): drop_last=True leaves nothing of 3 "
+                             "samples "
                              "in batches of 8. Use drop_last=False or a batch_size of at most 3"),
-    "None": (lambda: None, "cannot read batches from None; expected a DataLoader, a dataset, arrays (a tensor, NumPy array "
+    "None": (lambda: None, "cannot read batches from None; expected a DataLoader, a dataset, arrays (a tensor, NumPy "
+                           "array "
              "or data frame, or a tuple or dict of them), a list of batches, or a generator function of batches"),
-    "a path": (lambda: "data/train", "cannot read batches from 'data/train'; expected a DataLoader, a dataset, arrays (a "
-               "tensor, NumPy array or data frame, or a tuple or dict of them), a list of batches, or a generator function "
+    "a path": (lambda: "data/train", "cannot read batches from 'data/train'; expected a DataLoader, a dataset, "
+                                     "arrays (a "
+               "tensor, NumPy array or data frame, or a tuple or dict of them), a list of batches, or a generator "
+               "function "
                "of batches"),
 }  # fmt: skip
 
@@ -241,7 +248,8 @@ def test_an_iterator_lasts_for_one_epoch(folder: Path) -> None:
     error, record = failure(folder, sgd_task(line()), iter(DATA))
     assert type(error) is lw.DataError
     assert str(error) == (
-        "the iterator list_iterator was used up in an earlier epoch. Pass a list of batches, or a generator function (the "
+        "the iterator list_iterator was used up in an earlier epoch. Pass a list of batches, or a generator function "
+        "(the "
         "function itself, not its result), which can be started anew each epoch"
     )
     assert notes(error) == ["[loopwright] after epoch 1, batch 0 of the open epoch, step 3"]
@@ -406,18 +414,18 @@ for name in HOOKS:
     setattr(Fails, name, failing(name))
 
 
-class Unrelated(Exception):
+class UsersError(Exception):
     """An error of the user's own."""
 
 
 @pytest.mark.parametrize("hook", FITTING)
 def test_a_callback_that_raises_in_any_hook_is_named_with_the_place(hook: str, folder: Path) -> None:
     told: list[BaseException] = []
-    callbacks = [Fails(hook, Unrelated("oh")), acts(on_exception=lambda run, error: told.append(error))]
+    callbacks = [Fails(hook, UsersError("oh")), acts(on_exception=lambda run, error: told.append(error))]
     error, record = failure(
         folder, sgd_task(line()), DATA, DATA, callbacks=callbacks, checkpoint=lw.Checkpoint("1 step"), validate_every=2
     )
-    assert type(error) is Unrelated
+    assert type(error) is UsersError
     assert str(error) == "oh"
     assert functions(error)[-2:] == ["called", "happen"]
     (note,) = notes(error)
@@ -431,8 +439,8 @@ def test_a_callback_that_raises_in_any_hook_is_named_with_the_place(hook: str, f
                                   "on_predict_batch_end", "on_predict_end"])  # fmt: skip
 def test_a_callback_that_raises_in_a_test_or_a_prediction_is_named(hook: str) -> None:
     net = line()
-    user = trainer(callbacks=[Fails(hook, Unrelated("oh"))])
-    with pytest.raises(Unrelated) as caught:
+    user = trainer(callbacks=[Fails(hook, UsersError("oh"))])
+    with pytest.raises(UsersError) as caught:
         (user.predict if "predict" in hook else user.test)(sgd_task(net), DATA)
     assert notes(caught.value)[0].startswith(f"[loopwright] in Fails.{hook}, after epoch 0, ")
     assert net.training
@@ -445,10 +453,10 @@ def test_a_callback_that_raises_in_on_exception_does_not_hide_the_error(folder: 
         acts(on_exception=lambda run, error: told.append(f"first {error}")),
         Fails("on_exception", KeyError("second")),
         acts(on_exception=lambda run, error: told.append(f"last {error}")),
-        Fails("on_step_end", Unrelated("oh")),
+        Fails("on_step_end", UsersError("oh")),
     ]
     error, record = failure(folder, sgd_task(line()), DATA, callbacks=callbacks)
-    assert type(error) is Unrelated
+    assert type(error) is UsersError
     assert told == ["first oh", "last oh"]
     assert notes(error) == [
         "[loopwright] in Fails.on_step_end, after epoch 0, batch 1 of the open epoch, step 1",
@@ -476,14 +484,14 @@ def test_a_method_that_serves_two_hooks_is_named_by_the_one_that_was_called() ->
     class Both(lw.Callback):
         def on_epoch_start(self, run: lw.Run) -> None:
             if run.progress.epoch:
-                raise Unrelated
+                raise UsersError
 
         on_epoch_end = on_epoch_start
 
     class Derived(Both):
         pass
 
-    with pytest.raises(Unrelated) as caught:
+    with pytest.raises(UsersError) as caught:
         trainer(epochs=1, callbacks=[Derived()]).fit(sgd_task(line()), DATA)
     place = "after epoch 1, batch 0 of the open epoch, step 3"
     assert notes(caught.value) == [f"[loopwright] in {Derived.__qualname__}.on_epoch_end, {place}"]
@@ -494,9 +502,9 @@ def test_a_handler_that_raises_is_named_with_its_event() -> None:
 
     @user.on(lw.Event.STEP_END(once=2))
     def look(run: lw.Run) -> None:
-        raise Unrelated("oh")
+        raise UsersError("oh")
 
-    with pytest.raises(Unrelated) as caught:
+    with pytest.raises(UsersError) as caught:
         user.fit(sgd_task(line()), DATA)
     assert functions(caught.value)[-1] == "look"
     assert notes(caught.value) == [
@@ -586,8 +594,8 @@ def test_the_session_is_put_back_after_an_error() -> None:
     task = lw.Supervised(net, nn.MSELoss(), optimizer)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with pytest.raises(Unrelated):
-            trainer(deterministic=True, callbacks=[Fails("on_step_end", Unrelated())]).fit(task, DATA, stages=stages)
+        with pytest.raises(UsersError):
+            trainer(deterministic=True, callbacks=[Fails("on_step_end", UsersError())]).fit(task, DATA, stages=stages)
         assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
         torch.use_deterministic_algorithms(True)

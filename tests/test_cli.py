@@ -64,8 +64,8 @@ def test_runs_are_listed_the_newest_first_with_status_and_metrics(
 ) -> None:
     for name, data in (("first", [1.0]), ("second", [2.0])):
         trainer(epochs=1, folder=folder, name=name, checkpoint=False).fit(sgd_task(line()), pairs(data, data))
+    task = sgd_task(line(), loss=lambda preds, target: {}["loss"])
     with pytest.raises(KeyError):
-        task = sgd_task(line(), loss=lambda preds, target: {}["loss"])
         trainer(epochs=1, folder=folder, name="broken", checkpoint=False).fit(task, pairs([1.0]))
     for i, path in enumerate(folder.glob("*/*")):  # a second each apart
         path.rename(path.parent / f"20260101-00000{['first', 'second', 'broken'].index(path.parent.name)}-{i}")

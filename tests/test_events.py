@@ -359,20 +359,24 @@ CALL = "handler demanding(run: 'lw.Run', word: 'str', result: 'Any') -> 'None' c
         (lambda user: Event.STEP_END(once=0), "STEP_END(once=0): count occurrences from 1, such as once=20"),
         (lambda user: Event.STEP_END(after="5 steps"),
          "STEP_END(after='5 steps'): count occurrences from 1, such as after=20"),
-        (lambda user: Event.STEP_END(before=True), "STEP_END(before=True): count occurrences from 1, such as before=20"),
+        (lambda user: Event.STEP_END(before=True), "STEP_END(before=True): count occurrences from 1, such as "
+                                                   "before=20"),
         (lambda user: Event.STEP_END(when=True),
          "STEP_END(when=True): expected a function of the run that returns True or False"),
         (lambda user: user.on(Event.STEP_END)(bare),
-         "handler bare() -> 'None' cannot be called at STEP_END: too many positional arguments. Expected bare(run) plus "
+         "handler bare() -> 'None' cannot be called at STEP_END: too many positional arguments. Expected bare(run) "
+         "plus "
          "the extra arguments given to trainer.on (this event also offers result)"),
         (lambda user: user.on(Event.STEP_END)(demanding),
-         f"{CALL} STEP_END: missing a required argument: 'word'. Expected demanding(run) plus the extra arguments given "
+         f"{CALL} STEP_END: missing a required argument: 'word'. Expected demanding(run) plus the extra arguments "
+         f"given "
          "to trainer.on (this event also offers result)"),
         (lambda user: user.on(Event.STEP_END(every=2) | Event.FIT_END, "word")(demanding),
          f"{CALL} STEP_END(every=2) | FIT_END: missing a required argument: 'result'. Expected demanding(run) plus the "
          "extra arguments given to trainer.on"),
         (lambda user: user.on(Event.FIT_END, wrod=1)(look),
-         "handler look(run: 'lw.Run') -> 'None' cannot be called at FIT_END: got an unexpected keyword argument 'wrod'. "
+         "handler look(run: 'lw.Run') -> 'None' cannot be called at FIT_END: got an unexpected keyword argument "
+         "'wrod'. "
          "Expected look(run) plus the extra arguments given to trainer.on"),
         (lambda user: user.on(Event.FIT_END)("print"),
          "'print' cannot be called; register a function: @trainer.on(lw.Event.FIT_END)"),
@@ -401,6 +405,9 @@ def test_a_filter_reads_as_it_was_written() -> None:
 # ----------------------------------------------------------------------------------------------------- callbacks' hooks
 
 
+ALL = ", ".join(repr(name) for name in sorted(HOOKS))
+
+
 class Wrong(lw.Callback):
     def on_epoch_end(self) -> None: ...  # type: ignore[override]
 
@@ -420,8 +427,7 @@ class Misspelt(lw.Callback):
         (Wrong(), "Wrong.on_epoch_end(self) -> 'None' has the wrong parameters; write: def on_epoch_end(self, run)"),
         (Longer(), "Longer.on_step_end(self, run: 'lw.Run', result: 'Any', more: 'Any') -> 'None' has the wrong "
                    "parameters; write: def on_step_end(self, run, result)"),
-        (Misspelt(), "Misspelt.on_epoch_ended is not a hook of Loopwright. Known: " + ", ".join(map(repr, sorted(HOOKS)))
-                     + ". Did you mean 'on_epoch_end'?"),
+        (Misspelt(), f"Misspelt.on_epoch_ended is not a hook of Loopwright. Known: {ALL}. Did you mean 'on_epoch_end'?"),
         (lw.EarlyStopping, "callbacks must be lw.Callback objects; got the class EarlyStopping; make an instance, "
                            "EarlyStopping()"),
         (print, "callbacks must be lw.Callback objects; got <built-in function print>"),
@@ -429,7 +435,7 @@ class Misspelt(lw.Callback):
     ids=["too few", "too many", "unknown hook", "class", "function"],
 )  # fmt: skip
 def test_a_callback_that_cannot_be_called_is_refused_by_the_trainer(callback: Any, message: str) -> None:
-    """A callback with a wrong signature, an unknown hook, or that is none is an error where it is given, before any batch."""
+    """A hook with a wrong signature or name, or an object that is no callback, is an error where it is given."""
     with pytest.raises(lw.HookError) as caught:
         trainer(epochs=1, callbacks=[callback])
     assert str(caught.value) == message

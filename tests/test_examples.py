@@ -85,7 +85,7 @@ def test_handlers_are_called_when_they_ask_to_be():
 
 def test_char_lm_learns_to_expect_the_next_character():
     module = load("char_lm")
-    metrics, text = module.main(steps=60)
+    metrics, text = module.main(steps=40)
     counts = torch.bincount(module.encode("\n".join(module.topics.values()))).double()
     share = counts[counts > 0] / counts.sum()
     guess = float(-(share * share.log2()).sum())  # bits a character when only their frequencies are known

@@ -39,7 +39,8 @@ def test_records_are_found_by_position_by_slice_and_by_name() -> None:
     with pytest.raises(KeyError) as caught:
         history["train/los"]
     assert caught.value.args[0] == (
-        "the history has no 'train/los'. Known: 'epoch', 'lr', 'samples', 'seconds', 'step', 'train/loss', 'valid/loss'. "
+        "the history has no 'train/los'. Known: 'epoch', 'lr', 'samples', 'seconds', 'step', 'train/loss', "
+        "'valid/loss'. "
         "Did you mean 'train/loss'?"
     )
 

@@ -115,11 +115,13 @@ MISTAKES: dict[str, Case] = {
             sgd_task(line(), schedule=lambda o: lw.Scheduler(sched.ReduceLROnPlateau(o), monitor="valid/los")),
             DATA,
         ),
-        "ReduceLROnPlateau monitors 'valid/los', which nothing produces. Known: 'valid/loss'. Did you mean 'valid/loss'?",
+        "ReduceLROnPlateau monitors 'valid/los', which nothing produces. Known: 'valid/loss'. Did you mean "
+        "'valid/loss'?",
     ),
     "parameters in no optimizer": (
         forgotten_parameters,
-        "2 trainable parameters are in no optimizer (net.1.weight, net.1.bias); add them to one, or say that they are not "
+        "2 trainable parameters are in no optimizer (net.1.weight, net.1.bias); add them to one, or say that they "
+        "are not "
         "to be trained: parameter.requires_grad_(False)",
     ),
     "parameters in two optimizers": (
@@ -257,16 +259,19 @@ def test_all_problems_are_told_at_once() -> None:
          "trainer.run(step, data)"),
         (lambda: lw.Supervised(line()), DATA, "Supervised has no optimizer to train with; pass one: "
          "optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3)"),
-        (lambda: lw.Supervised(line(), optimizer="adam"), DATA, "the optimizer 'main' is 'adam'; pass a torch optimizer "
+        (lambda: lw.Supervised(line(), optimizer="adam"), DATA, "the optimizer 'main' is 'adam'; pass a torch "
+                                                                "optimizer "
          "such as torch.optim.AdamW(net.parameters(), lr=1e-3), or a factory: lambda params: torch.optim.AdamW(params, "
          "lr=1e-3)"),
-        (lambda: lw.Supervised(line(), optimizer=lambda params: 5), DATA, "the factory of optimizer 'main' returned int; "
+        (lambda: lw.Supervised(line(), optimizer=lambda params: 5), DATA, "the factory of optimizer 'main' returned "
+                                                                          "int; "
          "it must return a torch optimizer"),
         (lambda: task_of(phases=lambda self: []), DATA, "stage 'main' has no phase to train; return at least one from "
          "phases()"),
         (lambda: task_of(sgd(line()), phases=lambda self: [lw.Phase("a", print, optimizers="man")]), DATA,
          "phase 'a' moves the optimizer 'man', which does not exist. Known: 'main'. Did you mean 'main'?"),
-        (lambda: sgd_task(line()), [], "there is not one batch in the data ([]): it is empty. Check the path, the filter "
+        (lambda: sgd_task(line()), [], "there is not one batch in the data ([]): it is empty. Check the path, the "
+                                       "filter "
          "or the split that it comes from"),
         (lambda: sgd_task(line(), metrics={"loss": lw.metrics.Accuracy()}), DATA,
          "a metric cannot be named 'loss': the mean of what steps return as 'loss' is logged so"),
@@ -448,7 +453,7 @@ class Untouchable(Dataset[Any]):
 @pytest.mark.capability("B-06")
 @pytest.mark.parametrize("look", ["plan", "explain"])
 def test_looking_reads_no_batch_writes_nothing_and_changes_nothing(look: str, folder: Path) -> None:
-    """plan() and explain() read no batch, make no folder, draw no random number, and leave model and optimizer as they are."""
+    """plan() and explain() read no batch, write nothing, draw nothing, leave model and optimizer as they are."""
     net = classifier(dropout=0.5)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9)
     task = lw.Supervised(

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import loopwright as lw
+from loopwright.errors import LoopwrightWarning
 from loopwright.task import StepTask, pick_loss
 from tiny import Batches, classifier, line, pairs, same, samples, sgd_task, trainer
 
@@ -187,7 +188,7 @@ def test_a_module_that_computes_its_loss_from_the_input_needs_no_target() -> Non
 @pytest.mark.capability("FA-04")
 @pytest.mark.parametrize("kind", ["classes", "values", "segments"])
 def test_the_loss_is_chosen_from_the_targets(kind: str) -> None:
-    """Model, optimizer and data are enough: integer targets are trained by cross entropy, floating ones by squared error."""
+    """Module, optimizer and data are enough: cross entropy for integer targets, squared error for floating ones."""
     x, y = samples(8)
     if kind == "segments":
         x, y = torch.randn(2, 3, 4), torch.randint(3, (2, 4))
@@ -224,7 +225,8 @@ def test_a_loss_that_cannot_be_chosen_is_asked_for(preds: Any, target: Any, show
                                                "nn.CrossEntropyLoss()"),
         (lambda: lw.Supervised(line(), nn.MSELoss), "loss=MSELoss is a class; make an instance: MSELoss()"),
         (lambda: trainer(epochs=1).run(5, []), "step=5 cannot be called; pass a function step(run, batch)"),
-        (lambda: trainer(epochs=1).run(print, [1], state={"n": 5}), "state['n'] is a int, which has no state_dict; pass a "
+        (lambda: trainer(epochs=1).run(print, [1], state={"n": 5}), "state['n'] is a int, which has no state_dict; "
+                                                                    "pass a "
          "pair of functions instead: state={'n': (get, set)}, where set(get()) puts the object back"),
         (lambda: trainer().validate(line(), []), "Linear is a plain module; say how to train it: lw.Supervised(module, "
          "loss=nn.CrossEntropyLoss(), optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3)), or derive it from "
@@ -444,10 +446,11 @@ def test_a_module_in_eval_mode_is_set_to_train_and_it_is_said_once_where_fit_was
 def test_training_for_nothing_is_said() -> None:
     task = sgd_task(line())
     trainer(epochs=2).fit(task, pairs([1.0], [1.0]))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(LoopwrightWarning) as caught:
         run = trainer(epochs=2).fit(task, pairs([1.0], [1.0]))
     assert [str(w.message) for w in caught] == [
-        "this task has already been trained for 2 epochs (4 steps): nothing to do. Ask the Trainer for more, or make a new "
+        "this task has already been trained for 2 epochs (4 steps): nothing to do. Ask the Trainer for more, or make "
+        "a new "
         "task to start anew"
     ]
     assert caught[0].filename == __file__
@@ -459,7 +462,7 @@ def test_training_for_nothing_is_said() -> None:
 
 @pytest.mark.capability("CA-16")
 def test_plain_model_criterion_optimizer_scheduler_and_loaders_are_passed_in() -> None:
-    """Plain loaders, model, criterion, optimizer and ReduceLROnPlateau go in as they are; the plateau sees validation."""
+    """Plain loaders, model, criterion, optimizer and ReduceLROnPlateau go in as they are, and do their work."""
     net = line(1.0)
     criterion, optimizer = nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=1.0)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
@@ -477,7 +480,7 @@ def test_plain_model_criterion_optimizer_scheduler_and_loaders_are_passed_in() -
 
 @pytest.mark.capability("CA-17", "PL-06")
 def test_a_hand_written_loop_becomes_a_task_line_by_line() -> None:
-    """What is trained is plain PyTorch before and after; the loop, its zero_grad, backward and step are what goes away."""
+    """What is trained stays plain PyTorch; the loop with its zero_grad, backward and step is what goes away."""
 
     def by_hand(net: nn.Module, data: Batches) -> None:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

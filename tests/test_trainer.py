@@ -42,8 +42,9 @@ def test_settings_are_kept_as_given_and_read_back() -> None:
 def test_settings_are_written_into_the_folder(folder: Path) -> None:
     import yaml
 
-    run = lw.Trainer(epochs=1, folder=folder, name="n", progress=False, seed=3, callbacks=[lw.EarlyStopping("train/loss")])\
-        .fit(sgd_task(line()), DATA)  # fmt: skip
+    callbacks = [lw.EarlyStopping("train/loss")]
+    user = trainer(epochs=1, folder=folder, name="n", seed=3, callbacks=callbacks)
+    run = user.fit(sgd_task(line()), DATA)
     assert run.folder is not None
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert (written["epochs"], written["seed"], written["validate_every"], written["key"]) == (1, 3, "1 epoch", 3)
@@ -56,28 +57,35 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
     [
         ({"epochs": 0}, "the duration 0 must be a positive number"),
         ({"steps": 2.5}, "the duration 2.5 must be a positive whole number"),
-        ({"time": "soon"}, "'soon' is not a duration; write a number and a unit, such as '500 steps', '2 epochs', '10 min' "
+        ({"time": "soon"}, "'soon' is not a duration; write a number and a unit, such as '500 steps', '2 epochs', "
+                           "'10 min' "
                            "or '1e6 samples'"),
         ({"accumulate": 0}, "accumulate=0: expected a whole number of batches, at least 1"),
         ({"accumulate": True}, "accumulate=True: expected a whole number of batches, at least 1"),
         ({"clip_norm": 0.0}, "clip_norm=0.0: expected a positive number, or None for no clipping"),
         ({"seed": -1}, "seed=-1: expected a whole number from 0, or None to leave the generators alone"),
         ({"seed": "7"}, "seed='7': expected a whole number from 0, or None to leave the generators alone"),
-        ({"nonfinite": "ignore"}, "nonfinite='ignore': expected 'raise', 'skip', 'skip 25' (at most so many in a row) or "
+        ({"nonfinite": "ignore"}, "nonfinite='ignore': expected 'raise', 'skip', 'skip 25' (at most so many in a "
+                                  "row) or "
                                   "None"),
-        ({"nonfinite": "skip 0"}, "nonfinite='skip 0': expected 'raise', 'skip', 'skip 25' (at most so many in a row) or "
+        ({"nonfinite": "skip 0"}, "nonfinite='skip 0': expected 'raise', 'skip', 'skip 25' (at most so many in a "
+                                  "row) or "
                                   "None"),
-        ({"nonfinite": False}, "nonfinite=False: expected 'raise', 'skip', 'skip 25' (at most so many in a row) or None"),
+        ({"nonfinite": False}, "nonfinite=False: expected 'raise', 'skip', 'skip 25' (at most so many in a row) or "
+                               "None"),
         ({"precision": "fp23"}, "precision='fp23' is unknown. Known: 'bf16', 'fp32'. Did you mean 'fp32'?"),
         ({"precision": 16}, "precision=16: expected 'fp32', 'bf16' or an object with autocast(device)"),
-        ({"validate_every": "1 epock"}, "unknown unit 'epock' in the duration '1 epock'. Known: 'day', 'days', 'epoch', "
+        ({"validate_every": "1 epock"}, "unknown unit 'epock' in the duration '1 epock'. Known: 'day', 'days', "
+                                        "'epoch', "
          "'epochs', 'h', 'hour', 'hours', 'min', 'minute', 'minutes', 's', 'sample', 'samples', 'sec', 'second', "
          "'seconds', 'step', 'steps'. Did you mean 'epoch'?"),
         ({"log_every": 0}, "the duration 0 must be a positive number"),
         ({"callbacks": lw.EarlyStopping()}, "callbacks=EarlyStopping: expected a list of them, such as "
                                             "callbacks=[EarlyStopping(...)]"),
-        ({"loggers": lw.JSONLLogger()}, "loggers=JSONLLogger: expected a list of them, such as loggers=[JSONLLogger(...)]"),
-        ({"checkpoint": "5 min", "folder": "runs"}, "checkpoint='5 min': expected True, False, an lw.Checkpoint or a list "
+        ({"loggers": lw.JSONLLogger()}, "loggers=JSONLLogger: expected a list of them, such as "
+                                        "loggers=[JSONLLogger(...)]"),
+        ({"checkpoint": "5 min", "folder": "runs"}, "checkpoint='5 min': expected True, False, an lw.Checkpoint or a "
+                                                    "list "
          "of them, such as checkpoint=lw.Checkpoint('10 min')"),
         ({"checkpoint": lw.Checkpoint()}, "checkpoint=... needs a folder to write to; leave folder=None out, or "
                                           "checkpoint=False"),
@@ -203,7 +211,7 @@ def test_a_step_function_may_return_a_number_a_dict_or_nothing(returned: Any) ->
 
 @pytest.mark.parametrize("returned", ["text", [1], (1, 2)])
 def test_a_step_function_that_returns_something_else_is_told(returned: Any) -> None:
-    with pytest.raises(lw.StepOutputError, match="^step 'main' returned "):
+    with pytest.raises(lw.StepOutputError, match=r"^step 'main' returned "):
         trainer(epochs=1).run(lambda run, batch: returned, [1])
 
 
@@ -356,9 +364,9 @@ def test_deterministic_algorithms_are_on_during_the_fit_only(warn_only: bool) ->
 
 
 def test_weight_gives_the_samples_of_a_batch() -> None:
-    run = trainer(epochs=1).fit(sgd_task(line(), lr=0.0, loss=lambda p, t: p.sum() * 0 + t.sum()),
-                                [(torch.ones(1, 1), torch.full((1, 1), 3.0)), (torch.ones(1, 1), torch.full((1, 1), 7.0))],
-                                weight=lambda batch: batch[1].item())  # fmt: skip
+    task = sgd_task(line(), lr=0.0, loss=lambda preds, target: preds.sum() * 0 + target.sum())
+    data = [(torch.ones(1, 1), torch.full((1, 1), weight)) for weight in (3.0, 7.0)]
+    run = trainer(epochs=1).fit(task, data, weight=lambda batch: batch[1].item())
     assert run.progress.samples == 10
     assert run.metrics["train/loss"] == pytest.approx((3 * 3 + 7 * 7) / 10)
 

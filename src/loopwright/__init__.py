@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopwright import data, metrics
-    from loopwright.callbacks import Checkpoint, EarlyStopping
+    from loopwright.callbacks import Checkpoint, EarlyStopping, ProgressBar
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
         CheckpointError,
         DataError,
         HookError,
         LoopwrightError,
+        LoopwrightWarning,
         MetricError,
         NonFiniteError,
         PlanError,
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "callbacks": ["Checkpoint", "EarlyStopping"],
+    "callbacks": ["Checkpoint", "EarlyStopping", "ProgressBar"],
     "data": ["DataModule", "Loader"],
     "errors": [
-        "CheckpointError", "DataError", "HookError", "LoopwrightError", "MetricError", "NonFiniteError", "PlanError",
+        "CheckpointError", "DataError", "HookError", "LoopwrightError", "LoopwrightWarning",
+        "MetricError", "NonFiniteError", "PlanError",
         "SettingError", "SkipBatch", "SkipStep", "StepOutputError", "StopEpoch",
     ],
     "events": ["Callback", "Event"],
@@ -66,11 +68,13 @@ __all__ = [
     "JSONLLogger",
     "Loader",
     "LoopwrightError",
+    "LoopwrightWarning",
     "MetricError",
     "NonFiniteError",
     "Phase",
     "PlanError",
     "Progress",
+    "ProgressBar",
     "Run",
     "Scheduler",
     "SettingError",

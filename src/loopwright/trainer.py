@@ -258,8 +258,7 @@ class Trainer:
             clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=self._key(), device=device,
             previous=previous,
         )  # fmt: skip
-        bar = [self.progress if isinstance(self.progress, Callback) else ProgressBar()] if self.progress else []
-        run = self._bare(task, bar)
+        run = self._bare(task)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
         run.settings = {**self.settings, "key": self._key()}
         run.meters["valid"] = measured_by(parts.metrics)
@@ -274,8 +273,9 @@ class Trainer:
             go_on(run, previous)
         return run, parts
 
-    def _bare(self, task: Any, bar: Sequence[Callback] = ()) -> Run:
+    def _bare(self, task: Any) -> Run:
         """A run with nothing to train yet: enough to evaluate or predict."""
+        bar = [self.progress if isinstance(self.progress, Callback) else ProgressBar()] if self.progress else []
         callbacks, history = [*self.callbacks, *bar], History()
         device, models = pick_device(self.device), task.models()
         move_task(task, models, device)
