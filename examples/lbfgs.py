@@ -27,7 +27,7 @@ def weights(net: nn.Linear) -> Tensor:
 
 
 def optimizer(net: nn.Linear) -> torch.optim.LBFGS:
-    limits = {"tolerance_grad": 1e-12, "tolerance_change": 1e-2}  # go on until float64 ends
+    limits = {"tolerance_grad": 1e-12, "tolerance_change": 1e-15}  # go on until float64 ends
     return torch.optim.LBFGS(net.parameters(), **limits, line_search_fn="strong_wolfe")
 
 

@@ -33,7 +33,8 @@ def run_demo(folder: Path, *options: str) -> tuple[str, Path]:
 def rows(out: str, title: str) -> list[list[str]]:
     """Cells of the ten lines, one a digit, of the table whose first line holds ``title``."""
     (table,) = (part.splitlines() for part in out.split("\n\n") if title in part.partition("\n")[0])
-    return [line.split() for line in table[table.index("  " + "-" * (len(table[-1]) - 2)) + 1 :][:10]]
+    rule = next(i for i, line in enumerate(table) if set(line.strip()) == {"-"})
+    return [line.split() for line in table[rule + 1 : rule + 11]]
 
 
 def test_one_epoch_gives_the_whole_report(short):

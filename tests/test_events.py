@@ -427,7 +427,8 @@ class Misspelt(lw.Callback):
         (Wrong(), "Wrong.on_epoch_end(self) -> 'None' has the wrong parameters; write: def on_epoch_end(self, run)"),
         (Longer(), "Longer.on_step_end(self, run: 'lw.Run', result: 'Any', more: 'Any') -> 'None' has the wrong "
                    "parameters; write: def on_step_end(self, run, result)"),
-        (Misspelt(), f"Misspelt.on_epoch_ended is not a hook of Loopwright. Known: {ALL}. Did you mean 'on_epoch_end'?"),
+        (Misspelt(), f"Misspelt.on_epoch_ended is not a hook of Loopwright. Known: {ALL}. "
+                     "Did you mean 'on_epoch_end'?"),
         (lw.EarlyStopping, "callbacks must be lw.Callback objects; got the class EarlyStopping; make an instance, "
                            "EarlyStopping()"),
         (print, "callbacks must be lw.Callback objects; got <built-in function print>"),

@@ -191,6 +191,9 @@ def test_the_last_steps_of_a_run_have_a_record() -> None:
 
     trainer(steps=4, loggers=[Keep()]).fit(sgd_task(line()), pairs([1], [2], [3]))
     assert kinds == [(3, "epoch"), (4, "train")]
+    kinds.clear()
+    trainer(epochs=1, loggers=[Keep()]).fit(sgd_task(line()), pairs([1], [2], [3]))
+    assert kinds == [(3, "train"), (3, "epoch")]  # the record of the epoch is the last one
 
 
 # -------------------------------------------------------------------------------------------- what Supervised takes

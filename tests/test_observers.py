@@ -88,8 +88,8 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
 
 
 WATCHERS = [
-    "bar", "folder", "metrics", "validation", "validate within", "often", "checkpoint", "look", "log more", "every hook",
-    "draws", "handlers", "plan",
+    "bar", "folder", "metrics", "validation", "validate within", "often", "checkpoint", "look", "log more",
+    "every hook", "draws", "handlers", "plan",
 ]  # fmt: skip
 
 

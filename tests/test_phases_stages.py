@@ -302,6 +302,15 @@ def test_a_stage_ends_where_its_duration_says(until: Any, steps: int) -> None:
     assert run.status == "done"
 
 
+def test_a_run_that_ends_with_the_last_batch_has_completed_its_epoch() -> None:
+    for stop in (False, True):
+        user = trainer(steps=99 if stop else 3)
+        user.on(lw.Event.STEP_END(once=3))(lambda run, stop=stop: run.request_stop("enough") if stop else None)
+        run = user.fit(sgd_task(line()), pairs([1], [2], [4]))
+        assert run.progress[1:4] == (1, 0, 3)
+        assert len(run.history) == 1
+
+
 def test_a_stage_ends_after_its_time() -> None:
     run = trainer(time="0.2 s").fit(sgd_task(line(), lr=0.0), pairs([1.0], [1.0]))
     assert 0.2 <= run.progress.seconds < 5.0

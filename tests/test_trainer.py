@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
         ({"callbacks": [lw.Checkpoint()]}, "checkpoint=... needs a folder to write to; leave folder=None out, or "
                                            "checkpoint=False"),
     ],
-    ids=repr,
+    ids=lambda value: re.sub(r" at 0x\w+", "", repr(value)),  # the same in every worker
 )  # fmt: skip
 def test_a_setting_that_cannot_be_used_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(lw.SettingError) as caught:

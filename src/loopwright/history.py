@@ -147,7 +147,7 @@ class History:
         return pandas.DataFrame(self.records)
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{k}={v:.4g}" for k, v in self.records[-1].items()) if self.records else "no epoch yet"
+        last = ", ".join(f"{k}={_shown(v)}" for k, v in self.records[-1].items()) if self.records else "no epoch yet"
         return f"History({len(self)} epochs; last: {last})"
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,3 +158,7 @@ class History:
         self.records = [dict(r) for r in state["records"]]
         self.losses.clear()
         self.losses.update({name: array("f", values.tolist()) for name, values in state["losses"].items()})
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) and value % 1 else str(value)

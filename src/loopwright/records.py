@@ -21,6 +21,9 @@ def log_train(run: Run) -> None:
     means = run.series.take_record()
     if means:
         log_values(run, {**{f"train/{name}": value for name, value in means.items()}, **learning_rates(run)}, "train")
+        last = run.history[-1] if len(run.history) else {}
+        if last.get("step") == run.progress.step:  # what is left over of an epoch does not hide the mean over it
+            run.metrics.update({name: value for name, value in last.items() if "/" in name})
 
 
 def log_epoch(run: Run, stage: Stage) -> None:

@@ -39,9 +39,10 @@ class Trainer:
     make one optimizer step; ``clip_norm`` bounds the 2-norm of the gradients. ``callbacks`` are called in their order.
     ``loggers`` None means ``metrics.jsonl`` in the run folder, which is made under ``folder/name`` (``folder=None``
     writes nothing). ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several.
-    ``validate_every`` and ``log_every`` are durations; bare numbers are steps. ``seed`` seeds everything before
-    training, None leaves the global generators alone. ``deterministic`` asks torch for deterministic algorithms during
-    the fit. ``nonfinite`` says what happens when a loss or gradient is NaN or infinite: "raise", "skip" or "skip 25"
+    ``validate_every`` and ``log_every`` are durations; bare numbers are steps. ``seed`` seeds everything when
+    training begins (a net made before has its weights already: call ``torch.manual_seed`` before making it), None
+    leaves the global generators alone. ``deterministic`` asks torch for deterministic algorithms during the fit.
+    ``nonfinite`` says what happens when a loss or gradient is NaN or infinite: "raise", "skip" or "skip 25"
     (at most so many steps in a row; 10 without a number), or None (train on).
 
     Raises SettingError for a value that cannot be used.

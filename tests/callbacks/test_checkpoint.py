@@ -163,13 +163,26 @@ def test_a_monitored_name_that_is_not_there_is_an_error_with_the_names_that_are(
     run = fit(lw.Checkpoint(at_end=False))
     saver = lw.Checkpoint(monitor="valid/los", mode="min")
     saver.start(run)
-    assert saver.due(run, validated=True)
     with pytest.raises(CheckpointError) as caught:
-        saver.save(run)
+        saver.due(run, validated=True)
     assert str(caught.value) == (
         "Checkpoint monitors 'valid/los', which this validation did not produce. "
         "Known: 'lr', 'train/loss', 'valid/loss'. Did you mean 'valid/loss'?"
     )
+
+
+def test_a_validation_that_is_not_among_the_best_writes_nothing() -> None:
+    run = fit(lw.Checkpoint(at_end=False))
+    saver = lw.Checkpoint("1 day", monitor="valid/score", keep=2)
+    saver.start(run)
+    written = []
+    for step, value in enumerate([0.1, 0.4, 0.2, 0.2, 0.3, float("nan"), 0.5], start=1):
+        run.progress = run.progress._replace(step=step)
+        run.metrics["valid/score"] = value
+        if saver.due(run, validated=True):
+            written.append(value)
+            saver.save(run)
+    assert written == [0.1, 0.4, 0.2, 0.3, 0.5]
 
 
 def test_what_is_in_the_folder_is_known_again_after_a_restart() -> None:

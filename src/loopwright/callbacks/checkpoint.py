@@ -21,9 +21,9 @@ class Checkpoint:
     """Writes checkpoints to ``<run folder>/checkpoints/step-00001200`` at an interval, keeping ``keep`` of them.
 
     ``every``: a duration ("5 min", "500 steps", "1 epoch"; an int counts steps). Without ``monitor`` the
-    newest ``keep`` stay. With ``monitor="valid/loss"`` one is also written after each validation, and the
-    ``keep`` best stay besides the last one; a checkpoint without a validation at its step is never the best,
-    nor is one whose value is NaN. ``mode`` "min" or "max" says which way is better; None takes it from the
+    newest ``keep`` stay. With ``monitor="valid/loss"`` one is also written after each validation that is among the
+    ``keep`` best so far, and these stay besides the last one; a checkpoint without a validation at its step is never
+    the best, nor is one whose value is NaN. ``mode`` "min" or "max" says which way is better; None takes it from the
     name (loss and error fall, accuracy, f1 and other scores rise) and refuses a name that does not tell.
     ``at_end``: one more when training ends or is stopped. ``on_error="warn"`` lets training go on when a
     checkpoint cannot be written; "raise" does not. An older checkpoint is deleted only after the new one is
@@ -86,8 +86,9 @@ class Checkpoint:
         """True when the interval is over, or when there is a new monitored value. Costs one comparison otherwise."""
         if validated and self.monitor is not None:
             self._validated = True
-            self._tick(run.progress)
-            return True
+            due, rank = self._tick(run.progress), self._rank(run)
+            kept = [self._ranks[path] for path in self._best_first()[: self.keep]]
+            return due or (rank is not None and (len(kept) < self.keep or rank < (kept[-1] or 0.0)))
         return run.progress[self._field] >= self._next and self._tick(run.progress)  # type: ignore[operator]
 
     def _tick(self, progress: Progress) -> bool:
