@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -495,6 +496,18 @@ def test_a_method_that_serves_two_hooks_is_named_by_the_one_that_was_called() ->
         trainer(epochs=1, callbacks=[Derived()]).fit(sgd_task(line()), DATA)
     place = "after epoch 1, batch 0 of the open epoch, step 3"
     assert notes(caught.value) == [f"[loopwright] in {Derived.__qualname__}.on_epoch_end, {place}"]
+
+
+def test_a_hook_made_by_partialmethod_is_named_too() -> None:
+    class Counts(lw.Callback):
+        def at(self, name: str, run: lw.Run) -> None:
+            raise UsersError
+
+        on_epoch_end = partialmethod(at, "epoch")
+
+    with pytest.raises(UsersError) as caught:
+        trainer(epochs=1, callbacks=[Counts()]).fit(sgd_task(line()), DATA)
+    assert notes(caught.value)[0].startswith(f"[loopwright] in {Counts.__qualname__}.on_epoch_end, after ")
 
 
 def test_a_handler_that_raises_is_named_with_its_event() -> None:

@@ -366,6 +366,24 @@ def test_a_child_of_a_task_can_be_replaced_by_name() -> None:
     assert task.body.weight.item() == 1.0 - 1 - 3 * (2 + 1 + 2)
 
 
+def test_a_phase_that_holds_a_child_gets_the_new_one() -> None:
+    class Held(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = line()
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase("main", lambda batch, net=self.net: net(batch[0]).mean())]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    task, new = Held(), line(10.0)
+    user, _ = replacing(1, **{"model.net": new, "optimizer": torch.optim.SGD(new.parameters(), lr=1.0)})
+    user.fit(task, pairs([1], [2]))
+    assert new.weight.item() == 10.0 - (2 + 1 + 2)
+
+
 @pytest.mark.parametrize(
     ("new", "message"),
     [

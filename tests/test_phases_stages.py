@@ -251,14 +251,15 @@ def test_head_first_then_all_with_own_rates_data_and_lengths() -> None:
     assert list(run.optimizers) == ["main", "head.main", "all.main"]
 
 
-def test_frozen_parameters_are_those_of_the_stage_and_come_back_after_an_error() -> None:
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_frozen_parameters_are_those_of_the_stage_and_come_back_after_an_error(stop_at: int) -> None:
     net = two_layers()
     net[0].weight.requires_grad_(False)
     flags = []
 
     def look(run: lw.Run, loss: Any, *rest: Any) -> Any:
         flags.append([p.requires_grad for p in net.parameters()])
-        if len(flags) == 3:
+        if len(flags) == stop_at:
             raise ValueError("far enough")
         return loss
 
@@ -271,7 +272,7 @@ def test_frozen_parameters_are_those_of_the_stage_and_come_back_after_an_error()
         trainer(callbacks=[acts(map_loss=look)]).fit(
             lw.Supervised(net, mean_of_preds, torch.optim.SGD(net.parameters(), 0.1)), pairs([1.0]), stages=stages
         )
-    assert flags == [[False, True], [True, False], [False, True]]
+    assert flags == [[False, True], [True, False], [False, True]][:stop_at]
     assert [p.requires_grad for p in net.parameters()] == [False, True]
 
 
@@ -466,3 +467,20 @@ def test_stages_go_on_with_their_own_optimizers_after_a_stop() -> None:
     expected = fitted(None)
     for stop_at in (4, 6, 10):
         assert same(fitted(stop_at), expected), stop_at
+
+
+def test_other_stages_come_after_those_of_an_earlier_fit() -> None:
+    task = sgd_task(line())
+    lw.Trainer(folder=None, progress=False).fit(
+        task, pairs([1.0, 2.0]), stages=[lw.Stage("a", until="1 epoch"), lw.Stage("b", until="1 epoch")]
+    )
+    run = trainer(epochs=3).fit(task, pairs([1.0, 2.0]))
+    assert (run.progress.epoch, run.progress.stage) == (5, 1)
+
+
+@pytest.mark.parametrize("every", ["1 epoch", "2 epochs"])
+def test_a_plateau_counts_each_validation_once(every: str) -> None:
+    task = sgd_task(line(), schedule=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5))
+    run = trainer(epochs=4, validate_every=every).fit(task, pairs([1.0, 2.0]), valid=pairs([1.0, 2.0]))
+    scheduler = run.stages[0].phases[0].epoch_schedulers[0].torch
+    assert scheduler.last_epoch == {"1 epoch": 4, "2 epochs": 2}[every]

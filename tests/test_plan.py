@@ -232,10 +232,10 @@ def test_state_that_no_checkpoint_can_hold_is_found_before_step_0(folder: Path) 
 
 def test_a_step_function_refuses_settings_that_only_the_loop_could_apply() -> None:
     with pytest.raises(lw.PlanError) as caught:
-        trainer(epochs=1, clip_norm=1.0, nonfinite="skip").run(lambda run, batch: None, [1])
+        trainer(epochs=1, clip_norm=1.0, nonfinite="skip", accumulate=2).run(lambda run, batch: None, [1])
     assert caught.value.problems == [
         f"{name} cannot apply, since no phase moves an optimizer by itself; do it in the step"
-        for name in ("clip_norm=1.0", "nonfinite='skip'")
+        for name in ("clip_norm=1.0", "nonfinite='skip'", "accumulate=2")
     ]
 
 

@@ -269,7 +269,7 @@ def end_epoch(run: Run, stage: Stage) -> None:
     log_epoch(run, stage)
     for phase in stage.phases:
         for scheduler in phase.epoch_schedulers:
-            scheduler.step(run.metrics)
+            scheduler.step(run.metrics, run.validated_at)
     fire(run.hooks.on_epoch_end, run)
     for saver in run.savers:
         if saver.due(run, validated=validates):

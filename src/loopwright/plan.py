@@ -205,8 +205,8 @@ def _closed_kinds(run: Run) -> set[str]:
 def _settings(run: Run) -> Iterator[str]:
     """Settings that cannot apply to this run."""
     if not any(phase.moved for stage in run.stages for phase in stage.phases):
-        for name in ("clip_norm", "nonfinite"):
-            if run.settings.get(name) not in (None, "raise"):
+        for name, harmless in (("clip_norm", (None,)), ("nonfinite", (None, "raise")), ("accumulate", (1,))):
+            if run.settings.get(name, harmless[0]) not in harmless:
                 yield (
                     f"{name}={run.settings[name]!r} cannot apply, since no phase moves an optimizer by itself; "
                     "do it in the step"

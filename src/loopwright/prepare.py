@@ -162,6 +162,8 @@ def _stage(
     known = {phase.name: (*phase.step_schedulers, *phase.epoch_schedulers) for phase in before}
     for phase in phases:
         _phase(phase, optimizers, schedules, parts, clip_norm, known, alone=len(phases) == 1)
+        for scheduler in phase.epoch_schedulers if made.valid else ():
+            scheduler.default_monitor = "/".join(["valid", *filter(None, [next(iter(made.valid))]), "loss"])
     made.phases = phases
     return made
 

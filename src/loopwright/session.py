@@ -13,8 +13,10 @@ from torch import nn
 from loopwright.errors import LoopwrightWarning
 from loopwright.folder import close_folder, open_folder, reopen_folder
 from loopwright.interrupt import watch_signals
+from loopwright.optim import set_trainable
 from loopwright.prepare import seed_everything
 from loopwright.progress import Progress
+from loopwright.stages import chooses_parameters
 from loopwright.state import Run
 
 __all__ = ["go_on", "session"]
@@ -54,8 +56,8 @@ def session(
     finally:
         if deterministic:
             torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        for parameter_name, parameter in run.task.named_parameters() if isinstance(run.task, nn.Module) else ():
-            parameter.requires_grad_(run.trainable.get(parameter_name, parameter.requires_grad))
+        if chooses_parameters(run):
+            set_trainable(run.task, run.trainable)
         for stage in run.stages:
             if hasattr(stage.source, "close"):
                 stage.source.close()  # persistent workers end with the fit
@@ -83,13 +85,20 @@ def _close(run: Run, error: BaseException | None) -> None:
 
 
 def go_on(run: Run, previous: Run) -> None:
-    """Let ``run`` continue where ``previous``, of the same task, stands: towards its own, larger total."""
+    """Let ``run`` continue where ``previous``, of the same task, stands: towards its own, larger total.
+
+    Stages with other names than those of ``previous`` come after them.
+    """
     run.progress, run.history, run.series, run.metrics = (
         previous.progress, previous.history, previous.series, dict(previous.metrics),
     )  # fmt: skip
     run.stage_start, run.folder, run.replaced = previous.stage_start, previous.folder, previous.replaced
     run.trainable, run.validated_at = previous.trainable, previous.validated_at
-    if len(run.stages) == len(previous.stages) == 1:
+    inside = run.progress.batch > 0
+    if [stage.name for stage in run.stages] != [stage.name for stage in previous.stages]:
+        run.progress = run.progress._replace(stage=0, stage_step=0, epoch=run.progress.epoch + inside, batch=0)
+        run.stage_start = run.progress
+    elif len(run.stages) == 1:
         run.progress = run.progress._replace(stage=0, stage_step=run.progress.step)
         run.stage_start = Progress()
     stage = run.stages[run.progress.stage] if run.progress.stage < len(run.stages) else None
@@ -112,12 +121,13 @@ def _say_what_is_odd(run: Run) -> None:
                     f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=7
                 )
     stage = run.stage
-    done = stage is not None and len(run.stages) == 1 and run.progress.step > 0
-    if done and any(u.position(run.progress) >= u.value for u in stage.until):  # type: ignore[union-attr]
+    trained = run.progress.step > 0
+    start = run.stage_start
+    over = stage is None or any(u.position(run.progress) >= u.position(start) + u.value for u in stage.until)
+    if trained and over:
         warnings.warn(
             f"this task has already been trained for {run.progress.epoch} epochs ({run.progress.step} steps): nothing "
-            f"to do. "
-            "Ask the Trainer for more, or make a new task to start anew",
+            "to do. Ask the Trainer for more, or make a new task to start anew",
             LoopwrightWarning,
             stacklevel=7,
         )

@@ -14,7 +14,7 @@ from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
 from loopwright.state import Progress, Run, Stage
 
-__all__ = ["apply_changes", "begin_stage", "end_stage", "inexact", "is_over", "needs_closure"]
+__all__ = ["apply_changes", "begin_stage", "chooses_parameters", "end_stage", "inexact", "is_over", "needs_closure"]
 
 
 def begin_stage(run: Run, stage: Stage) -> bool:
@@ -38,9 +38,14 @@ def begin_stage(run: Run, stage: Stage) -> bool:
         stage.validate_every.start(p, batches)
         every = stage.validate_every.duration
         run.validates_within = every.unit != "epochs" or every.is_part
-    if isinstance(run.task, nn.Module):
+    if chooses_parameters(run):
         set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
     return p.stage_step == p.batch == 0 and p.epoch == start.epoch
+
+
+def chooses_parameters(run: Run) -> bool:
+    """True if a stage says which parameters train; otherwise requires_grad is the user's alone."""
+    return any(stage.train is not None or stage.freeze is not None for stage in run.stages)
 
 
 def is_over(run: Run) -> bool:

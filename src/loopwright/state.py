@@ -81,7 +81,7 @@ class Metric(Protocol):
 class Logger(Protocol):
     """A destination of records. Only ``log`` is required; the others are called where they exist.
 
-    ``kind`` is "train" (each ``log_every``), "valid" (each validation), "epoch" (each epoch), "test".
+    ``kind`` is "train" (each ``log_every``), "valid" (each validation) or "epoch" (each epoch).
     """
 
     def log(self, progress: Progress, values: Mapping[str, float], kind: str) -> None: ...

@@ -41,24 +41,33 @@ class Scheduler:
         self.every = every or ("step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch")
         self.monitor = monitor
         self.plateau = plateau
+        self.default_monitor = "train/loss"  # "valid/loss" in a stage with validation
+        self._seen = -1  # the validation that was looked at last, by its step
 
-    def step(self, metrics: Mapping[str, float]) -> None:
-        """One step; a plateau reads its monitored value, and SettingError says when there is none."""
+    def step(self, metrics: Mapping[str, float], validated_at: int = -1) -> None:
+        """One step. A plateau reads its monitored value; SettingError says when there is none.
+
+        ``validated_at``: the step of the latest validation; one that a plateau has seen does not count twice.
+        """
         if not self.plateau:
             self.torch.step()
             return
-        name = self.monitor or ("valid/loss" if "valid/loss" in metrics else "train/loss")
+        name = self.monitor or self.default_monitor
+        if name.startswith("valid/") and validated_at == self._seen:
+            return
         if name not in metrics:
             raise SettingError(
                 f"ReduceLROnPlateau monitors {name!r}, which nothing has produced. {choose(name, metrics)}"
             )
+        self._seen = validated_at
         self.torch.step(metrics[name])
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.torch.state_dict())
+        return {"torch": dict(self.torch.state_dict()), "seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.torch.load_state_dict(dict(state))
+        self.torch.load_state_dict(dict(state["torch"]))
+        self._seen = state["seen"]
 
 
 def per_step(scheduler: Any) -> Scheduler:
