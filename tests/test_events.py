@@ -29,7 +29,7 @@ def steps_at(event: Any, *, epochs: int = 4, data: Any = DATA, **settings: Any) 
 # ------------------------------------------------------------------------------------------------------------ filters
 
 
-@pytest.mark.capability("IG-07", "B-10")
+@pytest.mark.capability("IG-07")
 @pytest.mark.parametrize(
     ("event", "steps"),
     [

@@ -51,7 +51,6 @@ def test_a_name_that_some_epochs_do_not_have_is_none_there() -> None:
     assert run.history["train/loss"] == [0.0, -1.0, -2.0, -3.0]
 
 
-@pytest.mark.capability("FA-14")
 def test_the_loss_of_every_step_is_kept() -> None:
     """The loss of each batch, in order, and the metrics of each epoch are in the history."""
     run = trained()

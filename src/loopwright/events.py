@@ -501,7 +501,7 @@ def _place(hook: Any, run: Run) -> str:
 
 def hook_name(hook: Any, run: Run) -> str:
     """``Class.on_step_end``, with the class of the callback itself; for a handler its name and its event."""
-    owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "func", None), "__self__", None)
+    owner = getattr(hook, "__self__", None)
     if owner is None:
         return str(getattr(hook, "__qualname__", None) or _short(hook))
     return f"{(owner if isinstance(owner, type) else type(owner)).__qualname__}.{_place(hook, run)}"
