@@ -15,11 +15,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import loopwright as lw
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import loopwright as lw
 import measure
 from digits import FOLDER, LR, MOMENTUM, NOTHING, Lap, parts
 from measure import ROOT, Goal
@@ -42,6 +42,7 @@ def goals(options) -> list[Goal]:
 
 class Extra(lw.Task):
     """The digits step with ``count`` more scalars in what it returns."""
+
     def __init__(self, net, optimizer, count):
         super().__init__()
         self.net, self.loss_of, self.optimizer = net, nn.CrossEntropyLoss(), optimizer
@@ -301,6 +302,7 @@ def memory(steps) -> list[Goal]:
 
 class Resident(lw.Callback):
     """Resident bytes after certain steps."""
+
     def __init__(self, *steps):
         self.steps, self.bytes = steps, {}
 

@@ -74,6 +74,7 @@ def expert(fused: bool):
 
 class Lap(lw.Callback):
     """Tells the race that an epoch has ended (every so many epochs of ours may be one of the race)."""
+
     def __init__(self, end_of_epoch: EndOfEpoch, every: int = 1):
         self.end_of_epoch, self.every = end_of_epoch, every
 

@@ -40,6 +40,7 @@ class Lane(threading.Thread):
 
     The first lap is one epoch, so that what a run costs once stands out; every later one is ``chunk`` epochs.
     """
+
     def __init__(self, prepare: Prepare, laps: int, chunk: int, clock: Callable[[], float]):
         super().__init__(daemon=True)
         self.prepare, self.chunk, self.clock, self.epochs = prepare, chunk, clock, 1 + laps * chunk
@@ -86,6 +87,7 @@ class Lane(threading.Thread):
 @dataclass(frozen=True)
 class Timing:
     """One contender in one round: seconds of an epoch (the mean, and that of the fastest lap) and of what comes once."""
+
     epoch_s: float
     best_s: float
     fixed_s: float
@@ -94,6 +96,7 @@ class Timing:
 @dataclass
 class Results:
     """All rounds of all contenders, and the weights with which each ended its first round."""
+
     steps_per_epoch: int
     rounds: list[dict[str, Timing]] = field(default_factory=list)
     weights: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -138,7 +141,8 @@ def middle_half(values: list[float]) -> tuple[float, float]:
 def race(contenders: dict[str, Prepare], *, laps: int, chunk: int, steps_per_epoch: int, rounds: int,
          clock: Callable[[], float] = time.perf_counter) -> Results:
     """Train all contenders side by side, ``rounds`` times. A short round more is run first and thrown away: first calls
-    import, allocate and prove things."""
+    import, allocate and prove things.
+    """
     results, names = Results(steps_per_epoch), list(contenders)
     for count in range(-1, rounds):
         length = laps if count >= 0 else 1
@@ -180,6 +184,7 @@ def terminal() -> Iterator[None]:
 @dataclass(frozen=True)
 class Goal:
     """One line of the goal table. ``limit`` None: measured, but nothing was promised."""
+
     what: str
     value: float
     unit: str = ""

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import loopwright as lw
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, pad
 from torch.utils.data import DataLoader, Dataset
 
+import loopwright as lw
 import measure
 from digits import FOLDER, Lap
 from measure import Goal
@@ -28,6 +28,7 @@ HAND, OURS = "by hand", "Loopwright"
 @dataclass(frozen=True)
 class Case:
     """A model, its loss and its loader; ``parts()`` makes all three anew from the same seed."""
+
     name: str
     parts: Callable[[], tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], DataLoader]]
     accuracy: bool = True
@@ -37,6 +38,7 @@ class Case:
 
 class Augmented(Dataset):
     """Digits as 1x24x24 images, shifted by up to 2 pixels and made noisy anew each time one is asked for."""
+
     def __init__(self):
         images, self.target = load_digits(return_X_y=True)
         small = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
@@ -66,6 +68,7 @@ LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstu
 
 class Names(Dataset):
     """First names: all letters but the last, of which there are 1 to 14, and the last as the class to predict."""
+
     def __init__(self, path: Path, count: int = 6400):
         words = [word for word in path.read_text().split() if len(word) > 1]
         self.words = [torch.tensor([LETTERS[letter] for letter in word]) for word in words[:count]]
@@ -84,6 +87,7 @@ def padded(samples):
 
 class Reader(nn.Module):
     """A GRU over the letters; the mean of its states, padding left out, says which letter comes last."""
+
     def __init__(self):
         super().__init__()
         self.embed, self.gru, self.head = nn.Embedding(27, 24, padding_idx=0), nn.GRU(24, 48, batch_first=True), nn.Linear(48, 27)
@@ -106,6 +110,7 @@ def names(path: Path):
 
 class Windows(Dataset):
     """Windows of 64 characters from Python's own documentation, and the same moved on by one."""
+
     def __init__(self, count: int = 1600):
         from pydoc_data.topics import topics
         text = "".join(topics[name] for name in sorted(topics))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import loopwright as lw
-from loopwright.events import EVENTS, HOOKS, Handler, Hooks
+from loopwright.events import HOOKS, Hooks
+from loopwright.handlers import EVENTS, Handler
 from tiny import line, pairs, recorder, sgd_task, trainer
 
 Event = lw.Event
@@ -337,7 +338,7 @@ CALL = "handler demanding(run: 'lw.Run', word: 'str', result: 'Any') -> 'None' c
         (lambda user: user.on("EPOCH_ENDED"),
          f"'EPOCH_ENDED' is not an event; use lw.Event.<NAME>. Known: {NAMES}. Did you mean 'EPOCH_END'?"),
         (lambda user: user.on(Event),
-         f"<class 'loopwright.events.Event'> is not an event; use lw.Event.<NAME>. Known: {NAMES}."),
+         f"<class 'loopwright.handlers.Event'> is not an event; use lw.Event.<NAME>. Known: {NAMES}."),
         (lambda user: user.on(None)(look), f"None is not an event; use lw.Event.<NAME>. Known: {NAMES}."),
         (lambda user: Event.STEP_END | "FIT_END",
          f"'FIT_END' is not an event; use lw.Event.<NAME>. Known: {NAMES}. Did you mean 'FIT_END'?"),

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         StepOutputError,
         StopEpoch,
     )
-    from loopwright.events import Callback, Event
+    from loopwright.events import Callback
+    from loopwright.handlers import Event
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
     from loopwright.optim import Scheduler, per_step
@@ -43,7 +44,8 @@ _HOMES = {
         "MetricError", "NonFiniteError", "PlanError",
         "SettingError", "SkipBatch", "SkipStep", "StepOutputError", "StopEpoch",
     ],
-    "events": ["Callback", "Event"],
+    "events": ["Callback"],
+    "handlers": ["Event"],
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "per_step"],

@@ -14,8 +14,9 @@ from loopwright import loop
 from loopwright.callbacks import Checkpoint, ProgressBar
 from loopwright.data import as_source, opened
 from loopwright.errors import LoopwrightError, SettingError, choose
-from loopwright.events import Callback, Event, Filter, Handler, Hooks
+from loopwright.events import Callback, Hooks
 from loopwright.explain import explain
+from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted
 from loopwright.loggers import JSONLLogger

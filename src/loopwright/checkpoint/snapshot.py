@@ -16,7 +16,7 @@ from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
 from loopwright.errors import CheckpointError, choose
-from loopwright.events import Handler
+from loopwright.handlers import Handler
 from loopwright.progress import Progress
 from loopwright.state import Run, Stage
 

@@ -1,0 +1,240 @@
+"""Handlers: functions called at events, and the filters that choose among the occurrences of an event."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType
+from typing import Any
+
+from loopwright.errors import SettingError, choose
+from loopwright.events import HOOKS, Callback
+from loopwright.state import Duration, Every, Run, Stage
+
+__all__ = ["Event", "Filter", "Handler"]
+
+Test = Callable[[Run, int], bool]
+
+
+class Filter:
+    """One or several events, and the occurrences of them that count. Made by calling an Event.
+
+    ``a | b`` means at either, ``a & b`` (of one event) when both hold. A filter may serve several handlers.
+    """
+
+    def __init__(self, hooks: Iterable[str], make: Callable[[list[Every]], dict[str, Test]], text: str) -> None:
+        self.hooks, self.text = tuple(hooks), text
+        self.make = make  # the tests by hook, anew for each handler: an interval is used up by what it fires for
+
+    def __or__(self, other: Filter | Event) -> Filter:
+        other = _as_filter(other)
+
+        def make(intervals: list[Every]) -> dict[str, Test]:
+            tests = self.make(intervals)
+            for hook, test in other.make(intervals).items():
+                tests[hook] = _either(tests[hook], test) if hook in tests else test
+            return tests
+
+        return Filter(dict.fromkeys(self.hooks + other.hooks), make, f"{self.text} | {other.text}")
+
+    def __and__(self, other: Filter | Event) -> Filter:
+        other = _as_filter(other)
+        if set(self.hooks) != set(other.hooks) or len(self.hooks) != 1:
+            raise SettingError(f"'&' joins two filters of one event; got {self.text} & {other.text}")
+
+        def make(intervals: list[Every]) -> dict[str, Test]:
+            (hook, a), b = *self.make(intervals).items(), next(iter(other.make(intervals).values()))
+            return {hook: lambda run, n: a(run, n) & b(run, n)}
+
+        return Filter(self.hooks, make, f"{_in_brackets(self)} & {_in_brackets(other)}")
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _either(a: Test, b: Test) -> Test:
+    # both are asked each time: an interval keeps its place only if it sees every occurrence
+    return lambda run, n: a(run, n) | b(run, n)
+
+
+def _in_brackets(part: Filter) -> str:
+    return f"({part})" if " | " in part.text else part.text
+
+
+class Event:
+    """The moments at which handlers can be called: ``trainer.on(lw.Event.STEP_END(every=50))``.
+
+    Call an event to choose among its occurrences, which count from 1: ``every=5`` takes the 5th, 10th, ...;
+    ``every="10 min"`` one each ten minutes; ``once=20`` the 20th alone; ``after=3`` those beyond the third,
+    ``before=3`` the first two; ``when=`` a function of the run. Steps, epochs and stages count over the whole run,
+    also after a resume; batches, validations and checkpoints are counted as they come.
+
+    >>> Event.EPOCH_END(every=5) | Event.FIT_END
+    EPOCH_END(every=5) | FIT_END
+    """
+
+    FIT_START: Event
+    STAGE_START: Event
+    EPOCH_START: Event
+    STEP_START: Event
+    BATCH_START: Event
+    BACKWARD_END: Event
+    GRADS_READY: Event
+    STEP_END: Event
+    VALIDATION_START: Event
+    EVAL_BATCH_END: Event
+    VALIDATION_END: Event
+    CHECKPOINT: Event
+    EPOCH_END: Event
+    STAGE_END: Event
+    FIT_END: Event
+    EXCEPTION: Event
+    TEST_START: Event
+    TEST_END: Event
+    PREDICT_START: Event
+    PREDICT_BATCH_END: Event
+    PREDICT_END: Event
+
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+        self.name = hook.removeprefix("on_").upper()
+
+    def __call__(
+        self,
+        every: int | str | Duration | None = None,
+        *,
+        once: int | None = None,
+        after: int | None = None,
+        before: int | None = None,
+        when: Callable[[Run], bool] | None = None,
+    ) -> Filter:
+        given = {"every": every, "once": once, "after": after, "before": before, "when": when}
+        given = {k: v for k, v in given.items() if v is not None}
+        for name in ("once", "after", "before"):
+            value = given.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise SettingError(f"{self.name}({name}={value!r}): count occurrences from 1, such as {name}=20")
+        if when is not None and not callable(when):
+            raise SettingError(f"{self.name}(when={when!r}): expected a function of the run that returns True or False")
+        if isinstance(every, float) and every % 1 == 0:
+            every = int(every)
+        number = isinstance(every, int) and not isinstance(every, bool) and every > 0
+        if not number and not isinstance(every, (str, Duration, NoneType)):
+            raise SettingError(f"{self.name}(every={every!r}): expected a whole number from 1, or a duration '10 min'")
+        duration = Duration.parse(every) if isinstance(every, (str, Duration)) else None
+        count = every if isinstance(every, int) else 1
+
+        def make(intervals: list[Every]) -> dict[str, Test]:
+            interval = None if duration is None else Every(duration)
+            intervals += [] if interval is None else [interval]
+
+            def test(run: Run, n: int) -> bool:
+                ok = n % count == 0 if interval is None else interval.due(run.progress)
+                ok = ok and (once is None or n == once) and (after is None or n > after)
+                return ok and (before is None or n < before) and (when is None or bool(when(run)))
+
+            return {self.hook: test}
+
+        text = ", ".join(f"{k}={getattr(v, '__name__', None) or repr(v)}" for k, v in given.items())
+        return Filter((self.hook,), make, f"{self.name}({text})" if text else self.name)
+
+    def __or__(self, other: Filter | Event) -> Filter:
+        return self() | other
+
+    def __and__(self, other: Filter | Event) -> Filter:
+        return self() & other
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+for _hook in HOOKS:
+    if _hook.startswith("on_"):
+        setattr(Event, _hook.removeprefix("on_").upper(), Event(_hook))
+EVENTS = {e.name: e for e in vars(Event).values() if isinstance(e, Event)}
+
+
+def _as_filter(event: Any) -> Filter:
+    if isinstance(event, Event):
+        return event()
+    if isinstance(event, Filter):
+        return event
+    raise SettingError(f"{event!r} is not an event; use lw.Event.<NAME>. {choose(event, EVENTS)}")
+
+
+class Handler:
+    """A function called at an event, as ``trainer.on`` registers it: ``fn(run, *args, **kwargs)``.
+
+    A parameter of ``fn`` that is named like one of the hook's own (``result`` at STEP_END, ``values`` at
+    VALIDATION_END) receives it. Raises SettingError if the function cannot be called so.
+    """
+
+    def __init__(self, event: Event | Filter, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.event, self.fn, self.args, self.kwargs = _as_filter(event), fn, args, kwargs
+        if not callable(fn):
+            raise SettingError(f"{fn!r} cannot be called; register a function: @trainer.on(lw.Event.{self.event})")
+        self.name = getattr(fn, "__qualname__", type(fn).__name__)
+        self.active = True
+        self.intervals: list[Every] = []
+        self.tests = self.event.make(self.intervals)
+        self.counts = dict.fromkeys(self.tests, 0)
+        self.passed = {hook: self._passed(hook) for hook in self.tests}
+
+    def _passed(self, hook: str) -> list[tuple[int, str]]:
+        """Positions and names of the hook's arguments that the function asks for by name."""
+        try:
+            signature = inspect.signature(self.fn)
+        except (TypeError, ValueError):  # a builtin without a signature takes the run and the extra arguments
+            return []
+        offered = list(inspect.signature(getattr(Callback, hook)).parameters)[2:]
+        wanted = [(i, n) for i, n in enumerate(offered) if n in signature.parameters and n not in self.kwargs]
+        try:
+            signature.bind(None, *self.args, **self.kwargs, **{n: None for _, n in wanted})
+        except TypeError as error:
+            offers = f" (this event also offers {', '.join(offered)})" if offered else ""
+            raise SettingError(
+                f"handler {self.name}{signature} cannot be called at {self.event}: {error}. Expected "
+                f"{self.name}(run) plus the extra arguments given to trainer.on{offers}"
+            ) from None
+        return wanted
+
+    def start(self, run: Run) -> None:
+        """Begin with ``run``: intervals stand where its progress does, and a new run counts from 0."""
+        for interval in self.intervals:
+            interval.start(run.progress, run.stage.source.batches if run.stage is not None else None)
+        if run.progress.step == 0:
+            self.counts = dict.fromkeys(self.counts, 0)
+
+    def start_stage(self, run: Run, stage: Stage) -> None:
+        """Parts of an epoch go by the number of batches in an epoch of ``stage``."""
+        for interval in self.intervals:
+            if interval.duration.is_part:
+                interval.start(run.progress, stage.source.batches)
+
+    def bound(self, hook: str) -> Callable[..., None]:
+        """The function that a run calls for ``hook``."""
+        test, passed = self.tests[hook], self.passed[hook]
+
+        def call(run: Run, *given: Any) -> None:
+            self.counts[hook] = n = _number(hook, run, self.counts[hook])
+            if self.active and test(run, n):
+                self.fn(run, *self.args, **self.kwargs, **{name: given[i] for i, name in passed})
+
+        call.__qualname__ = f"{self.name}, at {self.event}"
+        return call
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.counts)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.counts.update(state)
+
+
+def _number(hook: str, run: Run, count: int) -> int:
+    """Which occurrence this is, from 1: units that progress counts are read there, the others counted."""
+    p = run.progress
+    unit = {"step": p.step, "epoch": p.epoch, "stage": p.stage}.get(hook.split("_")[1])
+    if unit is None:
+        return count + 1
+    # a stage is counted after its end
+    return unit + 1 if hook.endswith("_start") or hook == "on_stage_end" else unit
