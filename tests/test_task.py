@@ -522,3 +522,20 @@ def test_a_step_task_tells_its_models_and_optimizers() -> None:
     assert task.configure_optimizers() == {"opt": optimizer}
     with pytest.raises(lw.SettingError, match="has no validation of its own"):
         task.validation_step(None)
+
+
+@pytest.mark.parametrize("targets", [1, -1, "y"])
+def test_what_is_not_the_target_is_the_input(targets: Any) -> None:
+    seen: list[Any] = []
+
+    class Watch(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append((len(args), sorted(kwargs)))
+            return (args[0] if args else kwargs["x"]) * 2
+
+    batch: Any = {"x": torch.ones(3, 1), "y": torch.zeros(3, 1)}
+    output = lw.Supervised(Watch(), nn.MSELoss(), targets=targets).training_step(
+        batch if targets == "y" else list(batch.values())
+    )
+    assert seen == [(0, ["x"]) if targets == "y" else (1, [])]
+    assert output["loss"].item() == 4.0

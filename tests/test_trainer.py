@@ -397,3 +397,16 @@ def test_a_handler_sees_the_loader_and_settings_of_the_run() -> None:
     user.on(lw.Event.FIT_START)(lambda run: seen.extend([run.data is data, run.settings["epochs"], run.stage.name]))
     user.fit(sgd_task(classifier(), loss=nn.CrossEntropyLoss()), data)
     assert seen == [True, 1, "main"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"epochs": "5 min"}, "epochs='5 min' is not a number of epochs; write time='5 min' instead"),
+        ({"steps": "2 epochs"}, "steps='2 epochs' is not a number of steps; write epochs='2 epochs' instead"),
+    ],
+)
+def test_a_length_in_another_unit_is_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(lw.SettingError) as caught:
+        lw.Trainer(**settings)
+    assert str(caught.value) == text

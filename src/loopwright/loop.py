@@ -261,7 +261,8 @@ def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
 def end_epoch(run: Run, stage: Stage) -> None:
     """Count the epoch, validate if due, keep its record, step what is scheduled by epochs, save if due."""
     run.progress = run.progress._replace(epoch=run.progress.epoch + 1, batch=0)
-    validates = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
+    due = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
+    validates = due or (bool(stage.valid) and is_over(run) and run.validated_at != run.progress.step)
     if validates:
         evaluate(run, stage.valid, run.task.validation_step)
     if run.log_every.due(run.progress) or is_over(run):

@@ -92,7 +92,8 @@ class Supervised(Task):
     entropy for integer targets and mean squared error for floating ones. ``optimizer`` is an instance or a factory
     ``params -> Optimizer``; ``schedule`` a torch scheduler, a factory ``optimizer -> scheduler``, or
     ``lw.per_step(...)``. A batch is ``(input, ..., target)``; ``inputs`` and ``targets`` choose otherwise, by key, by
-    position, by a list of these (keys are passed as keywords), or by a function of the batch.
+    position, by a list of these (keys are passed as keywords), or by a function of the batch. With ``targets`` alone,
+    by key or position, the rest of the batch is the input.
 
     A step's output holds ``loss``, ``preds`` (what the module returned) and ``target``.
 
@@ -142,7 +143,11 @@ class Supervised(Task):
         return {"loss": loss_of(preds, target), "preds": preds, "target": target}
 
     def _any_step(self, batch: Any, loss_of: Callable[..., Tensor] | None) -> dict[str, Any]:
-        args, kwargs = _arguments(batch, _picker(self.inputs, "inputs"), has_target=self.targets is None)
+        pick = _picker(self.inputs, "inputs")
+        if pick is None and loss_of is not None and isinstance(self.targets, (str, int)):
+            args, kwargs = _arguments(_without(batch, self.targets), None, has_target=False)
+        else:
+            args, kwargs = _arguments(batch, pick, has_target=self.targets is None)
         preds = self.module(*args, **kwargs)
         loss = _own_loss(preds) if loss_of is None else None
         pick_target = _picker(self.targets, "targets")
@@ -241,6 +246,15 @@ def _arguments(
     if isinstance(batch, (list, tuple)):
         return tuple(batch[:-1] if has_target and len(batch) > 1 else batch), {}
     return (batch,), {}
+
+
+def _without(batch: Any, key: str | int) -> Any:
+    """The batch but for its target; a batch that is nothing else stays whole."""
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != key} or batch
+    if isinstance(batch, (list, tuple)) and isinstance(key, int) and len(batch) > 1:
+        return [value for i, value in enumerate(batch) if i != key % len(batch)]
+    return batch
 
 
 def _target(batch: Any, *, needed: bool) -> Any:

@@ -57,7 +57,7 @@ class Trainer:
 
     def __init__(
         self,
-        epochs: int | None = None,
+        epochs: float | None = None,
         *,
         steps: int | None = None,
         time: str | None = None,
@@ -78,8 +78,8 @@ class Trainer:
         nonfinite: str | None = "raise",
     ) -> None:
         self.settings = {k: v for k, v in locals().items() if k != "self"}  # as given: one experiment, readable back
-        limits = (("epochs", epochs), ("steps", steps), ("seconds", time))
-        self.until = [Duration.parse(value, unit=unit) for unit, value in limits if value is not None]
+        limits = (("epochs", epochs, "epochs"), ("steps", steps, "steps"), ("time", time, "seconds"))
+        self.until = [_limit(name, value, unit) for name, value, unit in limits if value is not None]
         self.nonfinite, self.skip_limit = _nonfinite(nonfinite)
         if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
             raise SettingError(f"accumulate={accumulate!r}: expected a whole number of batches, at least 1")
@@ -351,6 +351,16 @@ def _checked(task: Any) -> Any:
     raise SettingError(
         f"{type(task).__name__} is no task; pass lw.Supervised(...) or an lw.Task, or call trainer.run(step, data)"
     )
+
+
+def _limit(name: str, value: Any, unit: str) -> Duration:
+    limit = Duration.parse(value, unit=unit)
+    if limit.unit != unit:
+        raise SettingError(f"{name}={value!r} is not a number of {unit}; write {_KINDS[limit.unit]}={value!r} instead")
+    return limit
+
+
+_KINDS = {"epochs": "epochs", "steps": "steps", "seconds": "time", "samples": "until of a lw.Stage"}
 
 
 def _nonfinite(value: str | None) -> tuple[str | None, int]:
