@@ -23,6 +23,7 @@ import loopwright as lw
 import measure
 from digits import FOLDER, LR, MOMENTUM, NOTHING, Lap, parts
 from measure import ROOT, Goal
+from step_costs import step_costs
 
 
 def goals(options) -> list[Goal]:
@@ -36,91 +37,6 @@ def goals(options) -> list[Goal]:
             name = measured.__code__.co_names[0] if name == "<lambda>" else name
             found.append(Goal(f"{name}: not measured", float("inf"), "", 0, f"{type(error).__name__}: {error}"[:200]))
     return found
-
-
-# ---------------------------------------------------------------- microseconds a step
-
-class Extra(lw.Task):
-    """The digits step with ``count`` more scalars in what it returns."""
-
-    def __init__(self, net, optimizer, count):
-        super().__init__()
-        self.net, self.loss_of, self.optimizer = net, nn.CrossEntropyLoss(), optimizer
-        self.names = [f"extra{i}" for i in range(count)]
-        self.value = torch.tensor(1.5)
-
-    def training_step(self, batch):
-        inputs, target = batch
-        return {"loss": self.loss_of(self.net(inputs), target), **dict.fromkeys(self.names, self.value)}
-
-    def configure_optimizers(self):
-        return self.optimizer
-
-
-REPEAT = 4                                     # the list of batches this many times over is one epoch
-
-
-def preloaded_by_hand(batches):
-    def prepare(epochs, end_of_epoch):
-        net, optimizer, _ = parts()
-        loss_of, many = nn.CrossEntropyLoss(), batches * REPEAT
-        def go():
-            for _ in range(epochs):
-                for inputs, target in many:
-                    optimizer.zero_grad()
-                    loss = loss_of(net(inputs), target)
-                    loss.backward()
-                    optimizer.step()
-                end_of_epoch()
-            return net
-        return go
-    return prepare
-
-
-def preloaded(batches, *, accuracy=False, extras=None, short=False, idle=0, **options):
-    """``short``: epochs of the list once, REPEAT of them in place of one; ``idle``: so many callbacks without a hook."""
-    def prepare(epochs, end_of_epoch):
-        net, optimizer, _ = parts()
-        many, every = (batches, REPEAT) if short else (batches * REPEAT, 1)
-        callbacks = [Lap(end_of_epoch, every), *(lw.Callback() for _ in range(idle))]
-        def go():
-            metrics = {"accuracy": lw.metrics.Accuracy()} if accuracy else None
-            task = (lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer, metrics=metrics) if extras is None
-                    else Extra(net, optimizer, extras))
-            lw.Trainer(epochs=epochs * every, callbacks=callbacks, **options).fit(task, train=many)
-            return net
-        return go
-    return prepare
-
-
-def step_costs(options) -> list[Goal]:
-    """Differences to the loop by hand over the same list of batches, in long epochs."""
-    batches = [list(batch) for batch in parts()[2]]
-    on = {"folder": FOLDER, "accuracy": True}
-    laps, rounds = (12, 3) if options.quick else (75, 9)
-    def race(**contenders):
-        with measure.terminal():
-            return measure.race(contenders, laps=laps, chunk=1, steps_per_epoch=len(batches) * REPEAT, rounds=rounds,
-                                clock=measure.clock_of(options))
-    off = race(hand=preloaded_by_hand(batches), ours=preloaded(batches, **NOTHING), idle=preloaded(batches, idle=20, **NOTHING))
-    all_on = race(hand=preloaded_by_hand(batches), ours=preloaded(batches, **on), idle=preloaded(batches, idle=20, **on))
-    epochs = race(long=preloaded(batches, **on), short=preloaded(batches, short=True, **on))
-    scalars_off = race(one=preloaded(batches, extras=1, **NOTHING), nine=preloaded(batches, extras=9, **NOTHING))
-    scalars_on = race(one=preloaded(batches, extras=1, folder=FOLDER), nine=preloaded(batches, extras=9, folder=FOLDER))
-    assert off.same_bits("ours", "hand") and all_on.same_bits("ours", "hand"), "the weights are not those of the loop by hand"
-    def extra(what, results, name, over, limit=None):
-        share = 100 * (results.ratio(name, over) - 1)
-        return Goal(what, results.extra_us(name, over), "us", limit, f"{share:.1f} % of it; {results.spread_us(name, over)}; fastest laps {results.best_extra_us(name, over):.1f}")
-    return [
-        Goal("the step by hand, batches preloaded", off.step_us("hand"), "us", note="how fast this machine is"),
-        extra("ours over the same step by hand, nothing enabled", off, "ours", "hand", 8),
-        extra("ours over the same step by hand, defaults", all_on, "ours", "hand", 28),
-        extra("20 callbacks that override nothing, a step, nothing enabled", off, "idle", "ours"),
-        extra("20 callbacks that override nothing, a step, defaults", all_on, "idle", "ours"),
-        Goal("an epoch's end, defaults (its record, its line)", epochs.extra_us("short", "long") * len(batches) * REPEAT / (REPEAT - 1), "us"),
-        Goal("one more scalar a step, defaults", scalars_on.extra_us("nine", "one") / 8, "us", 2),
-        Goal("one more scalar a step, nothing enabled", scalars_off.extra_us("nine", "one") / 8, "us", 2),
-    ]
 
 
 # ---------------------------------------------------------------- milliseconds a fit
@@ -270,13 +186,11 @@ def imports(count) -> list[Goal]:
         code = f"import torch, time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment(), cwd=FOLDER)
         return float(done.stdout) * 1e3
-    whole, own, used = [], [], []
+    own, used = [], []
     for _ in range(count + 1):
-        whole.append((-seconds("-c", "import torch") + seconds("-c", "import torch, loopwright")) * 1e3)
         own.append(within("import loopwright"))
         used.append(within("import loopwright as lw; lw.Trainer, lw.Supervised, lw.metrics.Accuracy"))
-    by_processes = f"by the difference of whole processes {statistics.median(whole[1:]):.0f} ms"
-    return [Goal("`import loopwright` over `import torch`", statistics.median(own[1:]), "ms", 60, by_processes),
+    return [Goal("`import loopwright` over `import torch`", statistics.median(own[1:]), "ms", 60),
             Goal("the same and Trainer, Supervised and Accuracy, which are loaded at first use", statistics.median(used[1:]), "ms")]
 
 

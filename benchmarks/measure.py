@@ -117,17 +117,13 @@ class Results:
         """Of the fastest laps of all rounds: steady where other work disturbs, blind to what a lap can be without."""
         return min(timings[name].best_s for timings in self.rounds) / min(timings[to].best_s for timings in self.rounds)
 
-    def best_extra_us(self, name: str, over: str) -> float:
-        best = {who: min(timings[who].best_s for timings in self.rounds) for who in (name, over)}
-        return (best[name] - best[over]) / self.steps_per_epoch * 1e6
-
     def extra_us(self, name: str, over: str) -> float:
         """Microseconds a step more than the other, the median over the rounds."""
         return statistics.median(t[name].epoch_s - t[over].epoch_s for t in self.rounds) / self.steps_per_epoch * 1e6
 
-    def spread_us(self, name: str, over: str) -> str:
-        low, high = middle_half([t[name].epoch_s - t[over].epoch_s for t in self.rounds])
-        return f"middle half {low / self.steps_per_epoch * 1e6:.1f} to {high / self.steps_per_epoch * 1e6:.1f}"
+    def spread_us(self, name: str, over: str, parts: int = 1) -> str:
+        low, high = middle_half([(t[name].epoch_s - t[over].epoch_s) / self.steps_per_epoch / parts * 1e6 for t in self.rounds])
+        return f"middle half {low:.1f} to {high:.1f}"
 
     def same_bits(self, name: str, as_: str) -> bool:
         return all(map(torch.equal, self.weights[name], self.weights[as_]))
