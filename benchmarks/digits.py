@@ -3,6 +3,7 @@
 scikit-learn's digits, 64-64-10, batch 64, SGD with momentum, cross entropy: small on purpose, since only there the loop
 itself can be seen.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -15,12 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from measure import EndOfEpoch
 
-with contextlib.suppress(ModuleNotFoundError):               # the other frameworks can be measured without ours
+with contextlib.suppress(ModuleNotFoundError):  # the other frameworks can be measured without ours
     import loopwright as lw
 
 BATCH, LR, MOMENTUM = 64, 0.1, 0.9
 NOTHING = dict(progress=False, loggers=(), folder=None, checkpoint=False, nonfinite=None)
 FOLDER = tempfile.mkdtemp(prefix="loopwright-benchmark-")
+
 
 def load() -> tuple[torch.Tensor, torch.Tensor]:
     inputs, target = load_digits(return_X_y=True)
@@ -36,12 +38,13 @@ def parts(fused: bool = False) -> tuple[nn.Module, torch.optim.Optimizer, DataLo
 
 
 DIGITS = load()
-STEPS = len(parts()[2])                       # of one epoch
+STEPS = len(parts()[2])  # of one epoch
 
 
 def hand(epochs: int, end_of_epoch: EndOfEpoch):
     net, optimizer, loader = parts()
     loss_of = nn.CrossEntropyLoss()
+
     def go():
         for _ in range(epochs):
             for inputs, target in loader:
@@ -51,14 +54,17 @@ def hand(epochs: int, end_of_epoch: EndOfEpoch):
                 optimizer.step()
             end_of_epoch()
         return net
+
     return go
 
 
 def expert(fused: bool):
     """As fast as eager PyTorch goes when someone who knows how gives up comfort: no loader, no zero_grad."""
+
     def prepare(epochs: int, end_of_epoch: EndOfEpoch):
         net, optimizer, _ = parts(fused)
         loss_of, parameters, (inputs, target) = nn.CrossEntropyLoss(), list(net.parameters()), DIGITS
+
         def go():
             for _ in range(epochs):
                 for index in torch.randperm(len(inputs)).split(BATCH):
@@ -68,7 +74,9 @@ def expert(fused: bool):
                     optimizer.step()
                 end_of_epoch()
             return net
+
         return go
+
     return prepare
 
 
@@ -85,14 +93,19 @@ class Lap(lw.Callback):
 
 def loopwright(fused: bool = False, valid: bool = False, off: bool = False):
     """As the README shows it, with everything that is on by default, or with everything off."""
+
     def prepare(epochs: int, end_of_epoch: EndOfEpoch):
         net, optimizer, loader = parts(fused)
         metrics = None if off else {"accuracy": lw.metrics.Accuracy()}
         valid_loader = DataLoader(TensorDataset(*DIGITS), BATCH) if valid else None
         options = NOTHING if off else {"folder": FOLDER}
+
         def go():
             task = lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer, metrics=metrics)
-            lw.Trainer(epochs=epochs, callbacks=[Lap(end_of_epoch)], **options).fit(task, train=loader, valid=valid_loader)
+            trainer = lw.Trainer(epochs=epochs, callbacks=[Lap(end_of_epoch)], **options)
+            trainer.fit(task, train=loader, valid=valid_loader)
             return net
+
         return go
+
     return prepare

@@ -6,6 +6,7 @@ runs slower for a second therefore slows down all of them. The ratio of two cont
 in one round; what is reported is the median over the rounds. Sums, not medians, inside a round: what happens rarely (a
 record, the bar, a fold of held values) is in them. Each contender sees its own state of the random generators.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,8 +32,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 EndOfEpoch = Callable[[], None]
 Prepare = Callable[[int, EndOfEpoch], Callable[[], nn.Module]]
-"""``prepare(epochs, end_of_epoch)`` makes all that the clock should not see and returns the run to be timed, which calls
-``end_of_epoch()`` after each epoch and returns the trained module."""
+"""``prepare(epochs, end_of_epoch)`` makes all that the clock should not see and returns the run to be timed, which
+calls ``end_of_epoch()`` after each epoch and returns the trained module."""
 
 
 class Lane(threading.Thread):
@@ -86,7 +87,7 @@ class Lane(threading.Thread):
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender in one round: seconds of an epoch (the mean, and that of the fastest lap) and of what comes once."""
+    """One contender in one round: seconds of an epoch (mean, and in the fastest lap) and of what comes once."""
 
     epoch_s: float
     best_s: float
@@ -122,7 +123,8 @@ class Results:
         return statistics.median(t[name].epoch_s - t[over].epoch_s for t in self.rounds) / self.steps_per_epoch * 1e6
 
     def spread_us(self, name: str, over: str, parts: int = 1) -> str:
-        low, high = middle_half([(t[name].epoch_s - t[over].epoch_s) / self.steps_per_epoch / parts * 1e6 for t in self.rounds])
+        share = 1e6 / self.steps_per_epoch / parts
+        low, high = middle_half([(t[name].epoch_s - t[over].epoch_s) * share for t in self.rounds])
         return f"middle half {low:.1f} to {high:.1f}"
 
     def same_bits(self, name: str, as_: str) -> bool:
@@ -134,8 +136,15 @@ def middle_half(values: list[float]) -> tuple[float, float]:
     return ordered[quarter], ordered[-1 - quarter]
 
 
-def race(contenders: dict[str, Prepare], *, laps: int, chunk: int, steps_per_epoch: int, rounds: int,
-         clock: Callable[[], float] = time.perf_counter) -> Results:
+def race(
+    contenders: dict[str, Prepare],
+    *,
+    laps: int,
+    chunk: int,
+    steps_per_epoch: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Results:
     """Train all contenders side by side, ``rounds`` times. A short round more is run first and thrown away: first calls
     import, allocate and prove things.
     """
@@ -167,14 +176,13 @@ def terminal() -> Iterator[None]:
     drain = subprocess.Popen(["cat"], stdin=master, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(master)
     kept = sys.stdout, sys.stderr
-    screen = open(slave, "w", buffering=1, encoding="utf-8", errors="replace")
-    sys.stdout = sys.stderr = screen
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = kept
-        screen.close()                       # cat then reads an error and ends
-        drain.wait()
+    with open(slave, "w", buffering=1, encoding="utf-8", errors="replace") as screen:
+        sys.stdout = sys.stderr = screen
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = kept
+    drain.wait()  # nothing is left to read, so it ends
 
 
 @dataclass(frozen=True)
@@ -206,8 +214,10 @@ def goal_table(goals: list[Goal]) -> str:
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose columns line up in plain text too."""
     widths = [max(len(str(line[i])) for line in [head, *rows]) for i in range(len(head))]
+
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(str(c).ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
     return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
@@ -218,8 +228,10 @@ def machine() -> str:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         model = found.group(1) if found else model
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
-    return (f"{model}, {os.cpu_count()} cores (load {load} at the end), Python {platform.python_version()}, "
-            f"torch {torch.__version__}, {torch.get_num_threads()} thread")
+    return (
+        f"{model}, {os.cpu_count()} cores (load {load} at the end), Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread"
+    )
 
 
 def write_section(path: Path, name: str, text: str) -> None:
@@ -241,10 +253,21 @@ def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small runs: shows that all works, its numbers are rough")
     parser.add_argument("--rounds", type=int, default=None, help=f"rounds (default {defaults['rounds']}, quick 3)")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
-                        help="cpu: time of this process only, steadier where others work (and blind to waiting for disks)")
-    parser.add_argument("--write", nargs="?", type=Path, const=ROOT / "docs" / "benchmarks.md", default=None,
-                        metavar="PAGE", help="put the tables on this page (default docs/benchmarks.md)")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: time of this process only, steadier where others work (blind to waiting for disks)",
+    )
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        type=Path,
+        const=ROOT / "docs" / "benchmarks.md",
+        default=None,
+        metavar="PAGE",
+        help="put the tables on this page (default docs/benchmarks.md)",
+    )
     return parser
 
 

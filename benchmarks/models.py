@@ -1,9 +1,10 @@
 """Loopwright with defaults next to the loop written by hand, on models where the work is not all overhead.
 
-Both train from the same seed with the same data pipeline, and must end with the same weights, bit for bit: only then is
-the comparison of times fair. The text sets are read from ../shared/data or Python's own documentation; what is absent is
-left out, with the reason. ``python benchmarks/models.py --write`` on an idle machine.
+Both train from the same seed with the same data pipeline, and must end with the same weights, bit for bit: only then
+is the comparison of times fair. The text sets are read from ../shared/data or Python's own documentation; what is
+absent is left out, with the reason. ``python benchmarks/models.py --write`` on an idle machine.
 """
+
 from __future__ import annotations
 
 import sys
@@ -36,6 +37,7 @@ class Case:
 
 # ---------------------------------------------------------------- a CNN, augmented in two workers
 
+
 class Augmented(Dataset):
     """Digits as 1x24x24 images, shifted by up to 2 pixels and made noisy anew each time one is asked for."""
 
@@ -49,21 +51,31 @@ class Augmented(Dataset):
 
     def __getitem__(self, index):
         top, left = torch.randint(0, 5, (2,)).tolist()
-        image = pad(self.images[index], (2, 2, 2, 2))[:, top:top + 24, left:left + 24]
+        image = pad(self.images[index], (2, 2, 2, 2))[:, top : top + 24, left : left + 24]
         return image + 0.1 * torch.randn(1, 24, 24), int(self.target[index])
 
 
 def cnn():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-                        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-                        nn.Flatten(), nn.Dropout(0.2), nn.Linear(32 * 36, 10))
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(32 * 36, 10),
+    )
     return net, nn.CrossEntropyLoss(), DataLoader(Augmented(), 64, shuffle=True, num_workers=2)
 
 
 # ---------------------------------------------------------------- ragged text
 
-LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)}   # 0 is the padding
+LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)}  # 0 is the padding
 
 
 class Names(Dataset):
@@ -90,7 +102,8 @@ class Reader(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.gru, self.head = nn.Embedding(27, 24, padding_idx=0), nn.GRU(24, 48, batch_first=True), nn.Linear(48, 27)
+        self.embed, self.head = nn.Embedding(27, 24, padding_idx=0), nn.Linear(48, 27)
+        self.gru = nn.GRU(24, 48, batch_first=True)
 
     def forward(self, letters):
         states, _ = self.gru(self.embed(letters))
@@ -100,19 +113,23 @@ class Reader(nn.Module):
 
 def names(path: Path):
     data = Names(path)
+
     def parts():
         torch.manual_seed(0)
         return Reader(), nn.CrossEntropyLoss(), DataLoader(data, 64, shuffle=True, collate_fn=padded)
+
     return parts
 
 
 # ---------------------------------------------------------------- a small transformer
+
 
 class Windows(Dataset):
     """Windows of 64 characters from Python's own documentation, and the same moved on by one."""
 
     def __init__(self, count: int = 1600):
         from pydoc_data.topics import topics
+
         text = "".join(topics[name] for name in sorted(topics))
         letters = {letter: number for number, letter in enumerate(sorted(set(text)))}
         self.text, self.vocabulary, self.count = torch.tensor([letters[letter] for letter in text]), len(letters), count
@@ -121,16 +138,19 @@ class Windows(Dataset):
         return self.count
 
     def __getitem__(self, index):
-        window = self.text[index * 64:index * 64 + 65]
+        window = self.text[index * 64 : index * 64 + 65]
         return window[:-1], window[1:]
 
 
 class Transformer(nn.Module):
+    """Two causal layers of width 64 over characters."""
+
     def __init__(self, vocabulary: int, width: int = 64, context: int = 64):
         super().__init__()
         self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=True)
-        self.layers, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(width, vocabulary)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context))
 
     def forward(self, text):
@@ -144,13 +164,16 @@ def of_characters(logits, target):
 
 def transformer():
     data = Windows()
+
     def parts():
         torch.manual_seed(0)
         return Transformer(data.vocabulary), of_characters, DataLoader(data, 32, shuffle=True)
+
     return parts
 
 
 # ---------------------------------------------------------------- the comparison
+
 
 def optimizer_of(net):
     return torch.optim.AdamW(net.parameters(), 1e-3)
@@ -160,6 +183,7 @@ def by_hand(case: Case):
     def prepare(epochs, end_of_epoch):
         net, loss_of, loader = case.parts()
         optimizer = optimizer_of(net)
+
         def go():
             for _ in range(epochs):
                 for inputs, target in loader:
@@ -169,7 +193,9 @@ def by_hand(case: Case):
                     optimizer.step()
                 end_of_epoch()
             return net
+
         return go
+
     return prepare
 
 
@@ -177,12 +203,15 @@ def ours(case: Case):
     def prepare(epochs, end_of_epoch):
         net, loss_of, loader = case.parts()
         optimizer = optimizer_of(net)
+
         def go():
             metrics = {"accuracy": lw.metrics.Accuracy()} if case.accuracy else None
             task = lw.Supervised(net, loss=loss_of, optimizer=optimizer, metrics=metrics)
             lw.Trainer(epochs=epochs, folder=FOLDER, callbacks=[Lap(end_of_epoch)]).fit(task, train=loader)
             return net
+
         return go
+
     return prepare
 
 
@@ -193,7 +222,8 @@ def text_folder() -> Path | None:
 
 def cases(data: Path | None) -> tuple[list[Case], list[str]]:
     """The cases that can run here, and a line for each that cannot."""
-    found, absent = [Case("CNN, augmented in 2 workers", cnn), Case("transformer, 2 layers", transformer(), accuracy=False)], []
+    found = [Case("CNN, augmented in 2 workers", cnn), Case("transformer, 2 layers", transformer(), accuracy=False)]
+    absent = []
     folder = data or text_folder()
     if folder is not None and (folder / "names.txt").exists():
         found.append(Case("GRU on ragged names, own collate_fn", names(folder / "names.txt")))
@@ -204,7 +234,7 @@ def cases(data: Path | None) -> tuple[list[Case], list[str]]:
 
 def main() -> int:
     parser = measure.arguments(__doc__.splitlines()[0], rounds=9)
-    parser.add_argument("--data", type=Path, default=None, metavar="FOLDER", help="where names.txt lies (default ../shared/data)")
+    parser.add_argument("--data", type=Path, default=None, help="folder of names.txt (default ../shared/data)")
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
     options = parser.parse_args()
     laps, rounds = (2, 2) if options.quick else (5, 9)
@@ -215,17 +245,28 @@ def main() -> int:
     for case in (case for case in found if options.case in case.name):
         steps = len(case.parts()[2])
         with measure.terminal():
-            results = measure.race({HAND: by_hand(case), OURS: ours(case)}, laps=laps, chunk=1, steps_per_epoch=steps,
-                                   rounds=rounds, clock=measure.clock_of(options))
+            results = measure.race(
+                {HAND: by_hand(case), OURS: ours(case)},
+                laps=laps,
+                chunk=1,
+                steps_per_epoch=steps,
+                rounds=rounds,
+                clock=measure.clock_of(options),
+            )
         assert results.same_bits(OURS, HAND), f"{case.name}: the weights are not those of the loop by hand"
         low, high = measure.middle_half(results.ratios(OURS, HAND))
         spread = f"middle half {low:.3f} - {high:.3f}, fastest laps {results.best_ratio(OURS, HAND):.3f}; same bits"
         lines.append(Goal(case.name, results.ratio(OURS, HAND), "", 1.03, spread))
         rows.append([case.name, f"{steps}", f"{results.step_us(HAND):.0f}", f"{results.step_us(OURS):.0f}"])
-    page = "\n\n".join([
-        "## Larger models, defaults next to the loop written by hand",
-        f"Machine: {measure.machine()}. {rounds} rounds of {laps} laps of one epoch.", measure.goal_table(lines),
-        measure.table(["", "steps an epoch", f"{HAND}, us a step", f"{OURS}, us a step"], rows), *absent])
+    page = "\n\n".join(
+        [
+            "## Larger models, defaults next to the loop written by hand",
+            f"Machine: {measure.machine()}. {rounds} rounds of {laps} laps of one epoch.",
+            measure.goal_table(lines),
+            measure.table(["", "steps an epoch", f"{HAND}, us a step", f"{OURS}, us a step"], rows),
+            *absent,
+        ]
+    )
     print(page)
     if options.write:
         measure.write_section(options.write, "models", page)

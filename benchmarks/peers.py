@@ -3,6 +3,7 @@
 Each returns a contender for ``measure.race``: the model, the optimizer and the data loader are made before the clock
 starts, the framework's trainer after it. A framework that is not installed is left out.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -14,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-Parts = Callable[[], tuple[nn.Module, torch.optim.Optimizer, object]]   # fresh module, optimizer, loader; same seed
+Parts = Callable[[], tuple[nn.Module, torch.optim.Optimizer, object]]  # fresh module, optimizer, loader; same seed
 
 
 def quiet() -> None:
@@ -60,13 +61,22 @@ def lightning(parts: Parts, level: str):
     def prepare(epochs, end_of_epoch):
         module, optimizer, loader = parts()
         task, folder = Digits(module, optimizer), tempfile.mkdtemp()
+
         def go():
             options = bare if level == "bare" else {}
-            trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, default_root_dir=folder,
-                                 callbacks=[Lap(end_of_epoch)], **options)
+            trainer = pl.Trainer(
+                max_epochs=epochs,
+                accelerator="cpu",
+                devices=1,
+                default_root_dir=folder,
+                callbacks=[Lap(end_of_epoch)],
+                **options,
+            )
             trainer.fit(task, loader)
             return module
+
         return go
+
     return prepare
 
 
@@ -75,12 +85,15 @@ def ignite(parts: Parts):
 
     def prepare(epochs, end_of_epoch):
         module, optimizer, loader = parts()
+
         def go():
             trainer = create_supervised_trainer(module, optimizer, nn.CrossEntropyLoss())
             trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: end_of_epoch())
             trainer.run(loader, max_epochs=epochs)
             return module
+
         return go
+
     return prepare
 
 
@@ -98,15 +111,20 @@ def skorch(parts: Parts):
     def prepare(epochs, end_of_epoch):
         module, optimizer, loader = parts()
         inputs, target = loader.dataset.tensors
+
         def go():
             net = NeuralNetClassifier(
                 module, criterion=nn.CrossEntropyLoss, optimizer=torch.optim.SGD, lr=optimizer.param_groups[0]["lr"],
                 optimizer__momentum=optimizer.param_groups[0]["momentum"], batch_size=loader.batch_size,
-                iterator_train__shuffle=True, max_epochs=epochs, train_split=None, callbacks=[Lap(end_of_epoch)], verbose=0)
+                iterator_train__shuffle=True, max_epochs=epochs, train_split=None, verbose=0,
+                callbacks=[Lap(end_of_epoch)],
+            )  # fmt: skip
             net.set_params(callbacks__epoch_timer=None, callbacks__train_loss=None, callbacks__print_log=None)
             net.fit(inputs, target)
             return module
+
         return go
+
     return prepare
 
 
@@ -115,6 +133,7 @@ def accelerate(parts: Parts):
 
     def prepare(epochs, end_of_epoch):
         module, optimizer, loader = parts()
+
         def go():
             accelerator, loss_of = Accelerator(cpu=True), nn.CrossEntropyLoss()
             wrapped, opt, batches = accelerator.prepare(module, optimizer, loader)
@@ -125,7 +144,9 @@ def accelerate(parts: Parts):
                     opt.step()
                 end_of_epoch()
             return module
+
         return go
+
     return prepare
 
 

@@ -1,29 +1,31 @@
 """What Loopwright adds to a step, in microseconds: all contenders go over the same list of batches, as by hand.
 
-Two numbers are taken. The mean over everything, as `measure.py` takes it, holds what comes rarely (a record, the bar) and
-is the one that goals are about. Beside it stands the difference of *typical* steps, the lower quartile of single ones: it
-leaves the rare out, and is steady to 2 us also on a machine that is busy with other things.
+Two numbers are taken. The mean over everything, as `measure.py` takes it, holds what comes rarely (a record, the bar)
+and is the one that goals are about. Beside it stands the difference of *typical* steps, the lower quartile of single
+ones: it leaves the rare out, and is steady to a few us also on a machine that is busy with other things.
 """
+
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterable
 
-import loopwright as lw
 import torch
 from torch import Tensor, nn
 
+import loopwright as lw
 import measure
 from digits import FOLDER, NOTHING, Lap, parts
 from measure import Goal, Prepare, Results
 
-REPEAT = 4                                    # the list of batches this many times over is one epoch
+REPEAT = 4  # the list of batches this many times over is one epoch
 Make = Callable[["Stamped"], Prepare]
 
 
 class Stamped:
     """Cross entropy that notes when it is called: from one call to the next is a step."""
+
     def __init__(self):
         self.loss, self.at = nn.CrossEntropyLoss(), list[float]()
 
@@ -37,6 +39,7 @@ class Stamped:
 
 class Extra(lw.Task):
     """The digits step with ``count`` more scalars in what it returns."""
+
     def __init__(self, net, loss_of, optimizer, count):
         super().__init__()
         self.net, self.loss_of, self.optimizer = net, loss_of, optimizer
@@ -55,6 +58,7 @@ def by_hand(batches: list) -> Make:
         def prepare(epochs, end_of_epoch):
             net, optimizer, _ = parts()
             many = batches * REPEAT
+
             def go():
                 for _ in range(epochs):
                     for inputs, target in many:
@@ -64,45 +68,63 @@ def by_hand(batches: list) -> Make:
                         optimizer.step()
                     end_of_epoch()
                 return net
+
             return go
+
         return prepare
+
     return make
 
 
 def ours(batches: list, *, accuracy=False, extras=None, short=False, idle=0, **options) -> Make:
-    """``short``: epochs of the list once, REPEAT of them in place of one; ``idle``: so many callbacks without a hook."""
+    """``short``: epochs of the list once, REPEAT of them in place of one; ``idle``: so many callbacks with no hook."""
     many, every = (batches, REPEAT) if short else (batches * REPEAT, 1)
 
     def make(loss_of: Stamped) -> Prepare:
         def prepare(epochs, end_of_epoch):
             net, optimizer, _ = parts()
             callbacks = [Lap(end_of_epoch, every), *(lw.Callback() for _ in range(idle))]
+
             def go():
                 metrics = {"accuracy": lw.metrics.Accuracy()} if accuracy else None
-                task = (lw.Supervised(net, loss=loss_of, optimizer=optimizer, metrics=metrics) if extras is None
-                        else Extra(net, loss_of, optimizer, extras))
+                task = (
+                    lw.Supervised(net, loss=loss_of, optimizer=optimizer, metrics=metrics)
+                    if extras is None
+                    else Extra(net, loss_of, optimizer, extras)
+                )
                 lw.Trainer(epochs=epochs * every, callbacks=callbacks, **options).fit(task, train=many)
                 return net
+
             return go
+
         return prepare
+
     return make
 
 
 class Race:
     """Contenders side by side, their means and their typical steps."""
+
     def __init__(self, options, steps: int, **makers: Make):
         losses = {name: Stamped() for name in makers}
         laps, rounds = (12, 3) if options.quick else (75, 9)
         with measure.terminal():
             self.results: Results = measure.race(
-                {name: make(losses[name]) for name, make in makers.items()}, laps=laps, chunk=1, steps_per_epoch=steps,
-                rounds=rounds, clock=measure.clock_of(options))
+                {name: make(losses[name]) for name, make in makers.items()},
+                laps=laps,
+                chunk=1,
+                steps_per_epoch=steps,
+                rounds=rounds,
+                clock=measure.clock_of(options),
+            )
         self.typical = {name: loss.typical_us() for name, loss in losses.items()}
 
     def extra(self, what: str, name: str, over: str, limit: float | None = None, parts: int = 1) -> Goal:
         """How much more ``name`` takes a step; divided by ``parts``, such as the scalars it has more."""
-        note = (f"{self.results.spread_us(name, over, parts)}; a typical step "
-                f"{(self.typical[name] - self.typical[over]) / parts:+.1f} to {self.typical[over]:.0f}")
+        note = (
+            f"{self.results.spread_us(name, over, parts)}; a typical step "
+            f"{(self.typical[name] - self.typical[over]) / parts:+.1f} to {self.typical[over]:.0f}"
+        )
         return Goal(what, self.results.extra_us(name, over) / parts, "us", limit, note)
 
 
@@ -110,18 +132,28 @@ def step_costs(options) -> Iterable[Goal]:
     batches = [list(batch) for batch in parts()[2]]
     steps, on = len(batches) * REPEAT, {"folder": FOLDER, "accuracy": True}
 
-    off = Race(options, steps, hand=by_hand(batches), ours=ours(batches, **NOTHING), idle=ours(batches, idle=20, **NOTHING))
-    full = Race(options, steps, hand=by_hand(batches), ours=ours(batches, **on), idle=ours(batches, idle=20, **on))
+    off, full = (
+        Race(
+            options,
+            steps,
+            hand=by_hand(batches),
+            ours=ours(batches, **settings),
+            idle=ours(batches, idle=20, **settings),
+        )
+        for settings in (NOTHING, on)
+    )
     for race in (off, full):
         assert race.results.same_bits("ours", "hand"), "the weights are not those of the loop by hand"
-    yield Goal("the step by hand, batches preloaded", off.results.step_us("hand"), "us", note="how fast this machine is")
+    yield Goal("the step by hand, batches preloaded", off.results.step_us("hand"), "us", note="how fast the machine is")
     yield off.extra("ours over the same step by hand, nothing enabled", "ours", "hand", 8)
     yield full.extra("ours over the same step by hand, defaults", "ours", "hand", 28)
     yield off.extra("20 callbacks that override nothing, a step, nothing enabled", "idle", "ours")
     yield full.extra("20 callbacks that override nothing, a step, defaults", "idle", "ours")
 
     epochs = Race(options, steps, long=ours(batches, **on), short=ours(batches, short=True, **on)).results
-    yield Goal("an epoch's end, defaults (its record, its line)", epochs.extra_us("short", "long") * steps / (REPEAT - 1), "us")
+    end_us = epochs.extra_us("short", "long") * steps / (REPEAT - 1)
+    yield Goal("an epoch's end, defaults (its record, its line)", end_us, "us")
     for name, settings in (("defaults", {"folder": FOLDER}), ("nothing enabled", NOTHING)):
         few, many = ours(batches, extras=1, **settings), ours(batches, extras=9, **settings)
-        yield Race(options, steps, one=few, nine=many).extra(f"one more scalar a step, {name}", "nine", "one", 2, parts=8)
+        race = Race(options, steps, one=few, nine=many)
+        yield race.extra(f"one more scalar a step, {name}", "nine", "one", 2, parts=8)

@@ -65,7 +65,7 @@ def test_ctrl_c_saves_closes_and_raises_keyboard_interrupt(folder: Path) -> None
     assert step >= 25
     assert [p.name for p in (path / "checkpoints").glob("step-*")] == [f"step-{step:08d}"]
     assert done.returncode == -signal.SIGINT  # Python ends itself by the signal: 130 in a shell
-    assert done.stderr.splitlines()[-1] == f"KeyboardInterrupt: stopped after step {step}; the run is saved in {path}"
+    assert done.stderr.splitlines()[-1] == f"KeyboardInterrupt: stopped after step {step}; its folder is {path}"
     assert done.stdout == "left True default_int_handler\n"
     assert "error" not in record
 
@@ -90,7 +90,7 @@ def test_the_step_in_which_the_signal_comes_is_completed() -> None:
     task = sgd_task(net)
     with pytest.raises(KeyboardInterrupt) as caught:
         user.fit(task, DATA)
-    assert str(caught.value) == "stopped after step 2; the run is saved in None"
+    assert str(caught.value) == "stopped after step 2"
     assert net.weight.item() == -3.0
     assert ended == ["SIGINT"]
     assert task._run.status == "interrupted"

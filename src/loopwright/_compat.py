@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-__all__ = ["any_nonfinite", "begin_workers", "copy_loader", "has_ended", "is_own_iteration", "stop_workers"]
+__all__ = [
+    "any_nonfinite",
+    "may_alias",
+    "begin_workers",
+    "copy_loader",
+    "has_ended",
+    "is_own_iteration",
+    "stop_workers",
+]
 
 
 class _Flags(threading.local):
@@ -44,7 +52,10 @@ def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
         return not all(bool(torch.isfinite(v).all()) for v in (*values, *([] if loss is None else [loss])))
     flags = _flags.on.get(device)
     if flags is None:
-        flags = _flags.on[device] = (torch.zeros((), device=device), torch.ones((), device=device))
+        flags = _flags.on[device] = (
+            torch.zeros((), device=device, dtype=torch.float32),
+            torch.ones((), device=device, dtype=torch.float32),
+        )
     found = torch.zeros_like(flags[0]) if device.type != "cpu" else flags[0]
     torch._amp_foreach_non_finite_check_and_unscale_(dense, found, flags[1])
     if loss is not None:
@@ -88,3 +99,8 @@ def is_own_iteration(loader: DataLoader[Any]) -> bool:
 def has_ended(iterator: Any) -> bool:
     """True if the iterator of a DataLoader has seen the end of its IterableDataset while it filled its last batch."""
     return bool(getattr(getattr(iterator, "_dataset_fetcher", None), "ended", False))
+
+
+def may_alias(tensor: Tensor) -> bool:
+    """True for a leaf (it may be a parameter or a buffer) and for a view, whose memory others may hold or change."""
+    return tensor.is_leaf or tensor._is_view()

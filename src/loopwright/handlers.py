@@ -174,7 +174,7 @@ class Handler:
         if not callable(fn):
             raise SettingError(f"{fn!r} cannot be called; register a function: @trainer.on(lw.Event.{self.event})")
         self.name = getattr(fn, "__qualname__", type(fn).__name__)
-        self.active = True
+        self.removed: list[bool] = []  # shared with the copies that runs use: not empty once it is removed
         self.intervals: list[Every] = []
         self.tests = self.event.make(self.intervals)
         self.counts = dict.fromkeys(self.tests, 0)
@@ -198,12 +198,21 @@ class Handler:
             ) from None
         return wanted
 
+    def anew(self) -> Handler:
+        """This handler with nothing counted yet, for one run."""
+        copy = Handler(self.event, self.fn, self.args, self.kwargs)
+        copy.removed = self.removed
+        return copy
+
+    def take_over(self, old: Handler) -> None:
+        """Count on from ``old``, if it is of the same registration."""
+        if old.removed is self.removed:
+            self.counts = dict(old.counts)
+
     def start(self, run: Run) -> None:
-        """Begin with ``run``: intervals stand where its progress does, and a new run counts from 0."""
+        """Begin with ``run``: intervals stand where its progress does."""
         for interval in self.intervals:
             interval.start(run.progress, run.stage.source.batches if run.stage is not None else None)
-        if run.progress.step == 0:
-            self.counts = dict.fromkeys(self.counts, 0)
 
     def start_stage(self, run: Run, stage: Stage) -> None:
         """Parts of an epoch go by the number of batches in an epoch of ``stage``."""
@@ -217,7 +226,7 @@ class Handler:
 
         def call(run: Run, *given: Any) -> None:
             self.counts[hook] = n = _number(hook, run, self.counts[hook])
-            if self.active and test(run, n):
+            if not self.removed and test(run, n):
                 self.fn(run, *self.args, **self.kwargs, **{name: given[i] for i, name in passed})
 
         call.__qualname__ = f"{self.name}, at {self.event}"

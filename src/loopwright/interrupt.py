@@ -40,6 +40,7 @@ def watch_signals(run: Run) -> Iterator[None]:
 def leave_if_interrupted(run: Run) -> None:
     """Raise what the signal stands for, now that the run is saved and closed."""
     if run.stop_reason == "SIGINT":
-        raise KeyboardInterrupt(f"stopped after step {run.progress.step}; the run is saved in {run.folder}")
+        where = f"; its folder is {run.folder}" if run.folder is not None else ""
+        raise KeyboardInterrupt(f"stopped after step {run.progress.step}{where}")
     if run.stop_reason == "SIGTERM":
         raise SystemExit(143)

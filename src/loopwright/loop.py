@@ -28,6 +28,7 @@ from loopwright.steps import (
     prepared,
     rescale,
     scalars,
+    true_means,
     windows,
     zero_grad,
 )  # fmt: skip
@@ -51,7 +52,7 @@ def train(run: Run) -> None:
             if not is_over(run):
                 break  # asked to stop inside this stage
             if stage.valid and run.validated_at != run.progress.step:
-                evaluate(run, stage.valid, run.task.validation_step)
+                evaluate(run, stage.valid, run.task.validation_step, stage.weight)
             log_train(run)
             fire(hooks.on_stage_end, run, stage)
             end_stage(run)
@@ -123,7 +124,9 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     if run.moves_batches or hooks.on_batch_start or hooks.map_batch:
         window = prepared(run, window)
     values: dict[str, Any] = {}
+    shares: dict[str, float] = {}  # of the window, for each value: some batches may not give it
     moved: tuple[str, ...] = ()
+    may_skip = run.nonfinite == "skip"
     seen, ran, output, batch, norm, ends_epoch = 0.0, False, None, None, None, False
     if len(phases) > 1:
         window, ends_epoch = held(window)
@@ -132,10 +135,10 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             continue
         for optimizer in phase.moved:
             zero_grad(optimizer)
-        ran, seen, prefix, meters = True, 0.0, phase.prefix, phase.meters
+        ran, seen, prefix, meters, unmeasured = True, 0.0, phase.prefix, phase.meters, []
         try:
             for batch in window:
-                weight = weigh(batch)
+                weight, output = weigh(batch), None  # the last batch's output is not held during the next forward
                 if phase.closure:
                     output = closure_step(run, phase, batch)
                 else:
@@ -157,9 +160,12 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
                         else:  # the same bits as (loss * (weight / total)).backward(), for less
                             loss = loss if loss.dim() == 0 else loss.reshape(())
                             loss.backward(loss.new_full((), weight / total))
-                scalars(output, values, prefix, None if total is None else weight / total)
+                scalars(output, values, prefix, None if total is None else weight / total, shares)
                 if meters is not None:
-                    meters.feed(output)
+                    if may_skip:
+                        unmeasured.append(output)
+                    else:
+                        meters.feed(output)
                 seen += weight
                 if hooks.on_backward_end and phase.moved and not phase.closure:
                     fire(hooks.on_backward_end, run, output["loss"], output, batch, phase)
@@ -174,7 +180,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         if not seen:
             continue  # every batch of the window was skipped
         if total is not None and seen != total:  # batches were skipped or changed: the mean is over what is left
-            rescale(phase, values, total / seen)
+            rescale(phase, total / seen)
         if phase.clip_norm is not None:
             norm = clip_grad_norm_(phase.parameters(), phase.clip_norm)
         try:
@@ -185,11 +191,13 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         except SkipStep:
             break
         checked = run.nonfinite is not None and phase.moved and not phase.closure
-        if checked and nonfinite(run, phase, values[prefix + "loss"]):
+        if checked and nonfinite(run, phase, values[prefix + "loss"], norm if phase.clip_norm else None):
             break
         if not phase.closure:
             for optimizer in phase.moved:
                 optimizer.step()
+        for one in unmeasured:
+            meters.feed(one)
         moved += (phase.name,)
     if ran and not moved:
         if ends_epoch:
@@ -199,6 +207,8 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         values = {name: value for name, value in values.items() if not name.startswith(phase.prefix)}
     if not ran:  # no phase was due at this step
         seen = sum(weigh(batch) for batch in window)
+    if shares:
+        true_means(values, shares)
     return StepResult(values, output, seen, norm, moved, ends_epoch)
 
 
@@ -249,7 +259,7 @@ def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
             ended = True
     validates = run.validates_within and stage.validate_every.due(run.progress)
     if validates:
-        evaluate(run, stage.valid, run.task.validation_step)
+        evaluate(run, stage.valid, run.task.validation_step, stage.weight)
     for saver in run.savers:
         if saver.due(run, validated=validates):
             save(run, saver)
@@ -264,7 +274,7 @@ def end_epoch(run: Run, stage: Stage) -> None:
     due = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
     validates = due or (bool(stage.valid) and is_over(run) and run.validated_at != run.progress.step)
     if validates:
-        evaluate(run, stage.valid, run.task.validation_step)
+        evaluate(run, stage.valid, run.task.validation_step, stage.weight)
     if run.log_every.due(run.progress) or is_over(run):
         log_train(run)  # at the end the last steps, so that the record of the epoch is the last one
     log_epoch(run, stage)
@@ -272,8 +282,8 @@ def end_epoch(run: Run, stage: Stage) -> None:
         for scheduler in phase.epoch_schedulers:
             scheduler.step(run.metrics, run.validated_at)
     fire(run.hooks.on_epoch_end, run)
-    for saver in run.savers:
-        if saver.due(run, validated=validates):
+    for saver in run.savers:  # a mean over the epoch is a new value to judge by, as a validation is
+        if saver.due(run, validated=validates or (saver.monitor or "").startswith("train/")):
             save(run, saver)
     if run.changes:
         apply_changes(run)
@@ -288,13 +298,18 @@ def save(run: Run, saver: Any) -> None:
 
 
 def evaluate(
-    run: Run, sources: Mapping[str, Source], step: Callable[[Any], Any], *, kind: str = "valid"
+    run: Run,
+    sources: Mapping[str, Source],
+    step: Callable[[Any], Any],
+    weigh: Callable[[Any], float],
+    *,
+    kind: str = "valid",
 ) -> dict[str, float]:
     """Means of what ``step`` returns and all metrics over ``sources``, as ``<kind>/<name>``, weighted by samples.
 
     Nothing of the training changes: random generators and train/eval flags are put back, no gradient is recorded.
     """
-    hooks, weigh, values = run.hooks, run.weight, dict[str, float]()
+    hooks, values = run.hooks, dict[str, float]()
     meters = run.meters.get(kind)
     with unseen(run):
         fire(hooks.on_test_start if kind == "test" else hooks.on_validation_start, run)
@@ -304,7 +319,7 @@ def evaluate(
                 with run.precision.autocast(run.device):
                     output = as_output(step(batch), None)
                 found: dict[str, Any] = {}
-                scalars(output, found, "", None)
+                scalars(output, found, "", None, {})
                 series.add(found, weigh(batch))
                 if meters is not None:
                     meters.feed(output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import OneCycleLR
 
 from loopwright.errors import PlanError, choose
+from loopwright.optim import match_names
 from loopwright.state import Duration, Run, Stage
 from loopwright.task import Supervised, Task
 
@@ -100,13 +101,26 @@ def _parameters(run: Run) -> Iterator[str]:
                 owner[id(parameter)] = ""
         seen |= set(owner)
     manual = any(not phase.moved for stage in run.stages for phase in stage.phases)
-    missing = [name for name, p in run.task.named_parameters() if p.requires_grad and id(p) not in seen]
+    frozen = [_frozen(stage, own.values()) for stage in run.stages]
+    frozen_always = set.intersection(*frozen) if frozen else set()
+    missing = [
+        name
+        for name, p in run.task.named_parameters()
+        if p.requires_grad and id(p) not in seen and name not in frozen_always
+    ]
     if missing and not manual and seen & set(own):
         shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
         yield (
             f"{len(missing)} trainable parameters are in no optimizer ({shown}); add them to one, or say that they are "
             "not to be trained: parameter.requires_grad_(False)"
         )
+
+
+def _frozen(stage: Stage, names: Iterable[str]) -> set[str]:
+    """Parameters that ``stage`` says are not trained."""
+    names = set(names)
+    frozen = set() if stage.freeze is None else match_names(stage.freeze, names)
+    return frozen if stage.train is None else frozen | (names - match_names(stage.train, names))
 
 
 def _schedules(run: Run) -> Iterator[str]:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loopwright.data import DataModule, as_source, data_of, opened, samples
+from loopwright.data import DataModule, as_source, as_sources, data_of, opened, samples
 from loopwright.errors import SettingError, choose
 from loopwright.metrics import Meters, check_metrics
 from loopwright.optim import as_schedulers, match_names
 from loopwright.progress import Duration, Every
 from loopwright.stages import needs_closure
-from loopwright.state import Phase, Run, Source, Stage
+from loopwright.state import Phase, Run, Stage
 
-__all__ = ["Parts", "as_sources", "assemble", "measured_by", "sample_count", "seed_everything", "trainable_flags"]
+__all__ = ["Parts", "assemble", "measured_by", "sample_count", "seed_everything", "trainable_flags"]
 
 
 @dataclass(slots=True)
@@ -87,10 +87,21 @@ def assemble(
         parts.optimizers[name] = parts.shared[name] = _optimizer(optimizer, task, name)
         schedules[name] = schedule
     base = Stage("main", until, train, valid, None, accumulate, weight, validate_every)
+    _unique("stage", [stage.name for stage in stages or []])
     for i, stage in enumerate(stages or [base]):
         before = old[i].phases if i < len(old) else []
         parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key, before))
+    for optimizer in parts.optimizers.values():
+        _move_state(optimizer)
     return parts
+
+
+def _move_state(optimizer: Optimizer) -> None:
+    """Let what an optimizer keeps of a parameter follow it to its device; step counts stay where they are."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items() if isinstance(parameter, torch.Tensor) else ():
+            if isinstance(value, torch.Tensor) and value.dim() and value.device != parameter.device:
+                state[name] = value.to(parameter.device)
 
 
 def sample_count(batch: Any) -> int:
@@ -99,6 +110,11 @@ def sample_count(batch: Any) -> int:
         return samples(batch)
     except ValueError:
         return 1
+
+
+def _number_of(weight: Callable[[Any], Any]) -> Callable[[Any], float]:
+    """``weight`` with a number as its result, also where it returns a tensor."""
+    return lambda batch: float(weight(batch))
 
 
 def measured_by(metrics: Mapping[str, Any]) -> Meters | None:
@@ -144,7 +160,7 @@ def _stage(
     made.accumulate = base.accumulate if stage.accumulate is None else stage.accumulate
     made.weight = stage.weight or base.weight
     made.counts_samples = made.weight is None
-    made.weight = made.weight or (samples if isinstance(task, nn.Module) else sample_count)
+    made.weight = _number_of(made.weight) if made.weight else samples if isinstance(task, nn.Module) else sample_count
     made.validate_every = Every(base.validate_every if stage.validate_every is None else stage.validate_every)
     optimizers = dict(parts.shared)
     if stage.optimizer is not None:
@@ -160,24 +176,28 @@ def _stage(
     if not phases:
         raise SettingError(f"stage {stage.name!r} has no phase to train; return at least one from phases()")
     known = {phase.name: (*phase.step_schedulers, *phase.epoch_schedulers) for phase in before}
+    _unique("phase", [phase.name for phase in phases])
     for phase in phases:
         _phase(phase, optimizers, schedules, parts, clip_norm, known, alone=len(phases) == 1)
         for scheduler in phase.epoch_schedulers if made.valid else ():
             scheduler.default_monitor = "/".join(["valid", *filter(None, [next(iter(made.valid))]), "loss"])
+    stepped: set[int] = set()
+    for phase in reversed(phases):  # a scheduler that several phases share is stepped once, by the last of them
+        phase.step_schedulers = tuple(s for s in phase.step_schedulers if id(s) not in stepped)
+        phase.epoch_schedulers = tuple(s for s in phase.epoch_schedulers if id(s) not in stepped)
+        stepped |= {id(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)}
     made.phases = phases
     return made
 
 
+def _unique(kind: str, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingError(f"two {kind}s are named {twice!r}; give each {kind} a name of its own")
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def as_sources(data: Any, key: int) -> dict[str, Source]:
-    """Evaluation data by name: one source without a name, or those of a dict of loaders."""
-    if data is None:
-        return {}
-    several = isinstance(data, dict) and data and not any(hasattr(v, "__array__") for v in data.values())
-    return {name: as_source(one, train=False, key=key) for name, one in (data.items() if several else [("", data)])}
 
 
 def _phase(
@@ -194,6 +214,10 @@ def _phase(
                 f"phase {phase.name!r} moves the optimizer {one!r}, which does not exist. {choose(one, optimizers)}"
             )
         optimizer = optimizers[one] if isinstance(one, str) else one
+        if not any(optimizer is known_one for known_one in parts.optimizers.values()):  # given to the phase itself
+            parts.optimizers[phase.name if phase.name not in parts.optimizers else f"{phase.name}.{len(moved)}"] = (
+                optimizer
+            )
         moved.append(optimizer)
         parts.note(optimizer)
         if phase.name not in known and isinstance(one, str) and named.get(one) is not None:

@@ -47,7 +47,7 @@ def _ask_git() -> dict[str, Any] | None:
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
-    diff = _git("diff", "HEAD", "--no-color", "--no-ext-diff", "--", ".", ":(exclude,glob)**/.env*")
+    diff = _git("diff", "HEAD", "--no-color", "--no-ext-diff", "--", ":(top)", ":(top,exclude,glob)**/.env*")
     state = {"commit": commit.strip(), "dirty": bool(diff)}
     if diff and _SECRETS.search(diff):
         return state | {"diff": None, "diff_left_out": "it looks as if it held a secret"}

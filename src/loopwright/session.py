@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from loopwright.progress import Progress
 from loopwright.stages import chooses_parameters
 from loopwright.state import Run
 
-__all__ = ["go_on", "session"]
+__all__ = ["closing_all", "go_on", "session"]
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def session(
         for part in (*run.handlers, *run.loggers):
             if hasattr(part, "start"):
                 part.start(run)
-        with watch_signals(run):
+        with watch_signals(run), closing_all(s for stage in run.stages for s in (stage.source, *stage.valid.values())):
             yield
         interrupted = run.stop_reason in ("SIGINT", "SIGTERM")
         run.status = "interrupted" if interrupted else "stopped" if run.stop_reason else "done"
@@ -58,10 +59,18 @@ def session(
             torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         if chooses_parameters(run):
             set_trainable(run.task, run.trainable)
-        for stage in run.stages:
-            if hasattr(stage.source, "close"):
-                stage.source.close()  # persistent workers end with the fit
         _close(run, error)
+
+
+@contextmanager
+def closing_all(sources: Iterable[Any]) -> Iterator[None]:
+    """Close what can be closed afterwards: persistent workers end with the work that they were started for."""
+    try:
+        yield
+    finally:
+        for source in sources:
+            if hasattr(source, "close"):
+                source.close()
 
 
 def _close(run: Run, error: BaseException | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from loopwright.data import as_source
+from loopwright.data import as_source, as_sources
 from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
 from loopwright.state import Progress, Run, Stage
@@ -58,6 +58,8 @@ def end_stage(run: Run) -> None:
     """Count the stage. The next one begins a new epoch, also where this one ended inside of an epoch."""
     p = run.progress
     inside = p.batch > 0 and p.stage + 1 < len(run.stages)
+    if inside:
+        run.series.take_epoch()  # the epoch that is left has no record of its own
     run.progress = p._replace(stage=p.stage + 1, stage_step=0, epoch=p.epoch + inside, batch=0 if inside else p.batch)
     run.stage_start = run.progress
 
@@ -117,7 +119,7 @@ def _replace_data(run: Run, kind: str, new: Any) -> None:
         if kind == "train":
             stage.source = as_source(new, train=True, key=run.settings.get("key", 0))
         else:
-            stage.valid = {"": as_source(new, train=False, key=run.settings.get("key", 0))}
+            stage.valid = as_sources(new, run.settings.get("key", 0))
 
 
 def _replace_model(run: Run, kind: str, key: str, new: Any) -> None:

@@ -91,6 +91,7 @@ class Saver(Protocol):
     """Writes checkpoints. The loop asks ``due`` between steps, and calls ``save`` when it says so."""
 
     at_end: bool
+    monitor: str | None
 
     def start(self, run: Run) -> None: ...
     def due(self, run: Run, *, validated: bool) -> bool: ...
@@ -154,6 +155,16 @@ class Phase:
     prefix: str = field(default="", init=False, repr=False)
     closure: bool = field(default=False, init=False, repr=False)  # the optimizer calls back, as LBFGS does
 
+    def __post_init__(self) -> None:
+        if not callable(self.step):
+            raise SettingError(
+                f"Phase {self.name!r}: step={self.step!r} cannot be called; pass a function of the batch"
+            )
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise SettingError(f"Phase {self.name!r}: every={self.every!r}; expected a whole number of steps, from 1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise SettingError(f"Phase {self.name!r}: clip_norm={self.clip_norm!r}; expected a positive number or None")
+
     def parameters(self) -> list[Tensor]:
         """All parameters that this phase moves, as they stand in its optimizers now."""
         return [p for optimizer in self.moved for group in optimizer.param_groups for p in group["params"]]
@@ -184,6 +195,11 @@ class Stage:
     train: str | Sequence[str] | None = None
     freeze: str | Sequence[str] | None = None
     counts_samples: bool = field(default=True, init=False, repr=False)  # no weight function: sizes come from the plan
+
+    def __post_init__(self) -> None:
+        n = self.accumulate
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise SettingError(f"Stage {self.name!r}: accumulate={n!r}; expected a whole number of batches, from 1")
 
 
 @dataclass(slots=True)
@@ -220,7 +236,6 @@ class Run:
     comm: Comm
     precision: Precision
     device: torch.device
-    weight: Callable[[Any], float]
     loggers: list[Any] = field(default_factory=list)
     savers: list[Saver] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)  # the user's own objects that checkpoints hold
@@ -269,8 +284,18 @@ class Run:
         self.stop_reason = self.stop_reason or reason
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Add scalars (numbers or 0-dimensional tensors) to the next record, as the mean since the last one."""
-        self.series.add({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
+        """Add scalars (numbers or 0-dimensional tensors) to the next record, as the mean since the last one.
+
+        Raises SettingError for anything else, and for the name "loss", which is that of the steps.
+        """
+        for name, value in values.items():
+            if getattr(value, "ndim", 0) != 0 or isinstance(value, (str, bytes)) or value is None:
+                raise SettingError(
+                    f"run.log({{{name!r}: ...}}) takes a number or a 0-dimensional tensor; got {value!r}"
+                )
+            if name == "loss":
+                raise SettingError("run.log cannot log 'loss', the name of the steps' own; call it something else")
+        self.series.add({name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()})
 
     def replace(self, name: str, obj: Any) -> None:
         """Change ``"model"``, ``"loss"``, ``"optimizer"`` (or ``"optimizer.<name>"``), ``"train"`` or ``"valid"``.

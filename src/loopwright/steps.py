@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, repeat
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loopwright._compat import any_nonfinite
+from loopwright._compat import any_nonfinite, may_alias
 from loopwright.data import move
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
@@ -24,6 +25,7 @@ __all__ = [
     "prepared",
     "rescale",
     "scalars",
+    "true_means",
     "windows",
     "zero_grad",
 ]
@@ -103,15 +105,18 @@ def as_output(output: Any, phase: Phase | None) -> dict[str, Any]:
     )
 
 
-def scalars(output: Mapping[str, Any], values: dict[str, Any], prefix: str, share: float | None) -> None:
-    """Put the scalars of ``output`` into ``values``, detached; with ``share``, add that part of each."""
+def scalars(
+    output: Mapping[str, Any], values: dict[str, Any], prefix: str, share: float | None, shares: dict[str, float]
+) -> None:
+    """Put the scalars of ``output`` into ``values``, detached; with ``share``, add that part of each to it."""
     for name, value in output.items():
         if isinstance(value, Tensor):
             if value.dim():
                 if name != "loss" or value.numel() != 1:
                     continue
                 value = value.reshape(())
-            value = value.detach()
+            # what may be a parameter, a buffer or a view is copied: it is read later, and must not hold or follow it
+            value = value.detach().clone() if may_alias(value) else value.detach()
         elif not isinstance(value, (int, float)):
             if getattr(value, "ndim", None) != 0:  # a numpy scalar is one, too
                 continue
@@ -122,22 +127,28 @@ def scalars(output: Mapping[str, Any], values: dict[str, Any], prefix: str, shar
             values[name] = value
         else:
             values[name] = value * share + values[name] if name in values else value * share
+            shares[name] = shares.get(name, 0.0) + share
 
 
-def rescale(phase: Phase, values: dict[str, Any], factor: float) -> None:
-    """Correct gradients and means of a window whose weight was not the planned one."""
+def rescale(phase: Phase, factor: float) -> None:
+    """Correct the gradients of a window whose weight was not the planned one."""
     for parameter in phase.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
-    for name in values:
-        if name.startswith(phase.prefix):
-            values[name] = values[name] * factor
 
 
-def nonfinite(run: Run, phase: Phase, loss: Any) -> bool:
+def true_means(values: dict[str, Any], shares: Mapping[str, float]) -> None:
+    """Make each of ``values`` the mean over the batches that gave it, which may be less than the planned window."""
+    for name, share in shares.items():
+        if abs(share - 1.0) > 1e-9:
+            values[name] = values[name] / share
+
+
+def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
     """True if this step must be dropped since its loss or a gradient is not finite; raises if the run says so."""
     grads = [p.grad for p in phase.parameters() if p.grad is not None]
-    if not any_nonfinite(grads, loss):
+    overflow = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
+    if not overflow and not any_nonfinite(grads, loss):
         run.skips_in_row = 0
         return False
     run.skips_in_row += 1
@@ -187,7 +198,7 @@ def closure_step(run: Run, phase: Phase, batch: Any) -> dict[str, Any]:
         loss.backward()
         if hooks.on_backward_end:
             fire(hooks.on_backward_end, run, loss, output, batch, phase)
-        outputs.append(output)
+        outputs[1:] = [output]  # the first and the last: an optimizer may call back very often
         return loss
 
     try:

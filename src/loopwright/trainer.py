@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from loopwright import loop
 from loopwright.callbacks import Checkpoint, ProgressBar
-from loopwright.data import as_source, opened
+from loopwright.data import as_source, as_sources, opened, samples
 from loopwright.errors import LoopwrightError, SettingError, choose
 from loopwright.events import Callback, Hooks
 from loopwright.explain import explain
@@ -23,9 +24,9 @@ from loopwright.loggers import JSONLLogger
 from loopwright.metrics import check_metrics
 from loopwright.parallel import Single, pick_device, pick_precision
 from loopwright.plan import Plan, make_plan
-from loopwright.prepare import Parts, as_sources, assemble, measured_by, move_task, sample_count, trainable_flags
+from loopwright.prepare import Parts, assemble, measured_by, move_task, trainable_flags
 from loopwright.progress import Duration, Every
-from loopwright.session import go_on, session
+from loopwright.session import closing_all, go_on, session
 from loopwright.stages import inexact
 from loopwright.state import Run, Stage
 from loopwright.task import StepTask, Supervised, Task  # noqa: F401 - Supervised is for the doctest
@@ -109,6 +110,11 @@ class Trainer:
                 )
         if explicit and folder is None:
             raise SettingError("checkpoint=... needs a folder to write to; leave folder=None out, or checkpoint=False")
+        for logger in self.loggers or ():
+            if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
+                raise SettingError(f"loggers=[{logger!r}]: expected objects with log(), such as lw.CSVLogger()")
+        if not isinstance(progress, (bool, Callback)):
+            raise SettingError(f"progress={progress!r}: expected True, False or a callback such as lw.ProgressBar()")
         Hooks(self.callbacks)  # a wrong signature is an error here, where the callback was given
 
     # ------------------------------------------------------------------------------------------ handlers
@@ -143,7 +149,7 @@ class Trainer:
             name = getattr(fn, "__qualname__", repr(fn))
             raise SettingError(f"{name} is not a handler here. {choose(name, [h.name for h in self.handlers])}")
         for handler in found:
-            handler.active = False
+            handler.removed.append(True)
             self.handlers.remove(handler)
 
     # ------------------------------------------------------------------------------------------ verbs
@@ -197,13 +203,13 @@ class Trainer:
         leave_if_interrupted(run)
         return run
 
-    def validate(self, task: Task, data: Any) -> dict[str, float]:
-        """Metrics and means of ``validation_step`` over ``data``, as ``valid/<name>``."""
-        return self._evaluate(task, data, "valid")
+    def validate(self, task: Task, data: Any, *, weight: Callable[[Any], float] | None = None) -> dict[str, float]:
+        """Metrics and means of ``validation_step`` over ``data``, as ``valid/<name>``, weighted as in ``fit``."""
+        return self._evaluate(task, data, "valid", weight)
 
-    def test(self, task: Task, data: Any) -> dict[str, float]:
-        """Metrics and means of ``test_step`` over ``data``, as ``test/<name>``."""
-        return self._evaluate(task, data, "test")
+    def test(self, task: Task, data: Any, *, weight: Callable[[Any], float] | None = None) -> dict[str, float]:
+        """Metrics and means of ``test_step`` over ``data``, which may be arrays ``(X, y)``, as ``test/<name>``."""
+        return self._evaluate(task, data, "test", weight)
 
     def predict(self, task: Task, data: Any) -> Any:
         """What ``predict_step`` returns, for all samples in order, on the CPU.
@@ -213,7 +219,8 @@ class Trainer:
         """
         run = self._bare(_checked(task))
         source = as_source(opened(data, "predict"), train=False, key=self._key())
-        return joined(loop.predict(run, source, task.predict_step))
+        with closing_all([source]):
+            return joined(loop.predict(run, source, task.predict_step))
 
     def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
         """Check all that can be checked before step 0, and say what the run will do. Reads no batch."""
@@ -264,7 +271,6 @@ class Trainer:
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
         run.settings = {**self.settings, "key": self._key()}
         run.meters["valid"] = measured_by(parts.metrics)
-        run.weight = parts.stages[0].weight
         run.savers, run.loggers = self._savers(), self._loggers()
         run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
         run.trainable = trainable_flags(task)
@@ -273,18 +279,21 @@ class Trainer:
             task.run, run.state = run, task.state
         if previous is not None:
             go_on(run, previous)
+            for handler, old in product(run.handlers, previous.handlers):
+                handler.take_over(old)
         return run, parts
 
     def _bare(self, task: Any) -> Run:
         """A run with nothing to train yet: enough to evaluate or predict."""
         bar = [self.progress if isinstance(self.progress, Callback) else ProgressBar()] if self.progress else []
         callbacks, history = [*self.callbacks, *bar], History()
+        handlers = [handler.anew() for handler in self.handlers]  # what they count belongs to the run
         device, models = pick_device(self.device), task.models()
         move_task(task, models, device)
         return Run(
             task=task, stages=[], models=models, optimizers={}, callbacks=callbacks,
-            hooks=Hooks(callbacks, self.handlers), comm=Single(), precision=self.precision, device=device,
-            weight=sample_count, handlers=list(self.handlers), moves_batches=device.type != "cpu",
+            hooks=Hooks(callbacks, handlers), comm=Single(), precision=self.precision, device=device,
+            handlers=handlers, moves_batches=device.type != "cpu",
             history=history, series=Series(history.losses),
         )  # fmt: skip
 
@@ -300,11 +309,13 @@ class Trainer:
             return [JSONLLogger()] if self.folder is not None else []
         return list(self.loggers)
 
-    def _evaluate(self, task: Any, data: Any, kind: str) -> dict[str, float]:
+    def _evaluate(self, task: Any, data: Any, kind: str, weight: Callable[[Any], float] | None) -> dict[str, float]:
         run = self._bare(_checked(task))
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = task.test_step if kind == "test" else task.validation_step
-        return loop.evaluate(run, as_sources(opened(data, kind), self._key()), step, kind=kind)
+        sources = as_sources(opened(data, kind), self._key())
+        with closing_all(sources.values()):
+            return loop.evaluate(run, sources, step, weight or samples, kind=kind)
 
     @contextmanager
     def _session(self, run: Run, parts: Parts) -> Iterator[None]:

@@ -58,7 +58,6 @@ def bare(*stages, comm=None, **progress):
         comm=comm or Single(),
         precision=Plain(),
         device=torch.device("cpu"),
-        weight=len,
         progress=Progress(**progress),
     )
 

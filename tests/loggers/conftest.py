@@ -33,7 +33,6 @@ def make_run(tmp_path: Path) -> MakeRun:
             comm=Second() if rank else Single(),
             precision=Plain(),
             device=torch.device("cpu"),
-            weight=len,
             folder=folder,
             progress=Progress(step=step),
         )

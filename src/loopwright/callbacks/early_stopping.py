@@ -59,7 +59,7 @@ class EarlyStopping(Callback):
             self._forget()
 
     def on_validation_end(self, run: Run, values: Mapping[str, float]) -> None:
-        if not self.monitor.startswith("train/"):
+        if run.stages and not self.monitor.startswith("train/"):  # trainer.validate looks at a model, and trains none
             self._look(run, values)
 
     def on_epoch_end(self, run: Run) -> None:

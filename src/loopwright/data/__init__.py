@@ -5,7 +5,7 @@ from loopwright.data.gather import Gather
 from loopwright.data.iterated import Iterated
 from loopwright.data.loader import Loader
 from loopwright.data.module import DataModule, data_of, opened
-from loopwright.data.sources import as_source
+from loopwright.data.sources import as_source, as_sources
 from loopwright.data.torch_loader import TorchLoader
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Loader",
     "TorchLoader",
     "as_source",
+    "as_sources",
     "data_of",
     "move",
     "opened",

@@ -19,7 +19,7 @@ from loopwright.data.torch_loader import TorchLoader
 from loopwright.errors import DataError
 from loopwright.state import Source
 
-__all__ = ["as_source"]
+__all__ = ["as_source", "as_sources"]
 
 BATCH_SIZE = 64
 _EXPECTED = (
@@ -49,6 +49,14 @@ def as_source(data: Any, *, train: bool, key: int) -> Source:
     if source.batches == 0:
         raise DataError(f"there is not one batch in the data ({_named(data)}): {_why_none(data, source)}")
     return source
+
+
+def as_sources(data: Any, key: int) -> dict[str, Source]:
+    """Evaluation data by name: one source without a name, or those of a dict of loaders."""
+    if data is None:
+        return {}
+    several = isinstance(data, dict) and data and not any(hasattr(v, "__array__") for v in data.values())
+    return {name: as_source(one, train=False, key=key) for name, one in (data.items() if several else [("", data)])}
 
 
 def _adapt(data: Any, *, train: bool, key: int) -> Source:

@@ -19,7 +19,9 @@ def pick_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found if found is not None else torch.device("cpu")
+        if found is None:
+            return torch.device("cpu")
+        return torch.device(found.type, torch.accelerator.current_device_index())
     try:
         picked = torch.device(device)
     except (RuntimeError, TypeError) as error:
