@@ -60,7 +60,7 @@ def test_a_task_class_and_fit_are_all_that_training_needs() -> None:
     assert run.history["train/accuracy"] == [0.0, 0.0]
 
 
-@pytest.mark.capability("PL-22", "IG-14")
+@pytest.mark.capability("IG-03", "IG-14", "PL-22")
 def test_validate_and_test_give_the_means_over_all_samples() -> None:
     """A metric attached to a task is computed over a loader; a test reuses validation_step under other names."""
     data = pairs([0, 0, 1], [4])

@@ -99,7 +99,6 @@ def test_fit_epoch_and_step_events_come_in_the_order_of_the_loop() -> None:
     assert seen == ["FIT_START", *epoch * 2, "FIT_END"]
 
 
-@pytest.mark.capability("CA-07")
 def test_every_hook_is_an_event(folder: Path) -> None:
     """A function can be called at start and end of fit, stage, epoch, step, batch, evaluation, and at an exception."""
     seen: list[str] = []
@@ -422,7 +421,6 @@ class Misspelt(lw.Callback):
     def on_epoch_ended(self, run: lw.Run) -> None: ...
 
 
-@pytest.mark.capability("B-06")
 @pytest.mark.parametrize(
     ("callback", "message"),
     [

@@ -122,6 +122,7 @@ def test_hooks_stand_in_the_order_in_which_they_fire(validate_every: str, phases
     assert drawn(picture) == seen
 
 
+@pytest.mark.capability("CA-13")
 def test_stages_and_phases_are_drawn_one_after_the_other() -> None:
     gen, disc = line(), line()
 

@@ -29,6 +29,7 @@ def recorded(data: Any, **settings: Any) -> list[str]:
     return seen
 
 
+@pytest.mark.capability("FA-22")
 def test_a_real_run_fires_in_the_order_of_the_picture(folder: Path) -> None:
     """The picture in the docstring of events.py is what a run with one batch, validation and checkpoint does."""
     picture = (events.__doc__ or "").partition("::")[2].partition("``on_*``")[0]
@@ -111,7 +112,7 @@ def test_callbacks_fire_in_the_order_of_their_list_and_handlers_after_them() -> 
 # ------------------------------------------------------------------------------------------------- what they may see
 
 
-@pytest.mark.capability("FA-22", "FA-23")
+@pytest.mark.capability("FA-23")
 def test_every_point_of_training_has_a_hook_that_sees_what_is_known_there() -> None:
     """Batch, output, loss, gradients, result, rate and weights are there at the hook of each point of training."""
     net, seen = line(1.0), {}
@@ -273,6 +274,7 @@ def test_stop_epoch_ends_the_epoch_at_every_training_hook(hook: str, at_batch: i
     assert len(run.history) == 2
 
 
+@pytest.mark.capability("FA-24")
 def test_a_stop_request_ends_training_between_two_steps() -> None:
     net, ends = line(), []
     user = trainer(epochs=3, callbacks=[acts(on_fit_end=lambda run: ends.append(run.progress.batch))])
@@ -293,6 +295,7 @@ def test_the_first_reason_to_stop_is_kept() -> None:
 # ----------------------------------------------------------------------------------------------- run.log, run.replace
 
 
+@pytest.mark.capability("CA-08")
 def test_run_log_adds_the_mean_of_a_value_to_the_records() -> None:
     user = trainer(epochs=1)
     user.on(lw.Event.STEP_END)(lambda run: run.log({"twice": 2 * run.progress.step, "t": torch.ones(()) * 3}))
@@ -542,3 +545,20 @@ def test_a_wrong_output_of_a_step_is_explained(returned: Any, message: str, accu
 def test_an_empty_epoch_is_an_error_that_says_why() -> None:
     with pytest.raises(lw.DataError, match="epoch 1 of stage 'main' had no batch to train on"):
         trainer(epochs=1).fit(sgd_task(line(), loss=mean_of_preds), lambda: iter([]))
+
+
+@pytest.mark.capability("TB-02")
+def test_replaced_predictions_are_what_the_metrics_see() -> None:
+    class Perfect(lw.Callback):
+        def map_output(self, run: lw.Run, output: Any, batch: Any, phase: lw.Phase) -> Any:
+            return output | {"preds": nn.functional.one_hot(output["target"], 3).float()}
+
+    net = classifier()
+    task = lw.Supervised(
+        net,
+        nn.CrossEntropyLoss(),
+        torch.optim.SGD(net.parameters(), lr=0.0),
+        metrics={"accuracy": lw.metrics.Accuracy()},
+    )
+    run = trainer(epochs=1, callbacks=[Perfect()]).fit(task, loader(batch_size=8))
+    assert run.history["train/accuracy"] == [1.0]

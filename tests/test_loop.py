@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,7 +89,6 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.capability("B-23")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_between_two_records_no_value_is_read_from_the_device(accumulate: int) -> None:
     """With clipping, a metric, a history and a schedule, values are read at records and epochs, nowhere else."""
@@ -296,3 +296,87 @@ def test_clipping_bounds_the_norm_at_every_step() -> None:
     task = sgd_task(net, lr=0.1, loss=nn.CrossEntropyLoss())
     trainer(epochs=3, clip_norm=1e-3, callbacks=[watch]).fit(task, [samples()])
     assert norms == pytest.approx([1e-3] * 3, rel=1e-3)
+
+
+class Alias(lw.Task):
+    """Returns what may change after the step: a buffer that is counted up, and a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = line()
+        self.register_buffer("n", torch.zeros(()))
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        self.n += 1
+        return {"loss": self.net(batch[0]).mean(), "n": self.n, "weight": self.net.weight[0, 0]}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("log_every", ["1 step", "100 steps"])
+def test_values_that_change_later_are_logged_as_they_were(log_every: str) -> None:
+    run = trainer(epochs=1, log_every=log_every).fit(Alias(), pairs([1.0], [1.0], [1.0]))
+    assert run.history["train/n"] == [2.0]
+    assert run.history["train/weight"] == [-1.0]
+
+
+def test_a_weight_may_be_a_tensor_and_counts_in_validation_too() -> None:
+    data = [(torch.full((2, 1), v), torch.zeros(2, 1)) for v in (1.0, 4.0)]
+    weight = lambda batch: batch[0].sum()  # noqa: E731
+    task = sgd_task(line(1.0), lr=0.0)
+    run = trainer(epochs=1).fit(task, data, data, weight=weight)
+    assert run.metrics["train/loss"] == run.metrics["valid/loss"] == (1 * 2 + 4 * 8) / 10
+    assert trainer().validate(task, data, weight=weight) == {"valid/loss": (1 * 2 + 4 * 8) / 10}
+    assert type(run.progress.samples) is int
+
+
+def test_a_value_that_only_some_batches_give_is_their_mean() -> None:
+    class Sometimes(lw.Supervised):
+        def training_step(self, batch: Any) -> dict[str, Any]:
+            output = super().training_step(batch)
+            return output | ({"big": 4.0} if batch[0].max() > 1 else {})
+
+    net = line()
+    task = Sometimes(net, mean_of_preds, torch.optim.SGD(net.parameters(), lr=0.1))
+    run = trainer(epochs=1, accumulate=2).fit(task, pairs([1.0], [2.0]))
+    assert run.history["train/big"] == [4.0]
+
+
+def test_a_default_dtype_of_float64_changes_nothing() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        net = nn.Linear(1, 1)
+        task = lw.Supervised(net, mean_of_preds, torch.optim.SGD(net.parameters(), lr=0.1))
+        thread = threading.Thread(target=lambda: trainer(epochs=1).fit(task, [(torch.ones(1, 1), torch.zeros(1, 1))]))
+        thread.start()  # the check of gradients keeps its flags per thread
+        thread.join()
+        assert task._run.status == "done"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_run_log_takes_scalars_of_other_names_only() -> None:
+    run = trainer(epochs=1).fit(sgd_task(line()), pairs([1.0]))
+    with pytest.raises(lw.SettingError, match="takes a number or a 0-dimensional tensor"):
+        run.log({"x": torch.ones(3)})
+    with pytest.raises(lw.SettingError, match="cannot log 'loss'"):
+        run.log({"loss": 1.0})
+
+
+def test_handlers_count_for_each_run(recwarn: Any) -> None:
+    seen: list[str] = []
+    user = trainer(epochs=1)
+
+    @user.on(lw.Event.BATCH_START(every=2))
+    def look(run: lw.Run) -> None:
+        seen.append(run.task.name)
+        if run.task.name == "outer" and len(seen) == 1:
+            inner = sgd_task(line())
+            inner.name = "inner"
+            user.fit(inner, pairs([1.0], [1.0], [1.0]))
+
+    outer = sgd_task(line())
+    outer.name = "outer"
+    user.fit(outer, pairs([1.0], [1.0], [1.0], [1.0]))
+    assert seen == ["outer", "inner", "outer"]

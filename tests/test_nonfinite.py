@@ -305,3 +305,20 @@ def test_bf16_runs_the_step_in_bfloat16_and_keeps_the_weights_in_float32() -> No
     assert not same(ends[0][0], ends[1][0])
     assert ends[0][1] == pytest.approx(ends[1][1], rel=0.02)
     assert ends[0][1] != ends[1][1]  # validation runs as training does
+
+
+def test_a_skipped_step_leaves_nothing_in_the_metrics() -> None:
+    net = line(1.0)
+    task = lw.Supervised(
+        net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.0), metrics={"mse": lw.metrics.MSE()}
+    )
+    run = trainer(epochs=1, nonfinite="skip").fit(task, pairs([1.0], [NAN], [1.0]))
+    assert (run.skipped, run.history["train/loss"], run.history["train/mse"]) == (1, [1.0], [1.0])
+
+
+def test_a_gradient_norm_that_overflows_is_not_finite() -> None:
+    net = line()
+    task = sgd_task(net, loss=lambda preds, target: preds.mean() * 1e30)
+    with pytest.raises(lw.NonFiniteError):
+        trainer(epochs=1, clip_norm=1.0).fit(task, pairs([1e9]))
+    assert net.weight.item() == 0.0

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import loopwright as lw
-from tiny import bits, classifier, loader, recorder, same, seed_all
+from tiny import bits, classifier, loader, recorder, same, samples, seed_all
 
 
 class Look(lw.Callback):
@@ -98,7 +99,6 @@ def expected() -> list[Any]:
     return observed(set())
 
 
-@pytest.mark.capability("B-02")
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_no_watcher_changes_a_bit(watcher: str, expected: list[Any], folder: Path) -> None:
     """Each of the watchers, alone and with a validation: the same batches and the same bits as unwatched."""
@@ -106,7 +106,6 @@ def test_no_watcher_changes_a_bit(watcher: str, expected: list[Any], folder: Pat
     assert same(observed({watcher, "validation"}, folder), expected)
 
 
-@pytest.mark.capability("B-02")
 def test_any_set_of_watchers_changes_no_bit(expected: list[Any], tmp_path_factory: Any) -> None:
     """Any set of them, all at once included."""
     assert same(observed(set(WATCHERS), tmp_path_factory.mktemp("all")), expected)
@@ -154,3 +153,128 @@ def test_an_observer_that_does_change_something_changes_the_bits(expected: list[
     task = lw.Supervised(net, nn.CrossEntropyLoss(), optimizer, schedule=schedule)
     lw.Trainer(epochs=2, folder=None, progress=False, callbacks=[Careless()]).fit(task, train)
     assert not same(bits(net), expected[:1])
+
+
+class Shared(Dataset[Any]):
+    """Augments by a generator of its own and by the epoch that it was told."""
+
+    def __init__(self) -> None:
+        self.x, self.y = samples(12)
+        self.rng, self.epoch, self.told = np.random.default_rng(3), 0, list[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.told.append(epoch)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.x[i] + self.rng.random() + self.epoch, self.y[i]
+
+
+class Jitter(nn.Module):
+    """Noise from a generator of its own, in eval mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand(x.shape, generator=self.generator)
+
+
+class JitteredTask(lw.Task):
+    """Holds the generator on the task itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.rng = classifier(), random.Random(6)
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0] + self.rng.random()), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), 0.1)
+
+
+def with_one_generator() -> tuple[Any, Any, Any]:
+    g = torch.Generator().manual_seed(7)
+    return supervised(), loader(12, batch_size=4, shuffle=True, generator=g), loader(8, shuffle=True, generator=g)
+
+
+def with_one_dataset() -> tuple[Any, Any, Any]:
+    dataset = Shared()
+    return supervised(), DataLoader(dataset, 4, shuffle=True), DataLoader(dataset, 5)
+
+
+def with_one_loader() -> tuple[Any, Any, Any]:
+    shared = lw.Loader(Shared(), 4, shuffle=True, seed=1)
+    return supervised(), shared, shared
+
+
+def with_one_stream() -> tuple[Any, Any, Any]:
+    class Stream(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.map = Shared()
+
+        def set_epoch(self, epoch: int) -> None:
+            self.map.set_epoch(epoch)
+
+        def __iter__(self) -> Any:
+            return (self.map[i] for i in range(len(self.map)))
+
+    stream = Stream()
+    return supervised(), DataLoader(stream, 4), DataLoader(stream, 5)
+
+
+def with_noise_in_the_net() -> tuple[Any, Any, Any]:
+    return supervised(Jitter()), loader(12, batch_size=4), loader(8)
+
+
+def with_noise_in_the_task() -> tuple[Any, Any, Any]:
+    task = JitteredTask()
+    return task, loader(12, batch_size=4), loader(8)
+
+
+def supervised(*layers: nn.Module) -> lw.Supervised:
+    net = nn.Sequential(*layers, classifier())
+    return lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
+
+
+@pytest.mark.filterwarnings("ignore:.*the IterableDataset Stream has no state_dict")
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        with_one_generator, with_one_dataset, with_one_loader, with_one_stream, with_noise_in_the_net,
+        with_noise_in_the_task,
+    ],
+)  # fmt: skip
+def test_validation_changes_nothing_that_training_shares_with_it(make: Any, within: bool) -> None:
+    """A generator, a dataset or a loader used by both; generators that hang on modules and tasks."""
+
+    def fitted(validates: bool) -> list[Any]:
+        task, train, valid = make()
+        seed_all(5)
+        user = lw.Trainer(
+            epochs=3, folder=None, progress=False, validate_every="2 steps" if within else "1 epoch",
+        )  # fmt: skip
+        run = user.fit(task, train, valid if validates else None)
+        assert run.progress.step == 9
+        return bits(task)
+
+    assert same(fitted(True), fitted(False))
+
+
+def test_prediction_and_validation_outside_of_a_fit_put_generators_back_and_tell_no_epoch() -> None:
+    dataset, user = Shared(), lw.Trainer(epochs=1, folder=None, progress=False)
+    task = supervised(Jitter())
+    user.validate(task, DataLoader(dataset, 5))
+    generator = task.module[0].generator
+    states = generator.get_state(), dataset.rng.bit_generator.state
+    user.predict(task, lw.Loader(dataset, 4))
+    user.test(task, DataLoader(dataset, 5))
+    assert torch.equal(generator.get_state(), states[0])
+    assert dataset.rng.bit_generator.state == states[1]
+    assert not dataset.told

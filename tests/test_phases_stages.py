@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch.optim.lr_scheduler import LinearLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import loopwright as lw
-from tiny import acts, bits, classifier, line, loader, mean_of_preds, pairs, same, seed_all, sgd_task, trainer
+from tiny import acts, bits, classifier, line, loader, mean_of_preds, pairs, same, samples, seed_all, sgd_task, trainer
 
 # ------------------------------------------------------------------------------------------------------------ phases
 
@@ -60,7 +63,7 @@ class GAN(lw.Task):
         return {"loss": gen_loss(self.gen, self.disc, batch[0]), "size": len(batch[0])}
 
 
-@pytest.mark.capability("B-11", "PL-17", "IG-01")
+@pytest.mark.capability("PL-17", "IG-01")
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("clip", [None, 0.05])
@@ -92,6 +95,7 @@ def test_a_gan_in_two_phases_has_the_bits_of_the_hand_written_one(
     assert run.progress.phase_steps == {"disc": step, "gen": step // every}
 
 
+@pytest.mark.capability("IG-01", "CA-08")
 def test_values_of_several_phases_carry_their_names() -> None:
     run = trainer(epochs=1).fit(GAN(gan()), real())
     assert set(run.metrics) == {"train/disc/loss", "train/gen/loss", "train/gen/size", "lr/gen", "lr/disc"}
@@ -225,7 +229,7 @@ def sgd(lr: float) -> Any:
     return lambda params: torch.optim.SGD(params, lr=lr)
 
 
-@pytest.mark.capability("CA-13", "B-10")
+@pytest.mark.capability("CA-13", "CA-19")
 def test_head_first_then_all_with_own_rates_data_and_lengths() -> None:
     """Two stages as data: each trains its own parameters with its own rate on its own batches, for its own time."""
     net, seen = two_layers(), []
@@ -288,7 +292,6 @@ def test_a_factory_schedule_is_made_once_for_all_stages() -> None:
     assert rates == [0.5, 0.625, 0.75, 0.875]
 
 
-@pytest.mark.capability("B-10")
 @pytest.mark.parametrize(
     ("until", "steps"),
     [("7 steps", 7), (7, 7 * 5), ("2 epochs", 10), ("30 samples", 7), ("1.4 epochs", 7), (["9 epochs", "3 steps"], 3)],
@@ -484,3 +487,173 @@ def test_a_plateau_counts_each_validation_once(every: str) -> None:
     run = trainer(epochs=4, validate_every=every).fit(task, pairs([1.0, 2.0]), valid=pairs([1.0, 2.0]))
     scheduler = run.stages[0].phases[0].epoch_schedulers[0].torch
     assert scheduler.last_epoch == {"1 epoch": 4, "2 epochs": 2}[every]
+
+
+def test_an_optimizer_given_to_a_phase_is_one_of_the_run() -> None:
+    class Own(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = line()
+            self.adam = torch.optim.Adam(self.net.parameters())
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase("p", lambda batch: self.net(batch[0]).mean(), optimizers=self.adam)]
+
+        def configure_optimizers(self) -> dict[str, Any]:
+            return {}
+
+    task = Own()
+    run = trainer(epochs=1).fit(task, pairs([1.0]))
+    assert run.optimizers == {"p": task.adam}
+
+
+@pytest.mark.parametrize("kind", ["stage", "phase"])
+def test_two_of_one_name_are_refused(kind: str) -> None:
+    stages = [lw.Stage("a", until="1 epoch"), lw.Stage("a", until="1 epoch")]
+    task = sgd_task(line())
+    if kind == "phase":
+        stages = [lw.Stage("s", until="1 epoch", phases=[lw.Phase("a", task.training_step) for _ in range(2)])]
+    with pytest.raises(lw.SettingError, match=f"two {kind}s are named 'a'; give each {kind} a name of its own"):
+        lw.Trainer(folder=None, progress=False).fit(task, pairs([1.0]), stages=stages)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: lw.Phase("p", print, every=0),
+        lambda: lw.Phase("p", print, clip_norm=-1.0),
+        lambda: lw.Stage("s", "1 epoch", accumulate=0),
+    ],
+)
+def test_a_phase_or_stage_that_cannot_work_is_refused_where_it_is_made(wrong: Any) -> None:
+    with pytest.raises(lw.SettingError, match="expected a"):
+        wrong()
+
+
+def test_a_schedule_on_an_optimizer_that_two_phases_share_is_stepped_once() -> None:
+    net = line()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    task = lw.Supervised(net, mean_of_preds, optimizer, schedule=schedule)
+    stage = lw.Stage("s", "1 epoch", phases=[lw.Phase(name, task.training_step) for name in ("a", "b")])
+    run = lw.Trainer(folder=None, progress=False).fit(task, pairs([1.0]), stages=[stage])
+    assert run.lr == 0.5
+
+
+def test_the_mean_of_an_epoch_holds_nothing_of_an_earlier_stage() -> None:
+    task = sgd_task(line(1.0), lr=0.0)
+    stages = [lw.Stage("a", "1 steps", pairs([10.0], [10.0])), lw.Stage("b", "1 epoch", pairs([1.0]))]
+    run = lw.Trainer(folder=None, progress=False).fit(task, pairs([0.0]), stages=stages)
+    assert run.history["train/loss"] == [1.0]
+
+
+def test_an_error_of_a_later_phase_is_told_as_it_is() -> None:
+    def fails(batch: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    task = sgd_task(line())
+    stage = lw.Stage("s", "1 epoch", phases=[lw.Phase("a", task.training_step), lw.Phase("b", fails)])
+    with pytest.raises(RuntimeError, match=r"^out of memory\n"):
+        lw.Trainer(folder=None, progress=False).fit(task, pairs([1.0]), stages=[stage])
+
+
+def test_freezing_what_is_in_no_optimizer_is_no_problem() -> None:
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    task = lw.Supervised(net, mean_of_preds, torch.optim.SGD(net[1].parameters(), lr=0.1))
+    stages = [lw.Stage("head", "1 epoch", freeze="module.0.*")]
+    assert lw.Trainer(folder=None, progress=False).plan(task, pairs([1.0]), stages=stages).problems == []
+
+
+class Fails(lw.Callback):
+    """An error inside of the step after ``step``, once."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_grads_ready(self, run: lw.Run, phase: lw.Phase, grad_norm: Any) -> None:
+        if run.progress.step == self.step:
+            self.step = -1
+            raise OverflowError("once")
+
+
+@pytest.mark.parametrize("data", ["torch", "gather", "ours", "list"])
+def test_fit_again_goes_on_after_an_error_inside_a_step(data: str) -> None:
+    """Where the source can give the batch again it does; otherwise the next epoch begins, and the fit says so."""
+    x, y = samples(12)
+    makes: dict[str, Callable[[], Any]] = {
+        "torch": lambda: loader(12, noisy=True, batch_size=4),
+        "gather": lambda: loader(12, batch_size=4),
+        "ours": lambda: lw.Loader((x, y), 4),
+        "list": lambda: list(zip(x.split(4), y.split(4), strict=True)),
+    }
+    net = classifier()
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
+    user, train = trainer(epochs=3, callbacks=[Fails(2)]), makes[data]()
+    with pytest.raises(OverflowError):
+        user.fit(task, train)
+    if data != "torch":
+        run = user.fit(task, train)
+        assert run.progress[:4] == (1, 3, 0, 9)
+        return
+    says = (
+        "the last fit ended inside a step: 2 batches of epoch 1 were trained on, but its data had already given 3, and "
+        "cannot go back. This fit goes on with epoch 2; ask the Trainer for one more epoch to make up for it"
+    )
+    with pytest.warns(lw.errors.LoopwrightWarning) as warned:
+        run = user.fit(task, train)
+    assert [str(w.message) for w in warned] == [says]
+    assert warned[0].filename == __file__
+    assert run.progress[:4] == (1, 3, 0, 8)
+    assert [record["epoch"] for record in run.history] == [2, 3]
+    losses = run.history.losses["loss"]
+    assert run.history["train/loss"][0] == pytest.approx(sum(losses[2:5]) / 3)
+
+
+@pytest.mark.parametrize("other", ["data", "stages"])
+def test_the_record_after_an_epoch_that_was_closed_holds_its_own_steps_only(other: str) -> None:
+    net = line()
+    task = sgd_task(net)
+    trainer(steps=1).fit(task, pairs([100], [2]))
+    weight = net.weight.item()
+    if other == "data":
+        run = trainer(epochs=2).fit(task, pairs([4]))
+    else:
+        run = trainer().fit(task, pairs([4]), stages=[lw.Stage("after", until="1 epoch")])
+    assert run.history[-1]["train/loss"] == 4 * weight
+
+
+def test_a_plan_leaves_the_open_epoch_of_the_task_as_it_is() -> None:
+    net = line()
+    task, data = sgd_task(net), pairs([100], [2])
+    trainer(steps=1).fit(task, data)
+    trainer(epochs=2).plan(task, pairs([4]))
+    run = trainer(epochs=1).fit(task, data)
+    assert run.history["train/loss"] == [(0 + 2 * -100) / 2]
+
+
+def test_a_second_fit_writes_where_its_own_settings_say(tmp_path: Path) -> None:
+    """The same folder and name: the same run folder. Another one: a new folder. None: nothing."""
+    task, data = sgd_task(line()), pairs([1], [2])
+
+    def folder(epochs: int, root: Path | str | None, name: str | None = None) -> Path | None:
+        return trainer(epochs=epochs, folder=root, name=name).fit(task, data).folder
+
+    def written() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    first = folder(1, tmp_path / "a")
+    assert first is not None
+    assert folder(2, str(tmp_path / "a")) == first
+    before = written()
+    assert folder(3, None) is None
+    assert written() == before
+    other = folder(4, tmp_path / "b")
+    assert other is not None
+    assert other.is_relative_to(tmp_path / "b")
+    named = folder(5, tmp_path / "b", "named")
+    assert named is not None
+    assert named.parent.name == "named"
+    shutil.rmtree(named)
+    again = folder(6, tmp_path / "b", "named")
+    assert again is not None
+    assert again.is_dir()

@@ -201,7 +201,6 @@ MISTAKES: dict[str, Case] = {
 }  # fmt: skip
 
 
-@pytest.mark.capability("B-06")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found_before_step_0(mistake: str) -> None:
     """plan() names each seeded mistake and nothing else; fit refuses the run with the same words before any batch."""
@@ -216,7 +215,6 @@ def test_a_mistake_is_found_before_step_0(mistake: str) -> None:
     assert not hasattr(task, "_run")  # nothing was begun
 
 
-@pytest.mark.capability("B-06")
 def test_state_that_no_checkpoint_can_hold_is_found_before_step_0(folder: Path) -> None:
     class Keeps(lw.Callback):
         def state_dict(self) -> dict[str, Any]:
@@ -428,7 +426,6 @@ CLEAN: dict[str, Callable[..., tuple[lw.Trainer, Any, dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.capability("B-06")
 @pytest.mark.parametrize("setup", [*CLEAN, "with_everything"])
 def test_a_clean_setup_raises_no_alarm(setup: str, folder: Path) -> None:
     """Setups that work have no problem in their plan, and do work."""
@@ -450,7 +447,6 @@ class Untouchable(Dataset[Any]):
         raise AssertionError("a batch was read")
 
 
-@pytest.mark.capability("B-06")
 @pytest.mark.parametrize("look", ["plan", "explain"])
 def test_looking_reads_no_batch_writes_nothing_and_changes_nothing(look: str, folder: Path) -> None:
     """plan() and explain() read no batch, write nothing, draw nothing, leave model and optimizer as they are."""

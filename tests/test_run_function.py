@@ -15,7 +15,7 @@ import loopwright as lw
 from tiny import bits, classifier, loader, same, seed_all, trainer
 
 
-@pytest.mark.capability("IG-02")
+@pytest.mark.capability("IG-02", "IG-03")
 def test_a_function_with_its_own_optimizer_has_the_bits_of_the_plain_loop() -> None:
     """The loop runs a function over given data and returns its results; what the function moves is its own affair."""
     ends = []

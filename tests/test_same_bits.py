@@ -219,7 +219,7 @@ def test_a_schedule_counts_optimizer_steps_not_batches() -> None:
 # --------------------------------------------------------------------------------------------- nothing is wrapped
 
 
-@pytest.mark.capability("PL-20")
+@pytest.mark.capability("CA-17", "PL-20")
 def test_module_optimizer_and_loader_come_out_as_they_went_in() -> None:
     """Training wraps and patches nothing: the user's own objects are trained, and keep their classes and attributes."""
     net, optimizer, train, _ = Case(dropout=0.5).parts()

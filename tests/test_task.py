@@ -242,6 +242,7 @@ def test_a_wrong_task_is_refused_where_it_is_made(make: Callable[[], Any], messa
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 
+@pytest.mark.capability("CA-08")
 def test_several_metrics_are_measured_in_training_and_validation() -> None:
     net = classifier()
     task = lw.Supervised(
@@ -256,6 +257,7 @@ def test_several_metrics_are_measured_in_training_and_validation() -> None:
     assert set(run.history[-1]) >= {f"{kind}/{name}" for kind in ("train", "valid") for name in ("acc", "mean", "loss")}
 
 
+@pytest.mark.capability("CA-08")
 def test_metrics_of_torchmetrics_go_in_unchanged() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
     net = classifier()
@@ -300,7 +302,7 @@ class Digits(lw.Task):
         return {"accuracy": lw.metrics.Accuracy()}
 
 
-@pytest.mark.capability("PL-01", "PL-02", "PL-04")
+@pytest.mark.capability("PL-01", "PL-02")
 def test_a_task_is_a_class_and_a_call_of_fit() -> None:
     """Only the core logic is written: validation, metrics, logging and stopping come with fit; weights as by hand."""
     x, y = samples(12)
@@ -478,7 +480,7 @@ def test_plain_model_criterion_optimizer_scheduler_and_loaders_are_passed_in() -
     assert scheduler.last_epoch == 4
 
 
-@pytest.mark.capability("CA-17", "PL-06")
+@pytest.mark.capability("PL-06")
 def test_a_hand_written_loop_becomes_a_task_line_by_line() -> None:
     """What is trained stays plain PyTorch; the loop with its zero_grad, backward and step is what goes away."""
 

@@ -190,6 +190,7 @@ def test_predictions_of_shuffled_own_data_are_in_the_order_of_the_data() -> None
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
+@pytest.mark.capability("IG-02")
 def test_a_step_function_does_all_the_work_and_its_values_are_logged() -> None:
     total = {"sum": 0.0}
 
@@ -372,6 +373,7 @@ def test_weight_gives_the_samples_of_a_batch() -> None:
     assert run.metrics["train/loss"] == pytest.approx((3 * 3 + 7 * 7) / 10)
 
 
+@pytest.mark.capability("CA-19")
 def test_settings_hold_for_every_fit_of_a_trainer() -> None:
     user = trainer(epochs=2, clip_norm=0.5, accumulate=2)
     for _ in range(2):
@@ -410,3 +412,23 @@ def test_a_length_in_another_unit_is_refused(settings: dict[str, Any], text: str
     with pytest.raises(lw.SettingError) as caught:
         lw.Trainer(**settings)
     assert str(caught.value) == text
+
+
+@pytest.mark.capability("FA-05")
+def test_arrays_are_shuffled_to_train_and_read_in_order_to_validate() -> None:
+    """The same arrays, given bare: train shuffled, valid in order, by construction."""
+    x = torch.arange(200.0).view(-1, 1)
+    trained: list[float] = []
+    validated: list[float] = []
+
+    class Look(lw.Callback):
+        def on_batch_start(self, run: lw.Run, batch: Any) -> None:
+            trained.extend(batch[0].flatten().tolist())
+
+        def on_eval_batch_end(self, run: lw.Run, output: Any, batch: Any) -> None:
+            validated.extend(batch[0].flatten().tolist())
+
+    trainer(epochs=1, callbacks=[Look()]).fit(sgd_task(line(), lr=0.0), (x, x), (x, x))
+    assert validated == x.flatten().tolist()
+    assert trained != validated
+    assert sorted(trained) == validated

@@ -13,6 +13,7 @@ from torch import nn
 
 from loopwright.errors import LoopwrightWarning
 from loopwright.folder import close_folder, open_folder, reopen_folder
+from loopwright.history import Series
 from loopwright.interrupt import watch_signals
 from loopwright.optim import set_trainable
 from loopwright.prepare import seed_everything
@@ -96,15 +97,19 @@ def _close(run: Run, error: BaseException | None) -> None:
 def go_on(run: Run, previous: Run) -> None:
     """Let ``run`` continue where ``previous``, of the same task, stands: towards its own, larger total.
 
-    Stages with other names than those of ``previous`` come after them.
+    Stages with other names than those of ``previous`` come after them. The folder is that of ``previous`` where the
+    settings ask for the same one and it still exists.
     """
     run.progress, run.history, run.series, run.metrics = (
         previous.progress, previous.history, previous.series, dict(previous.metrics),
     )  # fmt: skip
-    run.stage_start, run.folder, run.replaced = previous.stage_start, previous.folder, previous.replaced
+    run.stage_start, run.replaced = previous.stage_start, previous.replaced
     run.trainable, run.validated_at = previous.trainable, previous.validated_at
+    run.folder = previous.folder if _keeps_folder(run, previous) else None
     inside = run.progress.batch > 0
+    closes = False  # the open epoch ends here
     if [stage.name for stage in run.stages] != [stage.name for stage in previous.stages]:
+        closes = inside
         run.progress = run.progress._replace(stage=0, stage_step=0, epoch=run.progress.epoch + inside, batch=0)
         run.stage_start = run.progress
     elif len(run.stages) == 1:
@@ -112,13 +117,36 @@ def go_on(run: Run, previous: Run) -> None:
         run.stage_start = Progress()
     stage = run.stages[run.progress.stage] if run.progress.stage < len(run.stages) else None
     if stage is not None and run.progress.batch:
-        if run.data is previous.data:
-            open_stage = previous.stages[run.progress.stage]
-            stage.source.load_state_dict(open_stage.source.state_dict())
+        open_stage, p = previous.stages[run.progress.stage], run.progress
+        state = open_stage.source.state_dict() if run.data is previous.data else {"batch": None}
+        closes = state.get("batch", p.batch) != p.batch
+        if not closes:
+            stage.source.load_state_dict(state)
             for phase, old in zip(stage.phases, open_stage.phases, strict=False):
                 phase.meters = old.meters
-        else:  # other data: the open epoch ends here
-            run.progress = run.progress._replace(epoch=run.progress.epoch + 1, batch=0)
+        elif run.data is previous.data:
+            _say_what_is_lost(p, state["batch"])
+        if closes:
+            run.progress = p._replace(epoch=p.epoch + 1, batch=0)
+    if closes:  # what its steps have measured is not of the next epoch; a copy, for ``previous`` may go on otherwise
+        run.series = Series(run.history.losses)
+        run.series.load_state_dict({**previous.series.state_dict(), "epoch": {}})
+
+
+def _keeps_folder(run: Run, previous: Run) -> bool:
+    (root, name), (old_root, old_name) = ((r.settings.get("folder"), r.settings.get("name")) for r in (run, previous))
+    wanted = root is not None and old_root is not None and (Path(root), name) == (Path(old_root), old_name)
+    return wanted and previous.folder is not None and previous.folder.exists()
+
+
+def _say_what_is_lost(progress: Progress, given: int) -> None:
+    warnings.warn(
+        f"the last fit ended inside a step: {progress.batch} batches of epoch {progress.epoch + 1} were trained on, but "
+        f"its data had already given {given}, and cannot go back. This fit goes on with epoch {progress.epoch + 2}; ask "
+        "the Trainer for one more epoch to make up for it",
+        LoopwrightWarning,
+        stacklevel=5,
+    )
 
 
 def _say_what_is_odd(run: Run) -> None:

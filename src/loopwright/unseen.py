@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from loopwright import rng
 from loopwright.data import move
+from loopwright.data.generators import Streams, find_on_modules, kept
 from loopwright.errors import DataError
 from loopwright.state import Run, Source
 
@@ -17,33 +19,49 @@ __all__ = ["read", "unseen"]
 
 
 def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
-    """One pass over ``source`` for evaluation, on the device; an error says where it was."""
-    batches, n = source.at(0, 0), 0
-    try:
-        for batch in batches:
-            n += 1
-            yield move(batch, run.device) if run.moves_batches else batch
-    except Exception as error:
-        error.add_note(f"[loopwright] in {kind}, batch {n}")
-        raise
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
+    """One pass over ``source`` for evaluation, on the device; an error says where it was.
+
+    Generators that hang on the source are put back afterwards: training may draw from the same ones.
+    """
+    n = 0
+    with kept(_streams(source).find().values()):
+        batches = source.at(0, 0)
+        try:
+            for batch in batches:
+                n += 1
+                yield move(batch, run.device) if run.moves_batches else batch
+        except Exception as error:
+            error.add_note(f"[loopwright] in {kind}, batch {n}")
+            raise
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
     if not n:
         raise DataError(
             f"the {kind} data gave no batch. If it is an iterator, it is used up: pass a list or a DataLoader"
         )
 
 
+def _streams(source: Source) -> Streams:
+    known = getattr(source, "streams", None)  # our own sources know where to look
+    return known if isinstance(known, Streams) else Streams({"source": source})
+
+
 @contextmanager
 def unseen(run: Run) -> Iterator[None]:
-    """Modules in eval mode, each with its own flag put back; all random generators forked; no gradients."""
+    """Modules in eval mode, each with its own flag put back; all random generators forked; no gradients.
+
+    The generators are the global ones, and those that hang on the task and its modules.
+    """
     flags = [(m, m.training) for model in run.models.values() for m in model.modules()]
+    modules = [m for m, _ in flags]
+    if isinstance(run.task, nn.Module):
+        modules.append(run.task)
     for model in run.models.values():
         model.eval()
     try:
-        with rng.forked(), torch.no_grad():
+        with rng.forked(), kept(find_on_modules(modules)), torch.no_grad():
             yield
     finally:
         for module, training in flags:

@@ -283,3 +283,13 @@ def test_checkpoints_change_no_bit_of_the_training() -> None:
     with_them, without = weights(lw.Checkpoint("1 step", monitor="valid/loss")), weights()
     assert all(torch.equal(with_them[k], without[k]) for k in without)
     assert Path("runs").is_dir()
+
+
+def test_a_mean_of_training_can_be_monitored_without_validation(folder: Path) -> None:
+    saver = lw.Checkpoint("1 day", monitor="train/loss", keep=3, at_end=False)
+    net = torch.nn.Linear(1, 1)
+    task = lw.Supervised(net, torch.nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+    data = [(torch.ones(2, 1), torch.zeros(2, 1))]
+    run = lw.Trainer(epochs=5, folder=folder, progress=False, checkpoint=saver).fit(task, data)
+    assert saver.best_value == run.history[-1]["train/loss"]
+    assert len(list((run.folder / "checkpoints").glob("step-*"))) == 3

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from loopwright.data.generators import Streams, find_generators, get_globals, set_globals
+from loopwright.data.generators import Streams, find_generators, find_on_modules, get_globals, kept, set_globals
 
 
 def draw(generator: Any) -> float:
@@ -79,3 +80,21 @@ def test_a_part_of_the_globals_leaves_the_rest() -> None:
     Streams({}).set(state)
     assert random.getstate() == before
     assert Streams({}).get(only_torch=True) == state
+
+
+def test_generators_on_modules_are_found_at_any_depth_and_optimizers_are_left_alone() -> None:
+    net: nn.Module = nn.Linear(1, 1)
+    net.rng = generator = torch.Generator()
+    for _ in range(8):
+        net = nn.Sequential(net)
+    net.optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    net.optimizer.rng = random.Random()  # type: ignore[attr-defined]
+    assert find_on_modules(net.modules()) == [generator]
+
+
+def test_kept_generators_come_back_after_an_error() -> None:
+    generators = [torch.Generator(), random.Random(1), np.random.default_rng(1), np.random.RandomState(1)]
+    with pytest.raises(ZeroDivisionError), kept(generators):
+        first = [draw(generator) for generator in generators]
+        1 / 0  # noqa: B018
+    assert [draw(generator) for generator in generators] == first

@@ -5,14 +5,16 @@ import gc
 import multiprocessing
 import random
 import traceback
+import weakref
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from loopwright.data import TorchLoader, as_source
+from loopwright.data import Iterated, TorchLoader, as_source
 from loopwright.data.generators import get_globals
 from loopwright.errors import CheckpointError, DataError
 
@@ -263,3 +265,19 @@ def test_spawned_workers_resume_too() -> None:
 
 def print_nothing(worker: int) -> None:
     torch.rand(1)
+
+
+@pytest.mark.parametrize("adapter", [TorchLoader, Iterated])
+def test_a_batch_that_was_let_go_is_not_held_while_the_next_is_fetched(adapter: Any) -> None:
+    given: list[Any] = []
+    alive: list[int] = []
+
+    def collate(samples: list[Any]) -> Any:
+        alive.append(sum(one() is not None for one in given))
+        batch = torch.tensor(samples)
+        given.append(weakref.ref(batch))
+        return batch
+
+    for batch in islice(adapter(DataLoader([0, 1, 2], 1, collate_fn=collate)).at(0, 0), 3):
+        del batch
+    assert alive == [0, 0, 0]

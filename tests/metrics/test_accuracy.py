@@ -258,7 +258,6 @@ def test_top_k_and_a_threshold_exclude_each_other() -> None:
         Accuracy(2, threshold=0.5)
 
 
-@pytest.mark.capability("PL-23")
 def test_accuracy_is_at_hand_in_a_training_step() -> None:
     net = torch.nn.Linear(2, 3)
     logits, target = net(torch.randn(8, 2)), torch.randint(3, (8,))

@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from loopwright import rng
+from loopwright.data.generators import Streams
 from loopwright.data.plan import Plan, check_state
 
 __all__ = ["Gather", "is_gatherable", "rows_of"]
@@ -36,7 +37,7 @@ class Gather:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+        self.loader, self.streams = loader, Streams({})  # tensors draw nothing
         sampler: Any = loader.batch_sampler
         self._plan = Plan(len(sampler.sampler), sampler.batch_size, sampler.drop_last)
         self._shuffled = type(loader.sampler) is RandomSampler

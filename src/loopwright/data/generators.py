@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from loopwright import rng
 
-__all__ = ["Streams", "get_globals", "set_globals"]
+__all__ = ["Streams", "find_on_modules", "get_globals", "kept", "set_globals"]
 
 State = dict[str, Any]
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _DEPTH, _WIDTH = 6, 32  # how deep and how wide objects are searched for generators
+_LEAVES = (torch.Tensor, np.ndarray, type, str, bytes, int, float, Optimizer, type(None))
+_PLAIN = frozenset((bool, int, float, str, type(None), torch.Tensor, nn.Parameter))
+_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: children are modules themselves, hooks are not ours
 
 
 def get_globals() -> State:
@@ -59,8 +65,37 @@ def find_generators(roots: Mapping[str, object]) -> dict[str, Any]:
     return found
 
 
+def find_on_modules(modules: Iterable[nn.Module]) -> list[Any]:
+    """Generators that hang on attributes of ``modules``; on each of them alone, its children are not visited."""
+    roots = {
+        f"{i}.{name}": value
+        for i, module in enumerate(modules)
+        for name, value in vars(module).items()
+        if name not in _OF_MODULES and type(value) not in _PLAIN
+    }
+    return list(find_generators(roots).values()) if roots else []
+
+
+@contextmanager
+def kept(generators: Iterable[Any]) -> Iterator[None]:
+    """Leave ``generators`` afterwards as they were before, whatever is drawn inside, also after an exception.
+
+    >>> generator = random.Random(0)
+    >>> with kept([generator]):
+    ...     inside = generator.random()
+    >>> generator.random() == inside
+    True
+    """
+    states = [(generator, _get(generator)) for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            _set(generator, state)
+
+
 def _parts(path: str, value: object) -> Iterable[tuple[str, object]]:
-    if isinstance(value, (torch.Tensor, np.ndarray, type, str, bytes, int, float)) or value is None:
+    if isinstance(value, _LEAVES):
         return ()
     if isinstance(value, (list, tuple)):
         return [(f"{path}[{i}]", part) for i, part in enumerate(value[:_WIDTH])]
@@ -92,11 +127,15 @@ class Streams:
         set_globals(state["globals"])
         self.set_found(state["found"])
 
+    def find(self) -> dict[str, Any]:
+        """The generators on ``roots``, by path."""
+        return find_generators(self.roots) if self.roots else {}
+
     def get_found(self) -> State:
-        return {path: _get(generator) for path, generator in find_generators(self.roots).items()}
+        return {path: _get(generator) for path, generator in self.find().items()}
 
     def set_found(self, states: Mapping[str, Any]) -> None:
-        found = find_generators(self.roots)
+        found = self.find()
         for path, state in states.items():
             if path in found:
                 _set(found[path], state)

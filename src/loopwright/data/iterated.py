@@ -12,7 +12,7 @@ from loopwright import rng
 from loopwright._compat import has_ended, stop_workers
 from loopwright.data.batch import samples
 from loopwright.data.fetch import add_fetch_note
-from loopwright.data.generators import get_globals, set_globals
+from loopwright.data.generators import Streams, get_globals, set_globals
 from loopwright.data.plan import check_state
 from loopwright.errors import DataError
 
@@ -26,7 +26,8 @@ class Iterated:
     generator function is called anew each epoch). An iterator is good for one epoch: DataError at the second.
     ``holder`` has ``state_dict`` and ``load_state_dict`` and knows its position; it is ``data`` where that has them.
     Without one, a resume reads again what was seen, starting from the random state in which the epoch began: exact for
-    lists, and for streams that always give the same; ``exact`` says so, or ``why`` in its place.
+    lists, and for streams that always give the same; ``exact`` says so, or ``why`` in its place. What has
+    ``set_epoch`` is told the epoch, unless ``tells`` is False.
 
     >>> list(Iterated([10, 20, 30]).at(0, 1))
     [20, 30]
@@ -38,11 +39,13 @@ class Iterated:
         *,
         holder: Any = None,
         why: str | None = None,
+        tells: bool = True,
     ) -> None:
         self.data: Any = data
-        self.why = why
+        self.why, self.tells = why, tells
         self.holder: Any = data if holder is None and _holds_state(data) else holder
         self._listed = isinstance(data, (list, tuple))
+        self.streams = Streams({} if self._listed else {"data": getattr(data, "__self__", data)})
         self._used = self._ended = False
         self._running: Any = None
         self._at = (0, 0)
@@ -67,7 +70,9 @@ class Iterated:
         return map(samples, self.data[batch:]) if isinstance(self.data, (list, tuple)) else None
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"batches": self.batches if self._listed else None, "epoch": self._at[0], "batch": self._at[1]}
+        own: dict[str, Any] = {"batches": self.batches if self._listed else None}
+        if self.holder is not None:  # the others can go to any batch
+            own |= {"epoch": self._at[0], "batch": self._at[1]}
         held = None if self.holder is None else self.holder.state_dict()
         return {**own, "held": held, "made": self._made, "ended": self._ended or has_ended(self._running)}
 
@@ -104,7 +109,7 @@ class Iterated:
 
     def _open(self, epoch: int) -> Iterator[Any]:
         tell = getattr(getattr(self.data, "dataset", self.data), "set_epoch", None)
-        if callable(tell):
+        if self.tells and callable(tell):
             tell(epoch)
         made = self.data() if callable(self.data) and not isinstance(self.data, Iterable) else self.data
         if not isinstance(made, Iterable) and not hasattr(made, "__getitem__"):

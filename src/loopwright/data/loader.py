@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from loopwright.data.arrays import as_tensors, is_array, pick, shared_length
 from loopwright.data.fetch import Indices, add_fetch_note, fetch_samples
 from loopwright.data.gather import has_plain_rows, rows_of
+from loopwright.data.generators import Streams
 from loopwright.data.plan import Plan, check_state, shuffled
 from loopwright.errors import DataError, SettingError
 
@@ -62,6 +63,7 @@ class Loader:
         self._read = _reader(data)
         self._plan = Plan(self._read.length, batch_size, drop_last)
         self._passes = 0
+        self._loaded: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return self._plan.batches
@@ -78,11 +80,14 @@ class Loader:
 
     def keyed(self, key: int) -> Loader:
         """This loader with ``key`` in place of a seed that was not given; it shares the data."""
-        if self.seed is not None:
-            return self
-        clone = copy.copy(self)
-        clone._key = key
+        clone = copy.copy(self)  # always: the same loader may be trained on and validated on
+        clone._key = key if self.seed is None else self.seed
         return clone
+
+    @property
+    def streams(self) -> Streams:
+        """The generators that reading samples may draw from."""
+        return self._read.streams
 
     @property
     def batches(self) -> int:
@@ -96,6 +101,9 @@ class Loader:
         return self._plan.sizes(batch)
 
     def at(self, epoch: int, batch: int) -> Iterator[Any]:
+        state, self._loaded = self._loaded, None
+        if state is not None:
+            self.streams.set_found(state.get("generators", {}))
         order = self._order(epoch)[batch * self.batch_size : self._plan.samples]
         return self._batches(order, epoch, batch)
 
@@ -110,14 +118,18 @@ class Loader:
             batch += 1
 
     def state_dict(self) -> dict[str, Any]:
+        return {**self._own(), "generators": self.streams.get_found()}
+
+    def _own(self) -> dict[str, Any]:
         return {**self._plan.state_dict(), "shuffle": self.shuffle, "key": self._key}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError if length, batch size, order or seed differ from those of the saved run."""
-        own = self.state_dict()
+        own = self._own()
         if self.seed is None:
             self._key = own["key"] = state.get("key")  # the saved run goes on with its own key
         check_state(own, state)
+        self._loaded = state
 
 
 class _Rows:
@@ -125,6 +137,7 @@ class _Rows:
 
     def __init__(self, tensors: Any, index: Tensor | None, length: int, device: torch.device | None = None) -> None:
         self.tensors, self.index, self.length, self.device = tensors, index, length, device
+        self.streams = Streams({})
 
     def fetch(self, rows: Tensor, epoch: int, batch: int) -> Any:
         if self.index is not None:
@@ -137,6 +150,7 @@ class _Samples:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset, self.length = dataset, len(dataset)
+        self.streams = Streams({"dataset": dataset})
 
     def fetch(self, rows: Tensor, epoch: int, batch: int) -> Any:
         indices = Indices(rows.tolist())

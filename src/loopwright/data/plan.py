@@ -54,8 +54,8 @@ def check_state(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             f"{name} was {'not noted' if was is missing else repr(was)} and is {now!r}" for name, was, now in differ
         )
         raise CheckpointError(
-            f"the saved position does not fit this data: {told}. Resume with the data and the loader of the saved run, "
-            "or start at an epoch's beginning with fit(..., resume=None)"
+            f"the saved position does not fit this data: {told}. Pass the same data, in the same kind of loader, as in "
+            "the saved run"
         )
 
 

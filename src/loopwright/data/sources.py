@@ -67,15 +67,15 @@ def _adapt(data: Any, *, train: bool, key: int) -> Source:
     if all(hasattr(data, name) for name in ("at", "sizes", "batches", "exact", "load_state_dict")):
         return cast(Source, data)
     if isinstance(data, DataLoader):
-        return _adapt_loader(data)
+        return _adapt_loader(data, tells=train)
     if isinstance(data, IterableDataset):
-        return _adapt_loader(DataLoader(data, batch_size=BATCH_SIZE))
+        return _adapt_loader(DataLoader(data, batch_size=BATCH_SIZE), tells=train)
     if isinstance(data, list):
         return Iterated(data)
     if isinstance(data, (Tensor, np.ndarray, tuple, Mapping, Dataset)) or is_array(data) or _is_dataset(data):
         return Loader(data, BATCH_SIZE, shuffle=train).keyed(key)
     if callable(data) or isinstance(data, Iterable):
-        return Iterated(data)
+        return Iterated(data, tells=train)
     raise DataError(f"cannot read batches from {type(data).__name__} {data!r}; {_EXPECTED}")
 
 
@@ -83,7 +83,8 @@ def _is_dataset(data: Any) -> bool:
     return hasattr(type(data), "__getitem__") and hasattr(type(data), "__len__")
 
 
-def _adapt_loader(loader: DataLoader[Any]) -> Source:
+def _adapt_loader(loader: DataLoader[Any], *, tells: bool) -> Source:
+    # evaluation tells no epoch: its dataset may be the one that is being trained on
     samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
         raise DataError(
@@ -92,21 +93,21 @@ def _adapt_loader(loader: DataLoader[Any]) -> Source:
             "DataLoader(dataset, batch_size=..., shuffle=True)"
         )
     if all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")):
-        return Iterated(loader)
+        return Iterated(loader, tells=tells)
     if isinstance(loader.dataset, IterableDataset):
-        return _stream(loader)
+        return _stream(loader, tells=tells)
     if is_own_iteration(loader):
-        return Iterated(loader, why=f"{type(loader).__name__} overrides how a DataLoader is iterated")
-    return Gather(loader) if is_gatherable(loader) else TorchLoader(loader)
+        return Iterated(loader, why=f"{type(loader).__name__} overrides how a DataLoader is iterated", tells=tells)
+    return Gather(loader) if is_gatherable(loader) else TorchLoader(loader, tells=tells)
 
 
-def _stream(loader: DataLoader[Any]) -> Iterated:
+def _stream(loader: DataLoader[Any], *, tells: bool) -> Iterated:
     name, dataset = type(loader.dataset).__name__, loader.dataset
     holds = all(callable(getattr(dataset, part, None)) for part in ("state_dict", "load_state_dict"))
     if holds and not loader.num_workers:
-        return Iterated(loader, holder=dataset)
+        return Iterated(loader, holder=dataset, tells=tells)
     lacks = "is read by workers, which do not tell its position" if holds else "has no state_dict and load_state_dict"
-    return Iterated(loader, why=f"the IterableDataset {name} {lacks}")
+    return Iterated(loader, why=f"the IterableDataset {name} {lacks}", tells=tells)
 
 
 def _named(data: Any) -> str:

@@ -26,7 +26,8 @@ class TorchLoader:
     """A source with the batches, the order and the draws of any map-style DataLoader.
 
     It works on a shallow copy; the loader itself is not touched. A sampler, batch sampler or dataset that has
-    ``set_epoch`` is told the epoch. When fetching fails, the exception gains a note with the batch and its indices.
+    ``set_epoch`` is told the epoch, unless ``tells`` is False. When fetching fails, the exception gains a note with
+    the batch and its indices.
     A resume runs the sampler again and loads nothing that is skipped; the random state of workers comes back too.
 
     >>> loader = DataLoader([1, 2, 3], batch_size=2)
@@ -35,13 +36,13 @@ class TorchLoader:
     [[1, 2], [3]]
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+    def __init__(self, loader: DataLoader[Any], *, tells: bool = True) -> None:
+        self.loader, self.tells = loader, tells
         self.workers = loader.num_workers
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         mark = not self.workers and loader.batch_sampler is not None and not hasattr(loader.dataset, "__getitems__")
-        self._streams = Streams({part: getattr(loader, part) for part in _ROOTS})
-        self._order = Order(getattr(loader, name), self._streams, ahead=self.workers > 0, mark=mark)
+        self.streams = Streams({part: getattr(loader, part) for part in _ROOTS})
+        self._order = Order(getattr(loader, name), self.streams, ahead=self.workers > 0, mark=mark)
         self._parts: dict[str, Any] = {name: self._order}
         if self.workers:
             collate = Collate(loader.collate_fn)
@@ -107,7 +108,7 @@ class TorchLoader:
             "epoch": self._at[0],
             "batch": self._at[1],
             "order": self._order.state_dict(),
-            "generators": self._streams.get_found(),
+            "generators": self.streams.get_found(),
             "made": self._made,
             "states": dict(self._states),
         }
@@ -124,7 +125,8 @@ class TorchLoader:
         state, self._loaded = self._loaded, None
         if state is None and batch and (epoch, batch) == self._at:
             state = self.state_dict()  # goes on where it was left
-        self._tell(epoch)
+        if self.tells:
+            self._tell(epoch)
         if state is not None and batch:
             iterator = self._resume(state, epoch, batch)
         else:
@@ -149,7 +151,7 @@ class TorchLoader:
         persistent = self.loader.persistent_workers
         if state is not None:
             self._order.renew(state["order"])
-            self._streams.set_found(state["generators"])
+            self.streams.set_found(state["generators"])
             if persistent and state["made"] is not None:
                 with rng.forked():
                     self._remake(state)
@@ -170,13 +172,13 @@ class TorchLoader:
     def _remake(self, state: Mapping[str, Any]) -> Iterator[Any]:
         """Workers as they were, with the same seeds and random states, and nothing to do yet."""
         self.close()
-        now = self._streams.get_found()
+        now = self.streams.get_found()
         self._made, self._states = state["made"], dict(state["states"])
         self._start.states = self._states
         self._order.silence()
-        self._streams.set(state["made"])
+        self.streams.set(state["made"])
         iterator = iter(self._clone)
-        self._streams.set_found(now)
+        self.streams.set_found(now)
         self._running = iterator if self.loader.persistent_workers else None
         return iterator
 
@@ -194,7 +196,7 @@ class TorchLoader:
             else:
                 self._order.hand_out(indices)
                 iterator = iter(self._clone)
-            self._streams.set_found(state["generators"])
+            self.streams.set_found(state["generators"])
         return iterator
 
     def _batches(self, iterator: Iterator[Any], epoch: int, batch: int) -> Iterator[Any]:
