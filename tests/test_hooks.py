@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import loopwright as lw
 from loopwright import events
-from tiny import acts, line, mean_of_preds, pairs, recorder, sgd_task, trainer
+from tiny import acts, classifier, line, loader, mean_of_preds, pairs, recorder, sgd_task, trainer
 
 # ------------------------------------------------------------------------------------------------------------- order
 
