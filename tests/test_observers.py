@@ -258,7 +258,8 @@ def test_validation_changes_nothing_that_training_shares_with_it(make: Any, with
         task, train, valid = make()
         seed_all(5)
         user = lw.Trainer(
-            epochs=3, folder=None, progress=False, validate_every="2 steps" if within else "1 epoch",
+            epochs=3, folder=None, progress=False,
+            validate_every="2 steps" if within and validates else "1 epoch",
         )  # fmt: skip
         run = user.fit(task, train, valid if validates else None)
         assert run.progress.step == 9
@@ -271,7 +272,7 @@ def test_prediction_and_validation_outside_of_a_fit_put_generators_back_and_tell
     dataset, user = Shared(), lw.Trainer(epochs=1, folder=None, progress=False)
     task = supervised(Jitter())
     user.validate(task, DataLoader(dataset, 5))
-    generator = task.module[0].generator
+    generator = task.module[0].generator  # type: ignore[index]
     states = generator.get_state(), dataset.rng.bit_generator.state
     user.predict(task, lw.Loader(dataset, 4))
     user.test(task, DataLoader(dataset, 5))

@@ -46,10 +46,6 @@ def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
     if not grads:
         return loss is not None and not bool(torch.isfinite(loss).all())
     device = grads[0].device
-    dense = [g for g in grads if g.layout is torch.strided and g.is_floating_point() and g.device == device]
-    if len(dense) != len(grads):
-        values = [g.coalesce().values() if g.is_sparse else g for g in grads]
-        return not all(bool(torch.isfinite(v).all()) for v in (*values, *([] if loss is None else [loss])))
     flags = _flags.on.get(device)
     if flags is None:
         flags = _flags.on[device] = (
@@ -57,7 +53,12 @@ def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
             torch.ones((), device=device, dtype=torch.float32),
         )
     found = torch.zeros_like(flags[0]) if device.type != "cpu" else flags[0]
-    torch._amp_foreach_non_finite_check_and_unscale_(dense, found, flags[1])
+    try:
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, flags[1])
+    except (RuntimeError, NotImplementedError):  # it refuses sparse and complex gradients, and several devices
+        flags[0].zero_()
+        values = [g.coalesce().values() if g.is_sparse else g for g in grads]
+        return not all(bool(torch.isfinite(v).all()) for v in (*values, *([] if loss is None else [loss])))
     if loss is not None:
         found = found + (~torch.isfinite(loss)).to(found.dtype).sum()
     if found.item() == 0.0:

@@ -118,7 +118,7 @@ def go_on(run: Run, previous: Run) -> None:
     stage = run.stages[run.progress.stage] if run.progress.stage < len(run.stages) else None
     if stage is not None and run.progress.batch:
         open_stage, p = previous.stages[run.progress.stage], run.progress
-        state = open_stage.source.state_dict() if run.data is previous.data else {"batch": None}
+        state: dict[str, Any] = open_stage.source.state_dict() if run.data is previous.data else {"batch": None}
         closes = state.get("batch", p.batch) != p.batch
         if not closes:
             stage.source.load_state_dict(state)
@@ -141,9 +141,9 @@ def _keeps_folder(run: Run, previous: Run) -> bool:
 
 def _say_what_is_lost(progress: Progress, given: int) -> None:
     warnings.warn(
-        f"the last fit ended inside a step: {progress.batch} batches of epoch {progress.epoch + 1} were trained on, but "
-        f"its data had already given {given}, and cannot go back. This fit goes on with epoch {progress.epoch + 2}; ask "
-        "the Trainer for one more epoch to make up for it",
+        f"the last fit ended inside a step: {progress.batch} batches of epoch {progress.epoch + 1} were trained on, "
+        f"but its data had already given {given}, and cannot go back. This fit goes on with epoch "
+        f"{progress.epoch + 2}; ask the Trainer for one more epoch to make up for it",
         LoopwrightWarning,
         stacklevel=5,
     )

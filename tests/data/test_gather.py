@@ -123,5 +123,5 @@ def test_a_state_of_other_data_is_refused() -> None:
     with pytest.raises(CheckpointError) as error:
         Gather(DataLoader(TensorDataset(torch.arange(8)), 4)).load_state_dict(state)
     assert str(error.value).startswith(
-        "the saved position does not fit this data: length was 9 and is 8, batch_size was 2 and is 4. Resume with"
+        "the saved position does not fit this data: length was 9 and is 8, batch_size was 2 and is 4. Pass the same"
     )

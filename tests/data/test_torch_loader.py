@@ -220,7 +220,7 @@ def test_a_state_of_another_loader_or_position_is_refused() -> None:
     source = TorchLoader(DataLoader(range(20), 2))  # type: ignore[arg-type]
     next(source.at(0, 0))
     state = source.state_dict()
-    with pytest.raises(CheckpointError, match=r"length was 20 and is 18, batches was 10 and is 9\. Resume with"):
+    with pytest.raises(CheckpointError, match=r"length was 20 and is 18, batches was 10 and is 9\. Pass the same"):
         TorchLoader(DataLoader(range(18), 2)).load_state_dict(state)  # type: ignore[arg-type]
     source.load_state_dict(state)
     with pytest.raises(DataError, match="the saved position is batch 1 of epoch 0, not batch 2 of epoch 0"):
