@@ -286,3 +286,24 @@ def test_a_loss_module_with_weights_is_part_of_the_model() -> None:
     run = user.fit(task, pairs([2]), pairs([2]))
     assert (net.weight.item(), loss.scale.item()) == (-1.0, -1.0)
     assert list(run.models) == ["model", "loss"]
+
+
+def test_every_module_of_a_task_is_in_eval_mode_and_its_weights_are_saved() -> None:
+    class More(lw.Supervised):
+        def __init__(self) -> None:
+            net = line()
+            super().__init__(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+            self.drop = nn.Dropout(0.5)
+            self.seen: list[bool] = []
+
+        def validation_step(self, batch: Any) -> Any:
+            self.seen.append(self.drop.training)
+            return super().training_step(batch)
+
+    task = More()
+    trainer(epochs=1).fit(task, pairs([1.0]), pairs([1.0]))
+    assert task.seen == [False]
+    assert task.drop.training
+    task.more = nn.Linear(1, 1).requires_grad_(False)
+    (problem,) = trainer(epochs=2).plan(task, pairs([1.0])).problems
+    assert problem.startswith("More.models() leaves out 2 parameters (more.weight, more.bias), which no checkpoint")

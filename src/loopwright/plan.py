@@ -74,6 +74,13 @@ def _parameters(run: Run) -> Iterator[str]:
     if not isinstance(run.task, nn.Module):
         return
     own = {id(p): name for name, p in run.task.named_parameters()}
+    saved = {id(p) for model in run.models.values() for p in model.parameters()}
+    unsaved = [name for i, name in own.items() if i not in saved]
+    if unsaved:
+        yield (
+            f"{type(run.task).__name__}.models() leaves out {len(unsaved)} parameters ({', '.join(unsaved[:4])}), which no "
+            "checkpoint would hold; add their module to the dict that models() returns"
+        )
     lazy = [name for name, p in run.task.named_parameters() if is_lazy(p)]
     if lazy:
         yield (

@@ -54,12 +54,11 @@ def unseen(run: Run) -> Iterator[None]:
 
     The generators are the global ones, and those that hang on the task and its modules.
     """
-    flags = [(m, m.training) for model in run.models.values() for m in model.modules()]
-    modules = [m for m, _ in flags]
-    if isinstance(run.task, nn.Module):
-        modules.append(run.task)
-    for model in run.models.values():
-        model.eval()
+    roots = [run.task] if isinstance(run.task, nn.Module) else list(run.models.values())
+    modules = [module for root in roots for module in root.modules()]
+    flags = [(module, module.training) for module in modules]
+    for root in roots:
+        root.eval()
     try:
         with rng.forked(), kept(find_on_modules(modules)), torch.no_grad():
             yield

@@ -84,10 +84,10 @@ def test_a_part_of_the_globals_leaves_the_rest() -> None:
 
 def test_generators_on_modules_are_found_at_any_depth_and_optimizers_are_left_alone() -> None:
     net: nn.Module = nn.Linear(1, 1)
-    net.rng = generator = torch.Generator()
+    net.rng = generator = torch.Generator()  # type: ignore[assignment]
     for _ in range(8):
         net = nn.Sequential(net)
-    net.optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    net.optimizer = torch.optim.SGD(net.parameters(), 1.0)  # type: ignore[assignment]
     net.optimizer.rng = random.Random()  # type: ignore[union-attr]
     assert find_on_modules(net.modules()) == [generator]
 
