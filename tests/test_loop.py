@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 import loopwright as lw
 from loopwright.history import LIMIT
@@ -75,16 +75,19 @@ def test_a_step_adds_few_python_calls() -> None:
 # -------------------------------------------------------------------------------------------------------- device reads
 
 
-class Reads(TorchDispatchMode):
-    """Counts the reads of a value from its device, by the step at which they happen."""
+READS = {getattr(Tensor, name) for name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__")}
+
+
+class Reads(TorchFunctionMode):
+    """Counts the reads of values from their device, by the step at which they happen."""
 
     def __init__(self) -> None:
         super().__init__()
         self.at: list[int] = []
         self.run: lw.Run | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and self.run is not None:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS and self.run is not None:
             self.at.append(self.run.progress.step)
         return func(*args, **(kwargs or {}))
 

@@ -78,8 +78,8 @@ def _parameters(run: Run) -> Iterator[str]:
     unsaved = [name for i, name in own.items() if i not in saved]
     if unsaved:
         yield (
-            f"{type(run.task).__name__}.models() leaves out {len(unsaved)} parameters ({', '.join(unsaved[:4])}), which no "
-            "checkpoint would hold; add their module to the dict that models() returns"
+            f"{type(run.task).__name__}.models() leaves out {len(unsaved)} parameters ({', '.join(unsaved[:4])}), "
+            "which no checkpoint would hold; add their module to the dict that models() returns"
         )
     lazy = [name for name, p in run.task.named_parameters() if is_lazy(p)]
     if lazy:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,12 @@ def _own_files() -> dict[str, Path]:
 
 def _in_environment(path: str, here: str) -> bool:
     """True for what belongs to Python or to a virtual environment, also one that lies below ``here``."""
-    prefixes = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix)} - {here}
-    return any(path.startswith(prefix + os.sep) for prefix in prefixes)
+    return path.startswith(_prefixes(here))
+
+
+@cache
+def _prefixes(here: str) -> tuple[str, ...]:
+    return tuple({os.path.realpath(p) + os.sep for p in (sys.prefix, sys.base_prefix)} - {here + os.sep})
 
 
 def _stamp(path: Path) -> tuple[int, int]:

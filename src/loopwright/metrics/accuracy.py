@@ -15,6 +15,7 @@ from loopwright.metrics.functional import best, check_top_k, fit, hits
 
 __all__ = ["Accuracy"]
 
+SMALL = 8192  # elements of preds in a batch
 HELD = 65_536  # elements kept before they are counted: one comparison for many batches is cheaper than one for each
 PIECE = 64  # what a kept tensor counts at least, since its object and its memory block cost as much
 
@@ -58,6 +59,7 @@ class Accuracy(Metric):
         self._size = 0
         self._classes = 0  # that preds have scores for; 0 where they have the shape of the target
         self._bits = 0  # of a class index
+        self._packs = False
         self._seen: Any = None
         self._kind: Any = None
 
@@ -70,9 +72,11 @@ class Accuracy(Metric):
             self._held.append((preds.detach().clone(), target.clone()))
         elif self.top_k > 1:
             self._held.append((best(preds.detach(), self.top_k), target.clone()))
-        else:  # both in one number, which takes one operation less
+        elif self._packs:  # both in one number
             self._held.append((preds.argmax(1).add_(target, alpha=1 << self._bits),))
-        size = target.numel()
+        else:  # small ones are cheaper to copy than to look at one by one
+            self._held.append((preds.detach().clone(), target.clone()))
+        size = target.numel() if self._packs else preds.numel()
         self._size += size if size > PIECE else PIECE
         if self._size > HELD:
             self.fold()
@@ -82,6 +86,7 @@ class Accuracy(Metric):
         kind = (classes, preds.shape[2:], target.shape[1:], preds.dtype, target.dtype)
         if kind != self._kind:  # what is held cannot be joined with it
             self.fold()
+            self._packs = self.top_k > 1 or preds.numel() > SMALL
         self._kind, self._classes, self._bits = kind, classes, classes.bit_length()
         self._seen = (preds.shape, target.shape, preds.dtype, target.dtype)
 
@@ -117,6 +122,8 @@ class Accuracy(Metric):
         answers, targets = (torch.cat(column) for column in zip(*held, strict=True))
         if self.top_k > 1:
             answers = answers.movedim(1, -1).flatten(0, -2)
+        elif self._classes:
+            answers = answers.argmax(1).flatten()
         return answers if self.top_k > 1 else answers.flatten(), targets.flatten()
 
     def reset(self) -> None:

@@ -45,6 +45,7 @@ class Meters:
         self._fed: list[str] = []
         self._feeds: list[Feed] | None = None
         self._draws: dict[str, OwnDraws] = {}
+        self._settled: tuple[tuple[str, ...], list[Feed]] | None = None  # who took part, where none is foreign
 
     def feed(self, output: Any) -> None:
         """Update the metrics with what a step returned for one batch.
@@ -72,6 +73,10 @@ class Meters:
 
     def _resolve(self, output: Any) -> list[Feed]:
         known = output if isinstance(output, Mapping) else {}
+        if self._settled is not None and self._settled[0] == tuple(known):  # as in the series before
+            self._feeds = self._settled[1]
+            self._fed = [name for name, _, _ in self._feeds]
+            return self._feeds
         feeds: list[Feed] = []
         for name, metric in self.metrics.items():
             metric, inputs = unwrapped(metric)
@@ -95,6 +100,7 @@ class Meters:
                 draws = self._draws.setdefault(name, OwnDraws())
                 feeds.append((name, partial(draws.call, metric.update), inputs))
         self._feeds, self._fed = feeds, [name for name, _, _ in feeds]
+        self._settled = None if self._draws else (tuple(known), feeds)
         return feeds
 
     def _settle(self) -> None:
