@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from measure import EndOfEpoch
+from measure import EndOfEpoch, by_hand
 
 with contextlib.suppress(ModuleNotFoundError):  # the other frameworks can be measured without ours
     import loopwright as lw
@@ -45,17 +45,7 @@ def hand(epochs: int, end_of_epoch: EndOfEpoch):
     net, optimizer, loader = parts()
     loss_of = nn.CrossEntropyLoss()
 
-    def go():
-        for _ in range(epochs):
-            for inputs, target in loader:
-                optimizer.zero_grad()
-                loss = loss_of(net(inputs), target)
-                loss.backward()
-                optimizer.step()
-            end_of_epoch()
-        return net
-
-    return go
+    return by_hand(net, loss_of, optimizer, loader, epochs, end_of_epoch)
 
 
 def expert(fused: bool):

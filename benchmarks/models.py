@@ -183,18 +183,7 @@ def by_hand(case: Case):
     def prepare(epochs, end_of_epoch):
         net, loss_of, loader = case.parts()
         optimizer = optimizer_of(net)
-
-        def go():
-            for _ in range(epochs):
-                for inputs, target in loader:
-                    optimizer.zero_grad()
-                    loss = loss_of(net(inputs), target)
-                    loss.backward()
-                    optimizer.step()
-                end_of_epoch()
-            return net
-
-        return go
+        return measure.by_hand(net, loss_of, optimizer, loader, epochs, end_of_epoch)
 
     return prepare
 

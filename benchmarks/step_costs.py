@@ -58,18 +58,7 @@ def by_hand(batches: list) -> Make:
         def prepare(epochs, end_of_epoch):
             net, optimizer, _ = parts()
             many = batches * REPEAT
-
-            def go():
-                for _ in range(epochs):
-                    for inputs, target in many:
-                        optimizer.zero_grad()
-                        loss = loss_of(net(inputs), target)
-                        loss.backward()
-                        optimizer.step()
-                    end_of_epoch()
-                return net
-
-            return go
+            return measure.by_hand(net, loss_of, optimizer, many, epochs, end_of_epoch)
 
         return prepare
 

@@ -55,7 +55,7 @@ def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
     found = torch.zeros_like(flags[0]) if device.type != "cpu" else flags[0]
     try:
         torch._amp_foreach_non_finite_check_and_unscale_(list(grads), found, flags[1])
-    except (RuntimeError, NotImplementedError):  # it refuses sparse and complex gradients, and several devices
+    except RuntimeError:  # it refuses sparse and complex gradients, and several devices
         flags[0].zero_()
         values = [g.coalesce().values() if g.is_sparse else g for g in grads]
         return not all(bool(torch.isfinite(v).all()) for v in (*values, *([] if loss is None else [loss])))

@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "Stage",
     "StepResult",
+    "has_state",
 ]
 
 
@@ -67,6 +68,11 @@ class Source(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def has_state(obj: object) -> bool:
+    """True for what can be saved and put back: it has ``state_dict`` and ``load_state_dict``."""
+    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
 
 
 @runtime_checkable

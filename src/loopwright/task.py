@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loopwright.errors import SettingError, StepOutputError, choose
 from loopwright.events import describe
-from loopwright.state import Phase
+from loopwright.state import Phase, has_state
 
 __all__ = ["StepTask", "Supervised", "Task"]
 
@@ -288,7 +288,7 @@ class StepTask:
         self.run: Any = None
         for name, obj in self.state.items():
             pair = isinstance(obj, tuple) and len(obj) == 2 and all(callable(part) for part in obj)
-            if not pair and not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
+            if not pair and not has_state(obj):
                 raise SettingError(
                     f"state[{name!r}] is a {type(obj).__name__}, which has no state_dict; pass a pair of functions "
                     f"instead: "

@@ -14,7 +14,7 @@ def planned(run: Run, unit: str) -> int | None:
     """Epochs or steps (``unit``) of the run when its last stage ends; None if it is not counted in them."""
     total = float(getattr(run.stage_start, unit))
     for stage in run.stages[run.progress.stage :]:
-        values = [d.value for d in _until(stage) if d.unit == unit + "s"]
+        values = [d.value for d in stage.until if d.unit == unit + "s"]
         if not values:
             return None
         total += math.ceil(min(values))
@@ -26,7 +26,7 @@ def part_done(run: Run) -> float | None:
     stage = run.stage
     if stage is None:
         return 1.0
-    parts = [_passed(d, stage, run.stage_start, run.progress) / d.value for d in _until(stage)]
+    parts = [_passed(d, stage, run.stage_start, run.progress) / d.value for d in stage.until]
     return min(1.0, max(parts)) if any(parts) else None
 
 
@@ -40,19 +40,13 @@ def time_left(run: Run) -> float | None:
     spent = at.seconds - start.seconds
     if stage is None or spent < 1.0 or at.step == start.step:  # the first second is spent on warming up
         return None
-    left = _shortest(_rest(d, stage, start, at, spent) for d in _until(stage))
+    left = _shortest(_rest(d, stage, start, at, spent) for d in stage.until)
     for later in run.stages[at.stage + 1 :]:
-        whole = _shortest(_whole(d, later, start, at, spent) for d in _until(later))
+        whole = _shortest(_whole(d, later, start, at, spent) for d in later.until)
         if left is None or whole is None:
             return None
         left += whole
     return left
-
-
-def _until(stage: Stage) -> list[Duration]:
-    until = stage.until
-    parts = [until] if isinstance(until, Duration | int | str) else until
-    return [Duration.parse(part) for part in parts]
 
 
 def _passed(d: Duration, stage: Stage, start: Progress, at: Progress) -> float:

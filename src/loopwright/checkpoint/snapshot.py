@@ -18,7 +18,7 @@ from loopwright.checkpoint.store import Contents
 from loopwright.errors import CheckpointError, choose
 from loopwright.handlers import Handler
 from loopwright.progress import Progress
-from loopwright.state import Run, Stage
+from loopwright.state import Run, Stage, has_state
 
 __all__ = ["check", "info", "progress", "restore", "restore_models", "take"]
 
@@ -57,7 +57,7 @@ def check(run: Run) -> None:
     """Raise CheckpointError naming what in ``run`` cannot be saved; for the start of ``fit``."""
     for name in ("callbacks", *_WATCHERS):
         for obj in getattr(run, name):
-            if _has_state(obj):
+            if has_state(obj):
                 check_value(obj.state_dict(), f"{_kind(obj)}.state_dict()")
     files, state = take(run)
     check_value([files, state])
@@ -165,7 +165,7 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
         setattr(run, name, state["counters"][name])
     run.replaced[:] = state["replaced"]
     precision: Any = run.precision
-    if _has_state(precision):
+    if has_state(precision):
         precision.load_state_dict(state["precision"])
     if state["stage"] and state["stage"]["index"] < len(run.stages):
         _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
@@ -188,7 +188,7 @@ def _load_stage(run: Run, stage: Stage, saved: Mapping[str, Any]) -> None:
             scheduler.load_state_dict(values)
         if phase.meters is not None and run.progress.batch:
             phase.meters.load_state_dict(mine["meters"])
-    if _has_state(stage.source):
+    if has_state(stage.source):
         stage.source.load_state_dict(saved["source"])
 
 
@@ -236,7 +236,7 @@ def _listed(objects: list[Any]) -> list[dict[str, Any]]:
 
 def _matched(objects: list[Any], saved: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
     """Objects with their saved state: the n-th of a class with the n-th of that class."""
-    waiting = [o for o in objects if _has_state(o)]
+    waiting = [o for o in objects if has_state(o)]
     for entry in saved:
         obj = next((o for o in waiting if _kind(o) == entry["kind"]), None)
         if obj is not None:
@@ -254,7 +254,7 @@ def _user(run: Run) -> list[tuple[str, Any]]:
 def _given(name: str, obj: Any) -> Any:
     if isinstance(obj, tuple) and len(obj) == 2 and all(map(callable, obj)):
         return obj[0]()
-    if _has_state(obj):
+    if has_state(obj):
         return obj.state_dict()
     raise CheckpointError(
         f"state[{name!r}] is a {_kind(obj)}, which has no state_dict and load_state_dict; give an object that has "
@@ -263,11 +263,7 @@ def _given(name: str, obj: Any) -> Any:
 
 
 def _state(obj: Any) -> Any:
-    return obj.state_dict() if _has_state(obj) else {}
-
-
-def _has_state(obj: Any) -> bool:
-    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
+    return obj.state_dict() if has_state(obj) else {}
 
 
 def _kind(obj: Any) -> str:

@@ -15,6 +15,7 @@ from loopwright.data.fetch import add_fetch_note
 from loopwright.data.generators import Streams, get_globals, set_globals
 from loopwright.data.plan import check_state
 from loopwright.errors import DataError
+from loopwright.state import has_state
 
 __all__ = ["Iterated"]
 
@@ -43,7 +44,7 @@ class Iterated:
     ) -> None:
         self.data: Any = data
         self.why, self.tells = why, tells
-        self.holder: Any = data if holder is None and _holds_state(data) else holder
+        self.holder: Any = data if holder is None and has_state(data) else holder
         self._listed = isinstance(data, (list, tuple))
         self.streams = Streams({} if self._listed else {"data": getattr(data, "__self__", data)})
         self._used = self._ended = False
@@ -154,7 +155,3 @@ class Iterated:
                 f"the iterator {type(self.data).__name__} was used up in an earlier epoch. Pass a list of batches, or "
                 "a generator function (the function itself, not its result), which can be started anew each epoch"
             )
-
-
-def _holds_state(data: Any) -> bool:
-    return all(callable(getattr(data, name, None)) for name in ("state_dict", "load_state_dict"))

@@ -19,6 +19,7 @@ from torch.utils.data import (
 from loopwright.data.fetch import Indices
 from loopwright.data.generators import Streams, get_globals
 from loopwright.errors import DataError
+from loopwright.state import has_state
 
 __all__ = ["Order"]
 
@@ -147,8 +148,7 @@ class Order:
 
 
 def _state_of(sampler: Any) -> Any:
-    both = all(callable(getattr(sampler, name, None)) for name in ("state_dict", "load_state_dict"))
-    if both:
+    if has_state(sampler):
         return sampler.state_dict()
     inner = getattr(sampler, "sampler", None)  # a batch sampler around one that has a state
     return None if inner is None else _state_of(inner)

@@ -17,7 +17,7 @@ from loopwright.data.iterated import Iterated
 from loopwright.data.loader import Loader
 from loopwright.data.torch_loader import TorchLoader
 from loopwright.errors import DataError
-from loopwright.state import Source
+from loopwright.state import Source, has_state
 
 __all__ = ["as_source", "as_sources"]
 
@@ -92,7 +92,7 @@ def _adapt_loader(loader: DataLoader[Any], *, tells: bool) -> Source:
             "a loader without it, whose batch_size is that of all processes together: "
             "DataLoader(dataset, batch_size=..., shuffle=True)"
         )
-    if all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")):
+    if has_state(loader):
         return Iterated(loader, tells=tells)
     if isinstance(loader.dataset, IterableDataset):
         return _stream(loader, tells=tells)
@@ -103,7 +103,7 @@ def _adapt_loader(loader: DataLoader[Any], *, tells: bool) -> Source:
 
 def _stream(loader: DataLoader[Any], *, tells: bool) -> Iterated:
     name, dataset = type(loader.dataset).__name__, loader.dataset
-    holds = all(callable(getattr(dataset, part, None)) for part in ("state_dict", "load_state_dict"))
+    holds = has_state(dataset)
     if holds and not loader.num_workers:
         return Iterated(loader, holder=dataset, tells=tells)
     lacks = "is read by workers, which do not tell its position" if holds else "has no state_dict and load_state_dict"

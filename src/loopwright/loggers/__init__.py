@@ -1,6 +1,6 @@
 """Destinations of records: what a run measured, as lines of JSON, rows of a table, or text on the console.
 
-A logger is any object with ``log(progress, values, kind)``. ``start(run)``, ``flush()``, ``close(status)``,
+A logger is any object with ``log(progress, values, kind)``. ``start(run)``, ``close(status)``,
 ``state_dict()`` and ``load_state_dict(state)`` are called where they exist.
 """
 

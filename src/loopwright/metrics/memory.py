@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loopwright.errors import CheckpointError, choose
+from loopwright.state import has_state
 
 __all__ = ["remember", "restore"]
 
@@ -17,7 +18,7 @@ def remember(metric: Any) -> dict[str, Any] | None:
     parts = _parts(metric)
     if parts:
         return {path: _values(part) for path, part in parts.items()}
-    if callable(getattr(metric, "state_dict", None)) and callable(getattr(metric, "load_state_dict", None)):
+    if has_state(metric):
         return dict(_copied(metric.state_dict()))
     return None
 
