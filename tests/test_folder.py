@@ -256,14 +256,3 @@ def test_the_archive_follows_the_files() -> None:
     finally:
         sys.path.remove(os.getcwd())
         sys.modules.pop("net")
-
-
-def test_opening_and_closing_cost_little_in_a_warm_process() -> None:
-    put(net="a = 1")
-    opened(epochs=1)
-    times = []
-    for _ in range(9):
-        start = time.process_time()
-        close_folder(opened(epochs=1), "done", metrics={"valid/loss": 0.1})
-        times.append(time.process_time() - start)
-    assert min(times) < 0.025

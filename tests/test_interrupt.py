@@ -100,17 +100,18 @@ def test_the_step_in_which_the_signal_comes_is_completed() -> None:
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_boundary(folder: Path) -> None:
+    waited: list[None] = []
+
     def impatient(run: lw.Run) -> None:
         send(signal.SIGINT)
         send(signal.SIGINT)
-        time.sleep(5)  # it does not come to this
+        waited.append(time.sleep(2))  # it does not come to this
 
     user = trainer(epochs=1, folder=folder, name="x", loggers=[])
     user.on(lw.Event.BATCH_START(once=2))(impatient)
-    began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         user.fit(sgd_task(line()), DATA)
-    assert time.perf_counter() - began < 5
+    assert not waited
     (file,) = folder.glob("x/*/run.json")
     assert json.loads(file.read_text())["status"] == "interrupted"
     assert not list(folder.glob("x/*/checkpoints/step-*"))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import re
-import time
 from itertools import pairwise
 
 import pytest
@@ -311,21 +310,6 @@ def test_showing_progress_changes_no_bit():
 
     shown, hidden = weights(ProgressBar(file=io.StringIO())), weights(False)
     assert all(torch.equal(a, b) for a, b in zip(shown, hidden, strict=True))
-
-
-@pytest.mark.slow
-def test_a_step_without_a_refresh_costs_a_comparison():
-    bar, run = ProgressBar(file=io.StringIO()), bare(stage(["1 epoch"]))
-    bar.on_fit_start(run)
-    hook = bar.on_step_end
-
-    def cost(n=2000):
-        began = time.process_time()
-        for _ in range(n):
-            hook(run, None)
-        return (time.process_time() - began) / n
-
-    assert min(cost() for _ in range(30)) < 0.4e-6  # 0.1 us more than a call
 
 
 # how long it takes

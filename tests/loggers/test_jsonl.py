@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -152,19 +151,3 @@ def test_the_values_of_a_test_after_the_run_are_appended(make_run, tmp_path):
     logger.close("finished")
     logger.log(Progress(step=1), {"test/loss": 0.5}, "test")
     assert [record["kind"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == ["epoch", "test"]
-
-
-@pytest.mark.slow
-def test_a_record_of_ten_values_costs_at_most_30_microseconds(make_run):
-    logger, values = JSONLLogger(), {f"train/metric{i}": 0.123456789 * i for i in range(10)}
-    logger.start(make_run())
-
-    def cost(n: int = 200) -> float:
-        began = time.process_time()  # of the processor: other processes do not count
-        for _ in range(n):
-            logger.log(Progress(step=5), values, "train")
-        return (time.process_time() - began) / n
-
-    best = min(cost() for _ in range(50))
-    logger.close("finished")
-    assert best < 30e-6
