@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
     from loopwright.optim import Scheduler, per_step
+    from loopwright.resume import Resume
     from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
     from loopwright.task import Supervised, Task
     from loopwright.trainer import Trainer
@@ -49,6 +50,7 @@ _HOMES = {
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "per_step"],
+    "resume": ["Resume"],
     "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
     "task": ["Supervised", "Task"],
     "trainer": ["Trainer"],
@@ -77,6 +79,7 @@ __all__ = [
     "PlanError",
     "Progress",
     "ProgressBar",
+    "Resume",
     "Run",
     "Scheduler",
     "SettingError",

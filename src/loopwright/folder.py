@@ -13,13 +13,13 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 from loopwright import __version__
 from loopwright.errors import SettingError, choose
 from loopwright.provenance import git_state, source_archive
 
-__all__ = ["close_folder", "open_folder", "reopen_folder"]
+__all__ = ["close_folder", "hold", "newest_folder", "open_folder", "reopen_folder"]
 
 Status = Literal["running", "done", "failed", "interrupted", "stopped"]
 _LONGEST = 100  # file systems end names at 255 bytes, and a letter may take four
@@ -87,8 +87,10 @@ def close_folder(path: Path | str, status: Status, **more: Any) -> None:
     _write(file, record | more)
 
 
-def reopen_folder(path: Path | str) -> None:
+def reopen_folder(path: Path | str, **more: Any) -> None:
     """Note in ``run.json`` that the run goes on now, in this process: status "running", one more of ``restarts``.
+
+    ``more`` is kept as ``close_folder`` keeps it.
 
     >>> path = open_folder("runs", "digits", settings={}, seed=0)
     >>> close_folder(path, "interrupted")
@@ -99,7 +101,35 @@ def reopen_folder(path: Path | str) -> None:
     file = Path(path) / "run.json"
     record = {k: v for k, v in _read(file).items() if k not in ("ended", "seconds", "error")}
     now = datetime.datetime.now().astimezone().isoformat()
-    _write(file, record | _process() | {"status": "running", "restarts": [*record.get("restarts", []), now]})
+    _write(file, record | _process() | more | {"status": "running", "restarts": [*record.get("restarts", []), now]})
+
+
+def newest_folder(root: Path | str, name: str) -> Path | None:
+    """The folder of the run of that name that was begun last, or None."""
+    _check_name(name)
+    return max((file.parent for file in Path(root, name).glob("*/run.json")), default=None)
+
+
+def hold(path: Path | str) -> IO[bytes]:
+    """Keep other processes from training in the folder of a run, until the result is closed or this process ends.
+
+    Raises SettingError while another process holds it.
+    """
+    file = open(Path(path) / ".lock", "ab")  # noqa: SIM115 - the caller closes it
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked workers do not keep it
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        who = _read(Path(path) / "run.json")
+        raise SettingError(
+            f"{path} is in use: process {who.get('pid', '?')} on {who.get('host', '?')} is training there. Wait until "
+            "it has ended, or begin another run: Trainer(name=...), or fit(resume=None)"
+        ) from error
+    except (ImportError, OSError):
+        pass  # there are no such locks here
+    return file
 
 
 def _check_name(name: Any) -> None:

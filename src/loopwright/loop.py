@@ -41,6 +41,8 @@ def train(run: Run) -> None:
     try:
         run.began = time.perf_counter() - run.progress.seconds
         fire(hooks.on_fit_start, run)
+        if run.restore is not None:
+            run.restore()  # after the hooks, which may have drawn numbers or changed a model, as they did then
         for saver in run.savers:
             saver.start(run)  # what cannot be saved is an error now, not at the first checkpoint
         while (stage := run.stage) is not None and run.stop_reason is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +40,16 @@ class Parts:
         """Remember the settings of ``optimizer`` before a schedule is made for it, which may set learning rates."""
         settings = [{k: _copied(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self.found.append((optimizer, settings))
+
+    @contextmanager
+    def undone_unless_begun(self, run: Run) -> Iterator[None]:
+        """A run that cannot begin leaves the optimizers as they were."""
+        try:
+            yield
+        except BaseException:
+            if run.status == "created":
+                self.undo()
+            raise
 
     def undo(self) -> None:
         """Give the optimizers the settings back that they came with, for a run that does not take place."""

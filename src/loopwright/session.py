@@ -12,31 +12,32 @@ import torch
 from torch import nn
 
 from loopwright.errors import LoopwrightWarning
-from loopwright.folder import close_folder, open_folder, reopen_folder
+from loopwright.folder import close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.interrupt import watch_signals
 from loopwright.optim import set_trainable
 from loopwright.prepare import seed_everything
-from loopwright.progress import Progress
-from loopwright.stages import chooses_parameters
-from loopwright.state import Run
+from loopwright.stages import chooses_parameters, nothing_left, reopen
+from loopwright.state import Progress, Run
 
 __all__ = ["closing_all", "go_on", "session"]
 
 
 @contextmanager
 def session(
-    run: Run, *, seed: int | None, root: str | Path | None, name: str | None, deterministic: bool
+    run: Run, *, seed: int | None, root: str | Path | None, label: str, deterministic: bool
 ) -> Iterator[None]:
     """What surrounds the loop: seeds, flags, folder, loggers, signals; everything is closed and put back."""
     _say_what_is_odd(run)
     if seed is not None and run.progress.step == 0:
         seed_everything(seed)
-    if root is not None and run.folder is None:
-        label = name or type(next(iter(run.models.values()), run.task)).__name__
-        run.folder = open_folder(root, label, settings=run.settings, seed=seed)
-    elif run.folder is not None:
-        reopen_folder(run.folder)
+    resumed = {} if run.resumed_from is None else {"resumed_from": str(run.resumed_from)}
+    goes_on = run.folder is not None
+    if root is not None and not goes_on:
+        run.folder = open_folder(root, label, settings=run.settings | resumed, seed=seed)
+    lock = hold(run.folder) if run.folder is not None else None
+    if goes_on and run.folder is not None:
+        reopen_folder(run.folder, **resumed)
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if deterministic:  # only then: torch's own function imports its compiler, which takes a second
         torch.use_deterministic_algorithms(True)
@@ -60,7 +61,11 @@ def session(
             torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         if chooses_parameters(run):
             set_trainable(run.task, run.trainable)
-        _close(run, error)
+        try:
+            _close(run, error)
+        finally:
+            if lock is not None:
+                lock.close()
 
 
 @contextmanager
@@ -112,9 +117,8 @@ def go_on(run: Run, previous: Run) -> None:
         closes = inside
         run.progress = run.progress._replace(stage=0, stage_step=0, epoch=run.progress.epoch + inside, batch=0)
         run.stage_start = run.progress
-    elif len(run.stages) == 1:
-        run.progress = run.progress._replace(stage=0, stage_step=run.progress.step)
-        run.stage_start = Progress()
+    else:
+        reopen(run)
     stage = run.stages[run.progress.stage] if run.progress.stage < len(run.stages) else None
     if stage is not None and run.progress.batch:
         open_stage, p = previous.stages[run.progress.stage], run.progress
@@ -157,11 +161,7 @@ def _say_what_is_odd(run: Run) -> None:
                 warnings.warn(
                     f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=7
                 )
-    stage = run.stage
-    trained = run.progress.step > 0
-    start = run.stage_start
-    over = stage is None or any(u.position(run.progress) >= u.position(start) + u.value for u in stage.until)
-    if trained and over:
+    if run.progress.step > 0 and nothing_left(run):
         warnings.warn(
             f"this task has already been trained for {run.progress.epoch} epochs ({run.progress.step} steps): nothing "
             "to do. Ask the Trainer for more, or make a new task to start anew",

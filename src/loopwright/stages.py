@@ -14,22 +14,16 @@ from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
 from loopwright.state import Progress, Run, Stage
 
-__all__ = ["apply_changes", "begin_stage", "chooses_parameters", "end_stage", "inexact", "is_over", "needs_closure"]
+__all__ = [
+    "apply_changes", "begin_stage", "chooses_parameters", "end_stage", "inexact", "is_over", "needs_closure",
+    "nothing_left", "reopen",
+]  # fmt: skip
 
 
 def begin_stage(run: Run, stage: Stage) -> bool:
     """Make ``stage`` the open one: its end, intervals and trainable parameters. False if it was open before."""
     p, start, batches = run.progress, run.stage_start, stage.source.batches
-    end = {"epochs": inf, "steps": inf, "samples": inf, "seconds": inf}
-    for until in stage.until:
-        unit, value = until.unit, until.value
-        if unit == "epochs" and value % 1:  # part of an epoch: so many steps
-            if batches is None:
-                raise SettingError(f"'{until}' needs data with a known number of batches; count steps instead")
-            unit, value = "steps", max(1, round(value * -(-batches // stage.accumulate)))
-        end[unit] = min(end[unit], until.position(start) + value if unit == until.unit else start.step + value)
-    steps, samples = end["steps"], end["samples"]
-    run.stage_end = Progress(epoch=end["epochs"], step=steps, samples=samples, seconds=end["seconds"])  # type: ignore[arg-type]
+    run.stage_end = _end_of(stage, start)
     run.log_every.start(p, batches)
     for handler in run.handlers:
         handler.start_stage(run, stage)
@@ -41,6 +35,36 @@ def begin_stage(run: Run, stage: Stage) -> bool:
     if chooses_parameters(run):
         set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
     return p.stage_step == p.batch == 0 and p.epoch == start.epoch
+
+
+def _end_of(stage: Stage, start: Progress) -> Progress:
+    """Where a stage that began at ``start`` ends: infinity for what it does not count."""
+    batches = stage.source.batches
+    end = {"epochs": inf, "steps": inf, "samples": inf, "seconds": inf}
+    for until in stage.until:
+        unit, value = until.unit, until.value
+        if unit == "epochs" and value % 1:  # part of an epoch: so many steps
+            if batches is None:
+                raise SettingError(f"'{until}' needs data with a known number of batches; count steps instead")
+            unit, value = "steps", max(1, round(value * -(-batches // stage.accumulate)))
+        end[unit] = min(end[unit], until.position(start) + value if unit == until.unit else start.step + value)
+    steps, samples = end["steps"], end["samples"]
+    return Progress(epoch=end["epochs"], step=steps, samples=samples, seconds=end["seconds"])  # type: ignore[arg-type]
+
+
+def reopen(run: Run) -> None:
+    """After the last stage: open it again, for it may have been given a later end."""
+    p, last = run.progress, len(run.stages) - 1
+    if p.stage > last:
+        run.progress = p._replace(stage=last, stage_step=p.step - run.stage_start.step)
+
+
+def nothing_left(run: Run) -> bool:
+    """True when ``run`` stands at the end of its last stage."""
+    if run.progress.stage + 1 < len(run.stages):
+        return False
+    run.stage_end = _end_of(run.stages[-1], run.stage_start)
+    return is_over(run)
 
 
 def chooses_parameters(run: Run) -> bool:
@@ -56,12 +80,13 @@ def is_over(run: Run) -> bool:
 
 def end_stage(run: Run) -> None:
     """Count the stage. The next one begins a new epoch, also where this one ended inside of an epoch."""
-    p = run.progress
-    inside = p.batch > 0 and p.stage + 1 < len(run.stages)
+    p, last = run.progress, run.progress.stage + 1 == len(run.stages)
+    inside = p.batch > 0 and not last
     if inside:
         run.series.take_epoch()  # the epoch that is left has no record of its own
     run.progress = p._replace(stage=p.stage + 1, stage_step=0, epoch=p.epoch + inside, batch=0 if inside else p.batch)
-    run.stage_start = run.progress
+    if not last:  # the last stage may be opened again
+        run.stage_start = run.progress
 
 
 def apply_changes(run: Run) -> None:

@@ -256,6 +256,7 @@ class Run:
     history: History = field(default_factory=History)
     series: Series = field(default_factory=Series)
     stop_reason: str | None = None
+    resumed_from: Path | None = None  # the checkpoint
     nonfinite: str | None = "raise"
     skip_limit: int = 10
     skipped: int = 0
@@ -265,6 +266,7 @@ class Run:
     handlers: list[Any] = field(default_factory=list)
     log_every: Every = field(default_factory=lambda: Every("50 steps"))
     changes: list[tuple[str, Any]] = field(default_factory=list)
+    restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
     stage_end: Progress = field(default_factory=Progress)
     trainable: dict[str, bool] = field(default_factory=dict)
     moves_batches: bool = False

@@ -26,6 +26,7 @@ from loopwright.parallel import Single, pick_device, pick_precision
 from loopwright.plan import Plan, make_plan
 from loopwright.prepare import Parts, assemble, measured_by, move_task, trainable_flags
 from loopwright.progress import Duration, Every
+from loopwright.resume import Point, Resume, find_point
 from loopwright.session import closing_all, go_on, session
 from loopwright.stages import inexact
 from loopwright.state import Run, Stage
@@ -162,6 +163,7 @@ class Trainer:
         *,
         stages: Sequence[Stage] | None = None,
         weight: Callable[[Any], float] | None = None,
+        resume: Resume | str | Path | None = None,
     ) -> Run:
         """Train ``task`` on ``train``, validating on ``valid``, and return the run.
 
@@ -170,12 +172,18 @@ class Trainer:
         its first dimension does not; with accumulation it makes the window be read ahead, which moves the draws of a
         dataset that uses the global generators in this process. The same task fitted again goes on to the new total.
 
-        Raises PlanError, before any work starts, with everything that cannot work.
+        ``resume="auto"`` goes on with the newest checkpoint of the newest run of this name, to the same bits as if it
+        had never stopped; where there is none, training begins; where it had ended, nothing is done. ``resume=path``
+        goes on from a checkpoint or a run; ``lw.Resume`` says more.
+
+        Raises PlanError, before any work starts, with everything that cannot work, and CheckpointError for a
+        checkpoint that is damaged, does not fit, or could not go on exactly.
         """
-        run, parts = self._prepare(task, train, valid, stages, weight)
-        with self._session(run, parts):
-            loop.train(run)
-        leave_if_interrupted(run)
+        run, parts, point = self._prepare(task, train, valid, stages, weight, resume)
+        if self._begins(run, parts, point):
+            with self._session(run, parts):
+                loop.train(run)
+            leave_if_interrupted(run)
         return run
 
     def run(
@@ -185,22 +193,23 @@ class Trainer:
         *,
         state: Mapping[str, Any] | None = None,
         weight: Callable[[Any], float] | None = None,
+        resume: Resume | str | Path | None = None,
     ) -> Run:
         """Call ``step(run, batch)`` for each batch: the step does all the work, with any library.
 
         What it returns is logged: a number, a scalar tensor, a dict of these, or None. ``state`` names the objects that
-        checkpoints hold (with ``state_dict``, or a pair ``(get, set)``).
+        checkpoints hold (with ``state_dict``, or a pair ``(get, set)``). ``resume`` is that of ``fit``.
 
         >>> seen = []
         >>> run = Trainer(epochs=2, folder=None, progress=False).run(lambda run, batch: seen.append(batch), [1, 2, 3])
         >>> seen
         [1, 2, 3, 1, 2, 3]
         """
-        task = StepTask(step, state)
-        run, parts = self._prepare(task, data, None, None, weight)
-        with self._session(run, parts):
-            loop.train(run)
-        leave_if_interrupted(run)
+        run, parts, point = self._prepare(StepTask(step, state), data, None, None, weight, resume)
+        if self._begins(run, parts, point):
+            with self._session(run, parts):
+                loop.train(run)
+            leave_if_interrupted(run)
         return run
 
     def validate(self, task: Task, data: Any, *, weight: Callable[[Any], float] | None = None) -> dict[str, float]:
@@ -225,7 +234,7 @@ class Trainer:
     def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
         """Check all that can be checked before step 0, and say what the run will do. Reads no batch."""
         try:
-            run, parts = self._prepare(task, train, valid, stages, None)
+            run, parts, _ = self._prepare(task, train, valid, stages, None)
         except LoopwrightError as error:
             return Plan(problems=[str(error)])
         parts.undo()
@@ -233,11 +242,15 @@ class Trainer:
 
     def explain(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> str:
         """The flat loop of this very run, with each callback and handler in its place, as text to print."""
-        run, parts = self._prepare(task, train, valid, stages, None)
+        run, parts, _ = self._prepare(task, train, valid, stages, None)
         parts.undo()
         return explain(run)
 
     # ------------------------------------------------------------------------------------------ how a run is made
+
+    def _label(self, task: Any) -> str:
+        """The folder of runs of ``task``: the given name, or the class of what is trained."""
+        return self.name or type(next(iter(task.models().values()), task)).__name__
 
     def _key(self) -> int:
         return torch.initial_seed() if self.seed is None else self.seed
@@ -249,7 +262,8 @@ class Trainer:
         valid: Any,
         stages: Sequence[Stage] | None,
         weight: Callable[[Any], float] | None,
-    ) -> tuple[Run, Parts]:
+        resume: Resume | str | Path | None = None,
+    ) -> tuple[Run, Parts, Point | None]:
         if not isinstance(task, StepTask):
             _checked(task)
         if not self.until and not stages:
@@ -260,16 +274,18 @@ class Trainer:
             raise SettingError(
                 "both the Trainer and the stages say how long to train; leave epochs, steps and time out of the Trainer"
             )
-        previous: Run | None = getattr(task, "_run", None)
+        point = None if resume is None else find_point(resume, self.folder, self._label(task))
+        previous: Run | None = getattr(task, "_run", None) if point is None else None
+        key = self._key() if point is None or point.key is None else point.key
         device = pick_device(self.device)
         parts = assemble(
             task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
-            clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=self._key(), device=device,
+            clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key, device=device,
             previous=previous,
         )  # fmt: skip
         run = self._bare(task)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
-        run.settings = {**self.settings, "key": self._key()}
+        run.settings = {**self.settings, "key": key}
         run.meters["valid"] = measured_by(parts.metrics)
         run.savers, run.loggers = self._savers(), self._loggers()
         run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
@@ -281,7 +297,27 @@ class Trainer:
             go_on(run, previous)
             for handler, old in product(run.handlers, previous.handlers):
                 handler.take_over(old)
-        return run, parts
+        return run, parts, point
+
+    def _begins(self, run: Run, parts: Parts, point: Point | None) -> bool:
+        """Check all that can be; False if the run has been resumed at its end, and there is nothing left to do."""
+        with parts.undone_unless_begun(run):
+            make_plan(run).check()
+            if point is None:
+                return True
+            point.prepare(run)
+            if not point.finished(run):
+                return True
+            point.restore(run)
+            run.status, run.task.__dict__["_run"] = "done", run
+            return False
+
+    @contextmanager
+    def _session(self, run: Run, parts: Parts) -> Iterator[None]:
+        label = self._label(run.task)
+        around = session(run, seed=self.seed, root=self.folder, label=label, deterministic=self.deterministic)
+        with parts.undone_unless_begun(run), around:
+            yield
 
     def _bare(self, task: Any) -> Run:
         """A run with nothing to train yet: enough to evaluate or predict."""
@@ -316,19 +352,6 @@ class Trainer:
         sources = as_sources(opened(data, kind), self._key())
         with closing_all(sources.values()):
             return loop.evaluate(run, sources, step, weight or samples, kind=kind)
-
-    @contextmanager
-    def _session(self, run: Run, parts: Parts) -> Iterator[None]:
-        """The session of a run whose plan has no problem; one that cannot begin leaves the optimizers as they were."""
-        around = session(run, seed=self.seed, root=self.folder, name=self.name, deterministic=self.deterministic)
-        try:
-            make_plan(run).check()
-            with around:
-                yield
-        except BaseException:
-            if run.status == "created":
-                parts.undo()
-            raise
 
 
 def joined(outputs: list[Any]) -> Any:

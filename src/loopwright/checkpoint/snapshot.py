@@ -20,10 +20,14 @@ from loopwright.handlers import Handler
 from loopwright.progress import Progress
 from loopwright.state import Run, Stage, has_state
 
-__all__ = ["check", "info", "progress", "restore", "restore_models", "take"]
+__all__ = [
+    "check", "check_fit", "conditions", "info", "progress", "recipe", "restore",
+    "restore_loggers", "restore_models", "take",
+]  # fmt: skip
 
 _COUNTERS = ("skipped", "skips_in_row", "validated_at")
 _WATCHERS = ("handlers", "loggers", "savers")  # may differ after a resume: they change nothing in training
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # these interrupt a run; any other reason ends it
 
 
 def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -38,7 +42,10 @@ def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "progress": _plain(run.progress),
         "stage_start": _plain(run.stage_start),
         "counters": {name: getattr(run, name) for name in _COUNTERS},
+        "stop_reason": None if run.stop_reason in _SIGNALS else run.stop_reason,
         "replaced": list(run.replaced),
+        "recipe": recipe(run),
+        "conditions": conditions(run),
         "models": extras,
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
         "optimizer_kinds": {name: _kind(optimizer) for name, optimizer in run.optimizers.items()},
@@ -79,9 +86,45 @@ def info(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def progress(data: Contents) -> Progress:
-    """Where the run of a checkpoint stood."""
-    return Progress(**data.state["progress"])
+def progress(data: Contents, name: str = "progress") -> Progress:
+    """Where the run of a checkpoint stood; with ``"stage_start"``, where its stage began."""
+    return Progress(**data.state[name])
+
+
+def recipe(run: Run) -> dict[str, Any]:
+    """The settings on which the bits of training depend, as plain data; how long it lasts is not among them."""
+    stages = {stage.name: _stage_recipe(stage) for stage in run.stages}
+    named = {name: {k: v for k, v in o.defaults.items() if _is_plain(v)} for name, o in run.optimizers.items()}
+    return {
+        "key": run.settings.get("key"), "seed": run.settings.get("seed"), "precision": run.precision.name,
+        "nonfinite": run.nonfinite, "stages": stages, "optimizers": named,
+    }  # fmt: skip
+
+
+def _stage_recipe(stage: Stage) -> dict[str, Any]:
+    def schedules(phase: Any) -> list[str]:
+        return [type(s.torch).__name__ for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
+
+    phases = {
+        phase.name: {"every": phase.every, "clip_norm": phase.clip_norm, "schedules": schedules(phase)}
+        for phase in stage.phases or ()
+    }
+    return {"accumulate": stage.accumulate, "phases": phases}
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return all(v is None or isinstance(v, (bool, int, float, str)) for v in values)
+
+
+def conditions(run: Run) -> dict[str, Any]:
+    """What else the bits depend on: the version of torch, and the hardware that computes."""
+    cpu = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    version = ".".join(str(torch.__version__).split(".")[:2])
+    if run.device.type == "cpu":
+        return {"torch": version, "device": "cpu", **cpu}
+    names = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
+    return {"torch": version, "device": names}
 
 
 def restore(run: Run, data: Contents) -> None:
@@ -89,13 +132,11 @@ def restore(run: Run, data: Contents) -> None:
 
     Everything is compared first, so that a checkpoint that does not fit changes nothing. Optimizers may go on
     with the very tensors of ``data``: read it again to restore it again. The random generators are set last.
+    Loggers are not touched, since they cut their files when they start: ``restore_loggers`` is called before.
     Raises CheckpointError that lists what is missing, unexpected or has another shape.
     """
     state = data.state
-    problems = misfits(run_groups(run), data.files)
-    problems += problems_of(run.optimizers, state["optimizers"], state["optimizer_kinds"])
-    problems += _lost(run, state)
-    _refuse(data, problems)
+    check_fit(run, data)
     try:
         _load_models(run, data)
         for name, optimizer in run.optimizers.items():
@@ -109,6 +150,20 @@ def restore(run: Run, data: Contents) -> None:
             "the model and the optimizers anew before you use them"
         ) from error
     rng.set(state["rng"])
+
+
+def check_fit(run: Run, data: Contents) -> None:
+    """Raise CheckpointError that lists what is missing, unexpected or has another shape in a checkpoint for ``run``."""
+    state = data.state
+    problems = misfits(run_groups(run), data.files)
+    problems += problems_of(run.optimizers, state["optimizers"], state["optimizer_kinds"])
+    _refuse(data, problems + _lost(run, state))
+
+
+def restore_loggers(run: Run, data: Contents) -> None:
+    """Tell the loggers of ``run`` how far their records went; for the moment before they start."""
+    for logger, saved in _matched(run.loggers, data.state["loggers"]):
+        logger.load_state_dict(saved)
 
 
 def restore_models(run: Run, data: Contents) -> None:
@@ -169,7 +224,7 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
         precision.load_state_dict(state["precision"])
     if state["stage"] and state["stage"]["index"] < len(run.stages):
         _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
-    for name in ("callbacks", *_WATCHERS):
+    for name in ("callbacks", "handlers", "savers"):
         for obj, saved in _matched(getattr(run, name), state[name]):
             obj.load_state_dict(saved)
     for name, obj in _user(run):
@@ -188,7 +243,7 @@ def _load_stage(run: Run, stage: Stage, saved: Mapping[str, Any]) -> None:
             scheduler.load_state_dict(values)
         if phase.meters is not None and run.progress.batch:
             phase.meters.load_state_dict(mine["meters"])
-    if has_state(stage.source):
+    if has_state(stage.source) and saved["source"] is not None:
         stage.source.load_state_dict(saved["source"])
 
 

@@ -1,0 +1,192 @@
+"""Where a fit goes on from: which checkpoint, in which folder, and whether it can be the same run to the bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from loopwright.checkpoint import Contents, find, list_checkpoints, newest, read, snapshot, sweep
+from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
+from loopwright.folder import hold, newest_folder
+from loopwright.stages import nothing_left, reopen
+from loopwright.state import Run, has_state
+
+__all__ = ["Point", "Resume", "find_point"]
+
+How = Literal["exact", "approximate", "weights"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What ``fit(resume=...)`` goes on from, and how strictly.
+
+    ``path``: a checkpoint, the folder of a run, or "auto": the newest good checkpoint of the newest run of this name
+    (``Trainer(folder=, name=)``), a new run where there is none. ``how``: "exact" refuses what could not give the bits
+    of a run that was never stopped; "approximate" goes on all the same; "weights" takes the weights only and begins a
+    new run. ``fit(resume="auto")``, ``"approximate"``, ``"weights"`` and ``fit(resume=path)`` are short for these.
+
+    A run goes on in its own folder, and its records after the checkpoint are cut. From a checkpoint that is not the
+    newest of its run, a new folder is begun and nothing is cut. Raises SettingError for an unknown ``how``.
+
+    >>> Resume("runs/digits/20260101-120000-abc123", how="approximate").how
+    'approximate'
+    """
+
+    path: str | Path = "auto"
+    how: How = "exact"
+
+    def __post_init__(self) -> None:
+        if self.how not in get_args(How):
+            raise SettingError(f"Resume(how={self.how!r}) is unknown. {choose(self.how, get_args(How))}")
+
+
+@dataclass(slots=True)
+class Point:
+    """A checkpoint that has been found and read, and the folder in which its run goes on (None: a new one)."""
+
+    data: Contents
+    how: How
+    folder: Path | None
+    auto: bool
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> int | None:
+        """The key of the streams of the saved run; a new process would choose another. None to begin anew."""
+        return None if self.how == "weights" else self.data.state["recipe"]["key"]
+
+    def prepare(self, run: Run) -> None:
+        """Let ``run``, whose stages and optimizers are ready, begin at this point; before anything is opened.
+
+        Raises CheckpointError for what does not fit, and for what cannot go on exactly, with all reasons.
+        """
+        if self.how == "weights":
+            snapshot.restore_models(run, self.data)
+            return
+        snapshot.check_fit(run, self.data)
+        state = self.data.state
+        self.reasons = list(self._reasons(run))
+        if self.reasons and self.how == "exact":
+            listed = "".join(f"\n  - {reason}" for reason in self.reasons)
+            again = "'approximate'" if self.auto else f"lw.Resume({str(self.data.path)!r}, how='approximate')"
+            raise CheckpointError(
+                f"{self.data.path} cannot be resumed with the same bits:{listed}\nMend that, or go on all the same: "
+                f"fit(..., resume={again})"
+            )
+        run.progress, run.stage_start = snapshot.progress(self.data), snapshot.progress(self.data, "stage_start")
+        run.history.load_state_dict(state["history"])
+        run.metrics.update(state["metrics"])
+        run.folder, run.resumed_from, run.restore = self.folder, self.data.path, lambda: self.restore(run)
+        snapshot.restore_loggers(run, self.data)
+        if self.auto:
+            run.stop_reason = state["stop_reason"]
+        self._open(run)
+
+    def finished(self, run: Run) -> bool:
+        """True if the run had come to its end: there is nothing left to do."""
+        return self.how != "weights" and (run.stop_reason is not None or nothing_left(run))
+
+    def restore(self, run: Run) -> None:
+        """Put all that the checkpoint holds into ``run``, the random generators last."""
+        snapshot.restore(run, self.data)
+        self._open(run)
+
+    def _open(self, run: Run) -> None:
+        """Open the stage that is to go on: the last one again, or one that was added to a run that had ended."""
+        ended = run.progress.stage > self.data.state["stage"]["index"]
+        if ended and run.stage is not None:
+            run.stage_start = run.progress
+        reopen(run)
+
+    def _reasons(self, run: Run) -> Iterator[str]:
+        """Why the bits could be others than those of the run that was never stopped."""
+        said = self.data.info["exact"]
+        yield from () if said is True else said
+        yield from (why for why in (run.exact if isinstance(run.exact, list) else ()) if why not in (said or ()))
+        for kind in ("conditions", "recipe"):
+            yield from _changes(self.data.state[kind], getattr(snapshot, kind)(run))
+        state, stage = self.data.state["stage"], run.stages[min(self.data.state["stage"]["index"], len(run.stages) - 1)]
+        if not has_state(stage.source):
+            return
+        try:
+            stage.source.load_state_dict(state["source"])
+        except (CheckpointError, DataError) as error:
+            yield str(error)
+            state["source"] = None
+        else:
+            if self.how == "approximate" and isinstance(order := state["source"].get("order"), dict):
+                order["digest"] = None  # a sampler that does not repeat itself is accepted
+
+
+def find_point(wanted: Resume | str | Path | None, root: str | Path | None, label: str) -> Point | None:
+    """The checkpoint that ``wanted`` means for a run called ``label`` in ``root``, read; None to begin anew.
+
+    A damaged checkpoint is passed over with a warning when an older good one of the same run is there. Raises
+    CheckpointError when there is none, and SettingError when another process is training in that folder.
+    """
+    if wanted is None:
+        return None
+    if not isinstance(wanted, Resume):
+        wanted = Resume(how=wanted) if wanted in ("approximate", "weights") else Resume(wanted)  # type: ignore[arg-type]
+    auto = wanted.path == "auto"
+    if auto:
+        if root is None:
+            raise SettingError(f"resume={wanted.how if wanted.how != 'exact' else 'auto'!r} needs the folder of the "
+                               "run: leave folder=None out, or give a path")  # fmt: skip
+        owner = newest_folder(root, label)
+        if owner is None:
+            return None
+        path = owner / "checkpoints"
+    else:
+        path = Path(wanted.path)
+        if (path / "manifest.json").is_file():
+            return Point(read(path), wanted.how, _own_folder(path) if root is not None else None, auto)
+        path = find(path).parent
+        owner = path.parent if (path.parent / "run.json").is_file() else None
+    if owner is not None and wanted.how != "weights":
+        with hold(owner):  # what is being written there is not ours to sweep
+            sweep(path)
+    data = _newest_good(path)
+    if data is None:
+        return None
+    return Point(data, wanted.how, owner if root is not None else None, auto)
+
+
+def _own_folder(path: Path) -> Path | None:
+    """The folder of the run of a checkpoint, if it is its newest one."""
+    owner = path.parent.parent
+    return owner if (owner / "run.json").is_file() and newest(path.parent) == path else None
+
+
+def _newest_good(folder: Path) -> Contents | None:
+    """The newest checkpoint in ``folder`` that can be read; None where there is none at all."""
+    bad: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            data = read(path)
+        except CheckpointError as error:
+            bad.append(str(error))
+            continue
+        if bad:
+            warnings.warn(
+                f"{'; '.join(bad)}. Going on from {path}", LoopwrightWarning, stacklevel=5
+            )
+        return data
+    if bad:
+        listed = "".join(f"\n  - {text}" for text in bad)
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read:{listed}\nTo begin anew: fit(..., resume=None)"
+        )
+    return None
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    for name, value in now.items():
+        was = saved.get(name)
+        if isinstance(value, Mapping) and isinstance(was, Mapping):
+            yield from _changes(was, value, f"{where}{name}/")
+        elif name in saved and was != value:
+            yield f"{where}{name} was {was!r} and is {value!r}"
