@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "begin_workers",
     "copy_loader",
     "has_ended",
+    "has_stepped",
     "is_own_iteration",
+    "lost_workers",
     "stop_workers",
 ]
 
@@ -89,6 +92,27 @@ def begin_workers(iterator: Any, indices: Iterator[Any], first: int) -> None:
 def stop_workers(iterator: Any) -> None:
     """End the worker processes of a DataLoader's iterator now, also while something still refers to it."""
     iterator._shutdown_workers()
+
+
+def lost_workers(iterator: Any) -> list[tuple[int, Any, int | None]]:
+    """Workers of a DataLoader's iterator that have died: number, process, and how many batches ahead theirs was.
+
+    0 is the batch that the main process asks for next; None for a worker that had nothing to do.
+    """
+    found = []
+    for number, process in enumerate(getattr(iterator, "_workers", ())):
+        if process.exitcode not in (None, 0):
+            tasks = [i for i, task in iterator._task_info.items() if task[0] == number and len(task) == 1]
+            found.append((number, process, min(tasks) - iterator._rcvd_idx if tasks else None))
+    return found
+
+
+def has_stepped(optimizer: Optimizer) -> None:
+    """Tell torch's schedulers that ``optimizer`` has moved before, in the process that wrote a checkpoint.
+
+    They would warn of a wrong order where an epoch ends before its first step in this one.
+    """
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def is_own_iteration(loader: DataLoader[Any]) -> bool:

@@ -107,7 +107,10 @@ def reopen_folder(path: Path | str, **more: Any) -> None:
 def newest_folder(root: Path | str, name: str) -> Path | None:
     """The folder of the run of that name that was begun last, or None."""
     _check_name(name)
-    return max((file.parent for file in Path(root, name).glob("*/run.json")), default=None)
+    found = [file.parent for file in Path(root, name).glob("*/run.json")]
+    last = max((folder.name.rpartition("-")[0] for folder in found), default="")  # the second in which it was begun
+    latest = [folder for folder in found if folder.name.startswith(last)]
+    return max(latest, key=lambda folder: str(_read(folder / "run.json").get("started")), default=None)
 
 
 def hold(path: Path | str) -> IO[bytes]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loopwright import __version__, rng
+from loopwright._compat import has_stepped
 from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
@@ -141,6 +142,8 @@ def restore(run: Run, data: Contents) -> None:
         _load_models(run, data)
         for name, optimizer in run.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+            if state["progress"]["step"]:
+                has_stepped(optimizer)
         _load_parts(run, state)
     except CheckpointError:
         raise
