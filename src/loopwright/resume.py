@@ -94,6 +94,12 @@ class Point:
         snapshot.restore(run, self.data)
         self._open(run)
 
+    def end(self, run: Run) -> None:
+        """Leave ``run`` as it ended, with its weights."""
+        snapshot.restore(run, self.data)
+        run.status = "stopped" if run.stop_reason else "done"
+        run.task.__dict__["_run"] = run
+
     def _open(self, run: Run) -> None:
         """Open the stage that is to go on: the last one again, or one that was added to a run that had ended."""
         ended = run.progress.stage > self.data.state["stage"]["index"]
@@ -171,15 +177,11 @@ def _newest_good(folder: Path) -> Contents | None:
             bad.append(str(error))
             continue
         if bad:
-            warnings.warn(
-                f"{'; '.join(bad)}. Going on from {path}", LoopwrightWarning, stacklevel=5
-            )
+            warnings.warn(f"{'; '.join(bad)}. Going on from {path}", LoopwrightWarning, stacklevel=5)
         return data
     if bad:
         listed = "".join(f"\n  - {text}" for text in bad)
-        raise CheckpointError(
-            f"no checkpoint in {folder} can be read:{listed}\nTo begin anew: fit(..., resume=None)"
-        )
+        raise CheckpointError(f"no checkpoint in {folder} can be read:{listed}\nTo begin anew: fit(..., resume=None)")
     return None
 
 

@@ -24,9 +24,7 @@ __all__ = ["closing_all", "go_on", "session"]
 
 
 @contextmanager
-def session(
-    run: Run, *, seed: int | None, root: str | Path | None, label: str, deterministic: bool
-) -> Iterator[None]:
+def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, deterministic: bool) -> Iterator[None]:
     """What surrounds the loop: seeds, flags, folder, loggers, signals; everything is closed and put back."""
     _say_what_is_odd(run)
     if seed is not None and run.progress.step == 0:

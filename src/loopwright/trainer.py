@@ -308,8 +308,7 @@ class Trainer:
             point.prepare(run)
             if not point.finished(run):
                 return True
-            point.restore(run)
-            run.status, run.task.__dict__["_run"] = "done", run
+            point.end(run)
             return False
 
     @contextmanager
