@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopwright import data, metrics
     from loopwright.callbacks import Checkpoint, EarlyStopping, ProgressBar
+    from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
         CheckpointError,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "callbacks": ["Checkpoint", "EarlyStopping", "ProgressBar"],
+    "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
         "CheckpointError", "DataError", "HookError", "LoopwrightError", "LoopwrightWarning",
@@ -94,6 +96,7 @@ __all__ = [
     "Task",
     "Trainer",
     "data",
+    "load_weights",
     "metrics",
     "per_step",
 ]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from loopwright.errors import choose
 from loopwright.events import describe
 
-__all__ = ["misfits", "problems_of"]
+__all__ = ["differs", "misfits", "problems_of", "some"]
 
 _SHOWN = 8
 
@@ -27,18 +27,19 @@ def misfits(own: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping[st
         other = [
             f"{key} is {describe(theirs[key])} there and {describe(value.cpu())} here"
             for key, value in mine.items()
-            if key in theirs and _differs(value, theirs[key])
+            if key in theirs and differs(value, theirs[key])
         ]
         for text, names in (("missing there", missing), ("unexpected", unexpected), ("different", other)):
             if names:
-                problems.append(f"{group}, {text}: {_some(names)}")
+                problems.append(f"{group}, {text}: {some(names)}")
     return problems
 
 
-def _differs(mine: Tensor, theirs: Tensor) -> bool:
+def differs(mine: Tensor, theirs: Tensor, *, dtype: bool = True) -> bool:
+    """True unless ``theirs`` can take the place of ``mine``."""
     if isinstance(mine, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         return False  # a lazy module takes any shape
-    return mine.shape != theirs.shape or mine.dtype != theirs.dtype
+    return mine.shape != theirs.shape or (dtype and mine.dtype != theirs.dtype)
 
 
 def problems_of(
@@ -58,6 +59,7 @@ def problems_of(
     return problems
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
     names = list(names)
     return ", ".join(names[:_SHOWN]) + (f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
