@@ -6,6 +6,8 @@ import copy
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -91,19 +93,24 @@ def begin_workers(iterator: Any, indices: Iterator[Any], first: int) -> None:
 
 def stop_workers(iterator: Any) -> None:
     """End the worker processes of a DataLoader's iterator now, also while something still refers to it."""
-    iterator._shutdown_workers()
+    with suppress(RuntimeError):  # from its handler of SIGCHLD if one had died; its own finally has ended the others
+        iterator._shutdown_workers()
 
 
-def lost_workers(iterator: Any) -> list[tuple[int, Any, int | None]]:
-    """Workers of a DataLoader's iterator that have died: number, process, and how many batches ahead theirs was.
+def lost_workers(iterator: Any, patience_s: float = 0.0) -> list[tuple[int, Any, list[int]]]:
+    """Workers of a DataLoader's iterator that have died: number, process, and how many batches ahead theirs were.
 
-    0 is the batch that the main process asks for next; None for a worker that had nothing to do.
+    0 is the batch that the main process asks for next. Waits up to ``patience_s`` for one to end: a broken connection
+    may be seen before that.
     """
+    processes = getattr(iterator, "_workers", ())
+    with suppress(RuntimeError):  # torch's handler of SIGCHLD raises wherever the main thread is
+        wait([process.sentinel for process in processes], patience_s)
     found = []
-    for number, process in enumerate(getattr(iterator, "_workers", ())):
+    for number, process in enumerate(processes):
         if process.exitcode not in (None, 0):
             tasks = [i for i, task in iterator._task_info.items() if task[0] == number and len(task) == 1]
-            found.append((number, process, min(tasks) - iterator._rcvd_idx if tasks else None))
+            found.append((number, process, [i - iterator._rcvd_idx for i in sorted(tasks)]))
     return found
 
 

@@ -217,7 +217,7 @@ def test_another_model_is_refused_with_all_differences() -> None:
     assert refusal(run, data) == (
         "checkpoints/step-2 does not fit this run, and nothing was loaded:\n"
         "  - model, missing there: 2.weight, 2.bias\n"
-        "  - model, unexpected: 1.bias, 1.weight\n"
+        "  - model, unexpected: 1.weight, 1.bias\n"
         "  - model, different: 0.weight is float32[4, 5] there and float32[6, 5] here, 0.bias is float32[4] there and "
         "float32[6] here\n"
         "Build the run as it was when the checkpoint was written. To start anew with the weights that fit: "

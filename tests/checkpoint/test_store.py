@@ -73,7 +73,7 @@ def test_tied_and_overlapping_tensors_of_a_model_can_be_stored() -> None:
     net = Tied()
     path = write(Path("c/a"), {"model": net.state_dict()}, {}, {})
     data = read(path).files["model"]
-    assert list(data) == ["embed.weight", "part", "out.weight"]
+    assert list(data) == ["part", "embed.weight", "out.weight"]
     assert data["out.weight"] is data["embed.weight"]
     again = Tied()
     again.load_state_dict(data)
@@ -115,7 +115,7 @@ def test_group_names_that_cannot_be_told_apart_are_refused() -> None:
     ]:
         with pytest.raises(CheckpointError, match=message):
             write(Path("c/a"), files, {"optimizers": torch.ones(1)}, {})
-    assert list(Path("c").iterdir()) == []
+    assert not Path("c").exists()
 
 
 def test_the_manifest_takes_no_tensors() -> None:
@@ -143,7 +143,7 @@ def test_nothing_else_is_ever_replaced(what: str) -> None:
 def test_an_unknown_type_leaves_nothing_behind() -> None:
     with pytest.raises(CheckpointError, match=r"^x\[1\] is a object"):
         write(Path("c/a"), {}, {"x": [1, object()]}, {})
-    assert list(Path("c").iterdir()) == []
+    assert not Path("c").exists()
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
@@ -185,10 +185,9 @@ def test_everything_is_synced_before_it_gets_its_name(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "rename", note_rename)
     make()
-    assert events[1:] == [  # the first is the folder above the new folder of checkpoints
-        "sync /TEMP/model.safetensors", "sync /TEMP/optimizer.safetensors", "sync /TEMP/state.safetensors",
-        "sync /TEMP/state.json", "sync /TEMP/manifest.json", "sync /TEMP", "rename to step-1", "sync ",
-    ]  # fmt: skip
+    files = ["model.safetensors", "optimizer.safetensors", "state.safetensors", "state.json", "manifest.json"]
+    assert sorted(events[1:-2]) == sorted(["sync /TEMP", *(f"sync /TEMP/{file}" for file in files)])
+    assert events[-2:] == ["rename to step-1", "sync "]  # the first is the folder above the new folder of checkpoints
 
 
 # ------------------------------------------------------------------------------------------------ damage

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from loopwright._compat import begin_workers, copy_loader, has_ended, is_own_iteration, stop_workers
+from loopwright._compat import begin_workers, copy_loader, has_ended, is_own_iteration, lost_workers, stop_workers
 
 
 def loader(**options: Any) -> DataLoader[Any]:
@@ -51,6 +53,25 @@ def test_stopped_workers_are_gone_while_the_iterator_is_still_held() -> None:
     stop_workers(iterator)
     assert multiprocessing.active_children() == []
     stop_workers(iterator)  # again is no harm
+
+
+def test_a_worker_that_died_is_found_with_the_batches_that_it_had() -> None:
+    iterator: Any = iter(loader(num_workers=2, prefetch_factor=1, collate_fn=leave_at_6))
+    assert lost_workers(iterator) == []
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        list(iterator)
+    ((number, process, ahead),) = lost_workers(iterator, 5.0)
+    assert (number, process.exitcode, ahead) == (1, 9, [3 - iterator._rcvd_idx])
+    stop_workers(iterator)
+    assert multiprocessing.active_children() == []
+    assert lost_workers(iter([])) == []
+
+
+def leave_at_6(parts: list[int]) -> list[int]:
+    if 6 in parts:
+        time.sleep(0.5)  # the batch before it has been sent
+        os._exit(9)
+    return parts
 
 
 def test_the_end_of_a_stream_is_seen_with_its_last_short_batch() -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from loopwright.checkpoint import delete, list_checkpoints, snapshot, sweep, write, write_index
+from loopwright.checkpoint import Packed, delete, list_checkpoints, snapshot, sweep, write_index
+from loopwright.checkpoint.background import Copies, in_background
+from loopwright.checkpoint.manifest import NAME
+from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.shelf import monitored
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError, choose
+from loopwright.events import fire
 from loopwright.monitor import direction
 from loopwright.progress import Duration, Every, Progress
 from loopwright.state import Run
@@ -18,7 +24,7 @@ __all__ = ["Checkpoint"]
 
 
 class Checkpoint:
-    """Writes checkpoints to ``<run folder>/checkpoints/step-00001200`` at an interval, keeping ``keep`` of them.
+    """Writes checkpoints ``step-00001200`` into ``<run folder>/checkpoints`` at an interval, keeping ``keep`` of them.
 
     ``every``: a duration ("5 min", "500 steps", "1 epoch"; an int counts steps). Without ``monitor`` the
     newest ``keep`` stay. With ``monitor="valid/loss"`` one is also written after each validation that is among the
@@ -27,9 +33,14 @@ class Checkpoint:
     name (loss and error fall, accuracy, f1 and other scores rise) and refuses a name that does not tell.
     ``at_end``: one more when training ends or is stopped. ``on_error="warn"`` lets training go on when a
     checkpoint cannot be written; "raise" does not. An older checkpoint is deleted only after the new one is
-    on disk.
+    on disk. ``folder``: write there instead, a path or a URL that fsspec knows ("s3://bucket/run"); one folder holds
+    the checkpoints of one run.
 
-    Reads: everything that a resume needs. Changes: nothing. ``best``, ``last``: paths or None;
+    ``async_save=True`` stops training for one copy of the tensors into memory of the CPU, and writes in a thread. One
+    checkpoint is written at a time: the next one, and the end of the run, wait for it. What goes wrong is raised, and
+    ``on_checkpoint`` fires, at the first boundary between two steps after the write has ended.
+
+    Reads: everything that a resume needs. Changes: nothing. ``best``, ``last``: places of what is on disk, or None;
     ``best_value``. Raises SettingError for arguments that cannot be used, CheckpointError when writing fails,
     and when nothing named ``monitor`` is known after a validation.
 
@@ -44,8 +55,10 @@ class Checkpoint:
         monitor: str | None = None,
         mode: str | None = None,
         keep: int = 2,
+        async_save: bool = False,
         at_end: bool = True,
         on_error: str = "raise",
+        folder: Path | str | None = None,
     ) -> None:
         if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
             raise SettingError(f"keep={keep!r}: expected the number of checkpoints to keep, from 1")
@@ -54,42 +67,66 @@ class Checkpoint:
         if monitor is None and mode is not None:
             raise SettingError(f"mode={mode!r} needs a value to watch: add monitor='valid/loss', or leave mode out")
         self.every, self.monitor, self.keep = every, monitor, keep
-        self.at_end, self.on_error = at_end, on_error
+        self.async_save, self.at_end, self.on_error, self.folder = async_save, at_end, on_error, folder
         self.mode = direction(monitor, mode) if monitor is not None else None
-        self.best: Path | None = None
-        self.last: Path | None = None
+        self.best: Place | None = None
+        self.last: Place | None = None
         self.best_value: float | None = None
         self._every = Every(every)
         self._field, self._next = 0, -math.inf
-        self._ranks: dict[Path, float | None] = {}  # in the order of writing; smaller is better
+        self._ranks: dict[Place, float | None] = {}  # in the order of writing; smaller is better
         self._saved: Any = None
         self._validated = False
+        self._copies = Copies()
+        self._writing: tuple[Place, float | None, Future[None]] | None = None
 
     def start(self, run: Run) -> None:
         """Begin at the run's progress, knowing what its folder holds already; leftovers of killed writes go.
 
         Raises CheckpointError, before the first step, naming what could not be saved.
         """
-        if run.folder is None:
+        if run.folder is None and self.folder is None:
             raise SettingError("Checkpoint needs a folder to write to: Trainer(folder='runs')")
         snapshot.check(run)
         self._every.start(run.progress, run.stage.source.batches if run.stage is not None else None)
         self._aim()
         self._saved, self._validated = None, False
-        folder = run.folder / "checkpoints"
+        folder = self._folder(run)
         sweep(folder)
-        found = [p for p in list_checkpoints(folder) if _step(p) <= run.progress.step]
+        found = list_checkpoints(folder)
+        if found and self.folder is not None and run.progress.step == 0:
+            raise SettingError(
+                f"Checkpoint(folder={str(self.folder)!r}) holds the checkpoints of another run, such as {found[-1]}. "
+                f"Go on with that run: fit(..., resume={str(self.folder)!r}), or name another folder"
+            )
+        found = [path for path in found if _step(path) <= run.progress.step]
         self._ranks = {path: monitored(path, self.monitor) if self.monitor else None for path in found}
         self._look()
 
+    def _folder(self, run: Run) -> Place:
+        if self.folder is not None:
+            return as_place(self.folder)
+        assert run.folder is not None
+        return run.folder / "checkpoints"
+
     def due(self, run: Run, *, validated: bool) -> bool:
-        """True when the interval is over, or when there is a new monitored value. Costs one comparison otherwise."""
+        """True when the interval is over, or when there is a new monitored value. Costs one comparison otherwise.
+
+        Raises CheckpointError for a checkpoint that could not be written in the background.
+        """
+        if self._writing is not None and self._writing[2].done():
+            self.finish(run)
+        self._validated = validated
         if validated and self.monitor is not None:
-            self._validated = True
             due, rank = self._tick(run.progress), self._rank(run)
-            kept = [self._ranks[path] for path in self._best_first()[: self.keep]]
-            return due or (rank is not None and (len(kept) < self.keep or rank < (kept[-1] or 0.0)))
+            ranks = [value for value in self._known().values() if value is not None]
+            kept = sorted(ranks)[: self.keep]
+            return due or (rank is not None and (len(kept) < self.keep or rank < kept[-1]))
         return run.progress[self._field] >= self._next and self._tick(run.progress)  # type: ignore[operator]
+
+    def _known(self) -> dict[Place, float | None]:
+        """What is on disk or on its way there: no decision depends on how fast the disk is."""
+        return self._ranks if self._writing is None else {**self._ranks, self._writing[0]: self._writing[1]}
 
     def _tick(self, progress: Progress) -> bool:
         due = self._every.due(progress)
@@ -103,48 +140,94 @@ class Checkpoint:
         self._field = Progress._fields.index(field)
         self._next = -math.inf if every.batches else every.next
 
-    def save(self, run: Run) -> Path | None:
+    def save(self, run: Run) -> Place | None:
         """Write a checkpoint and return its folder; None if it could not be written and ``on_error`` is "warn".
 
-        Where nothing has happened since the last one, that one is returned.
+        Where nothing has happened since the last one, that one is returned. With ``async_save`` None is returned, and
+        the writing has begun.
         """
-        state = (run.progress._replace(seconds=0.0), dict(run.metrics), len(run.history))
-        if self.last is not None and state == self._saved:
+        state = (run.progress._replace(seconds=0.0), dict(run.metrics), len(run.history), run.validated_at)
+        if state == self._saved and self._writing is not None:
+            return None
+        folder = self._folder(run)
+        others: Sequence[Checkpoint] = [
+            s for s in run.savers if isinstance(s, Checkpoint) and s is not self and s._folder(run) == folder
+        ]
+        for saver in (self, *others):
+            saver.finish(run)  # one at a time
+        if state == self._saved and self.last is not None:
             return self.last
+        path = folder / f"step-{run.progress.step:08d}"
+        step = run.progress.step
         try:
-            path = self._write(run)
+            rank = self._rank_here(run, path)
+            if any(o._saved == state for o in others) and (rank is None or monitored(path, self.monitor) is not None):
+                self._landed(path, rank, others)  # another one has written it
+            else:
+                monitors = [saver._monitors(run, path) for saver in (self, *others) if saver.monitor is not None]
+                about = snapshot.info(run)
+                about |= (monitors[0] if monitors else {}) | ({"others": monitors[1:]} if monitors[1:] else {})
+                packed = Packed.of(*snapshot.take(run), about)
+                if self.async_save:
+                    packed = self._copies.of(packed)
+                    future = in_background(lambda: self._write(packed, path, rank, others))
+                    self._writing, self._saved = (path, rank, future), state
+                    return None
+                self._write(packed, path, rank, others)
         except (CheckpointError, OSError) as error:
-            if self.on_error == "raise":
-                raise
-            warnings.warn(f"no checkpoint at step {run.progress.step}: {error}", LoopwrightWarning, stacklevel=2)
+            self._failed(step, error)
             return None
         finally:
             self._validated = False
         self._saved = state
         return path
 
-    def _write(self, run: Run) -> Path:
-        assert run.folder is not None
-        folder = run.folder / "checkpoints"
-        path = folder / f"step-{run.progress.step:08d}"
-        about = snapshot.info(run)
-        rank = self._ranks.get(path)  # the same step: the same weights
-        if self.monitor is not None:
-            about |= {"monitor": self.monitor, "mode": self.mode}
-            if self._validated:
-                rank = self._rank(run)
-            if rank is not None:
-                about["value"] = -rank if self.mode == "max" else rank
-        files, state = snapshot.take(run)
-        write(path, files, state, about)
-        self._ranks.pop(path, None)
-        self._ranks[path] = rank
+    def finish(self, run: Run) -> None:
+        """Wait for what is being written in the background, if anything is; what went wrong is raised here.
+
+        ``on_checkpoint`` fires for what is on disk now.
+        """
+        if self._writing is None:
+            return
+        path, _, future = self._writing
+        error = future.exception()  # waits
+        self._writing = None
+        if error is None:
+            fire(run.hooks.on_checkpoint, run, path)
+        else:
+            self._saved = None
+            self._failed(_step(path), error)
+
+    def _failed(self, step: int, error: BaseException) -> None:
+        if self.on_error == "raise" or not isinstance(error, (CheckpointError, OSError)):
+            raise error
+        warnings.warn(f"no checkpoint at step {step}: {error}", LoopwrightWarning, stacklevel=3)
+
+    def _write(self, packed: Packed, path: Place, rank: float | None, others: Sequence[Checkpoint]) -> None:
+        packed.write(path)
+        self._landed(path, rank, others)
+
+    def _landed(self, path: Place, rank: float | None, others: Sequence[Checkpoint]) -> None:
+        """The checkpoint is on disk: only now may older ones go, those that no saver of this folder wants."""
+        self._ranks = {**{p: r for p, r in self._ranks.items() if p != path}, path: rank}
         self._look()
-        write_index(folder, last=self.last, best=self.best)
-        for old in self._surplus():
-            del self._ranks[old]
-            delete(old)
-        return path
+        write_index(path.parent, last=self.last, best=self.best)
+        wanted = {p for saver in (self, *others) for p in saver._wanted()}
+        for old in [p for p in self._ranks if p not in wanted]:
+            if (old / NAME).is_file():
+                delete(old)
+            self._ranks = {p: r for p, r in self._ranks.items() if p != old}
+
+    def _monitors(self, run: Run, path: Place) -> dict[str, Any]:
+        """What the manifest says of the value that this one watches."""
+        rank = self._rank_here(run, path)
+        value = {} if rank is None else {"value": -rank if self.mode == "max" else rank}
+        return {"monitor": self.monitor, "mode": self.mode, **value}
+
+    def _rank_here(self, run: Run, path: Place) -> float | None:
+        """The rank of the weights as they are; those of a step that was saved before are the same."""
+        fresh = self._validated or (run.validated_at == run.progress.step and self.monitor in run.metrics)
+        return self._rank(run) if self.monitor is not None and fresh else self._known().get(path)
 
     def _rank(self, run: Run) -> float | None:
         assert self.monitor is not None
@@ -158,7 +241,7 @@ class Checkpoint:
             return None
         return -value if self.mode == "max" else value
 
-    def _best_first(self) -> list[Path]:
+    def _best_first(self) -> list[Place]:
         """Those with a value, the earliest of equals first."""
         return sorted((p for p, rank in self._ranks.items() if rank is not None), key=lambda p: self._ranks[p] or 0.0)
 
@@ -169,14 +252,13 @@ class Checkpoint:
         rank = self._ranks[ranked[0]] if ranked else None
         self.best_value = -rank if rank is not None and self.mode == "max" else rank
 
-    def _surplus(self) -> list[Path]:
+    def _wanted(self) -> list[Place]:
         newest_first = list(reversed(self._ranks))
-        kept = (
-            newest_first[: self.keep] if self.monitor is None else [*self._best_first()[: self.keep], newest_first[0]]
-        )
-        return [path for path in self._ranks if path not in kept]
+        if self.monitor is None:
+            return newest_first[: self.keep]
+        return [*self._best_first()[: self.keep], *newest_first[:1]]
 
 
-def _step(path: Path) -> int:
+def _step(path: Place) -> int:
     number = path.name.removeprefix("step-")
     return int(number) if number.isdecimal() else 0

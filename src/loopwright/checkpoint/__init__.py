@@ -2,11 +2,13 @@
 
 from loopwright.checkpoint.decode import decode
 from loopwright.checkpoint.encode import check, encode
+from loopwright.checkpoint.publish import delete, sweep
 from loopwright.checkpoint.shelf import find, index, list_checkpoints, newest, write_index
-from loopwright.checkpoint.store import Contents, delete, read, sweep, verify, write
+from loopwright.checkpoint.store import Contents, Packed, read, verify, write
 
 __all__ = [
     "Contents",
+    "Packed",
     "check",
     "decode",
     "delete",

@@ -31,10 +31,10 @@ def decode(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     >>> decode({"@": "tuple", "v": [1, {"@": "float", "v": "nan"}]}, {})
     (1, nan)
     """
-    return _decode(plain, tensors, 0)
+    return _decode(plain, dict(tensors), 0)  # a copy, for arrays are taken out of it
 
 
-def _decode(plain: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
+def _decode(plain: Any, tensors: dict[str, Tensor], depth: int) -> Any:
     if depth > DEPTH + 2:  # a key may be one level deeper than its dict
         raise CheckpointError(
             f"the state of this checkpoint is nested deeper than {DEPTH} levels: it is damaged or forged"
@@ -63,7 +63,7 @@ def _decode(plain: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
 
 
 Into = Callable[[Any], Any]
-_Reader = Callable[[dict[str, Any], Into, Mapping[str, Tensor]], Any]
+_Reader = Callable[[dict[str, Any], Into, dict[str, Tensor]], Any]
 
 
 def _list(node: dict[str, Any], into: Into) -> list[Any]:
@@ -74,7 +74,7 @@ def _pairs(node: dict[str, Any], into: Into) -> list[tuple[Any, Any]]:
     return [(into(k), into(v)) for k, v in node["v"]]
 
 
-def _counter(node: dict[str, Any], into: Into, tensors: Mapping[str, Tensor]) -> Counter[Any]:
+def _counter(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> Counter[Any]:
     counter: Counter[Any] = Counter()
     for key, value in _pairs(node, into):
         counter[key] = value
@@ -88,42 +88,43 @@ def _numpy_dtype(text: str) -> np.dtype[Any]:
     return dtype
 
 
-def _numpy_scalar(node: dict[str, Any], into: Into, tensors: Mapping[str, Tensor]) -> Any:
+def _numpy_scalar(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> Any:
     raw, dtype = base64.b64decode(node["v"], validate=True), _numpy_dtype(node["dtype"])
     if not dtype.itemsize:  # an empty string has no bytes to read
         return dtype.type()
     return np.frombuffer(raw, dtype=dtype, count=1)[0]
 
 
-def _array(node: dict[str, Any], into: Into, tensors: Mapping[str, Tensor]) -> Any:
-    raw, dtype = _tensor(node, into, tensors).numpy().tobytes(), _numpy_dtype(node["dtype"])
-    return np.ndarray(node["shape"], dtype=dtype, buffer=raw).copy()
+def _array(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> Any:
+    dtype, raw = _numpy_dtype(node["dtype"]), _tensor(node, into, tensors).numpy()
+    del tensors[node["name"]]  # each array has its bytes to itself: to ask for the same ones again and again is forged
+    return np.ndarray(node["shape"], dtype=dtype, buffer=raw)
 
 
-def _tensor(node: dict[str, Any], into: Into, tensors: Mapping[str, Tensor]) -> Tensor:
+def _tensor(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> Tensor:
     name = node["name"]
     if name not in tensors:
         raise CheckpointError(f"the tensor {name!r} is not in this checkpoint. {choose(name, tensors)}")
     return tensors[name]
 
 
-def _sparse(node: dict[str, Any], into: Into, tensors: Mapping[str, Tensor]) -> Tensor:
+def _sparse(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> Tensor:
     indices, values = into(node["indices"]), into(node["values"])
     return torch.sparse_coo_tensor(indices, values, node["size"], check_invariants=True, is_coalesced=True)
 
 
-def _dtype(node: dict[str, Any], into: Into, tensors: Mapping[str, Tensor]) -> torch.dtype:
+def _dtype(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> torch.dtype:
     dtype = getattr(torch, node["v"], None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"torch has no dtype {node['v']!r}")
     return dtype
 
 
-def _deque(node: dict[str, Any], into: Into, tensors: Mapping[str, Tensor]) -> deque[Any]:
+def _deque(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> deque[Any]:
     return deque(_list(node, into), maxlen=node["maxlen"])
 
 
-def _default(node: dict[str, Any], into: Into, tensors: Mapping[str, Tensor]) -> defaultdict[Any, Any]:
+def _default(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> defaultdict[Any, Any]:
     factory = None if node["factory"] is None else FACTORIES[node["factory"]]
     return defaultdict(factory, _pairs(node, into))
 

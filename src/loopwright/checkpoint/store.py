@@ -1,255 +1,256 @@
-"""Checkpoints on disk: written whole or not at all, verified when read, deleted without leaving half of one.
-
-A checkpoint is made in a hidden folder beside its place, each file hashed while it is written and synced, the
-manifest last, and then renamed into place. Whatever happens in between leaves the older checkpoints as they
-were.
-"""
+"""Checkpoints: written whole or not at all, hashed while they are written, verified while they are read."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
-import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from loopwright.checkpoint import manifest as manifests
 from loopwright.checkpoint.decode import decode
 from loopwright.checkpoint.encode import encode
+from loopwright.checkpoint.migrations import migrate_state
+from loopwright.checkpoint.places import Place, as_place
+from loopwright.checkpoint.publish import publish
 from loopwright.checkpoint.shelf import list_checkpoints, order
-from loopwright.checkpoint.tensors import pack, unpack
+from loopwright.checkpoint.streams import Hashed, Writer
+from loopwright.checkpoint.tensors import layout, unpack
 from loopwright.errors import CheckpointError
 
-__all__ = ["Contents", "delete", "read", "sweep", "verify", "write"]
+__all__ = ["Contents", "Packed", "read", "verify", "write"]
 
 STATE = "state.json"
 _OURS = ("optimizer", "state")  # groups of the tensors found in the state
-_CHUNK = 1 << 22
-_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(writing|deleted|replaced)")
+_STATE_SIZE = 1 << 28  # bytes of JSON that are read; what is large belongs into tensors
+_READERS = 4  # files that are read at the same time
 
 
-def write(folder: Path, files: Mapping[str, Mapping[str, Tensor]], state: Any, info: Mapping[str, Any]) -> Path:
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What goes into a checkpoint: the state and ``info`` as plain data, and all tensors by group and name.
+
+    The plain data are a copy; the tensors are those of the run until ``Copies.of`` has made them one too. Raises
+    CheckpointError for a value of unknown type, and for a group that cannot name a file.
+    """
+
+    groups: dict[str, dict[str, Tensor]]
+    state: bytes
+    info: Any
+
+    @classmethod
+    def of(cls, files: Mapping[str, Mapping[str, Tensor]], state: Any, info: Mapping[str, Any]) -> Packed:
+        plain, tensors = encode(state)
+        groups = {name: dict(named) for name, named in files.items()}
+        for name in _OURS:
+            mine = {k: t for k, t in tensors.items() if k.startswith("optimizers") == (name == "optimizer")}
+            if mine and name in groups:
+                raise CheckpointError(f"the group name {name!r} is used for the tensors of the state; choose another")
+            groups |= {name: mine} if mine else {}
+        taken: set[str] = set()
+        for group in groups:
+            if not manifests.FILE.fullmatch(_file(group)):
+                raise CheckpointError(f"{group!r} cannot name a group of tensors; begin with a letter or a digit")
+            if _file(group).lower() in taken:
+                raise CheckpointError(
+                    f"the group {group!r} differs from another in upper and lower case only; rename one"
+                )
+            taken.add(_file(group).lower())
+        about, kept = encode(dict(info), "info")
+        if kept:
+            raise CheckpointError(f"info holds plain data only, and {next(iter(kept))} is a tensor; use float(...)")
+        text = json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()
+        if len(text) > _STATE_SIZE:
+            raise CheckpointError(
+                f"the state has {len(text):,} bytes besides its tensors, and at most {_STATE_SIZE:,} can be read "
+                "again; keep large data in tensors or arrays"
+            )
+        return cls(groups, text, about)
+
+    def write(self, folder: Place | str) -> Place:
+        """Write a checkpoint and return its folder, once all of it is on disk; see ``write``."""
+        folder = as_place(folder)
+        try:
+            if isinstance(folder, Path):
+                self._need_space(folder)
+            number = max((order(p) for p in list_checkpoints(folder.parent)), default=0) + 1
+            publish(folder, lambda place, mark: self._fill(place, mark, number))
+        except CheckpointError:
+            raise
+        except Exception as error:  # the libraries behind URLs raise errors of their own
+            raise CheckpointError(
+                f"the checkpoint {folder} could not be written: {error}. Older ones are untouched"
+            ) from error
+        return folder
+
+    def _fill(self, folder: Place, mark: str, number: int) -> None:
+        entries: dict[str, dict[str, Any]] = {}
+        digests: dict[str, Any] = {}
+        with Writer(folder) as out:
+            with out.hashing():
+                for group, named in self.groups.items():
+                    file, laid = _file(group, mark), layout(named)
+                    digests[file] = out.write(file, laid.parts(), size=laid.size)
+                    entries[file] = {"group": group, "size": laid.size, **laid.notes}
+                name = STATE.replace(".", f"{mark}.")
+                digests[name] = out.write(name, [(memoryview(self.state), False)], size=len(self.state))
+                entries[name] = {"size": len(self.state)}
+            for file, digest in digests.items():
+                entries[file]["sha256"] = digest.hexdigest()
+            text = manifests.render({"format": manifests.FORMAT, "order": number, "info": self.info, "files": entries})
+            out.write(manifests.NAME, [(memoryview(text), False)], size=len(text))
+            out.sync_folder()
+
+    def _need_space(self, folder: Path) -> None:
+        """Better no checkpoint than half of one, and a full disk for everybody."""
+        needed = len(self.state) + sum(layout(named).size for named in self.groups.values()) + (1 << 16)
+        above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        free = shutil.disk_usage(above).free
+        if free < needed:
+            raise CheckpointError(
+                f"the checkpoint {folder} was not written: it needs {needed / 1e6:,.1f} MB, and the disk has "
+                f"{free / 1e6:,.1f} MB free. Older ones are untouched. Make room, keep fewer (Checkpoint(keep=1)), or "
+                "write to another disk (Checkpoint(folder=...))"
+            )
+
+
+def _file(group: str, mark: str = "") -> str:
+    return f"{quote(group, safe='')}{mark}.safetensors"
+
+
+def write(folder: Place | str, files: Mapping[str, Mapping[str, Tensor]], state: Any, info: Mapping[str, Any]) -> Place:
     """Write a checkpoint and return its folder, once all of it is on disk.
 
-    ``files``: tensors by group; the group ``model`` becomes ``model.safetensors`` with the same keys.
-    ``state``: what ``encode`` takes; tensors below its key ``optimizers`` go to ``optimizer.safetensors``,
-    others to ``state.safetensors``. ``info``: plain data for the manifest. An older checkpoint of that name
-    is replaced. Raises CheckpointError if it cannot be written (the disk is full, ``folder`` is something
-    else, a value has an unknown type); what was there before is there still.
+    ``folder``: a path, or a URL that fsspec knows. ``files``: tensors by group; the group ``model`` becomes
+    ``model.safetensors`` with the same keys. ``state``: what ``encode`` takes; tensors below its key ``optimizers`` go
+    to ``optimizer.safetensors``, others to ``state.safetensors``. ``info``: plain data for the manifest. An older
+    checkpoint of that name is replaced. Raises CheckpointError if it cannot be written (the disk is full, ``folder``
+    is something else, a value has an unknown type); what was there before is there still.
 
     >>> import torch
     >>> files, state = {"model": {"w": torch.ones(2)}}, {"seen": (1, 2)}
-    >>> path = write(Path("checkpoints/step-00000001"), files, state, {"step": 1})
+    >>> path = write("checkpoints/step-00000001", files, state, {"step": 1})
     >>> read(path).state, read(path).files["model"]["w"]
     ({'seen': (1, 2)}, tensor([1., 1.]))
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / manifests.NAME).is_file():
-        raise CheckpointError(f"{folder} exists and is not a checkpoint (it has no manifest.json); nothing was written")
-    temporary = _beside(folder, "writing")
-    try:
-        _make(folder.parent)
-        temporary.mkdir()
-        _fill(temporary, files, state, info, order=_next_order(folder.parent))
-        _move(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint {folder} could not be written: {error}. Older ones are untouched"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return folder
-
-
-def _fill(
-    temporary: Path,
-    files: Mapping[str, Mapping[str, Tensor]],
-    state: Any,
-    info: Mapping[str, Any],
-    *,
-    order: int,
-) -> None:
-    plain, tensors = encode(state)
-    groups = dict(files)
-    for name in _OURS:
-        mine = {k: t for k, t in tensors.items() if k.startswith("optimizers") == (name == "optimizer")}
-        if mine and name in groups:
-            raise CheckpointError(f"the group name {name!r} is used for the tensors of the state; choose another")
-        groups |= {name: mine} if mine else {}
-    entries: dict[str, dict[str, Any]] = {}
-    for group, named in groups.items():
-        file = f"{quote(group, safe='')}.safetensors"
-        if not manifests.FILE.fullmatch(file):
-            raise CheckpointError(f"{group!r} cannot name a group of tensors; begin with a letter or a digit")
-        if file.lower() in (name.lower() for name in entries):
-            raise CheckpointError(f"the group {group!r} differs from another in upper and lower case only; rename one")
-        data, notes = pack(named)
-        entries[file] = {"group": group, **_save(temporary / file, data), **notes}
-    entries[STATE] = _save(temporary / STATE, json.dumps(plain, allow_nan=False, separators=(",", ":")).encode())
-    about, kept = encode(dict(info), "info")
-    if kept:
-        raise CheckpointError(f"info holds plain data only, and {next(iter(kept))} is a tensor; use float(...)")
-    manifest = {"format": manifests.FORMAT, "order": order, "info": about, "files": entries}
-    _save(temporary / manifests.NAME, manifests.render(manifest))
-    _sync(temporary)
-
-
-def _save(file: Path, data: bytes) -> dict[str, Any]:
-    """Write and sync a file; its size and sha256."""
-    digest, view = hashlib.sha256(), memoryview(data)
-    with open(file, "xb") as out:
-        for start in range(0, len(data), _CHUNK):
-            out.write(view[start : start + _CHUNK])
-            digest.update(view[start : start + _CHUNK])
-        out.flush()
-        os.fsync(out.fileno())
-    return {"size": len(data), "sha256": digest.hexdigest()}
-
-
-def _move(temporary: Path, folder: Path) -> None:
-    """Rename into place. An older one steps aside first; ``sweep`` puts it back if it came to no more."""
-    aside = _beside(folder, "replaced")
-    replaces = folder.exists()
-    if replaces:
-        os.rename(folder, aside)
-    try:
-        os.rename(temporary, folder)
-    except BaseException:
-        if replaces:
-            os.rename(aside, folder)
-        raise
-    _sync(folder.parent)
-    if replaces:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _make(folder: Path) -> None:
-    """Make a folder and those above it, each synced into its parent."""
-    if not folder.exists():
-        _make(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{what}")
-
-
-def _next_order(folder: Path) -> int:
-    return max((order(p) for p in list_checkpoints(folder)), default=0) + 1
+    return Packed.of(files, state, info).write(folder)
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
     """What a checkpoint holds: ``info`` of its manifest, the decoded ``state``, tensors of ``files`` by group."""
 
-    path: Path
+    path: Place
     info: dict[str, Any]
     state: Any
     files: dict[str, dict[str, Tensor]]
 
 
-def read(path: Path | str) -> Contents:
+def read(path: Place | str) -> Contents:
     """The contents of a checkpoint, all on the CPU, after its sizes and checksums have been verified.
 
     Reads tensors and plain data only; nothing in it is executed. Raises CheckpointError that names the bad
     file, the checksum expected and found, and the newest good checkpoint beside it.
     """
-    path = Path(path)
+    path = as_place(path)
     try:
-        manifest = verify(path)
+        manifest = manifests.parse(path)
         entries = manifest["files"]
-        files = {e["group"]: unpack(path / name, e) for name, e in entries.items() if name != STATE}
+        loads: dict[str, _Load] = {
+            name: _load_tensors if "group" in entry else _load_state for name, entry in entries.items()
+        }
+        found = _each(path, entries, loads)
+        files = {entry["group"]: found.pop(name) for name, entry in entries.items() if "group" in entry}
+        if len(found) != 1:
+            raise CheckpointError(f"{path / manifests.NAME} names {len(found)} files for the state, not one")
+        ((file, plain),) = found.items()
         tensors = {k: t for group in _OURS for k, t in files.pop(group, {}).items()}
-        state = decode(json.loads((path / STATE).read_bytes()), tensors)
+        try:
+            state = migrate_state(decode(plain, tensors), manifest["format"])
+        except CheckpointError as error:
+            raise CheckpointError(f"{path / file}: {error}") from error
         return Contents(path, decode(manifest["info"], {}), state, files)
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        text = (
-            str(error) if isinstance(error, CheckpointError) else f"{path} is damaged ({type(error).__name__}: {error})"
-        )
-        raise CheckpointError(text + _instead(path)) from error
+    except Exception as error:
+        raise _bad(path, error) from error
 
 
-def verify(path: Path | str) -> dict[str, Any]:
+def verify(path: Place | str) -> dict[str, Any]:
     """The manifest of a checkpoint whose files all have the size and sha256 that it says.
 
     Raises CheckpointError that names the first bad file.
     """
-    path = Path(path)
+    path = as_place(path)
     manifest = manifests.parse(path)
-    for name, entry in manifest["files"].items():
-        file = path / name
-        try:
-            size = file.stat().st_size
-            if size != entry["size"]:
-                raise CheckpointError(f"{file} is damaged: it has {size} bytes, and the manifest says {entry['size']}")
-            with open(file, "rb") as data:
-                found = hashlib.file_digest(data, "sha256").hexdigest()
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-        if found != entry["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its sha256 is {found}, and the manifest says {entry['sha256']}")
+    _each(path, manifest["files"], dict.fromkeys(manifest["files"], _load_nothing))
     return manifest
 
 
-def _instead(path: Path) -> str:
-    """Which checkpoint to use instead of a bad one."""
-    for other in reversed(list_checkpoints(path.parent)):
-        if other != path:
-            with suppress(CheckpointError):
-                verify(other)
-                return f". The newest good checkpoint beside it is {other}"
-    return ""
+_Load = Callable[[Hashed, dict[str, Any]], Any]
 
 
-def delete(path: Path | str) -> None:
-    """Remove a checkpoint: first renamed away, so that no half of it is ever taken for one.
-
-    Raises CheckpointError if it is not a checkpoint.
-    """
-    path = Path(path)
-    if not (path / manifests.NAME).is_file():
-        raise CheckpointError(f"{path} is not a checkpoint: it has no manifest.json; nothing was deleted")
-    away = _beside(path, "deleted")
-    os.rename(path, away)
-    shutil.rmtree(away)
+def _load_tensors(file: Hashed, entry: dict[str, Any]) -> dict[str, Tensor]:
+    return unpack(file, entry["size"], entry)
 
 
-def sweep(folder: Path | str) -> list[Path]:
-    """Remove what killed processes left in a folder of checkpoints, and return it; nothing else is touched.
+def _load_state(file: Hashed, entry: dict[str, Any]) -> Any:
+    if entry["size"] > _STATE_SIZE:
+        raise ValueError(f"{entry['size']:,} bytes of JSON, at most {_STATE_SIZE:,} are read")
+    return json.loads(file.read(entry["size"]))
 
-    Call it when a run opens its folder, before anything is written there.
-    """
-    folder, swept = Path(folder), []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _UNFINISHED.fullmatch(path.name)
-        if match is None:
-            continue
-        if match[2] == "replaced" and not (folder / match[1]).exists():
-            os.rename(path, folder / match[1])  # killed between the two renames of a replacement
-            continue
-        shutil.rmtree(path)
-        swept.append(path)
-    return swept
+
+def _load_nothing(file: Hashed, entry: dict[str, Any]) -> None:
+    """Only the checksum is asked for."""
+
+
+def _each(path: Place, entries: dict[str, dict[str, Any]], loads: dict[str, _Load]) -> dict[str, Any]:
+    """What is loaded from each file, several at a time; the error of the first one that is bad."""
+    with ThreadPoolExecutor(_READERS) as threads:
+        found = {name: threads.submit(_checked, path / name, entry, loads[name]) for name, entry in entries.items()}
+    return {name: future.result() for name, future in found.items()}
+
+
+def _checked(file: Place, entry: dict[str, Any], load: _Load) -> Any:
+    """What ``load`` makes of a file that has the size and the sha256 of its entry."""
+    loaded, problem = None, None
+    try:
+        size = file.stat().st_size
+        if not file.is_file():  # a pipe or a device would never end
+            raise CheckpointError(f"{file} cannot be read: it is not a file")
+        if size != entry["size"]:
+            raise CheckpointError(f"{file} is damaged: it has {size} bytes, and the manifest says {entry['size']}")
+        with file.open("rb") as data:
+            hashed = Hashed(data)
+            try:
+                loaded = load(hashed, entry)
+            except OSError:
+                raise
+            except Exception as error:  # of damage, which the checksum names better, or of bad intent
+                problem = error
+            found = hashed.sha256()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    if found != entry["sha256"]:
+        raise CheckpointError(f"{file} is damaged: its sha256 is {found}, and the manifest says {entry['sha256']}")
+    if problem is not None:
+        kind = "tensors" if "group" in entry else "JSON"
+        raise CheckpointError(f"{file} cannot be read as {kind} ({type(problem).__name__}: {problem})") from problem
+    return loaded
+
+
+def _bad(path: Place, error: Exception) -> CheckpointError:
+    """The error to raise, with the checkpoint to use instead."""
+    text = str(error) if isinstance(error, CheckpointError) else f"{path} is damaged ({type(error).__name__}: {error})"
+    with suppress(Exception):
+        for other in reversed(list_checkpoints(path.parent)):
+            if other != path:
+                with suppress(CheckpointError):
+                    verify(other)
+                    return CheckpointError(f"{text}. The newest good checkpoint beside it is {other}")
+    return CheckpointError(text)

@@ -1,23 +1,48 @@
 """Data as batches in a known order: adapters for what users have, our own loader, and what the loop asks of a batch."""
 
 from loopwright.data.batch import move, samples
+from loopwright.data.fingerprint import changes, fingerprint
 from loopwright.data.gather import Gather
 from loopwright.data.iterated import Iterated
+from loopwright.data.lengths import epoch_length, limit
 from loopwright.data.loader import Loader
+from loopwright.data.mix import Mix
 from loopwright.data.module import DataModule, data_of, opened
+from loopwright.data.plan import Blocks
+from loopwright.data.samplers import BatchSampler, BucketSampler, WeightedSampler
+from loopwright.data.schema import Schema, schema_of
 from loopwright.data.sources import as_source, as_sources
+from loopwright.data.split import folds, train_valid_split
+from loopwright.data.summary import summary
 from loopwright.data.torch_loader import TorchLoader
 
+from loopwright.data.download import fetch  # isort: skip - last: the module fetch, which gets samples, took the name
+
 __all__ = [
+    "BatchSampler",
+    "Blocks",
+    "BucketSampler",
     "DataModule",
     "Gather",
     "Iterated",
     "Loader",
+    "Mix",
+    "Schema",
     "TorchLoader",
+    "WeightedSampler",
     "as_source",
     "as_sources",
+    "changes",
     "data_of",
+    "epoch_length",
+    "fetch",
+    "fingerprint",
+    "folds",
+    "limit",
     "move",
     "opened",
     "samples",
+    "schema_of",
+    "summary",
+    "train_valid_split",
 ]

@@ -1,4 +1,4 @@
-"""Tensors, NumPy arrays, data frames, and tuples, lists and dicts of them: read as columns of the same length."""
+"""Tensors, arrays of any library, data frames, and tuples, lists and dicts of them: columns of the same length."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.dlpack import from_dlpack
 
 from loopwright.errors import DataError
 
@@ -15,8 +17,11 @@ __all__ = ["as_tensors", "is_array", "pick", "shared_length"]
 
 
 def is_array(data: object) -> bool:
-    """True for a tensor, a NumPy array, a data frame or series, and for a tuple, list or dict of these."""
-    if isinstance(data, (Tensor, np.ndarray)) or _is_frame(data):
+    """True for a tensor, an array, a data frame or series, and for a tuple, list or dict of these.
+
+    An array is what NumPy or torch can take over: it has ``__array__`` or ``__dlpack__``.
+    """
+    if isinstance(data, (Tensor, np.ndarray)) or _is_frame(data) or _is_foreign(data):
         return True
     parts = list(data.values()) if isinstance(data, Mapping) else data
     return isinstance(parts, (list, tuple)) and len(parts) > 0 and all(map(is_array, parts))
@@ -24,6 +29,12 @@ def is_array(data: object) -> bool:
 
 def _is_frame(data: object) -> bool:
     return callable(getattr(data, "to_numpy", None)) and hasattr(data, "iloc")
+
+
+def _is_foreign(data: object) -> bool:
+    """An array of another library; a dataset is none, whatever else it can be turned into."""
+    kind = type(data)
+    return (hasattr(kind, "__dlpack__") or hasattr(kind, "__array__")) and not isinstance(data, (Dataset, np.generic))
 
 
 def as_tensors(data: Any, path: str = "data") -> Any:
@@ -38,8 +49,10 @@ def as_tensors(data: Any, path: str = "data") -> Any:
         return {key: as_tensors(part, f"{path}[{key!r}]") for key, part in data.items()}
     elif isinstance(data, (list, tuple)):
         return _like(data, [as_tensors(part, f"{path}[{i}]") for i, part in enumerate(data)])
+    elif _is_frame(data):
+        leaf = _from_numpy(_frame_values(data, path), path)
     else:
-        leaf = _from_numpy(_frame_values(data, path) if _is_frame(data) else data, path)
+        leaf = _from_dlpack(data, path)
     if leaf.dim() == 0:
         raise DataError(f"{path} is a single number; expected an array whose first dimension counts the samples")
     return leaf
@@ -63,6 +76,18 @@ def _frame_values(frame: Any, path: str) -> Any:
     if values.dtype.kind not in "biuf":  # nullable columns, or booleans beside numbers
         values = frame.to_numpy(dtype="float64", na_value=np.nan)
     return values
+
+
+def _from_dlpack(data: Any, path: str) -> Tensor:
+    """Without a copy, and on its own device, where the library offers that; else by way of NumPy."""
+    if isinstance(data, np.ndarray) or not hasattr(data, "__dlpack__"):
+        return _from_numpy(data, path)
+    try:
+        return from_dlpack(data)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        if hasattr(data, "__array__"):
+            return _from_numpy(data, path)
+        raise DataError(f"{path} ({type(data).__name__}) cannot be taken over by torch.from_dlpack: {error}") from error
 
 
 class _Readable:

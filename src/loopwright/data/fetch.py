@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Indices", "add_fetch_note", "fetch_samples"]
+__all__ = ["Indices", "add_fetch_note", "fetch_samples", "place_of"]
 
 
 class Indices(list[Any]):
@@ -41,13 +41,22 @@ def fetch_samples(dataset: Any, indices: list[Any]) -> Any:
 
 def add_fetch_note(error: BaseException, epoch: int, batch: int, indices: Any = None) -> None:
     """Note on ``error`` where in the data it happened; ``epoch`` and ``batch`` are completed units."""
-    note = f"[loopwright] while fetching batch {batch + 1} of epoch {epoch + 1}"
+    note = f"[loopwright] while fetching {place_of(epoch, batch, indices)}"
     culprit = indices.open() if isinstance(indices, Indices) else None
-    if indices is not None:
-        note += f", dataset indices {_shown(indices)}"
     if culprit is not None:
         note += f"; it was dataset[{culprit!r}] that raised"
     error.add_note(note)
+
+
+def place_of(epoch: int, batch: int, indices: Any = None) -> str:
+    """Words for a batch and what it holds.
+
+    >>> place_of(0, 4, [7, 3])
+    'batch 5 of epoch 1, dataset indices [7, 3]'
+    """
+    return f"batch {batch + 1} of epoch {epoch + 1}" + (
+        "" if indices is None else f", dataset indices {_shown(indices)}"
+    )
 
 
 def _shown(indices: Any) -> str:

@@ -47,7 +47,7 @@ class Iterated:
         self.holder: Any = data if holder is None and has_state(data) else holder
         self._listed = isinstance(data, (list, tuple))
         self.streams = Streams({} if self._listed else {"data": getattr(data, "__self__", data)})
-        self._used = self._ended = False
+        self._used = self._ended = self._opened = False
         self._running: Any = None
         self._at = (0, 0)
         self._made: dict[str, Any] | None = None
@@ -63,7 +63,8 @@ class Iterated:
     @property
     def exact(self) -> list[str]:
         if self._listed or self.holder is not None:
-            return []
+            kind, workers = type(self.data).__name__, getattr(self.data, "num_workers", 0)
+            return [f"the workers of {kind} keep no random state that can be saved"] if workers else []
         name = getattr(self.data, "__qualname__", type(self.data).__name__)
         return [self.why or f"{name} has no position to save; a resume reads it again from the start of the epoch"]
 
@@ -74,8 +75,13 @@ class Iterated:
         own: dict[str, Any] = {"batches": self.batches if self._listed else None}
         if self.holder is not None:  # the others can go to any batch
             own |= {"epoch": self._at[0], "batch": self._at[1]}
-        held = None if self.holder is None else self.holder.state_dict()
-        return {**own, "held": held, "made": self._made, "ended": self._ended or has_ended(self._running)}
+        if self._loaded is not None:
+            return dict(self._loaded)  # nothing has been read since
+        held = generators = None
+        if self.holder is not None and self._opened:  # torchdata's would begin to read, and draw, if asked before
+            held, generators = self.holder.state_dict(), self.streams.get_found()
+        ended = self._ended or has_ended(self._running)
+        return {**own, "held": held, "generators": generators, "made": self._made, "ended": ended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError if a list of batches has another length than in the saved run."""
@@ -87,13 +93,18 @@ class Iterated:
         state, self._loaded = self._loaded, None
         if isinstance(self.data, (list, tuple)):
             return self._batches(iter(self.data[batch:]), epoch, batch)
-        if state is not None and batch and state["ended"]:
-            return self._batches(iter(()), epoch, batch)
-        if state is not None and self.holder is not None:
-            self.holder.load_state_dict(state["held"])
+        held, found = (None, {}) if state is None else (state["held"], state.get("generators") or {})
+        if held is not None:
+            self.holder.load_state_dict(held)
+            self._opened = True
         elif state is None and self.holder is None and batch and (epoch, batch) == self._at and self._is_iterator:
             return self._batches(self.data, epoch, batch)  # it stands where it was left
-        skip = 0 if self.holder else batch
+        self._at, self._ended = (epoch, batch), state is not None and state["ended"]
+        if held is not None and (self._ended or not batch):
+            self._pass_over()
+            self.streams.set_found(found)
+        if batch and self._ended:
+            return self._batches(iter(()), epoch, batch)
         if not batch:
             self._made = get_globals()
             return self._batches(self._open(epoch), epoch, batch)
@@ -102,13 +113,25 @@ class Iterated:
                 self._made = state["made"]
             if self.holder is None and self._made is not None:
                 set_globals(self._made)
-            return self._batches(self._skip(self._open(epoch), skip), epoch, batch)
+            iterator = self._skip(self._open(epoch), 0 if self.holder else batch)
+            if held is not None:
+                self.streams.set_found(found)  # a loader draws more from its own than it saves
+        return self._batches(iterator, epoch, batch)
+
+    def _pass_over(self) -> None:
+        """Where a loader puts its loaded state into the next iterator, as torchdata's does, that one is not wanted."""
+        if getattr(self.data, "next_iter_state", None) is not None:
+            with rng.forked():
+                iterator = iter(self.data)
+            if self.data.num_workers and not self.data.persistent_workers:
+                stop_workers(iterator)
 
     @property
     def _is_iterator(self) -> bool:
         return isinstance(self.data, Iterator)
 
     def _open(self, epoch: int) -> Iterator[Any]:
+        self._opened = True
         tell = getattr(getattr(self.data, "dataset", self.data), "set_epoch", None)
         if self.tells and callable(tell):
             tell(epoch)

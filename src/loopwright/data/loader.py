@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from loopwright.data.arrays import as_tensors, is_array, pick, shared_length
-from loopwright.data.fetch import Indices, add_fetch_note, fetch_samples
-from loopwright.data.gather import has_plain_rows, rows_of
+from loopwright.data.fetch import place_of
 from loopwright.data.generators import Streams
-from loopwright.data.plan import Plan, check_state, shuffled
+from loopwright.data.plan import Blocks, Plan, Planned, check_state, order_of
+from loopwright.data.readers import reader_of
+from loopwright.data.samplers import BatchSampler
+from loopwright.data.workers import Watch, Workers
 from loopwright.errors import DataError, SettingError
 
 __all__ = ["Loader"]
@@ -25,14 +26,20 @@ class Loader:
 
     ``data`` holds samples along the first dimension: a tensor, a NumPy array, a data frame or series, a tuple, list or
     dict of these (nested too; batches have the same structure, with tensors), or a dataset with ``__getitem__`` and
-    ``__len__``, whose samples torch's ``default_collate`` puts together. Dtypes are kept: float64 arrays give float64
-    batches. Nothing is copied at the start where torch can share the memory.
+    ``__len__``, whose samples ``collate`` puts together (None: torch's ``default_collate``). Dtypes are kept: float64
+    arrays give float64 batches. Nothing is copied at the start where torch can share the memory.
 
-    The shuffled order depends on ``seed`` and the epoch and on nothing else; the global generators are not drawn
-    from. ``seed=None`` takes the key of the run, and outside of a run ``torch.initial_seed()``. Each iteration is an
-    epoch: 0, 1, 2, ...
+    ``shuffle`` is True, False, or ``Blocks(size)`` for data that is read from disk. ``sampler`` makes the batches in
+    place of ``batch_size`` (64), ``shuffle`` and ``drop_last``: see ``BatchSampler``. The order depends on ``seed`` and
+    the epoch and on nothing else; ``seed=None`` takes the key of the run, and outside of a run
+    ``torch.initial_seed()``. Each iteration is an epoch: 0, 1, 2, ...
 
-    Raises DataError for data that cannot be read so, and SettingError for a batch size below 1.
+    ``transform(sample)``, or ``transform(sample, rng)`` with a torch.Generator, changes each sample. It, the dataset
+    and ``collate`` may draw from any generator of Python, NumPy and torch (CPU): each is seeded from (key, epoch,
+    sample), and put back. So the batches are the same with any number of ``workers`` (processes that read ahead, each
+    ``prefetch`` batches, 2 by default), and after a resume. Workers live until ``close()``, or an error.
+
+    Raises DataError for data that cannot be read so, and SettingError for arguments that do not go together.
 
     >>> loader = Loader((torch.arange(5), torch.arange(5) * 10), batch_size=2)
     >>> [(x.tolist(), y.tolist()) for x, y in loader]
@@ -44,157 +51,198 @@ class Loader:
     def __init__(
         self,
         data: Any,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         *,
-        shuffle: bool = False,
+        shuffle: bool | Blocks = False,
         drop_last: bool = False,
         seed: int | None = None,
+        sampler: BatchSampler | None = None,
+        transform: Callable[..., Any] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        workers: int = 0,
+        prefetch: int | None = None,
     ) -> None:
-        if type(batch_size) is not int or batch_size < 1:
-            raise SettingError(f"batch_size={batch_size!r}; expected a whole number of at least 1")
-        self.data, self.batch_size, self.shuffle, self.drop_last, self.seed = (
-            data,
-            batch_size,
-            shuffle,
-            drop_last,
-            seed,
-        )
+        if sampler is None:
+            batch_size = 64 if batch_size is None else batch_size
+            _check_number("batch_size", batch_size, 1)
+        else:
+            _check_sampler(sampler, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last)
+        if not isinstance(shuffle, (bool, Blocks)):
+            raise SettingError(f"shuffle={shuffle!r}; expected True, False or lw.data.Blocks(size)")
+        _check_number("workers", workers, 0)
+        if prefetch is not None:
+            _check_number("prefetch", prefetch, 1)
+            if not workers:
+                raise SettingError(f"prefetch={prefetch} needs workers to fetch ahead; add workers=2, or leave it out")
+        self.data, self.batch_size, self.shuffle, self.drop_last = data, batch_size, shuffle, drop_last
+        self.seed, self.sampler, self.transform, self.collate = seed, sampler, transform, collate
+        self.workers, self.prefetch = workers, prefetch
         self._key = seed
-        self._read = _reader(data)
-        self._plan = Plan(self._read.length, batch_size, drop_last)
-        self._passes = 0
+        self._read = reader_of(data, transform, collate, repeated=sampler is not None)
+        self._plan = None if batch_size is None else Plan(self._read.length, batch_size, drop_last)
+        made_for = getattr(sampler, "length", self._read.length)
+        if made_for != self._read.length:
+            raise DataError(f"{sampler!r} was made for {made_for} samples, and the data has {self._read.length}")
+        self._passes = self._epoch = 0
+        self._chosen: tuple[Any, Sequence[Any]] = (None, ())  # the batches of the sampler that were asked for last
+        self._digest: tuple[int | None, int] = (None, 0)
+        self._idle: list[Workers] = []
         self._loaded: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
-        return self._plan.batches
+        return self.batches
 
     def __iter__(self) -> Iterator[Any]:
         self._passes += 1
         return self.at(self._passes - 1, 0)
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={getattr(self, k)!r}" for k in ("batch_size", "shuffle", "drop_last", "seed"))
-        return f"Loader({type(self.data).__name__} of {self._plan.length} samples, {settings})"
+        names = ["batch_size", "shuffle", "drop_last"] if self.sampler is None else ["sampler"]
+        names += ["seed", *(name for name in ("transform", "collate", "workers", "prefetch") if getattr(self, name))]
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"Loader({type(self.data).__name__} of {self._read.length} samples, {settings})"
+
+    def close(self) -> None:
+        """Stop the workers; the next epoch would start new ones."""
+        while self._idle:
+            self._idle.pop().close()
 
     # --------------------------------------------------------------------------------------------- as a source
 
     def keyed(self, key: int) -> Loader:
-        """This loader with ``key`` in place of a seed that was not given; it shares the data."""
+        """This loader with ``key`` in place of a seed that was not given; it shares the data, and no workers."""
         clone = copy.copy(self)  # always: the same loader may be trained on and validated on
         clone._key = key if self.seed is None else self.seed
+        clone._idle, clone._epoch = [], 0
         return clone
 
     @property
     def streams(self) -> Streams:
-        """The generators that reading samples may draw from."""
+        """The generators that reading samples may draw from, besides the global ones."""
         return self._read.streams
 
     @property
     def batches(self) -> int:
-        return self._plan.batches
+        """Batches in an epoch; with a sampler, in the one begun last."""
+        return len(self._batches(self._epoch)) if self._plan is None else self._plan.batches
 
     @property
     def exact(self) -> list[str]:
         return []
 
     def sizes(self, batch: int) -> Iterator[int]:
-        return self._plan.sizes(batch)
+        """Samples in each batch from ``batch`` on; with a sampler, of the epoch begun last."""
+        if self._plan is not None:
+            return self._plan.sizes(batch)
+        batches = self._batches(self._epoch)
+        return (len(batches[i]) for i in range(batch, len(batches)))
 
     def at(self, epoch: int, batch: int) -> Iterator[Any]:
         state, self._loaded = self._loaded, None
         if state is not None:
+            self.close()
             self.streams.set_found(state.get("generators", {}))
-        order = self._order(epoch)[batch * self.batch_size : self._plan.samples]
-        return self._batches(order, epoch, batch)
+            self._read.look(state.get("salts"))
+        self._epoch = epoch
+        return self._read_ahead(epoch, batch) if self.workers else self._read_here(epoch, batch)
 
-    def _order(self, epoch: int) -> Tensor:
-        if not self.shuffle:
-            return torch.arange(self._plan.length, device="cpu")
-        return shuffled(self._plan.length, torch.initial_seed() if self._key is None else self._key, epoch)
+    def _read_here(self, epoch: int, batch: int) -> Iterator[Any]:
+        read = self._read.read
+        for task in self._tasks(epoch, batch):
+            yield read(*task)
 
-    def _batches(self, order: Tensor, epoch: int, batch: int) -> Iterator[Any]:
-        for rows in order.split(self.batch_size) if len(order) else ():
-            yield self._read.fetch(rows, epoch, batch)
-            batch += 1
+    def _read_ahead(self, epoch: int, batch: int) -> Iterator[Any]:
+        if self._read.own is None:
+            self._read.look()  # here, so that all workers have the same
+        start = batch
+        workers = self._idle.pop() if self._idle else Workers(self._read.read, self.workers, self.prefetch or 2)
+        try:
+            results = workers.go(lambda: self._tasks(epoch, start))
+            with Watch(results, lambda ahead: self._place(epoch, batch + ahead)):
+                for item in results:
+                    batch += 1
+                    yield item
+                    del item  # or two batches would be held while the next one is fetched
+        except GeneratorExit as leaving:
+            if leaving.__context__ is not None:  # an error is on its way
+                workers.close()
+            else:
+                self._idle.append(workers)
+            raise
+        except BaseException:
+            workers.close()
+            raise
+        self._idle.append(workers)
+
+    # ------------------------------------------------------------------------------------------------ its order
+
+    def _tasks(self, epoch: int, batch: int) -> Iterator[tuple[Any, int, int, int]]:
+        """What to read, batch by batch, as plain data."""
+        batches, key = self._batches(epoch), self._run_key()
+        rest = range(batch, len(batches))
+        rows = batches.since(batch) if isinstance(batches, Planned) else (batches[i] for i in rest)
+        for number, indices in enumerate(rows, batch):
+            if self.workers and isinstance(indices, Tensor):
+                indices = indices.tolist()  # a tensor would be sent as a shared file
+            yield indices, key, epoch, number
+
+    def _run_key(self) -> int:
+        return torch.initial_seed() if self._key is None else self._key
+
+    def _batches(self, epoch: int) -> Sequence[Any]:
+        key = self._run_key()
+        if self._plan is not None:
+            return Planned(self._plan, order_of(self.shuffle, self._plan.length, key, epoch))
+        if self._chosen[0] != (key, epoch):
+            assert self.sampler is not None
+            self._chosen = (key, epoch), self.sampler.batches(epoch, key)
+        return self._chosen[1]
+
+    def _place(self, epoch: int, batch: int) -> str:
+        return place_of(epoch, batch, torch.as_tensor(self._batches(epoch)[batch]).tolist())
+
+    # -------------------------------------------------------------------------------------------------- its state
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._own(), "generators": self.streams.get_found()}
+        return {**self._own(), "generators": self.streams.get_found(), "salts": self._read.salts}
 
     def _own(self) -> dict[str, Any]:
-        return {**self._plan.state_dict(), "shuffle": self.shuffle, "key": self._key}
+        if self._plan is not None:
+            shuffle = self.shuffle if isinstance(self.shuffle, bool) else repr(self.shuffle)
+            return {**self._plan.state_dict(), "shuffle": shuffle, "key": self._key}
+        assert self.sampler is not None
+        key = self._run_key()
+        if self._digest[0] != key:  # of the first epoch: other weights, lengths or settings show there
+            digest = 0
+            for indices in self.sampler.batches(0, key):
+                digest = zlib.crc32(torch.as_tensor(indices, dtype=torch.int64).numpy().tobytes(), digest)
+            self._digest = key, digest
+        name = type(self.sampler).__name__
+        return {"length": self._read.length, "sampler": name, "batches": self._digest[1], "key": self._key}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError if length, batch size, order or seed differ from those of the saved run."""
-        own = self._own()
         if self.seed is None:
-            self._key = own["key"] = state.get("key")  # the saved run goes on with its own key
-        check_state(own, state)
+            self._key = state.get("key")  # the saved run goes on with its own key
+        check_state(self._own(), state)
         self._loaded = state
 
 
-class _Rows:
-    """Reads batches of arrays, or of a TensorDataset, with one ``index_select`` a tensor."""
-
-    def __init__(self, tensors: Any, index: Tensor | None, length: int, device: torch.device | None = None) -> None:
-        self.tensors, self.index, self.length, self.device = tensors, index, length, device
-        self.streams = Streams({})
-
-    def fetch(self, rows: Tensor, epoch: int, batch: int) -> Any:
-        if self.index is not None:
-            rows = self.index[rows]
-        return pick(self.tensors, rows if self.device is None else rows.to(self.device))
+def _check_number(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise SettingError(f"{name}={value!r}; expected a whole number of at least {least}")
 
 
-class _Samples:
-    """Reads batches of a dataset sample by sample."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset, self.length = dataset, len(dataset)
-        self.streams = Streams({"dataset": dataset})
-
-    def fetch(self, rows: Tensor, epoch: int, batch: int) -> Any:
-        indices = Indices(rows.tolist())
-        try:
-            return default_collate(fetch_samples(self.dataset, indices))
-        except Exception as error:
-            add_fetch_note(error, epoch, batch, indices)
-            raise
-
-
-def _reader(data: Any) -> _Rows | _Samples:
-    if has_plain_rows(data):
-        tensors, index = rows_of(data)
-        return _Rows(list(tensors), index, len(data), _device_of(tensors))  # a list, as torch's loader gives
-    if is_array(data):
-        tensors = as_tensors(data)
-        return _Rows(tensors, None, shared_length(tensors), _device_of(tensors))
-    if isinstance(data, IterableDataset):
-        raise DataError(
-            f"{type(data).__name__} is an IterableDataset, which has no samples to pick from; pass "
-            "torch.utils.data.DataLoader(dataset, batch_size=...) instead of lw.Loader"
+def _check_sampler(sampler: Any, **others: Any) -> None:
+    if not isinstance(sampler, BatchSampler):
+        raise SettingError(
+            f"sampler={sampler!r} has no batches(epoch, key), which returns the batches of an epoch as lists of "
+            "indices: see lw.data.BatchSampler. One of torch's own goes into torch.utils.data.DataLoader(dataset, "
+            "sampler=...), which fit takes as well"
         )
-    if isinstance(data, (list, tuple, Mapping, str, bytes)) or not (
-        isinstance(data, Dataset) or hasattr(type(data), "__getitem__")
-    ):
-        raise DataError(
-            f"lw.Loader cannot read {_kind(data)}; expected a tensor, a NumPy array, a data frame, a tuple, list or "
-            "dict of these, or a dataset with __getitem__ and __len__"
+    given = [f"{name}={value!r}" for name, value in others.items() if value is not None and value is not False]
+    if given:
+        raise SettingError(
+            f"Loader({', '.join(given)}) cannot be used with sampler={sampler!r}, which makes the batches. Leave it "
+            "out here; a batch size is an argument of the sampler"
         )
-    if not hasattr(data, "__len__"):
-        raise DataError(
-            f"{type(data).__name__} has no __len__; define it, so that the order of its samples can be planned"
-        )
-    return _Samples(data)
-
-
-def _kind(data: Any) -> str:
-    if isinstance(data, (list, tuple)) and data:
-        return f"a {type(data).__name__} of {type(data[0]).__name__}"
-    return f"an empty {type(data).__name__}" if isinstance(data, (list, tuple, Mapping)) and not data else repr(data)
-
-
-def _device_of(tensors: Any) -> torch.device | None:
-    """Where rows are selected, if that is not the CPU; the first tensor speaks for all."""
-    while not isinstance(tensors, Tensor):
-        tensors = next(iter(tensors.values() if isinstance(tensors, dict) else tensors))
-    return None if tensors.device.type == "cpu" else tensors.device

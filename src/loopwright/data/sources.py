@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from loopwright._compat import is_own_iteration
 from loopwright.data.arrays import is_array
 from loopwright.data.gather import Gather, is_gatherable
+from loopwright.data.held import Held, holder_of
 from loopwright.data.iterated import Iterated
 from loopwright.data.loader import Loader
 from loopwright.data.torch_loader import TorchLoader
@@ -55,15 +56,21 @@ def as_sources(data: Any, key: int) -> dict[str, Source]:
     """Evaluation data by name: one source without a name, or those of a dict of loaders."""
     if data is None:
         return {}
-    several = isinstance(data, dict) and data and not any(hasattr(v, "__array__") for v in data.values())
+    several = isinstance(data, dict) and data and not any(map(_is_column, data.values()))
     return {name: as_source(one, train=False, key=key) for name, one in (data.items() if several else [("", data)])}
+
+
+def _is_column(data: Any) -> bool:
+    return is_array(data) and not isinstance(data, (list, tuple, Mapping))
 
 
 def _adapt(data: Any, *, train: bool, key: int) -> Source:
     if data is None or isinstance(data, (str, bytes, PurePath, int, float, type)):
         raise DataError(f"cannot read batches from {data!r}; {_EXPECTED}")
     if isinstance(data, Loader):
-        return data.keyed(key)
+        return _held(data.keyed(key), data.data, data.workers)
+    if callable(getattr(data, "as_source", None)):  # Mix, limit, epoch_length
+        return cast(Source, data.as_source(train=train, key=key))
     if all(hasattr(data, name) for name in ("at", "sizes", "batches", "exact", "load_state_dict")):
         return cast(Source, data)
     if isinstance(data, DataLoader):
@@ -73,7 +80,7 @@ def _adapt(data: Any, *, train: bool, key: int) -> Source:
     if isinstance(data, list):
         return Iterated(data)
     if isinstance(data, (Tensor, np.ndarray, tuple, Mapping, Dataset)) or is_array(data) or _is_dataset(data):
-        return Loader(data, BATCH_SIZE, shuffle=train).keyed(key)
+        return _held(Loader(data, BATCH_SIZE, shuffle=train).keyed(key), data)
     if callable(data) or isinstance(data, Iterable):
         return Iterated(data, tells=train)
     raise DataError(f"cannot read batches from {type(data).__name__} {data!r}; {_EXPECTED}")
@@ -98,7 +105,13 @@ def _adapt_loader(loader: DataLoader[Any], *, tells: bool) -> Source:
         return _stream(loader, tells=tells)
     if is_own_iteration(loader):
         return Iterated(loader, why=f"{type(loader).__name__} overrides how a DataLoader is iterated", tells=tells)
-    return Gather(loader) if is_gatherable(loader) else TorchLoader(loader, tells=tells)
+    source = Gather(loader) if is_gatherable(loader) else TorchLoader(loader, tells=tells)
+    return _held(source, loader.dataset, loader.num_workers)
+
+
+def _held(source: Source, dataset: Any, workers: int = 0) -> Source:
+    holder = holder_of(dataset)
+    return source if holder is None else Held(source, holder, workers)
 
 
 def _stream(loader: DataLoader[Any], *, tells: bool) -> Iterated:
@@ -115,7 +128,8 @@ def _named(data: Any) -> str:
 
 
 def _why_none(data: Any, source: Source) -> str:
-    length, size = source.state_dict().get("length"), getattr(data, "batch_size", None)
+    planned = getattr(source, "source", source)
+    length, size = planned.state_dict().get("length"), getattr(data, "batch_size", None)
     if getattr(data, "drop_last", False) and length:
         return (
             f"drop_last=True leaves nothing of {length} samples in batches of {size}. Use drop_last=False or a "

@@ -9,11 +9,11 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from loopwright import rng
 from loopwright._compat import begin_workers, copy_loader, stop_workers
-from loopwright.data.fetch import add_fetch_note
+from loopwright.data.fetch import add_fetch_note, place_of
 from loopwright.data.generators import Streams
 from loopwright.data.order import Order
 from loopwright.data.plan import Plan, check_state
-from loopwright.data.workers import Collate, Start
+from loopwright.data.workers import Collate, Start, Watch
 from loopwright.errors import DataError
 
 __all__ = ["TorchLoader"]
@@ -27,7 +27,7 @@ class TorchLoader:
 
     It works on a shallow copy; the loader itself is not touched. A sampler, batch sampler or dataset that has
     ``set_epoch`` is told the epoch, unless ``tells`` is False. When fetching fails, the exception gains a note with
-    the batch and its indices.
+    the batch and its indices; when a worker dies, which one, and what it had.
     A resume runs the sampler again and loads nothing that is skipped; the random state of workers comes back too.
 
     >>> loader = DataLoader([1, 2, 3], batch_size=2)
@@ -201,25 +201,30 @@ class TorchLoader:
 
     def _batches(self, iterator: Iterator[Any], epoch: int, batch: int) -> Iterator[Any]:
         order, workers, self._ended = self._order, self.workers, False
+
+        def place(ahead: int) -> str:
+            return place_of(epoch, batch + ahead, order.pending[ahead] if ahead < len(order.pending) else None)
+
         try:
-            while True:
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    self._ended = True
-                    return
-                except Exception as error:
-                    add_fetch_note(error, epoch, batch, order.pending[0] if order.pending else None)
-                    raise
-                order.used()
-                if workers:
-                    worker, item, moved = item
-                    if moved is not None:
-                        self._states[worker] = moved
-                batch += 1
-                self._at = (epoch, batch)
-                yield item
-                del item  # or two batches would be held while the next one is fetched
+            with Watch(iterator, place):
+                while True:
+                    try:
+                        item = next(iterator)
+                    except StopIteration:
+                        self._ended = True
+                        return
+                    except Exception as error:
+                        add_fetch_note(error, epoch, batch, order.pending[0] if order.pending else None)
+                        raise
+                    order.used()
+                    if workers:
+                        worker, item, moved = item
+                        if moved is not None:
+                            self._states[worker] = moved
+                    batch += 1
+                    self._at = (epoch, batch)
+                    yield item
+                    del item  # or two batches would be held while the next one is fetched
         finally:
             if workers and not self.loader.persistent_workers:
                 stop_workers(iterator)  # a traceback may hold the iterator, and with it the workers

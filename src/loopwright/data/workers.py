@@ -1,15 +1,20 @@
-"""Inside a worker process: the random state travels to the main process with every batch that moved it."""
+"""Worker processes: what they run, what comes back from them, and what is said when one of them dies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
-from torch.utils.data import get_worker_info
+import torch
+from torch.utils.data import DataLoader, get_worker_info
 
+from loopwright._compat import lost_workers, stop_workers
 from loopwright.data.generators import Streams
+from loopwright.errors import DataError
 
-__all__ = ["Collate", "Start"]
+__all__ = ["Collate", "Start", "Watch", "Workers"]
 
 
 class Collate:
@@ -47,3 +52,115 @@ class Start:
         if worker in self.states:
             self.collate.streams.set(self.states[worker])
         self.collate.last = self.collate.streams.get()
+
+
+class Workers:
+    """Processes that call ``read(*task)``, kept from one pass to the next; torch's own, in a DataLoader over tasks.
+
+    Results come in the order of the tasks, each worker up to ``prefetch`` of them ahead.
+
+    >>> workers = Workers(divmod, 1, 2)
+    >>> list(workers.go(lambda: iter([(7, 2), (9, 4)])))
+    [(3, 1), (2, 1)]
+    >>> workers.close()
+    """
+
+    def __init__(self, read: Callable[..., Any], number: int, prefetch: int) -> None:
+        self._tasks = _Tasks()
+        self.loader: DataLoader[Any] = DataLoader(
+            _Reader(read),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=self._tasks,
+            collate_fn=_as_it_is,
+            num_workers=number,
+            prefetch_factor=prefetch,
+            persistent_workers=True,
+            generator=torch.Generator(device="cpu"),  # or it would draw from the global one
+        )
+        self.iterator: Any = None
+
+    def go(self, tasks: Callable[[], Iterator[tuple[Any, ...]]]) -> Iterator[Any]:
+        """Begin a pass; what is left of an earlier one is dropped."""
+        self._tasks.make = tasks
+        self.iterator = iter(self.loader)
+        return self.iterator  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        if self.iterator is not None:
+            stop_workers(self.iterator)
+
+
+class _Tasks:
+    """torch asks twice for the iterator of a new worker pool, and uses the second."""
+
+    def __init__(self) -> None:
+        self.make: Callable[[], Iterator[Any]] = lambda: iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
+
+
+class _Reader:
+    def __init__(self, read: Callable[..., Any]) -> None:
+        self.read = read
+
+    def __getitem__(self, task: tuple[Any, ...]) -> Any:
+        return self.read(*task)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class Watch:
+    """Around a pass with workers: says which worker has died, of what, and on which samples, and what to do.
+
+    As a DataError if that ended the pass. But torch raises wherever the main process is, such as in the middle of a
+    training step, and the pass is closed while that error is on its way: then as a note on it.
+    ``place`` says in words what batch is that many ahead.
+    """
+
+    def __init__(self, iterator: Any, place: Callable[[int], str]) -> None:
+        self.iterator, self.place = iterator, place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        outside = error.__context__ if isinstance(error, GeneratorExit) else None
+        if isinstance(outside, RuntimeError):
+            for told in self._told(0.0):
+                outside.add_note(f"[loopwright] {told}")
+        elif isinstance(error, (RuntimeError, OSError, EOFError)):  # the last two from a connection that broke
+            told = "; ".join(self._told(0.5))
+            if told:
+                raise DataError(told) from error
+
+    def _told(self, patience_s: float) -> Iterator[str]:
+        for number, process, ahead in lost_workers(self.iterator, patience_s):
+            how, advice = _end_of(process.exitcode)
+            where = " or ".join(map(self.place, ahead[:2]))  # the first may be on its way already
+            yield f"worker {number} (pid {process.pid}) {how} while at {where or 'no batch'}. {advice}"
+
+
+def _end_of(code: int) -> tuple[str, str]:
+    """How a process with this exit code ended, and what to do about it."""
+    if code > 0:
+        return (
+            f"left with exit code {code}",
+            "Something in the dataset calls sys.exit or os._exit: raise an error instead",
+        )
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    if name == "SIGKILL":
+        return "was killed (SIGKILL)", (
+            "The system does so when memory runs out: use fewer workers, a smaller batch or less prefetch, and keep "
+            "large data in arrays or files, since every worker copies Python lists"
+        )
+    if name == "SIGBUS":
+        return "died of SIGBUS", "Shared memory is full: make /dev/shm larger, or use fewer workers"
+    return f"died of {name}", "It broke in native code: run without workers under python -X faulthandler to see where"

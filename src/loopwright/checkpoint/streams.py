@@ -1,0 +1,126 @@
+"""Bytes on their way to a file and back, hashed as they pass."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from loopwright.checkpoint.places import Place
+
+__all__ = ["Hashed", "Writer", "sync"]
+
+_CHUNK = 1 << 20
+_THREAD = 1 << 20  # bytes from which on it is worth the start of a thread to hash them
+_SYNCING = 8  # files that are synced at the same time: they share the commits of the disk's journal
+
+
+class Hashed:
+    """A binary file that is read once from its begin to its end, and the sha256 of what has been read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytearray:
+        """The next ``size`` bytes; zeros where the file has ended."""
+        data = bytearray(size)
+        self.fill(memoryview(data))
+        return data
+
+    def fill(self, view: memoryview) -> int:
+        """Fill ``view`` with the next bytes, and return how many there were."""
+        at = 0
+        while at < len(view):
+            part = view[at : at + _CHUNK]  # while it is in the cache of the processor
+            got = self._file.readinto(part)  # type: ignore[attr-defined]
+            if not got:
+                break
+            self._digest.update(part[:got])
+            at += got
+        return at
+
+    def sha256(self) -> str:
+        """Of the whole file: reads what is left of it."""
+        rest = memoryview(bytearray(_CHUNK))
+        while self.fill(rest):
+            pass
+        return self._digest.hexdigest()
+
+
+class Writer:
+    """Writes the files of one folder. What is written is hashed, and synced, by threads while the next is written.
+
+    Leaving the ``with`` waits for all of it. A local file is on disk then, or the error of the disk is raised.
+    """
+
+    def __init__(self, folder: Place) -> None:
+        self._folder, self._hashing, self._synced = folder, ExitStack(), list[Future[None]]()
+        self._syncing = ThreadPoolExecutor(_SYNCING) if isinstance(folder, Path) else None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hashing.close()
+        if self._syncing is not None:
+            self._syncing.shutdown()
+        if error[0] is None:
+            for future in self._synced:
+                future.result()
+
+    def hashing(self) -> ExitStack:
+        """Leaving this ``with`` waits for the digests of what has been written."""
+        return self._hashing
+
+    def write(self, name: str, parts: Iterable[tuple[memoryview, bool]], *, size: int) -> Any:
+        """Write a new file of ``size`` bytes; the sha256 object that has seen all of it after ``hashing``.
+
+        A part comes with True where its memory was made for this; it is let go before the next one is made.
+        """
+        digest = hashlib.sha256()
+        hashing = self._hashing.enter_context(ThreadPoolExecutor(1)) if size >= _THREAD else None
+        out = (self._folder / name).open("wb" if self._syncing is None else "xb")
+        try:
+            for part, made in parts:
+                waiting = None
+                if hashing is None:
+                    digest.update(part)
+                else:
+                    waiting = hashing.submit(digest.update, part)
+                out.write(part)
+                if made and waiting is not None:
+                    waiting.result()
+            out.flush()
+        except BaseException:
+            out.close()
+            raise
+        if self._syncing is None:
+            out.close()  # now it is in the store
+        else:
+            self._synced.append(self._syncing.submit(_sync_file, out))
+        return digest
+
+    def sync_folder(self) -> None:
+        """Have the names of the files on disk as well."""
+        if self._syncing is not None and isinstance(self._folder, Path):
+            self._synced.append(self._syncing.submit(sync, self._folder))
+
+
+def _sync_file(file: IO[bytes]) -> None:
+    with file:
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

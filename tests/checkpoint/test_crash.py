@@ -1,0 +1,33 @@
+"""A run that ends inside a save, in front of any operation or at any moment, has lost one interval at most."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def crash(*arguments: str) -> Any:
+    """In a process of its own, which forks: this one has threads."""
+    script = Path(__file__).with_name("crash.py")
+    done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [["--keep", "1"], ["--keep", "2", "--background"]], ids=["sync", "async"])
+def test_after_any_operation_of_a_save_the_newest_checkpoint_is_good_and_nothing_is_left_over(mode: list[str]) -> None:
+    found = crash("prefixes", "--stride", "7", *mode)
+    assert found["failures"] == {}
+    assert found["count"] >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [["--keep", "1"], ["--keep", "1", "--background"]], ids=["sync", "async"])
+def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_good_and_nothing_is_left_over(mode: list[str]) -> None:
+    found = crash("kills", "--count", "10", *mode)
+    assert (found["count"], found["failures"]) == (10, {})
