@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 import subprocess
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import loopwright as lw
 from loopwright.checkpoint import newest, read
@@ -89,7 +93,31 @@ def test_the_folder_of_a_run_alone_makes_the_same_run_again_in_a_fresh_process(t
     path = newest(kept / "checkpoints")
     assert path is not None
     assert read(path).info["step"] == record["progress"]["step"] == 8
-    assert yaml.safe_load((kept / "config.yaml").read_text())["seed"] == 4
+
+
+def test_every_setting_stands_in_one_file() -> None:
+    """Those that were given, those that were not, and those of optimizer, schedule and data."""
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    task = lw.Supervised(net, nn.MSELoss(), optimizer, schedule=schedule)
+    data = TensorDataset(torch.zeros(10, 4), torch.zeros(10, 2))
+    trainer = lw.Trainer(epochs=2, progress=False, accumulate=2, clip_norm=1.0)
+    run = trainer.fit(task, DataLoader(data, 4, shuffle=True), lw.Loader(data, 5))
+    assert run.folder is not None
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert set(inspect.signature(lw.Trainer).parameters) <= set(config)
+    assert (config["epochs"], config["seed"], config["precision"]) == (2, None, "fp32")
+    assert config["models"] == {"model": {"class": "<torch.nn.modules.linear.Linear>", "parameters": 10}}
+    told = config["optimizers"]["main"]
+    assert (told["class"], told["lr"], told["momentum"]) == ("<torch.optim.sgd.SGD>", 0.05, 0.9)
+    stage = config["stages"]["main"]
+    assert (stage["until"], stage["accumulate"], stage["validate_every"]) == (["2 epochs"], 2, "1 epoch")
+    assert stage["phases"]["main"]["clip_norm"] == 1.0
+    assert stage["phases"]["main"]["schedules"] == ["<torch.optim.lr_scheduler.StepLR>"]
+    assert (stage["data"]["batch_size"], stage["data"]["batches"]) == (4, 3)
+    assert stage["data"]["sampler"] == "<torch.utils.data.sampler.RandomSampler>"
+    assert stage["valid"]["valid"]["batch_size"] == 5
 
 
 @pytest.mark.capability("CA-34")
