@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 from torch.utils.data import DataLoader
 
 __all__ = [
     "any_nonfinite",
-    "may_alias",
     "begin_workers",
     "copy_loader",
     "has_ended",
     "is_own_iteration",
+    "may_alias",
     "stop_workers",
+    "take_step",
 ]
 
 
@@ -105,3 +108,27 @@ def has_ended(iterator: Any) -> bool:
 def may_alias(tensor: Tensor) -> bool:
     """True for a leaf (it may be a parameter or a buffer) and for a view, whose memory others may hold or change."""
     return tensor.is_leaf or tensor._is_view()
+
+
+_HOOKED = Optimizer.profile_hook_step(lambda: None).__code__  # of the wrapper that torch puts around every step
+
+
+def take_step(optimizer: Optimizer) -> None:
+    """``optimizer.step()`` without torch's profiler range around it, which can cost as much as the step of a small net.
+
+    Only where nobody could tell: no profiler is on, no hook is registered, and nothing was put in the place of ``step``
+    (a torch scheduler does that).
+    """
+    step: Any = type(optimizer).step
+    if (
+        getattr(step, "__code__", None) is not _HOOKED
+        or "step" in optimizer.__dict__
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        optimizer.step()
+    else:
+        step.__wrapped__(optimizer)

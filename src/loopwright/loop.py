@@ -28,6 +28,7 @@ from loopwright.steps import (
     prepared,
     rescale,
     scalars,
+    take_step,
     true_means,
     windows,
     zero_grad,
@@ -195,7 +196,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             break
         if not phase.closure:
             for optimizer in phase.moved:
-                optimizer.step()
+                take_step(optimizer)
         for one in unmeasured:
             meters.feed(one)
         moved += (phase.name,)

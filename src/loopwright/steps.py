@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loopwright._compat import any_nonfinite, may_alias
+from loopwright._compat import any_nonfinite, may_alias, take_step
 from loopwright.data import move
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
@@ -25,6 +25,7 @@ __all__ = [
     "prepared",
     "rescale",
     "scalars",
+    "take_step",
     "true_means",
     "windows",
     "zero_grad",
