@@ -82,11 +82,13 @@ class Duration:
 
     def position(self, progress: Progress, batches: int | None = None) -> float:
         """Where ``progress`` stands in this unit; epochs count fractions when ``batches`` an epoch are known."""
-        if self.unit == "steps":
-            return progress.step
-        if self.unit == "epochs":
-            return progress.epoch + (progress.batch / batches if batches else 0.0)
-        return progress.samples if self.unit == "samples" else progress.seconds
+        counted: float = progress[self.field]  # type: ignore[assignment]
+        return counted + (progress.batch / batches if batches and self.unit == "epochs" else 0.0)
+
+    @property
+    def field(self) -> int:
+        """Which field of a Progress counts this unit."""
+        return Progress._fields.index({"steps": "step", "epochs": "epoch"}.get(self.unit, self.unit))
 
     @property
     def is_part(self) -> bool:
@@ -107,10 +109,11 @@ class Every:
     [False, True, False, True, False]
     """
 
-    __slots__ = ("batches", "duration", "next")
+    __slots__ = ("_field", "batches", "duration", "next")
 
     def __init__(self, duration: Duration | int | str, *, unit: str = "steps") -> None:
         self.duration = Duration.parse(duration, unit=unit)
+        self._field = self.duration.field
         self.start(Progress())
 
     def start(self, progress: Progress, batches: int | None = None) -> None:
@@ -123,6 +126,8 @@ class Every:
 
     def due(self, progress: Progress) -> bool:
         """True once for each multiple reached; one long step that passes several counts once."""
+        if self.batches is None and progress[self._field] < self.next:  # type: ignore[operator]
+            return False  # nearly always, hence first
         position = self.duration.position(progress, self.batches)
         if position < self.next:
             return False
