@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,13 +36,13 @@ class _Flags(threading.local):
 _flags = _Flags()
 
 
-def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
+def any_nonfinite(grads: list[Tensor], loss: Tensor | None) -> bool:
     """True if a gradient, or the loss, is NaN or infinite: one fused pass and one read of the device.
 
     On dense real gradients it uses the check of torch's own gradient scaler (it multiplies by 1, which keeps every
     bit); sparse and complex ones are checked one by one.
     """
-    if loss is not None and loss.device.type == "cpu":
+    if loss is not None and loss.is_cpu:
         if not math.isfinite(loss.item()):
             return True
         loss = None
@@ -55,9 +55,9 @@ def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
             torch.zeros((), device=device, dtype=torch.float32),
             torch.ones((), device=device, dtype=torch.float32),
         )
-    found = torch.zeros_like(flags[0]) if device.type != "cpu" else flags[0]
+    found = flags[0] if grads[0].is_cpu else torch.zeros_like(flags[0])
     try:
-        torch._amp_foreach_non_finite_check_and_unscale_(list(grads), found, flags[1])
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, flags[1])
     except RuntimeError:  # it refuses sparse and complex gradients, and several devices
         flags[0].zero_()
         values = [g.coalesce().values() if g.is_sparse else g for g in grads]

@@ -230,7 +230,9 @@ def count(run: Run, result: StepResult | None, batches: int) -> None:
     if result is None:
         run.progress = p._replace(batch=p.batch + batches, seconds=seconds)
         return
-    steps = p.phase_steps | {name: p.phase_steps.get(name, 0) + 1 for name in result.moved}
+    steps = p.phase_steps.copy()
+    for name in result.moved:
+        steps[name] = steps.get(name, 0) + 1
     run.progress = Progress(
         p.stage,
         p.epoch,
