@@ -82,13 +82,8 @@ class Duration:
 
     def position(self, progress: Progress, batches: int | None = None) -> float:
         """Where ``progress`` stands in this unit; epochs count fractions when ``batches`` an epoch are known."""
-        counted: float = progress[self.field]  # type: ignore[assignment]
+        counted: float = progress[_field_of(self.unit)]  # type: ignore[assignment]
         return counted + (progress.batch / batches if batches and self.unit == "epochs" else 0.0)
-
-    @property
-    def field(self) -> int:
-        """Which field of a Progress counts this unit."""
-        return Progress._fields.index({"steps": "step", "epochs": "epoch"}.get(self.unit, self.unit))
 
     @property
     def is_part(self) -> bool:
@@ -97,6 +92,11 @@ class Duration:
 
     def __str__(self) -> str:
         return f"{self.value:.15g} {self.unit if self.value != 1 else self.unit[:-1]}"
+
+
+def _field_of(unit: str) -> int:
+    """Which field of a Progress counts ``unit``."""
+    return Progress._fields.index({"steps": "step", "epochs": "epoch"}.get(unit, unit))
 
 
 class Every:
@@ -113,7 +113,7 @@ class Every:
 
     def __init__(self, duration: Duration | int | str, *, unit: str = "steps") -> None:
         self.duration = Duration.parse(duration, unit=unit)
-        self._field = self.duration.field
+        self._field = _field_of(self.duration.unit)
         self.start(Progress())
 
     def start(self, progress: Progress, batches: int | None = None) -> None:
