@@ -11,7 +11,7 @@ from loopwright.checkpoint import delete, list_checkpoints, snapshot, sweep, wri
 from loopwright.checkpoint.shelf import monitored
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError, choose
 from loopwright.monitor import direction
-from loopwright.progress import Duration, Every, Progress
+from loopwright.progress import Duration, Every
 from loopwright.state import Run
 
 __all__ = ["Checkpoint"]
@@ -60,7 +60,6 @@ class Checkpoint:
         self.last: Path | None = None
         self.best_value: float | None = None
         self._every = Every(every)
-        self._field, self._next = 0, -math.inf
         self._ranks: dict[Path, float | None] = {}  # in the order of writing; smaller is better
         self._saved: Any = None
         self._validated = False
@@ -74,7 +73,6 @@ class Checkpoint:
             raise SettingError("Checkpoint needs a folder to write to: Trainer(folder='runs')")
         snapshot.check(run)
         self._every.start(run.progress, run.stage.source.batches if run.stage is not None else None)
-        self._aim()
         self._saved, self._validated = None, False
         folder = run.folder / "checkpoints"
         sweep(folder)
@@ -86,22 +84,10 @@ class Checkpoint:
         """True when the interval is over, or when there is a new monitored value. Costs one comparison otherwise."""
         if validated and self.monitor is not None:
             self._validated = True
-            due, rank = self._tick(run.progress), self._rank(run)
+            due, rank = self._every.due(run.progress), self._rank(run)
             kept = [self._ranks[path] for path in self._best_first()[: self.keep]]
             return due or (rank is not None and (len(kept) < self.keep or rank < (kept[-1] or 0.0)))
-        return run.progress[self._field] >= self._next and self._tick(run.progress)  # type: ignore[operator]
-
-    def _tick(self, progress: Progress) -> bool:
-        due = self._every.due(progress)
-        self._aim()
-        return due
-
-    def _aim(self) -> None:
-        """The field of the progress to look at, and its value to wait for; parts of epochs are always asked."""
-        every = self._every
-        field = {"epochs": "epoch", "steps": "step"}.get(every.duration.unit, every.duration.unit)
-        self._field = Progress._fields.index(field)
-        self._next = -math.inf if every.batches else every.next
+        return self._every.due(run.progress)
 
     def save(self, run: Run) -> Path | None:
         """Write a checkpoint and return its folder; None if it could not be written and ``on_error`` is "warn".

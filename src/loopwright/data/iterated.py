@@ -86,7 +86,7 @@ class Iterated:
         """Raises DataError if there are fewer than ``batch`` batches, or an iterator is used up."""
         state, self._loaded = self._loaded, None
         if isinstance(self.data, (list, tuple)):
-            return self._batches(iter(self.data[batch:]), epoch, batch)
+            return iter(self.data[batch:])
         if state is not None and batch and state["ended"]:
             return self._batches(iter(()), epoch, batch)
         if state is not None and self.holder is not None:
