@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 from torch.utils.data import DataLoader
 
 __all__ = [
     "any_nonfinite",
-    "may_alias",
     "begin_workers",
     "copy_loader",
     "has_ended",
     "has_stepped",
     "is_own_iteration",
     "lost_workers",
+    "may_alias",
     "stop_workers",
+    "take_step",
 ]
 
 
@@ -38,13 +40,13 @@ class _Flags(threading.local):
 _flags = _Flags()
 
 
-def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
+def any_nonfinite(grads: list[Tensor], loss: Tensor | None) -> bool:
     """True if a gradient, or the loss, is NaN or infinite: one fused pass and one read of the device.
 
     On dense real gradients it uses the check of torch's own gradient scaler (it multiplies by 1, which keeps every
     bit); sparse and complex ones are checked one by one.
     """
-    if loss is not None and loss.device.type == "cpu":
+    if loss is not None and loss.is_cpu:
         if not math.isfinite(loss.item()):
             return True
         loss = None
@@ -57,9 +59,9 @@ def any_nonfinite(grads: Sequence[Tensor], loss: Tensor | None) -> bool:
             torch.zeros((), device=device, dtype=torch.float32),
             torch.ones((), device=device, dtype=torch.float32),
         )
-    found = torch.zeros_like(flags[0]) if device.type != "cpu" else flags[0]
+    found = flags[0] if grads[0].is_cpu else torch.zeros_like(flags[0])
     try:
-        torch._amp_foreach_non_finite_check_and_unscale_(list(grads), found, flags[1])
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, flags[1])
     except RuntimeError:  # it refuses sparse and complex gradients, and several devices
         flags[0].zero_()
         values = [g.coalesce().values() if g.is_sparse else g for g in grads]
@@ -136,3 +138,27 @@ def has_ended(iterator: Any) -> bool:
 def may_alias(tensor: Tensor) -> bool:
     """True for a leaf (it may be a parameter or a buffer) and for a view, whose memory others may hold or change."""
     return tensor.is_leaf or tensor._is_view()
+
+
+_HOOKED = Optimizer.profile_hook_step(lambda: None).__code__  # of the wrapper that torch puts around every step
+
+
+def take_step(optimizer: Optimizer) -> None:
+    """``optimizer.step()`` without torch's profiler range around it, which can cost as much as the step of a small net.
+
+    Only where nobody could tell: no profiler is on, no hook is registered, and nothing was put in the place of ``step``
+    (a torch scheduler does that).
+    """
+    step: Any = type(optimizer).step
+    if (
+        getattr(step, "__code__", None) is not _HOOKED
+        or "step" in optimizer.__dict__
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        optimizer.step()
+    else:
+        step.__wrapped__(optimizer)

@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, get_args
 
 from loopwright import __version__
 from loopwright.errors import SettingError, choose
-from loopwright.provenance import git_state, source_archive
+from loopwright.provenance import conda_packages, framework_archive, git_state, source_archive
 
 __all__ = ["close_folder", "hold", "newest_folder", "open_folder", "reopen_folder"]
 
@@ -30,9 +30,10 @@ def open_folder(root: Path | str, name: str, *, settings: Mapping[str, Any], see
 
     In it: ``run.json`` (status "running", command, seed, versions, host, git commit and uncommitted changes),
     ``config.yaml`` (the settings; what is not plain data by its class), ``environment.txt`` (installed
-    packages), ``source.zip`` (the script and the modules imported from the working directory: no file that
-    git ignores, none that looks like it holds a secret, at most 1 MB each and 10 MB together). Environment
-    variables are not kept. Raises SettingError for a name that is no folder name, and for a ``root`` that
+    packages), ``environment.conda.txt`` (those of a conda environment), ``source.zip`` (the script and the modules
+    imported from the working directory: no file that git ignores, none that looks like it holds a secret, at most
+    1 MB each and 10 MB together), ``framework.zip`` (this package's own source, where it is no released version).
+    Environment variables are not kept. Raises SettingError for a name that is no folder name, and for a ``root`` that
     cannot be written.
 
     >>> path = open_folder("runs", "digits", settings={"epochs": 2}, seed=0)
@@ -53,8 +54,12 @@ def open_folder(root: Path | str, name: str, *, settings: Mapping[str, Any], see
         _write(folder / "run.json", record)
         (folder / "config.yaml").write_text(_yaml(settings), encoding="utf-8")
         (folder / "environment.txt").write_text(_environment(), encoding="utf-8")
-        if archive:
-            (folder / "source.zip").write_bytes(archive)
+        for file, content in (
+            ("source.zip", archive), ("framework.zip", framework_archive()),
+            ("environment.conda.txt", conda_packages().encode()),
+        ):  # fmt: skip
+            if content:
+                (folder / file).write_bytes(content)
     except OSError as error:
         raise SettingError(
             f"the run cannot be written to {folder}: {error.strerror or error}. Give a folder that can be written, "

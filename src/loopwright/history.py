@@ -48,33 +48,32 @@ class Series:
 
     def _fold(self) -> None:
         """Bound what waits: on the CPU it is summed at once, elsewhere stacked into one tensor a dtype, unread."""
-        columns: dict[str, list[tuple[Any, float]]] = {}
+        columns: dict[str, list[tuple[float, float]]] = {}
+        waiting: dict[Any, tuple[list[tuple[str, float]], list[Tensor]]] = {}
         for values, weight in self._rows:
             for name, value in values.items():
-                columns.setdefault(name, []).append((value, weight))
-        self._rows.clear()
-        waiting: dict[Any, tuple[list[tuple[str, float]], list[Tensor]]] = {}
-        for name, column in columns.items():
-            here = [(value, weight) for value, weight in column if not _elsewhere(value)]
-            for value, weight in column if len(here) < len(column) else ():
-                if _elsewhere(value):
+                if isinstance(value, Tensor) and not value.is_cpu:
                     names, tensors = waiting.setdefault((value.device, value.dtype), ([], []))
                     names.append((name, weight))
                     tensors.append(value)
-            self._sum(name, _numbers([value for value, _ in here]), [weight for _, weight in here])
+                elif name in columns:
+                    columns[name].append((float(value), weight))
+                else:
+                    columns[name] = [(float(value), weight)]
+        self._rows.clear()
+        for name, column in columns.items():
+            self._sum(name, column)
         self._blocks.extend((names, torch.stack(tensors)) for names, tensors in waiting.values())
 
-    def _sum(self, name: str, values: list[float], weights: list[float]) -> None:
-        if not values:
-            return
+    def _sum(self, name: str, column: list[tuple[float, float]]) -> None:
         for means in (self.record, self.epoch):
             total, n = means.get(name, (0.0, 0.0))
-            for value, weight in zip(values, weights, strict=True):  # one by one: the same sum whenever it is read
+            for value, weight in column:  # one by one: the same sum whenever it is read
                 total += value * weight
                 n += weight
             means[name] = (total, n)
         if self.losses is not None and (name == "loss" or name.endswith("/loss")):
-            self.losses.setdefault(name, array("f")).extend(values)
+            self.losses.setdefault(name, array("f")).extend([value for value, _ in column])
 
     def read(self) -> None:
         """Fetch everything that waits and add it to both means."""
@@ -82,7 +81,7 @@ class Series:
         for names, stacked in self._blocks:
             self.reads += 1
             for (name, weight), value in zip(names, stacked.tolist(), strict=True):
-                self._sum(name, [float(value)], [weight])
+                self._sum(name, [(float(value), weight)])
         self._blocks.clear()
 
     def take_record(self) -> dict[str, float]:
@@ -166,18 +165,6 @@ class History:
         self.records = [dict(r) for r in state["records"]]
         self.losses.clear()
         self.losses.update({name: array("f", values.tolist()) for name, values in state["losses"].items()})
-
-
-def _elsewhere(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _numbers(values: list[Any]) -> list[float]:
-    """The same as ``float`` of each; tensors of one dtype are read together."""
-    first = values[0] if values else None
-    if isinstance(first, Tensor) and all(isinstance(v, Tensor) and v.dtype == first.dtype for v in values):
-        return [float(number) for number in torch.stack(values).tolist()]
-    return [float(value) for value in values]
 
 
 def _shown(value: Any) -> str:

@@ -28,6 +28,7 @@ from loopwright.steps import (
     prepared,
     rescale,
     scalars,
+    take_step,
     true_means,
     windows,
     zero_grad,
@@ -197,7 +198,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             break
         if not phase.closure:
             for optimizer in phase.moved:
-                optimizer.step()
+                take_step(optimizer)
         for one in unmeasured:
             meters.feed(one)
         moved += (phase.name,)
@@ -231,7 +232,9 @@ def count(run: Run, result: StepResult | None, batches: int) -> None:
     if result is None:
         run.progress = p._replace(batch=p.batch + batches, seconds=seconds)
         return
-    steps = p.phase_steps | {name: p.phase_steps.get(name, 0) + 1 for name in result.moved}
+    steps = p.phase_steps.copy()
+    for name in result.moved:
+        steps[name] = steps.get(name, 0) + 1
     run.progress = Progress(
         p.stage,
         p.epoch,

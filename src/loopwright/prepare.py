@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from loopwright.data import DataModule, as_source, as_sources, data_of, opened, samples
@@ -21,7 +22,7 @@ from loopwright.progress import Duration, Every
 from loopwright.stages import needs_closure
 from loopwright.state import Phase, Run, Stage
 
-__all__ = ["Parts", "assemble", "measured_by", "sample_count", "seed_everything", "trainable_flags"]
+__all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count", "seed_everything", "trainable_flags"]
 
 
 @dataclass(slots=True)
@@ -249,6 +250,40 @@ def move_task(task: Any, models: Mapping[str, nn.Module], device: torch.device) 
     for module in (*([task] if isinstance(task, nn.Module) else []), *models.values()):
         if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
             module.to(device)
+
+
+def resolved(run: Run) -> dict[str, Any]:
+    """Every setting on which a run depends, as it came out: of the Trainer, the optimizers, stages and data."""
+    count = {name: sum(p.numel() for p in model.parameters() if not is_lazy(p)) for name, model in run.models.items()}
+    models = {name: {"class": type(model), "parameters": count[name]} for name, model in run.models.items()}
+    optimizers = {name: {"class": type(one), **one.defaults} for name, one in run.optimizers.items()}
+    return {
+        **run.settings, "task": type(run.task), "models": models, "optimizers": optimizers,
+        "stages": {stage.name: _resolved_stage(stage) for stage in run.stages},
+    }  # fmt: skip
+
+
+def _resolved_stage(stage: Stage) -> dict[str, Any]:
+    valid = {name or "valid": _resolved_data(source) for name, source in stage.valid.items()}
+    phases = {
+        phase.name: {
+            "every": phase.every, "clip_norm": phase.clip_norm,
+            "schedules": [type(s.torch) for s in (*phase.step_schedulers, *phase.epoch_schedulers)],
+        } for phase in stage.phases
+    }  # fmt: skip
+    return {
+        "until": [str(until) for until in stage.until], "accumulate": stage.accumulate, "train": stage.train,
+        "freeze": stage.freeze, "validate_every": str(stage.validate_every.duration), "phases": phases,
+        "data": _resolved_data(stage.source), "valid": valid,
+    }  # fmt: skip
+
+
+def _resolved_data(source: Any) -> dict[str, Any]:
+    loader = getattr(source, "loader", source)  # the user's own
+    data = getattr(loader, "dataset", getattr(loader, "data", None))
+    known = ("batch_size", "shuffle", "drop_last", "seed", "sampler", "workers", "num_workers", "collate_fn")
+    settings = {name: getattr(loader, name) for name in known if hasattr(loader, name)}
+    return {"class": type(loader), **settings, "batches": source.batches, "dataset": type(data)}
 
 
 def seed_everything(seed: int) -> None:

@@ -82,11 +82,8 @@ class Duration:
 
     def position(self, progress: Progress, batches: int | None = None) -> float:
         """Where ``progress`` stands in this unit; epochs count fractions when ``batches`` an epoch are known."""
-        if self.unit == "steps":
-            return progress.step
-        if self.unit == "epochs":
-            return progress.epoch + (progress.batch / batches if batches else 0.0)
-        return progress.samples if self.unit == "samples" else progress.seconds
+        counted: float = progress[_field_of(self.unit)]  # type: ignore[assignment]
+        return counted + (progress.batch / batches if batches and self.unit == "epochs" else 0.0)
 
     @property
     def is_part(self) -> bool:
@@ -95,6 +92,11 @@ class Duration:
 
     def __str__(self) -> str:
         return f"{self.value:.15g} {self.unit if self.value != 1 else self.unit[:-1]}"
+
+
+def _field_of(unit: str) -> int:
+    """Which field of a Progress counts ``unit``."""
+    return Progress._fields.index({"steps": "step", "epochs": "epoch"}.get(unit, unit))
 
 
 class Every:
@@ -107,10 +109,11 @@ class Every:
     [False, True, False, True, False]
     """
 
-    __slots__ = ("batches", "duration", "next")
+    __slots__ = ("_field", "batches", "duration", "next")
 
     def __init__(self, duration: Duration | int | str, *, unit: str = "steps") -> None:
         self.duration = Duration.parse(duration, unit=unit)
+        self._field = _field_of(self.duration.unit)
         self.start(Progress())
 
     def start(self, progress: Progress, batches: int | None = None) -> None:
@@ -123,6 +126,8 @@ class Every:
 
     def due(self, progress: Progress) -> bool:
         """True once for each multiple reached; one long step that passes several counts once."""
+        if self.batches is None and progress[self._field] < self.next:  # type: ignore[operator]
+            return False  # nearly always, hence first
         position = self.duration.position(progress, self.batches)
         if position < self.next:
             return False

@@ -1,4 +1,4 @@
-"""Which code is running: the git commit with its uncommitted changes, and the user's own source files."""
+"""Which code is running: the git commit with its uncommitted changes, the user's own source files, the packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["git_state", "source_archive"]
+__all__ = ["conda_packages", "framework_archive", "git_state", "source_archive"]
 
 FILE_LIMIT, TOTAL_LIMIT, DIFF_LIMIT = 1_000_000, 10_000_000, 200_000  # bytes
 _FRESH = 10.0  # seconds that what git said is taken as still true: a sweep of short runs asks often
@@ -80,6 +80,22 @@ def source_archive() -> tuple[bytes, int, list[str]]:
         _archived.clear()
         _archived[key] = _pack(own)
     return _archived[key]
+
+
+@cache
+def framework_archive() -> bytes:
+    """A zip of this package's own source where no release stands for it: it is imported from a working copy."""
+    package = Path(__file__).parent
+    if {"site-packages", "dist-packages"} & set(package.parts):
+        return b""
+    return _pack({f"{package.name}/{p.relative_to(package).as_posix()}": p for p in sorted(package.rglob("*.py"))})[0]
+
+
+@cache
+def conda_packages() -> str:
+    """``name=version=build`` of each package of the conda environment, for ``conda create --file``; or ``""``."""
+    found = sorted(path.stem.rsplit("-", 2) for path in Path(sys.prefix, "conda-meta").glob("*-*-*.json"))
+    return "".join(f"{'='.join(parts)}\n" for parts in found)
 
 
 def _own_files() -> dict[str, Path]:

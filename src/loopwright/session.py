@@ -16,7 +16,7 @@ from loopwright.folder import close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.interrupt import watch_signals
 from loopwright.optim import set_trainable
-from loopwright.prepare import seed_everything
+from loopwright.prepare import resolved, seed_everything
 from loopwright.stages import chooses_parameters, nothing_left, reopen
 from loopwright.state import Progress, Run
 
@@ -32,7 +32,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     resumed = {} if run.resumed_from is None else {"resumed_from": str(run.resumed_from)}
     goes_on = run.folder is not None
     if root is not None and not goes_on:
-        run.folder = open_folder(root, label, settings=run.settings | resumed, seed=seed)
+        run.folder = open_folder(root, label, settings=resolved(run) | resumed, seed=seed)
     lock = hold(run.folder) if run.folder is not None else None
     if goes_on and run.folder is not None:
         reopen_folder(run.folder, **resumed)

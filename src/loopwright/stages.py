@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from math import inf
 from typing import Any
 
@@ -112,7 +113,13 @@ def apply_changes(run: Run) -> None:
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """True for optimizers such as LBFGS, whose ``step`` cannot be called without a closure."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    kind: Any = type(optimizer)
+    return _needs_closure(kind)
+
+
+@cache
+def _needs_closure(kind: Any) -> bool:
+    closure = inspect.signature(kind.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 

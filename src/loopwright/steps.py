@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loopwright._compat import any_nonfinite, may_alias
+from loopwright._compat import any_nonfinite, may_alias, take_step
 from loopwright.data import move
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
@@ -25,6 +25,7 @@ __all__ = [
     "prepared",
     "rescale",
     "scalars",
+    "take_step",
     "true_means",
     "windows",
     "zero_grad",
@@ -116,7 +117,11 @@ def scalars(
                     continue
                 value = value.reshape(())
             # what may be a parameter, a buffer or a view is copied: it is read later, and must not hold or follow it
-            value = value.detach().clone() if may_alias(value) else value.detach()
+            copied = may_alias(value)
+            if value.requires_grad:
+                value = value.detach()
+            if copied:
+                value = value.clone()
         elif not isinstance(value, (int, float)):
             if getattr(value, "ndim", None) != 0:  # a numpy scalar is one, too
                 continue
@@ -146,7 +151,7 @@ def true_means(values: dict[str, Any], shares: Mapping[str, float]) -> None:
 
 def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
     """True if this step must be dropped since its loss or a gradient is not finite; raises if the run says so."""
-    grads = [p.grad for p in phase.parameters() if p.grad is not None]
+    grads = [grad for p in phase.parameters() if (grad := p.grad) is not None]
     overflow = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
     if not overflow and not any_nonfinite(grads, loss):
         run.skips_in_row = 0

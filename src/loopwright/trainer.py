@@ -15,7 +15,7 @@ from loopwright import loop
 from loopwright.callbacks import Checkpoint, ProgressBar
 from loopwright.data import as_source, as_sources, opened, samples
 from loopwright.errors import LoopwrightError, SettingError, choose
-from loopwright.events import Callback, Hooks
+from loopwright.events import Callback, Hooks, check_callback
 from loopwright.explain import explain
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
@@ -116,7 +116,8 @@ class Trainer:
                 raise SettingError(f"loggers=[{logger!r}]: expected objects with log(), such as lw.CSVLogger()")
         if not isinstance(progress, (bool, Callback)):
             raise SettingError(f"progress={progress!r}: expected True, False or a callback such as lw.ProgressBar()")
-        Hooks(self.callbacks)  # a wrong signature is an error here, where the callback was given
+        for callback in self.callbacks:
+            check_callback(callback)  # a wrong signature is an error here, where the callback was given
 
     # ------------------------------------------------------------------------------------------ handlers
 

@@ -17,7 +17,7 @@ from loopwright.checkpoint.shelf import monitored
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError, choose
 from loopwright.events import fire
 from loopwright.monitor import direction
-from loopwright.progress import Duration, Every, Progress
+from loopwright.progress import Duration, Every
 from loopwright.state import Run
 
 __all__ = ["Checkpoint"]
@@ -73,7 +73,6 @@ class Checkpoint:
         self.last: Place | None = None
         self.best_value: float | None = None
         self._every = Every(every)
-        self._field, self._next = 0, -math.inf
         self._ranks: dict[Place, float | None] = {}  # in the order of writing; smaller is better
         self._saved: Any = None
         self._validated = False
@@ -89,7 +88,6 @@ class Checkpoint:
             raise SettingError("Checkpoint needs a folder to write to: Trainer(folder='runs')")
         snapshot.check(run)
         self._every.start(run.progress, run.stage.source.batches if run.stage is not None else None)
-        self._aim()
         self._saved, self._validated = None, False
         folder = self._folder(run)
         sweep(folder)
@@ -118,27 +116,15 @@ class Checkpoint:
             self.finish(run)
         self._validated = validated
         if validated and self.monitor is not None:
-            due, rank = self._tick(run.progress), self._rank(run)
+            due, rank = self._every.due(run.progress), self._rank(run)
             ranks = [value for value in self._known().values() if value is not None]
             kept = sorted(ranks)[: self.keep]
             return due or (rank is not None and (len(kept) < self.keep or rank < kept[-1]))
-        return run.progress[self._field] >= self._next and self._tick(run.progress)  # type: ignore[operator]
+        return self._every.due(run.progress)
 
     def _known(self) -> dict[Place, float | None]:
         """What is on disk or on its way there: no decision depends on how fast the disk is."""
         return self._ranks if self._writing is None else {**self._ranks, self._writing[0]: self._writing[1]}
-
-    def _tick(self, progress: Progress) -> bool:
-        due = self._every.due(progress)
-        self._aim()
-        return due
-
-    def _aim(self) -> None:
-        """The field of the progress to look at, and its value to wait for; parts of epochs are always asked."""
-        every = self._every
-        field = {"epochs": "epoch", "steps": "step"}.get(every.duration.unit, every.duration.unit)
-        self._field = Progress._fields.index(field)
-        self._next = -math.inf if every.batches else every.next
 
     def save(self, run: Run) -> Place | None:
         """Write a checkpoint and return its folder; None if it could not be written and ``on_error`` is "warn".

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from loopwright.callbacks.displays import Bar, Cell, Display, display_mode, open_display
@@ -63,7 +63,7 @@ class ProgressBar(Callback):
         self.display: Display | None = None
         self.fitting = False
         self.began = self.opened = self.zero = self.idle_s = 0.0
-        self.held: tuple[str, list[Cell]] | None = None  # a row that came too soon
+        self.held: Callable[[], tuple[str, list[Cell]]] | None = None  # a row that came too soon
         self.next = math.inf  # seconds of the run: the one number that a step without a refresh compares
 
     # training
@@ -86,10 +86,14 @@ class ProgressBar(Callback):
     def on_epoch_end(self, run: Run) -> None:
         if self.display is None:
             return
-        record, took = run.history[-1], format_time(self._now() - self.began)
-        cells = self._cells(record, [name for name in record if name.startswith(("train/", "valid/"))])
-        cells += [*self._rate(run, rank=99), Cell("", took, 2, "time")]
-        self.held = (self._label(run), cells)
+        # put into words when it is shown, which not every row is
+        label, record, took, rate = (
+            self._label(run),
+            run.history[-1],
+            self._now() - self.began,
+            self._rate(run, rank=99),
+        )
+        self.held = lambda: (label, [*self._record(record), *rate, Cell("", format_time(took), 2, "time")])
         if self.rows < _BURST + _A_SECOND * (self._now() - self.opened):
             self._show_held()
         # erased by the row; if another follows soon, the bar would only flicker
@@ -252,6 +256,9 @@ class ProgressBar(Callback):
             cells.append(Cell(name, _value(values.get(name)), rank))
         return cells
 
+    def _record(self, record: Mapping[str, Any]) -> list[Cell]:
+        return self._cells(record, [name for name in record if name.startswith(("train/", "valid/"))])
+
     def _show_step(self, run: Run, values: Mapping[str, float], *more: Cell) -> None:
         """A line within an epoch: the last logged losses and a validation."""
         losses = {name: value for name, value in run.metrics.items() if _is_train_loss(name)}
@@ -262,7 +269,7 @@ class ProgressBar(Callback):
 
     def _show_held(self) -> None:
         if self.display is not None and self.held is not None:
-            self.display.row(*self.held)
+            self.display.row(*self.held())
             self.rows, self.held = self.rows + 1, None
 
 

@@ -92,7 +92,7 @@ class Iterated:
         """Raises DataError if there are fewer than ``batch`` batches, or an iterator is used up."""
         state, self._loaded = self._loaded, None
         if isinstance(self.data, (list, tuple)):
-            return self._batches(iter(self.data[batch:]), epoch, batch)
+            return iter(self.data[batch:])
         held, found = (None, {}) if state is None else (state["held"], state.get("generators") or {})
         if held is not None:
             self.holder.load_state_dict(held)

@@ -60,6 +60,7 @@ class Accuracy(Metric):
         self._classes = 0  # that preds have scores for; 0 where they have the shape of the target
         self._bits = 0  # of a class index
         self._packs = False
+        self._piece = PIECE
         self._seen: Any = None
         self._kind: Any = None
 
@@ -67,17 +68,14 @@ class Accuracy(Metric):
         """Take in one batch."""
         if (preds.shape, target.shape, preds.dtype, target.dtype) != self._seen:
             self._check_shapes(preds, target)
+        if preds.requires_grad:
+            preds = preds.detach()
         # whatever is held is a copy: a loop may write the next batch into the same memory
-        if not self._classes:
-            self._held.append((preds.detach().clone(), target.clone()))
-        elif self.top_k > 1:
-            self._held.append((best(preds.detach(), self.top_k), target.clone()))
-        elif self._packs:  # both in one number
+        if self._packs and self._classes and self.top_k == 1:  # both in one number
             self._held.append((preds.argmax(1).add_(target, alpha=1 << self._bits),))
         else:  # small ones are cheaper to copy than to look at one by one
-            self._held.append((preds.detach().clone(), target.clone()))
-        size = target.numel() if self._packs else preds.numel()
-        self._size += size if size > PIECE else PIECE
+            self._held.append((best(preds, self.top_k) if self.top_k > 1 else preds.clone(), target.clone()))
+        self._size += self._piece
         if self._size > HELD:
             self.fold()
 
@@ -89,6 +87,7 @@ class Accuracy(Metric):
             self._packs = self.top_k > 1 or preds.numel() > SMALL
         self._kind, self._classes, self._bits = kind, classes, classes.bit_length()
         self._seen = (preds.shape, target.shape, preds.dtype, target.dtype)
+        self._piece = max(PIECE, target.numel() if self._packs else preds.numel())
 
     def fold(self) -> None:
         """Count what is held."""
@@ -102,7 +101,7 @@ class Accuracy(Metric):
             right, count = right & kept, kept.sum()
             target = target.where(kept, 0)
             answer = answer.where(kept, 0) if answer.is_floating_point() else answer
-        self.add(hits=right.sum(), count=count)
+        self.add(hits=right.count_nonzero(), count=count)
         classes = self._classes or (2 if answer.is_floating_point() else 0)
         if classes and len(target):
             lowest, highest = torch.aminmax(target.byte() if target.dtype == torch.bool else target)
@@ -133,7 +132,8 @@ class Accuracy(Metric):
 
     def compute(self) -> float:
         """The fraction of right answers."""
-        hits, count = float(self.total("hits")), float(self.total("count"))
+        self.fold()
+        hits, count = (float(self._totals.get(name, 0)) for name in ("hits", "count"))
         self._check_values()
         return hits / count if count else math.nan
 

@@ -59,11 +59,14 @@ class Meters:
             feeds = self._resolve(output)
         for name, update, inputs in feeds:
             try:
-                given = [output[key] for key in inputs]
+                given = [
+                    value if type(value := output[key]) is Tensor and not value.requires_grad else _detached(value)
+                    for key in inputs
+                ]
             except (KeyError, TypeError, IndexError):
                 raise self._missing(name, inputs, output) from None
             try:
-                update(*[v if type(v) is Tensor and not v.requires_grad else _detached(v) for v in given])
+                update(*given)
             except Exception as error:
                 shapes = ", ".join(f"{key}: {describe(value)}" for key, value in zip(inputs, given, strict=True))
                 error.add_note(f"[loopwright] in metric {name!r}, given {shapes}")

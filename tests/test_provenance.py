@@ -1,0 +1,162 @@
+"""The folder of a run is enough to make the same run again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import loopwright as lw
+from loopwright.checkpoint import newest, read
+from loopwright.folder import open_folder
+from loopwright.provenance import conda_packages, framework_archive
+
+NET = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2))
+"""
+CALLBACKS = """
+import loopwright as lw
+
+class Quiet(lw.Callback):
+    def on_epoch_end(self, run):
+        assert run.history
+"""
+SCRIPT = """
+import torch
+import loopwright as lw
+from parts import callbacks
+from parts.net import make
+
+torch.manual_seed(0)
+x = torch.randn(40, 4)
+data = (x, (x[:, 0] > 0).long())
+torch.manual_seed(0)
+net = make()
+task = lw.Supervised(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9))
+trainer = lw.Trainer(epochs=2, seed=4, callbacks=[callbacks.Quiet()], progress=False, name="again", accumulate=2)
+run = trainer.fit(task, lw.Loader(data, 5, shuffle=True))
+manifest = next(run.folder.glob("checkpoints/*/manifest.json"))
+import json
+print(json.loads(manifest.read_text())["files"]["model.safetensors"]["sha256"])
+"""
+
+
+def script(folder: Path) -> Path:
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts/__init__.py").write_text("")
+    (folder / "parts/net.py").write_text(NET)
+    (folder / "parts/callbacks.py").write_text(CALLBACKS)
+    (folder / "train.py").write_text(SCRIPT)
+    return folder
+
+
+def started(folder: Path, command: list[str]) -> str:
+    """What the command prints: the sha256 of the weights."""
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.capability("CA-31", "CA-33", "CA-37")
+def test_the_folder_of_a_run_alone_makes_the_same_run_again_in_a_fresh_process(tmp_path: Path) -> None:
+    """Two fresh processes give the same bits, and so does a third from the first one's run folder alone."""
+    first = script(tmp_path / "first")
+    printed = started(first, ["train.py"])
+    assert printed == started(script(tmp_path / "second"), ["train.py"])
+    assert len(printed) == hashlib.sha256().digest_size * 2
+
+    (kept,) = (first / "runs/again").iterdir()
+    kept = Path(shutil.copytree(kept, tmp_path / "kept"))
+    shutil.rmtree(first)
+    record = json.loads((kept / "run.json").read_text())
+    again = tmp_path / "again"
+    with zipfile.ZipFile(kept / "source.zip") as archive:
+        assert sorted(archive.namelist()) == ["parts/__init__.py", "parts/callbacks.py", "parts/net.py", "train.py"]
+        archive.extractall(again)
+    assert started(again, record["command"]) == printed
+    path = newest(kept / "checkpoints")
+    assert path is not None
+    assert read(path).info["step"] == record["progress"]["step"] == 8
+
+
+def test_every_setting_stands_in_one_file() -> None:
+    """Those that were given, those that were not, and those of optimizer, schedule and data."""
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    task = lw.Supervised(net, nn.MSELoss(), optimizer, schedule=schedule)
+    data = TensorDataset(torch.zeros(10, 4), torch.zeros(10, 2))
+    trainer = lw.Trainer(epochs=2, progress=False, accumulate=2, clip_norm=1.0)
+    run = trainer.fit(task, DataLoader(data, 4, shuffle=True), lw.Loader(data, 5))
+    assert run.folder is not None
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert set(inspect.signature(lw.Trainer).parameters) <= set(config)
+    assert (config["epochs"], config["seed"], config["precision"]) == (2, None, "fp32")
+    assert config["models"] == {"model": {"class": "<torch.nn.modules.linear.Linear>", "parameters": 10}}
+    told = config["optimizers"]["main"]
+    assert (told["class"], told["lr"], told["momentum"]) == ("<torch.optim.sgd.SGD>", 0.05, 0.9)
+    stage = config["stages"]["main"]
+    assert (stage["until"], stage["accumulate"], stage["validate_every"]) == (["2 epochs"], 2, "1 epoch")
+    assert stage["phases"]["main"]["clip_norm"] == 1.0
+    assert stage["phases"]["main"]["schedules"] == ["<torch.optim.lr_scheduler.StepLR>"]
+    assert (stage["data"]["batch_size"], stage["data"]["batches"]) == (4, 3)
+    assert stage["data"]["sampler"] == "<torch.utils.data.sampler.RandomSampler>"
+    assert stage["valid"]["valid"]["batch_size"] == 5
+
+
+@pytest.mark.capability("CA-34")
+def test_the_source_of_a_framework_that_is_no_release_is_kept_and_can_be_imported(tmp_path: Path) -> None:
+    """The very framework that trained, a working copy with its changes, is kept with the run, and runs from there."""
+    path = open_folder("runs", "digits", settings={}, seed=0)
+    with zipfile.ZipFile(path / "framework.zip") as archive:
+        archive.extractall(tmp_path / "there")
+    code = "import loopwright, pathlib; print(pathlib.Path(loopwright.__file__).parent.parent.name); loopwright.Trainer"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'there')!r}); {code}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "there"
+    source = Path(lw.__file__).parent
+    assert (tmp_path / "there/loopwright/loop.py").read_bytes() == (source / "loop.py").read_bytes()
+    assert len(framework_archive()) < 500_000
+
+
+@pytest.mark.capability("CA-35")
+def test_the_packages_of_pip_and_of_conda_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """environment.txt is what pip installs again, environment.conda.txt what conda creates again."""
+    meta = tmp_path / "conda-meta"
+    meta.mkdir()
+    for name in ("python-3.11.7-h955ad1f_0", "ca-certificates-2023.12.12-h06a4308_0", "history"):
+        (meta / f"{name}.json").write_text("{}")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    conda_packages.cache_clear()
+    try:
+        path = open_folder("runs", "digits", settings={}, seed=0)
+    finally:
+        conda_packages.cache_clear()
+    assert (path / "environment.conda.txt").read_text() == (
+        "ca-certificates=2023.12.12=h06a4308_0\npython=3.11.7=h955ad1f_0\n"
+    )
+    pins = (path / "environment.txt").read_text().splitlines()
+    pip: Any = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--no-index", "-r",
+         str(path / "environment.txt")], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert pip.returncode == 0, pip.stderr  # all of them are installed: nothing to fetch
+    assert any(line.startswith("torch==") for line in pins)
