@@ -395,3 +395,66 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         lw.Resume(how="exactly")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"nowhere is not a checkpoint: it does not exist"):
         fit(trainer(), resume="nowhere")
+
+
+# ------------------------------------------------------------------------------------------ other places, other data
+
+
+def test_a_run_without_a_folder_goes_on_from_where_its_checkpoints_are() -> None:
+    whole = fit(trainer(name="whole"))
+    remote = {"folder": None, "name": None}
+    with pytest.raises(Killed):
+        fit(trainer(7, **remote, checkpoint=lw.Checkpoint("2 steps", folder="memory://bucket/resume")), resume="auto")
+    user = trainer(**remote, checkpoint=lw.Checkpoint("2 steps", folder="memory://bucket/resume"))
+    run = fit(user, seed=99, resume="auto")
+    assert str(run.resumed_from).endswith("bucket/resume/step-00000006")
+    assert all(map(same, state_of(run), state_of(whole)))
+    again = fit(trainer(epochs=4, folder=None, checkpoint=False), seed=98, resume="memory://bucket/resume")
+    assert again.progress.epoch == 4
+
+
+def test_what_was_written_in_the_background_is_gone_on_from() -> None:
+    whole = fit(trainer(name="whole"))
+    killed(checkpoint=lw.Checkpoint("2 steps", async_save=True))
+    run = fit(trainer(checkpoint=lw.Checkpoint("2 steps", async_save=True)), seed=99, resume="auto")
+    assert run.resumed_from.name == "step-00000006"  # the error has waited for it
+    assert all(map(same, state_of(run), state_of(whole)))
+
+
+def test_other_values_of_the_same_shape_are_refused() -> None:
+    def data(add: float) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = samples()
+        return x + add, y
+
+    def once(user: lw.Trainer, add: float, **how: Any) -> lw.Run:
+        return fit(user, train=lw.Loader(data(add), 5, shuffle=True, seed=1), **how)
+
+    with pytest.raises(Killed):
+        once(trainer(7), 0.0)
+    with pytest.raises(CheckpointError, match=r"the training data has other values than when the checkpoint was writ"):
+        once(trainer(), 0.5, resume="auto")
+    assert once(trainer(), 0.0, resume="auto").status == "done"
+
+
+# ------------------------------------------------------------------------------------------ the best weights
+
+
+def test_the_best_weights_are_put_back_when_asked_for_also_into_a_run_that_had_ended() -> None:
+    def once(restore: str | None, **how: Any) -> tuple[lw.Run, list[Any]]:
+        at: list[Any] = []
+        keep = acts(on_validation_end=lambda run, values: at.append((values["valid/loss"], bits(run.task)[0])))
+        best = lw.Checkpoint("1 epoch", monitor="valid/loss", restore=restore)
+        return fit(trainer(checkpoint=best, callbacks=[keep], epochs=6, name=str(restore)), **how), at
+
+    run, at = once("best")
+    values = [value for value, _ in at]
+    assert values.index(min(values)) < 5  # the last epoch is not the best, so that something is put back
+    best = at[values.index(min(values))][1]
+    assert same(bits(run.task)[0], best)
+    last, _ = once(None)
+    assert same(bits(last.task)[0], at[-1][1])
+    assert same(bits(once("best", seed=99, resume="auto")[0].task)[0], best)
+    with pytest.raises(
+        SettingError, match=r"restore='best': expected None, or 'best' together with a value to judge by"
+    ):
+        lw.Checkpoint(restore="best")

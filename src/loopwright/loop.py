@@ -25,6 +25,7 @@ from loopwright.steps import (
     closure_step,
     explain,
     nonfinite,
+    noted,
     prepared,
     rescale,
     scalars,
@@ -63,6 +64,7 @@ def train(run: Run) -> None:
         for saver in run.savers:
             if saver.at_end:
                 save(run, saver)
+            saver.end(run)
         fire(hooks.on_fit_end, run)
     except BaseException as error:
         add_place(error, run)
@@ -80,6 +82,8 @@ def train_epoch(run: Run, stage: Stage) -> None:
     if run.progress.batch == 0:
         fire(hooks.on_epoch_start, run)
     batches = source.at(run.progress.epoch, run.progress.batch)
+    if run.schema is None:
+        batches = noted(run, batches)
     ended = stopped = False
     try:
         for window, planned in windows(stage, batches, run.progress.batch):

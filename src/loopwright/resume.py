@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from loopwright.checkpoint import Contents, find, list_checkpoints, newest, read, snapshot, sweep
+from loopwright.checkpoint.places import Place, as_place
+from loopwright.data import Schema, changes, fingerprint
 from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
 from loopwright.folder import hold, newest_folder
 from loopwright.stages import nothing_left, reopen
@@ -35,7 +37,7 @@ class Resume:
     'approximate'
     """
 
-    path: str | Path = "auto"
+    path: Place | str = "auto"
     how: How = "exact"
 
     def __post_init__(self) -> None:
@@ -79,6 +81,7 @@ class Point:
         run.progress, run.stage_start = snapshot.progress(self.data), snapshot.progress(self.data, "stage_start")
         run.history.load_state_dict(state["history"])
         run.metrics.update(state["metrics"])
+        run.schema = None if state["data"]["schema"] is None else Schema.from_dict(state["data"]["schema"])
         run.folder, run.resumed_from, run.restore = self.folder, self.data.path, lambda: self.restore(run)
         snapshot.restore_loggers(run, self.data)
         if self.auto:
@@ -97,6 +100,8 @@ class Point:
     def end(self, run: Run) -> None:
         """Leave ``run`` as it ended, with its weights."""
         snapshot.restore(run, self.data)
+        for saver in run.savers:
+            saver.end(run)
         run.status = "stopped" if run.stop_reason else "done"
         run.task.__dict__["_run"] = run
 
@@ -109,9 +114,10 @@ class Point:
 
     def _reasons(self, run: Run) -> Iterator[str]:
         """Why the bits could be others than those of the run that was never stopped."""
-        said = self.data.info["exact"]
-        yield from () if said is True else said
-        yield from (why for why in (run.exact if isinstance(run.exact, list) else ()) if why not in (said or ()))
+        told: list[list[str]] = [exact for exact in (self.data.info["exact"], run.exact) if isinstance(exact, list)]
+        yield from dict.fromkeys(why for exact in told for why in exact)
+        saved = self.data.state["data"]["fingerprint"]
+        yield from changes(saved, fingerprint(run.data)) if saved is not None else ()
         for kind in ("conditions", "recipe"):
             yield from _changes(self.data.state[kind], getattr(snapshot, kind)(run))
         state, stage = self.data.state["stage"], run.stages[min(self.data.state["stage"]["index"], len(run.stages) - 1)]
@@ -127,47 +133,49 @@ class Point:
                 order["digest"] = None  # a sampler that does not repeat itself is accepted
 
 
-def find_point(wanted: Resume | str | Path | None, root: str | Path | None, label: str) -> Point | None:
+def find_point(
+    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = ()
+) -> Point | None:
     """The checkpoint that ``wanted`` means for a run called ``label`` in ``root``, read; None to begin anew.
 
-    A damaged checkpoint is passed over with a warning when an older good one of the same run is there. Raises
-    CheckpointError when there is none, and SettingError when another process is training in that folder.
+    ``elsewhere``: other folders in which savers of this run write. A damaged checkpoint is passed over with a warning
+    when an older good one of the same run is there. Raises CheckpointError when there is none, and SettingError when
+    another process is training in that folder.
     """
-    if wanted is None:
-        return None
     if not isinstance(wanted, Resume):
         wanted = Resume(how=wanted) if wanted in ("approximate", "weights") else Resume(wanted)  # type: ignore[arg-type]
     auto = wanted.path == "auto"
     if auto:
-        if root is None:
-            raise SettingError(f"resume={wanted.how if wanted.how != 'exact' else 'auto'!r} needs the folder of the "
-                               "run: leave folder=None out, or give a path")  # fmt: skip
-        owner = newest_folder(root, label)
-        if owner is None:
-            return None
-        path = owner / "checkpoints"
+        if root is None and not elsewhere:
+            said = "auto" if wanted.how == "exact" else wanted.how
+            raise SettingError(
+                f"resume={said!r} needs the folder of the run: leave folder=None out, or give a path to resume from"
+            )
+        owner = None if root is None else newest_folder(root, label)
+        places = ([] if owner is None else [owner / "checkpoints"]) + list(elsewhere)
     else:
-        path = Path(wanted.path)
+        path = as_place(wanted.path)
         if (path / "manifest.json").is_file():
-            return Point(read(path), wanted.how, _own_folder(path) if root is not None else None, auto)
-        path = find(path).parent
-        owner = path.parent if (path.parent / "run.json").is_file() else None
+            own = _owner(path.parent) if root is not None and newest(path.parent) == path else None
+            return Point(read(path), wanted.how, own, auto)
+        places = [find(path).parent]
+        owner = _owner(places[0])
     if owner is not None and wanted.how != "weights":
         with hold(owner):  # what is being written there is not ours to sweep
-            sweep(path)
-    data = _newest_good(path)
-    if data is None:
+            sweep(owner / "checkpoints")
+    found = [data for place in places if (data := _newest_good(place)) is not None]
+    if not found:
         return None
-    return Point(data, wanted.how, owner if root is not None else None, auto)
+    return Point(max(found, key=lambda data: data.info["step"]), wanted.how, owner if root is not None else None, auto)
 
 
-def _own_folder(path: Path) -> Path | None:
-    """The folder of the run of a checkpoint, if it is its newest one."""
-    owner = path.parent.parent
-    return owner if (owner / "run.json").is_file() and newest(path.parent) == path else None
+def _owner(folder: Place) -> Path | None:
+    """The folder of the run whose checkpoints are in ``folder``."""
+    owner = folder.parent
+    return owner if isinstance(owner, Path) and (owner / "run.json").is_file() else None
 
 
-def _newest_good(folder: Path) -> Contents | None:
+def _newest_good(folder: Place) -> Contents | None:
     """The newest checkpoint in ``folder`` that can be read; None where there is none at all."""
     bad: list[str] = []
     for path in reversed(list_checkpoints(folder)):

@@ -48,8 +48,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
                 part.start(run)
         with watch_signals(run), closing_all(s for stage in run.stages for s in (stage.source, *stage.valid.values())):
             yield
-        interrupted = run.stop_reason in ("SIGINT", "SIGTERM")
-        run.status = "interrupted" if interrupted else "stopped" if run.stop_reason else "done"
+        run.status = "interrupted" if run.interrupted else "stopped" if run.stop_reason else "done"
     except BaseException as caught:
         error = caught
         run.status = "interrupted" if isinstance(caught, KeyboardInterrupt) else "failed"
@@ -78,17 +77,18 @@ def closing_all(sources: Iterable[Any]) -> Iterator[None]:
 
 
 def _close(run: Run, error: BaseException | None) -> None:
-    """Close the loggers and the folder, each whatever happens to the others; the first error is the one to raise."""
+    """Close savers, loggers and the folder, whatever happens to one of them; the first error is the one to raise."""
     first, status = error, run.status if run.status != "created" else "failed"
-    for logger in run.loggers:
+    closing = [(saver, "finish", run) for saver in run.savers]
+    for part, verb, argument in [*closing, *((logger, "close", run.status) for logger in run.loggers)]:
         try:
-            if hasattr(logger, "close"):
-                logger.close(run.status)
+            if hasattr(part, verb):
+                getattr(part, verb)(argument)
         except Exception as another:
             if first is None:
                 first, status = another, "failed"
             else:
-                first.add_note(f"[loopwright] {type(logger).__name__}.close failed as well: {another!r}")
+                first.add_note(f"[loopwright] {type(part).__name__}.{verb} failed as well: {another!r}")
     if run.folder is not None:
         progress = run.progress._asdict()
         close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
@@ -106,7 +106,7 @@ def go_on(run: Run, previous: Run) -> None:
     run.progress, run.history, run.series, run.metrics = (
         previous.progress, previous.history, previous.series, dict(previous.metrics),
     )  # fmt: skip
-    run.stage_start, run.replaced = previous.stage_start, previous.replaced
+    run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema
     run.trainable, run.validated_at = previous.trainable, previous.validated_at
     run.folder = previous.folder if _keeps_folder(run, previous) else None
     inside = run.progress.batch > 0

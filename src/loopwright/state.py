@@ -94,14 +94,19 @@ class Logger(Protocol):
 
 
 class Saver(Protocol):
-    """Writes checkpoints. The loop asks ``due`` between steps, and calls ``save`` when it says so."""
+    """Writes checkpoints. The loop asks ``due`` between steps, and calls ``save`` when it says so.
+
+    ``end`` is called once all is trained and saved; ``finish`` waits for what is being written, also after an error.
+    """
 
     at_end: bool
     monitor: str | None
 
     def start(self, run: Run) -> None: ...
     def due(self, run: Run, *, validated: bool) -> bool: ...
-    def save(self, run: Run) -> Path | None: ...
+    def save(self, run: Run) -> Any: ...
+    def end(self, run: Run) -> None: ...
+    def finish(self, run: Run) -> None: ...
 
 
 class Comm(Protocol):
@@ -256,13 +261,15 @@ class Run:
     history: History = field(default_factory=History)
     series: Series = field(default_factory=Series)
     stop_reason: str | None = None
-    resumed_from: Path | None = None  # the checkpoint
+    resumed_from: Any = None  # the checkpoint: a Path, or where fsspec has it
     nonfinite: str | None = "raise"
     skip_limit: int = 10
     skipped: int = 0
     replaced: list[str] = field(default_factory=list)
     # how the loop keeps its place
     data: Any = None  # the training data as it was given
+    fingerprint: dict[str, Any] | None = None  # of that data, once a checkpoint was taken
+    schema: Any = None  # what its first batches are made of
     handlers: list[Any] = field(default_factory=list)
     log_every: Every = field(default_factory=lambda: Every("50 steps"))
     changes: list[tuple[str, Any]] = field(default_factory=list)
@@ -286,6 +293,11 @@ class Run:
         for optimizer in self.optimizers.values():
             return float(optimizer.param_groups[0]["lr"])
         return None
+
+    @property
+    def interrupted(self) -> bool:
+        """True when a signal has asked to stop: the run is to be gone on with."""
+        return self.stop_reason in ("SIGINT", "SIGTERM", "SIGUSR1")
 
     def request_stop(self, reason: str) -> None:
         """Stop at the next boundary between optimizer steps; the first reason is kept in ``stop_reason``."""

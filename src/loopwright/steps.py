@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loopwright._compat import any_nonfinite, may_alias, take_step
-from loopwright.data import move
+from loopwright.data import move, schema_of
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
 from loopwright.state import Phase, Run, Stage
@@ -22,6 +22,7 @@ __all__ = [
     "closure_step",
     "explain",
     "nonfinite",
+    "noted",
     "prepared",
     "rescale",
     "scalars",
@@ -30,6 +31,21 @@ __all__ = [
     "windows",
     "zero_grad",
 ]
+
+_NOTED = 8  # batches from which is learned what a batch is made of, and which of its sizes vary
+
+
+def noted(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; what the first few are made of is kept, to be compared with what is predicted later."""
+    try:
+        for batch in islice(batches, _NOTED):
+            run.schema = schema_of(batch) if run.schema is None else run.schema.including(batch)
+            yield batch
+            batch = None  # or two would be held while the next one is fetched
+        yield from batches
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
 
 
 def windows(stage: Stage, batches: Iterator[Any], start: int) -> Iterator[tuple[Iterable[Any], list[float] | None]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loopwright import loop
 from loopwright.callbacks import Checkpoint, ProgressBar
+from loopwright.checkpoint.places import as_place
 from loopwright.data import as_source, as_sources, opened, samples
 from loopwright.errors import LoopwrightError, SettingError, choose
 from loopwright.events import Callback, Hooks, check_callback
@@ -109,8 +110,10 @@ class Trainer:
                     f"checkpoint={saver!r}: expected True, False, an lw.Checkpoint or a list of them, such as "
                     "checkpoint=lw.Checkpoint('10 min')"
                 )
-        if explicit and folder is None:
-            raise SettingError("checkpoint=... needs a folder to write to; leave folder=None out, or checkpoint=False")
+            if explicit and folder is None and getattr(saver, "folder", None) is None:
+                raise SettingError(
+                    "checkpoint=... needs a folder to write to; leave folder=None out, or checkpoint=False"
+                )
         for logger in self.loggers or ():
             if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
                 raise SettingError(f"loggers=[{logger!r}]: expected objects with log(), such as lw.CSVLogger()")
@@ -228,6 +231,7 @@ class Trainer:
         one entry a batch.
         """
         run = self._bare(_checked(task))
+        run.schema = _schema_of(task)
         source = as_source(opened(data, "predict"), train=False, key=self._key())
         with closing_all([source]):
             return joined(loop.predict(run, source, task.predict_step))
@@ -275,7 +279,8 @@ class Trainer:
             raise SettingError(
                 "both the Trainer and the stages say how long to train; leave epochs, steps and time out of the Trainer"
             )
-        point = None if resume is None else find_point(resume, self.folder, self._label(task))
+        elsewhere = [as_place(saver.folder) for saver in self._savers() if getattr(saver, "folder", None) is not None]
+        point = None if resume is None else find_point(resume, self.folder, self._label(task), elsewhere=elsewhere)
         previous: Run | None = getattr(task, "_run", None) if point is None else None
         key = self._key() if point is None or point.key is None else point.key
         device = pick_device(self.device)
@@ -334,7 +339,7 @@ class Trainer:
         )  # fmt: skip
 
     def _savers(self) -> list[Any]:
-        if self.folder is None or self.checkpoint is False:
+        if self.checkpoint is False or (self.folder is None and self.checkpoint is True):
             return []
         if self.checkpoint is True:
             return [Checkpoint()]
@@ -347,6 +352,7 @@ class Trainer:
 
     def _evaluate(self, task: Any, data: Any, kind: str, weight: Callable[[Any], float] | None) -> dict[str, float]:
         run = self._bare(_checked(task))
+        run.schema = _schema_of(task)
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = task.test_step if kind == "test" else task.validation_step
         sources = as_sources(opened(data, kind), self._key())
@@ -385,6 +391,12 @@ def _checked(task: Any) -> Any:
     raise SettingError(
         f"{type(task).__name__} is no task; pass lw.Supervised(...) or an lw.Task, or call trainer.run(step, data)"
     )
+
+
+def _schema_of(task: Any) -> Any:
+    """What the batches were made of on which ``task`` was trained; None if it was not trained here."""
+    trained: Run | None = getattr(task, "_run", None)
+    return trained and trained.schema
 
 
 def _limit(name: str, value: Any, unit: str) -> Duration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from loopwright import rng
 from loopwright.data import move
 from loopwright.data.generators import Streams, find_on_modules, kept
-from loopwright.errors import DataError
+from loopwright.data.schema import Schema
+from loopwright.errors import DataError, LoopwrightWarning
 from loopwright.state import Run, Source
 
 __all__ = ["read", "unseen"]
@@ -29,6 +31,8 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
         try:
             for batch in batches:
                 n += 1
+                if n == 1 and run.schema is not None:
+                    _compare(run.schema, batch, kind)
                 yield move(batch, run.device) if run.moves_batches else batch
         except Exception as error:
             error.add_note(f"[loopwright] in {kind}, batch {n}")
@@ -41,6 +45,15 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
         raise DataError(
             f"the {kind} data gave no batch. If it is an iterator, it is used up: pass a list or a DataLoader"
         )
+
+
+def _compare(schema: Schema, batch: Any, kind: str) -> None:
+    """Raise DataError if ``batch`` has other dtypes or parts than those of training; other sizes may be meant."""
+    told = schema.differences(batch, f"{kind} batch", partial=True)
+    if told:
+        if schema.loose().differences(batch, partial=True):
+            schema.check(batch, f"{kind} batch", partial=True)
+        warnings.warn(f"{'; '.join(told)}. If that is meant, all is well", LoopwrightWarning, stacklevel=2)
 
 
 def _streams(source: Source) -> Streams:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from loopwright.checkpoint import Packed, delete, list_checkpoints, snapshot, sweep, write_index
+from loopwright.checkpoint import Packed, delete, index, list_checkpoints, read, snapshot, sweep, write_index
 from loopwright.checkpoint.background import Copies, in_background
 from loopwright.checkpoint.manifest import NAME
 from loopwright.checkpoint.places import Place, as_place
@@ -40,7 +40,10 @@ class Checkpoint:
     checkpoint is written at a time: the next one, and the end of the run, wait for it. What goes wrong is raised, and
     ``on_checkpoint`` fires, at the first boundary between two steps after the write has ended.
 
-    Reads: everything that a resume needs. Changes: nothing. ``best``, ``last``: places of what is on disk, or None;
+    ``restore="best"`` puts the weights of the best checkpoint into the models once training has ended, after the last
+    checkpoint: the one thing by which this changes a model.
+
+    Reads: everything that a resume needs. ``best``, ``last``: places of what is on disk, or None;
     ``best_value``. Raises SettingError for arguments that cannot be used, CheckpointError when writing fails,
     and when nothing named ``monitor`` is known after a validation.
 
@@ -59,15 +62,22 @@ class Checkpoint:
         at_end: bool = True,
         on_error: str = "raise",
         folder: Path | str | None = None,
+        restore: str | None = None,
     ) -> None:
         if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
             raise SettingError(f"keep={keep!r}: expected the number of checkpoints to keep, from 1")
         if on_error not in ("raise", "warn"):
             raise SettingError(f"on_error={on_error!r} is unknown; use on_error='raise' or on_error='warn'")
+        if restore not in (None, "best") or (restore and monitor is None):
+            raise SettingError(
+                f"restore={restore!r}: expected None, or 'best' together with a value to judge by, such as "
+                "Checkpoint(monitor='valid/loss', restore='best')"
+            )
         if monitor is None and mode is not None:
             raise SettingError(f"mode={mode!r} needs a value to watch: add monitor='valid/loss', or leave mode out")
         self.every, self.monitor, self.keep = every, monitor, keep
         self.async_save, self.at_end, self.on_error, self.folder = async_save, at_end, on_error, folder
+        self.restore = restore
         self.mode = direction(monitor, mode) if monitor is not None else None
         self.best: Place | None = None
         self.last: Place | None = None
@@ -167,6 +177,13 @@ class Checkpoint:
             self._validated = False
         self._saved = state
         return path
+
+    def end(self, run: Run) -> None:
+        """Wait for what is being written; with ``restore="best"`` put the best weights into the models."""
+        self.finish(run)
+        best = index(self._folder(run))["best"] if self.restore and not run.interrupted else None
+        if best is not None:
+            snapshot.restore_models(run, read(best))
 
     def finish(self, run: Run) -> None:
         """Wait for what is being written in the background, if anything is; what went wrong is raised here.

@@ -106,7 +106,7 @@ class ProgressBar(Callback):
         if self.display is not None and run.progress.batch and run.progress.step != self.shown:
             self._show_step(run, {})  # it ended within an epoch, which has no record
         reason = run.stop_reason or ""
-        what = "interrupted" if reason in ("SIGINT", "SIGTERM") else "stopped" if reason else "finished"
+        what = "interrupted" if run.interrupted else "stopped" if reason else "finished"
         self._close(run, f"{what} after {_so_far(run)}{f': {reason}' if what == 'stopped' else ''}")
 
     def on_exception(self, run: Run, error: BaseException) -> None:

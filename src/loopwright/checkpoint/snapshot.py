@@ -16,6 +16,7 @@ from loopwright._compat import has_stepped
 from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
+from loopwright.data import fingerprint
 from loopwright.errors import CheckpointError, choose
 from loopwright.handlers import Handler
 from loopwright.progress import Progress
@@ -28,7 +29,6 @@ __all__ = [
 
 _COUNTERS = ("skipped", "skips_in_row", "validated_at")
 _WATCHERS = ("handlers", "loggers", "savers")  # may differ after a resume: they change nothing in training
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # these interrupt a run; any other reason ends it
 
 
 def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -43,8 +43,9 @@ def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "progress": _plain(run.progress),
         "stage_start": _plain(run.stage_start),
         "counters": {name: getattr(run, name) for name in _COUNTERS},
-        "stop_reason": None if run.stop_reason in _SIGNALS else run.stop_reason,
+        "stop_reason": None if run.interrupted else run.stop_reason,
         "replaced": list(run.replaced),
+        "data": _data(run),
         "recipe": recipe(run),
         "conditions": conditions(run),
         "models": extras,
@@ -100,6 +101,13 @@ def recipe(run: Run) -> dict[str, Any]:
         "key": run.settings.get("key"), "seed": run.settings.get("seed"), "precision": run.precision.name,
         "nonfinite": run.nonfinite, "stages": stages, "optimizers": named,
     }  # fmt: skip
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """Which data it is, to be compared when the run goes on."""
+    if run.fingerprint is None and run.data is not None:
+        run.fingerprint = fingerprint(run.data)
+    return {"fingerprint": run.fingerprint, "schema": None if run.schema is None else run.schema.as_dict()}
 
 
 def _stage_recipe(stage: Stage) -> dict[str, Any]:

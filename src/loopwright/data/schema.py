@@ -130,6 +130,11 @@ class Schema:
                 "like this"
             )
 
+    def loose(self) -> Schema:
+        """This schema with every size free: dtypes, names and numbers of dimensions are left."""
+        free = {p: replace(leaf, shape=leaf.shape and (None,) * len(leaf.shape)) for p, leaf in self.leaves.items()}
+        return Schema(free)
+
     def __str__(self) -> str:
         return "\n".join(
             f"batch{path}: {leaf}{'' if leaf.always else ', not in every batch'}" for path, leaf in self.leaves.items()
