@@ -15,7 +15,7 @@ BENCH   := .venv-bench/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test check bench capabilities clean
+.PHONY: help demo test check bench reliability capabilities clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -38,13 +38,16 @@ bench: $(BENCH) ## measure the loop against a hand-written one and against other
 	@.venv-bench/bin/python benchmarks/overhead.py
 	@.venv-bench/bin/python benchmarks/models.py
 
+reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4", QUICK=--quick), write docs/reliability.md
+	@$(BIN)/python -m reliability.run $(QUICK) $(ROWS)
+
 capabilities: $(READY) ## run the suite and write docs/capabilities.md from the tests that pass
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --capabilities build/capabilities.json
 	@$(BIN)/python tools/capabilities.py build/capabilities.json docs/capabilities.md
 
 clean: ## remove caches and builds; environments and runs stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	@find src tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	@find src tests tools examples benchmarks reliability -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch first and pinned: resolved freely, pip takes the newest build with all of CUDA
 define install

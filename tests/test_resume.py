@@ -231,6 +231,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_named() -> None:
     assert all(map(same, state_of(run), state_of(whole)))
 
 
+def test_a_damaged_manifest_is_named_too() -> None:
+    manifest = killed() / "checkpoints/step-00000006/manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"order"', b'"orfer"'))
+    with pytest.warns(LoopwrightWarning, match=r"step-00000006.manifest.json.* Going on from .*step-00000004"):
+        fit(trainer(), seed=99, resume="auto")
+
+
 def test_it_does_not_begin_anew_over_damaged_checkpoints() -> None:
     folder = killed()
     for checkpoint in (folder / "checkpoints").glob("step-*"):

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from loopwright.checkpoint import Contents, find, list_checkpoints, newest, read, snapshot, sweep
 from loopwright.checkpoint.places import Place, as_place
+from loopwright.checkpoint.shelf import order
 from loopwright.data import Schema, changes, fingerprint
 from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
 from loopwright.folder import hold, newest_folder
@@ -178,7 +179,9 @@ def _owner(folder: Place) -> Path | None:
 def _newest_good(folder: Place) -> Contents | None:
     """The newest checkpoint in ``folder`` that can be read; None where there is none at all."""
     bad: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    paths = list_checkpoints(folder)
+    unreadable = [path for path in paths if not order(path)]  # its manifest tells no place, and may be the newest
+    for path in [*unreadable, *(path for path in reversed(paths) if path not in unreadable)]:
         try:
             data = read(path)
         except CheckpointError as error:

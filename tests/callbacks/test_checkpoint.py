@@ -293,3 +293,22 @@ def test_a_mean_of_training_can_be_monitored_without_validation(folder: Path) ->
     run = lw.Trainer(epochs=5, folder=folder, progress=False, checkpoint=saver).fit(task, data)
     assert saver.best_value == run.history[-1]["train/loss"]
     assert len(list((run.folder / "checkpoints").glob("step-*"))) == 3
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_several_at_once_share_a_folder_and_none_deletes_what_another_wants(background: bool) -> None:
+    scores = [0.9, 0.1, 0.5, 0.2]
+    newest = lw.Checkpoint("2 steps", keep=2, async_save=background)
+    best = lw.Checkpoint("1 day", monitor="valid/score", keep=1, async_save=background)
+    lowest = lw.Checkpoint("1 day", monitor="valid/loss", keep=1, async_save=background)
+    run = fit(newest, best, lowest, scores=scores, callbacks=[turn(scores)])
+    for saver in run.savers:
+        saver.finish(run)
+    assert best.best is not None
+    assert lowest.best is not None
+    assert (best.best.name, best.best_value) == ("step-00000003", 0.9)
+    assert kept(run) == sorted({*steps(10, 12), "step-00000003", lowest.best.name})
+    for saver in (best, lowest):  # a new process reads from the manifests what each has watched
+        again = lw.Checkpoint("1 day", monitor=saver.monitor, keep=1)
+        again.start(run)
+        assert (again.best, again.best_value) == (saver.best, saver.best_value)
