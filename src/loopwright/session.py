@@ -90,7 +90,7 @@ def _close(run: Run, error: BaseException | None) -> None:
             else:
                 first.add_note(f"[loopwright] {type(part).__name__}.{verb} failed as well: {another!r}")
     if run.folder is not None:
-        progress = run.progress._asdict()
+        progress = run.progress._asdict() | {"waited": run.waited}
         close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
     run.status = status
     if first is not None and first is not error:

@@ -295,6 +295,14 @@ class Run:
         return None
 
     @property
+    def waited(self) -> float:
+        """Seconds for which training has waited for its data in this process, where that is measured.
+
+        Batches of tensors that are in memory are not: to pick them takes next to nothing.
+        """
+        return sum(float(getattr(stage.source, "waited", 0.0)) for stage in self.stages)
+
+    @property
     def interrupted(self) -> bool:
         """True when a signal has asked to stop: the run is to be gone on with."""
         return self.stop_reason in ("SIGINT", "SIGTERM", "SIGUSR1")

@@ -107,7 +107,14 @@ class ProgressBar(Callback):
             self._show_step(run, {})  # it ended within an epoch, which has no record
         reason = run.stop_reason or ""
         what = "interrupted" if run.interrupted else "stopped" if reason else "finished"
-        self._close(run, f"{what} after {_so_far(run)}{f': {reason}' if what == 'stopped' else ''}")
+        self._close(run, f"{what} after {_so_far(run)}{f': {reason}' if what == 'stopped' else ''}{self._waited(run)}")
+
+    def _waited(self, run: Run) -> str:
+        """How much of the time went by waiting for data, where it is worth a word."""
+        took = run.progress.seconds - self.opened
+        share = run.waited / took if took > 1 else 0.0
+        more = "; more workers or a faster transform would help" if share > 0.3 else ""
+        return f"\n{share:.0%} of the time was spent waiting for data{more}" if share > 0.1 else ""
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         self._show_held()

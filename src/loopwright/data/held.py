@@ -30,6 +30,10 @@ class Held:
         return streams_of(self.source)
 
     @property
+    def waited(self) -> float:
+        return getattr(self.source, "waited", 0.0)
+
+    @property
     def batches(self) -> int | None:
         return self.source.batches
 

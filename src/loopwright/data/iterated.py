@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from time import perf_counter
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -50,6 +51,7 @@ class Iterated:
         self._used = self._ended = self._opened = False
         self._running: Any = None
         self._at = (0, 0)
+        self.waited = 0.0  # seconds, for batches
         self._made: dict[str, Any] | None = None
         self._loaded: Mapping[str, Any] | None = None
 
@@ -156,6 +158,7 @@ class Iterated:
         self._at, self._running, self._ended, first = (epoch, batch), iterator, False, batch
         try:
             while True:
+                began = perf_counter()
                 try:
                     item = next(iterator)
                 except StopIteration:
@@ -164,6 +167,7 @@ class Iterated:
                     add_fetch_note(error, epoch, batch)
                     raise
                 batch += 1
+                self.waited += perf_counter() - began
                 self._at, self._used = (epoch, batch), True
                 yield item
                 del item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class Loader:
         if made_for != self._read.length:
             raise DataError(f"{sampler!r} was made for {made_for} samples, and the data has {self._read.length}")
         self._passes = self._epoch = 0
+        self.waited = 0.0  # seconds, for batches
         self._chosen: tuple[Any, Sequence[Any]] = (None, ())  # the batches of the sampler that were asked for last
         self._digest: tuple[int | None, int] = (None, 0)
         self._idle: list[Workers] = []
@@ -113,7 +115,7 @@ class Loader:
         """This loader with ``key`` in place of a seed that was not given; it shares the data, and no workers."""
         clone = copy.copy(self)  # always: the same loader may be trained on and validated on
         clone._key = key if self.seed is None else self.seed
-        clone._idle, clone._epoch = [], 0
+        clone._idle, clone._epoch, clone.waited = [], 0, 0.0
         return clone
 
     @property
@@ -149,7 +151,11 @@ class Loader:
     def _read_here(self, epoch: int, batch: int) -> Iterator[Any]:
         read = self._read.read
         for task in self._tasks(epoch, batch):
-            yield read(*task)
+            began = perf_counter()
+            item = read(*task)
+            self.waited += perf_counter() - began
+            yield item
+            del item
 
     def _read_ahead(self, epoch: int, batch: int) -> Iterator[Any]:
         if self._read.own is None:
@@ -159,10 +165,13 @@ class Loader:
         try:
             results = workers.go(lambda: self._tasks(epoch, start))
             with Watch(results, lambda ahead: self._place(epoch, batch + ahead)):
+                began = perf_counter()
                 for item in results:
+                    self.waited += perf_counter() - began
                     batch += 1
                     yield item
                     del item  # or two batches would be held while the next one is fetched
+                    began = perf_counter()
         except GeneratorExit as leaving:
             if leaving.__context__ is not None:  # an error is on its way
                 workers.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from time import perf_counter
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader
@@ -54,6 +55,7 @@ class TorchLoader:
         self._running: Any = None  # the iterator of persistent workers
         self._loaded: Mapping[str, Any] | None = None
         self._at = (0, 0)
+        self.waited = 0.0  # seconds, for batches
         self._ended = True  # the last pass went to its end
         self._left = False  # an epoch began although the one before had not ended, with workers that live on
 
@@ -208,6 +210,7 @@ class TorchLoader:
         try:
             with Watch(iterator, place):
                 while True:
+                    began = perf_counter()
                     try:
                         item = next(iterator)
                     except StopIteration:
@@ -216,6 +219,7 @@ class TorchLoader:
                     except Exception as error:
                         add_fetch_note(error, epoch, batch, order.pending[0] if order.pending else None)
                         raise
+                    self.waited += perf_counter() - began
                     order.used()
                     if workers:
                         worker, item, moved = item
