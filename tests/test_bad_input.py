@@ -26,7 +26,7 @@ def failure(
     folder: Path, task: Any, data: Any, valid: Any = None, **settings: Any
 ) -> tuple[BaseException, dict[str, Any]]:
     """What a fit raises, and the record that it leaves in its folder; no worker process outlives it."""
-    user = trainer(**{"epochs": 2, "folder": folder, "name": "bad", "checkpoint": False, **settings})
+    user = trainer(**{"epochs": 2, "folder": folder, "name": "bad", "checkpoint": False, "capsule": False, **settings})
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - what it is, is asserted by the caller
         user.fit(task, data, valid)
     assert multiprocessing.active_children() == []
@@ -539,46 +539,6 @@ def test_an_exception_that_steers_the_loop_from_the_wrong_hook_is_explained(kind
     assert str(caught.value).startswith(f"Fails.{hook} raised {kind.__name__}, which steers the loop only from ")
     assert str(caught.value).endswith(". Raise it there, or stop training with run.request_stop(reason)")
     assert type(caught.value.__cause__) is kind
-
-
-# ----------------------------------------------------------------------------------------------------- loggers
-
-
-class BadLogger:
-    def __init__(self, fails_at: str) -> None:
-        self.fails_at, self.closed = fails_at, list[str]()
-
-    def start(self, run: lw.Run) -> None:
-        self.happen("start")
-
-    def log(self, progress: Any, values: Any, kind: str) -> None:
-        self.happen("log")
-
-    def close(self, status: str) -> None:
-        self.closed.append(status)
-        self.happen("close")
-
-    def happen(self, what: str) -> None:
-        if what == self.fails_at:
-            raise OSError(f"no space left ({what})")
-
-
-@pytest.mark.parametrize("fails_at", ["start", "log", "close"])
-def test_a_logger_that_fails_leaves_the_others_and_the_folder_closed(fails_at: str, folder: Path) -> None:
-    loggers = [BadLogger(fails_at), BadLogger("never")]
-    error, record = failure(folder, sgd_task(line()), DATA, loggers=loggers)
-    assert type(error) is OSError
-    assert str(error) == f"no space left ({fails_at})"
-    assert_failed(record, error)
-    assert [len(logger.closed) for logger in loggers] == [1, 1]
-
-
-def test_a_logger_that_cannot_close_does_not_hide_the_error(folder: Path) -> None:
-    task = stepping(lambda preds: None)
-    error, record = failure(folder, task, DATA, loggers=[BadLogger("close")])
-    assert type(error) is lw.StepOutputError
-    assert notes(error)[-1] == "[loopwright] BadLogger.close failed as well: OSError('no space left (close)')"
-    assert_failed(record, error)
 
 
 # ------------------------------------------------------------------------------------------------- afterwards

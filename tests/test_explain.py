@@ -38,7 +38,8 @@ def look(run: lw.Run) -> None: ...
 def test_a_rich_run_is_drawn_line_by_line(folder: Path) -> None:
     """explain() prints the flat loop of this run: settings, schedules, callbacks and handlers, each in its place."""
     user = trainer(
-        epochs=3, accumulate=2, clip_norm=1.0, folder=folder, loggers=[Log()], log_every=10, nonfinite="skip 5",
+        epochs=3, accumulate=2, clip_norm=1.0, folder=folder, capsule=False, loggers=[Log()], log_every=10,
+        nonfinite="skip 5",
         callbacks=[Clip(), Scale(), lw.EarlyStopping()],
         checkpoint=[lw.Checkpoint("1 epoch"), lw.Checkpoint("5 min", at_end=False)],
     )  # fmt: skip
@@ -114,6 +115,7 @@ def test_hooks_stand_in_the_order_in_which_they_fire(validate_every: str, phases
         callbacks=[recorder(seen)],
         checkpoint=saving,
         folder=folder,
+        capsule=False,
         loggers=[],
     )
     task = Own()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopwright import data, metrics
-    from loopwright.callbacks import Checkpoint, EarlyStopping, ProgressBar
+    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
     from loopwright.optim import Scheduler, per_step
+    from loopwright.replaying import Replay, replay
     from loopwright.resume import Resume
     from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
     from loopwright.task import Supervised, Task
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "callbacks": ["Checkpoint", "EarlyStopping", "ProgressBar"],
+    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -52,6 +53,7 @@ _HOMES = {
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "per_step"],
+    "replaying": ["Replay", "replay"],
     "resume": ["Resume"],
     "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
     "task": ["Supervised", "Task"],
@@ -62,6 +64,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "CSVLogger",
     "Callback",
+    "Capsule",
     "Checkpoint",
     "CheckpointError",
     "DataError",
@@ -81,6 +84,7 @@ __all__ = [
     "PlanError",
     "Progress",
     "ProgressBar",
+    "Replay",
     "Resume",
     "Run",
     "Scheduler",
@@ -99,6 +103,7 @@ __all__ = [
     "load_weights",
     "metrics",
     "per_step",
+    "replay",
 ]
 
 

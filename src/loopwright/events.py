@@ -23,11 +23,12 @@ place in ``on_grads_ready`` and nowhere else. Callbacks are called in the order 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from loopwright.errors import HookError, SkipBatch, SkipStep, StopEpoch, choose
+from loopwright.errors import HookError, LoopwrightWarning, SkipBatch, SkipStep, StopEpoch, choose
 from loopwright.state import Phase, Run, Stage, StepResult
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ class Callback:
         """A batch of validation or test has been evaluated."""
 
     def on_validation_end(self, run: Run, values: Mapping[str, float]) -> None:
-        """A validation is complete; ``values`` has its names, such as ``valid/loss``."""
+        """A validation is complete; ``values`` has its names, such as ``valid/loss``.
+
+        ``values`` is empty where a signal cut it short: put back what ``on_validation_start`` has changed.
+        """
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """A checkpoint exists at ``path``."""
@@ -224,6 +228,20 @@ def fire(hooks: Calls, run: Run, *args: Any) -> None:
             )
             add_place(wrong, run, hook)
             raise wrong
+
+
+def end_early(hooks: Calls, run: Run) -> None:
+    """Call every ``on_validation_end`` without values. A hook that fails must not cost the run its last checkpoint."""
+    for hook in hooks:
+        try:
+            fire((hook,), run, {})
+        except Exception as error:
+            warnings.warn(
+                f"{hook_name(hook, run)} failed on a validation that {run.stop_reason} cut short, where values is "
+                f"empty: {error!r}. Begin it with: if not values: return",
+                LoopwrightWarning,
+                stacklevel=2,
+            )
 
 
 def fold(hooks: Calls, run: Run, value: Any, *args: Any) -> Any:

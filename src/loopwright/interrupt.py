@@ -1,35 +1,44 @@
-"""Ctrl-C and SIGTERM during a fit: a flag that the loop sees at its next boundary."""
+"""Ctrl-C, SIGTERM and SIGUSR1 during a fit: a flag that the loop sees at its next boundary."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from loopwright.state import Run
+from loopwright.state import SIGNALS, Run
 
 __all__ = ["leave_if_interrupted", "watch_signals"]
+
+_ONE_PRESS_S = 0.3
 
 
 @contextmanager
 def watch_signals(run: Run) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a stop request, in the main thread only; the old handlers come back afterwards.
+    """Turn SIGINT, SIGTERM and SIGUSR1 into a stop request, in the main thread only; the old handlers come back.
 
-    A second Ctrl-C raises KeyboardInterrupt at once.
+    A second Ctrl-C raises KeyboardInterrupt at once. It must come a moment after the first: ``timeout``, ``srun`` and
+    other launchers pass on what the terminal has sent to the whole group already. Signals that the process ignores
+    stay ignored, as a shell has it for what runs in the background; a SIGUSR1 that has a handler already keeps it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    pressed_at = -_ONE_PRESS_S
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed_at
         name = signal.Signals(number).name
-        if run.stop_reason == name == "SIGINT":
-            raise KeyboardInterrupt
+        if name == "SIGINT":
+            before, pressed_at = pressed_at, time.monotonic()
+            if run.stop_reason == name and pressed_at - before >= _ONE_PRESS_S:
+                raise KeyboardInterrupt
         run.stop_reason = name
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, handle) for number in _free()}
     try:
         yield
     finally:
@@ -37,10 +46,23 @@ def watch_signals(run: Run) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def _free() -> Iterator[signal.Signals]:
+    """The signals to watch: those that exist here, are not ignored, and, for SIGUSR1, not the user's own."""
+    for name in SIGNALS:
+        number: signal.Signals | None = getattr(signal, name, None)
+        if number is None or signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        if name != "SIGUSR1" or signal.getsignal(number) is signal.SIG_DFL:
+            yield number
+
+
 def leave_if_interrupted(run: Run) -> None:
-    """Raise what the signal stands for, now that the run is saved and closed."""
+    """Raise what the signal stands for, now that the run is saved and closed.
+
+    KeyboardInterrupt for Ctrl-C; SystemExit with 128 and the number for others, as a shell counts: 143 for SIGTERM.
+    """
     if run.stop_reason == "SIGINT":
         where = f"; its folder is {run.folder}" if run.folder is not None else ""
         raise KeyboardInterrupt(f"stopped after step {run.progress.step}{where}")
-    if run.stop_reason == "SIGTERM":
-        raise SystemExit(143)
+    if run.interrupted:
+        raise SystemExit(128 + signal.Signals[str(run.stop_reason)])

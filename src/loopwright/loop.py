@@ -15,11 +15,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from loopwright.data import move
 from loopwright.errors import DataError, SkipStep, StopEpoch
-from loopwright.events import add_place, fire, fold, hook_name
+from loopwright.events import add_place, end_early, fire, fold, hook_name
 from loopwright.history import Series
+from loopwright.out_of_memory import add_memory
 from loopwright.records import log_epoch, log_train, log_values
 from loopwright.stages import apply_changes, begin_stage, end_stage, inexact, is_over
-from loopwright.state import Progress, Run, Source, Stage, StepResult
+from loopwright.state import OWED, Progress, Run, Source, Stage, StepResult
 from loopwright.steps import (
     as_output,
     closure_step,
@@ -47,20 +48,27 @@ def train(run: Run) -> None:
             run.restore()  # after the hooks, which may have drawn numbers or changed a model, as they did then
         for saver in run.savers:
             saver.start(run)  # what cannot be saved is an error now, not at the first checkpoint
-        while (stage := run.stage) is not None and run.stop_reason is None:
+        while (stage := run.stage) is not None and (run.stop_reason is None or run.owes_epoch_end):
             fresh = begin_stage(run, stage)  # False in the middle of it, after a resume
             if fresh:
                 fire(hooks.on_stage_start, run, stage)
-            while not is_over(run) and run.stop_reason is None:
+            if run.validated_at == OWED and not run.interrupted:
+                run.validated_at = -1
+                look(run, stage, validates=bool(stage.valid))
+            while (not is_over(run) and run.stop_reason is None) or run.owes_epoch_end:
                 train_epoch(run, stage)
             if not is_over(run):
                 break  # asked to stop inside this stage
             if stage.valid and run.validated_at != run.progress.step:
                 evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+                if run.validated_at != run.progress.step:
+                    break  # a signal cut it short: it is made after a resume
             log_train(run)
             fire(hooks.on_stage_end, run, stage)
             end_stage(run)
-        log_train(run)
+        if not run.interrupted:  # else these steps are in the next record after a resume, as if nothing had happened
+            log_train(run)
+        run.ended = not run.interrupted
         for saver in run.savers:
             if saver.at_end:
                 save(run, saver)
@@ -68,6 +76,7 @@ def train(run: Run) -> None:
         fire(hooks.on_fit_end, run)
     except BaseException as error:
         add_place(error, run)
+        add_memory(error, run)
         for hook in hooks.on_exception:
             try:
                 fire((hook,), run, error)
@@ -109,7 +118,7 @@ def train_epoch(run: Run, stage: Stage) -> None:
         close = getattr(batches, "close", None)  # no worker may outlive an error
         if close is not None:
             close()
-    if ended or run.progress.batch == source.batches:
+    if (ended or run.progress.batch == source.batches) and run.validated_at != OWED:
         if run.progress.batch == 0 and not stopped:
             raise DataError(
                 f"epoch {run.progress.epoch + 1} of stage {stage.name!r} had no batch to train on. If the data is an "
@@ -131,6 +140,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     if run.moves_batches or hooks.on_batch_start or hooks.map_batch:
         window = prepared(run, window)
     values: dict[str, Any] = {}
+    run.open_step = planned, values
     shares: dict[str, float] = {}  # of the window, for each value: some batches may not give it
     moved: tuple[str, ...] = ()
     may_skip = run.nonfinite == "skip"
@@ -252,7 +262,7 @@ def count(run: Run, result: StepResult | None, batches: int) -> None:
 
 
 def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
-    """Between two optimizer steps: log, schedule, look, validate, save. True if a hook asked to end the epoch."""
+    """Between two optimizer steps: log, schedule, look. True if a hook asked to end the epoch."""
     hooks, ended = run.hooks, False
     run.series.add(result.values, result.weight)
     if run.log_every.due(run.progress):
@@ -266,24 +276,35 @@ def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
             fire(hooks.on_step_end, run, result)
         except StopEpoch:
             ended = True
-    validates = run.validates_within and stage.validate_every.due(run.progress)
+    look(run, stage, validates=run.validates_within and stage.validate_every.due(run.progress))
+    return ended
+
+
+def look(run: Run, stage: Stage, *, validates: bool) -> None:
+    """Validate and save, if due, within an epoch; then change what ``run.replace`` asked for."""
     if validates:
         evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+        validates = run.validated_at == run.progress.step
+        if not validates:
+            run.validated_at = OWED
     for saver in run.savers:
         if saver.due(run, validated=validates):
             save(run, saver)
     if run.changes:
         apply_changes(run)
-    return ended
 
 
 def end_epoch(run: Run, stage: Stage) -> None:
     """Count the epoch, validate if due, keep its record, step what is scheduled by epochs, save if due."""
+    open_epoch = run.progress
     run.progress = run.progress._replace(epoch=run.progress.epoch + 1, batch=0)
     due = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
     validates = due or (bool(stage.valid) and is_over(run) and run.validated_at != run.progress.step)
     if validates:
         evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+        if run.validated_at != run.progress.step:
+            run.progress = open_epoch  # a signal cut it short: the end of the epoch is made after a resume
+            return
     if run.log_every.due(run.progress) or is_over(run):
         log_train(run)  # at the end the last steps, so that the record of the epoch is the last one
     log_epoch(run, stage)
@@ -317,6 +338,7 @@ def evaluate(
     """Means of what ``step`` returns and all metrics over ``sources``, as ``<kind>/<name>``, weighted by samples.
 
     Nothing of the training changes: random generators and train/eval flags are put back, no gradient is recorded.
+    A signal ends it at the next batch: its values are dropped, and ``run.validated_at`` stays what it was.
     """
     hooks, values = run.hooks, dict[str, float]()
     meters = run.meters.get(kind)
@@ -325,6 +347,9 @@ def evaluate(
         for name, source in sources.items():
             series = Series()
             for batch in read(run, source, kind):
+                if run.interrupted:
+                    end_early(hooks.on_validation_end, run)
+                    return {}
                 with run.precision.autocast(run.device):
                     output = as_output(step(batch), None)
                 found: dict[str, Any] = {}

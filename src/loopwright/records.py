@@ -2,18 +2,101 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from loopwright.errors import LoopwrightWarning, SettingError
 from loopwright.state import Run, Stage
 
-__all__ = ["learning_rates", "log_epoch", "log_train", "log_values"]
+__all__ = ["close_loggers", "learning_rates", "log_epoch", "log_train", "log_values", "start_loggers"]
 
 
 def log_values(run: Run, values: Mapping[str, float], kind: str) -> None:
     """Make ``values`` the latest ones of the run and hand them to every logger."""
     run.metrics.update(values)
     for logger in run.loggers:
-        logger.log(run.progress, values, kind)
+        if run.lost and not _is_back(run, logger):
+            continue
+        try:
+            logger.log(run.progress, values, kind)
+        except Exception as error:
+            _note(run, logger, "log", error).records += 1
+
+
+@dataclass(slots=True)
+class Lost:
+    """What a logger has lost: ``records`` in all; it rests for ``rest`` records before it is asked again."""
+
+    records: int = 0
+    failures: int = 0
+    rest: int = 0
+    started: bool = True
+
+
+def start_loggers(run: Run) -> None:
+    """Let every logger begin. One that cannot is asked again at later records; a wrong setting is an error."""
+    for logger in run.loggers:
+        try:
+            _call(logger, "start", run)
+        except SettingError:
+            raise
+        except Exception as error:
+            _note(run, logger, "start", error).started = False
+
+
+def close_loggers(run: Run) -> None:
+    """Let every logger end, and say how many records were lost."""
+    for logger in run.loggers:
+        try:
+            _call(logger, "close", run.status)
+        except Exception as error:
+            _note(run, logger, "close", error)
+        lost = run.lost.get(id(logger))
+        if lost is not None and lost.records:
+            _warn(f"{lost.records} records were lost by {type(logger).__name__}, which failed {lost.failures} times")
+
+
+def _is_back(run: Run, logger: Any) -> bool:
+    """False while a logger that has failed rests, or cannot be started; the record is counted as lost."""
+    lost = run.lost.get(id(logger))
+    if lost is None:
+        return True
+    if not lost.rest and not lost.started:
+        try:
+            _call(logger, "start", run)
+            lost.started = True
+        except Exception as error:
+            _note(run, logger, "start", error)
+    if lost.rest:
+        lost.rest -= 1
+        lost.records += 1
+        return False
+    return True
+
+
+def _note(run: Run, logger: Any, method: str, error: Exception) -> Lost:
+    """A backend that is down must not hold up training: it rests for 1, 3, 7, ... records, at most 63."""
+    lost: Lost = run.lost.setdefault(id(logger), Lost())
+    lost.failures += 1
+    lost.rest = 2 ** min(lost.failures, 6) - 1
+    if lost.failures == 1:
+        _warn(
+            f"{type(logger).__name__}.{method} failed after step {run.progress.step}: {error!r}. Training goes on, and "
+            "it is asked again at later records; how many were lost is said at the end. Mend what it writes to, or "
+            "leave it out of Trainer(loggers=[...])"
+        )
+    return lost
+
+
+def _call(logger: Any, method: str, argument: Any) -> None:
+    if hasattr(logger, method):
+        getattr(logger, method)(argument)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, LoopwrightWarning, stacklevel=2)
 
 
 def log_train(run: Run) -> None:

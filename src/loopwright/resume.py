@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from loopwright.checkpoint import Contents, find, list_checkpoints, newest, read, snapshot, sweep
+from loopwright.checkpoint.manifest import parse
 from loopwright.checkpoint.places import Place, as_place
-from loopwright.checkpoint.shelf import order
 from loopwright.data import Schema, changes, fingerprint
 from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
 from loopwright.folder import hold, newest_folder
@@ -90,8 +90,9 @@ class Point:
         self._open(run)
 
     def finished(self, run: Run) -> bool:
-        """True if the run had come to its end: there is nothing left to do."""
-        return self.how != "weights" and (run.stop_reason is not None or nothing_left(run))
+        """True if the run had come to its end, last validation and records included: there is nothing left to do."""
+        ended = self.how != "weights" and self.data.state["ended"]
+        return bool(ended) and (run.stop_reason is not None or nothing_left(run))
 
     def restore(self, run: Run) -> None:
         """Put all that the checkpoint holds into ``run``, the random generators last."""
@@ -178,17 +179,18 @@ def _owner(folder: Place) -> Path | None:
 
 def _newest_good(folder: Place) -> Contents | None:
     """The newest checkpoint in ``folder`` that can be read; None where there is none at all."""
-    bad: list[str] = []
-    paths = list_checkpoints(folder)
-    unreadable = [path for path in paths if not order(path)]  # its manifest tells no place, and may be the newest
-    for path in [*unreadable, *(path for path in reversed(paths) if path not in unreadable)]:
+    bad, data = list[str](), None
+    for path in reversed(list_checkpoints(folder)):
         try:
-            data = read(path)
+            if data is None:
+                data = read(path)
+            else:
+                parse(path)  # one whose manifest is damaged has lost its place in the order, and may be newer
         except CheckpointError as error:
             bad.append(str(error))
-            continue
+    if data is not None:
         if bad:
-            warnings.warn(f"{'; '.join(bad)}. Going on from {path}", LoopwrightWarning, stacklevel=5)
+            warnings.warn(f"{'; '.join(bad)}. Going on from {data.path}", LoopwrightWarning, stacklevel=5)
         return data
     if bad:
         listed = "".join(f"\n  - {text}" for text in bad)

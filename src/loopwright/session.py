@@ -14,9 +14,9 @@ from torch import nn
 from loopwright.errors import LoopwrightWarning
 from loopwright.folder import close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
-from loopwright.interrupt import watch_signals
 from loopwright.optim import set_trainable
 from loopwright.prepare import resolved, seed_everything
+from loopwright.records import close_loggers, start_loggers
 from loopwright.stages import chooses_parameters, nothing_left, reopen
 from loopwright.state import Progress, Run
 
@@ -43,12 +43,15 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     run.status = "running"
     run.task.__dict__["_run"] = run
     try:
-        for part in (*run.handlers, *run.loggers):
-            if hasattr(part, "start"):
-                part.start(run)
-        with watch_signals(run), closing_all(s for stage in run.stages for s in (stage.source, *stage.valid.values())):
+        for handler in run.handlers:
+            handler.start(run)
+        start_loggers(run)
+        with closing_all(s for stage in run.stages for s in (stage.source, *stage.valid.values())):
             yield
-        run.status = "interrupted" if run.interrupted else "stopped" if run.stop_reason else "done"
+        if run.interrupted:  # a signal that came after the last step has nothing to interrupt
+            run.status = "done" if run.stage is None else "interrupted"
+        else:
+            run.status = "stopped" if run.stop_reason else "done"
     except BaseException as caught:
         error = caught
         run.status = "interrupted" if isinstance(caught, KeyboardInterrupt) else "failed"
@@ -79,20 +82,21 @@ def closing_all(sources: Iterable[Any]) -> Iterator[None]:
 def _close(run: Run, error: BaseException | None) -> None:
     """Close savers, loggers and the folder, whatever happens to one of them; the first error is the one to raise."""
     first, status = error, run.status if run.status != "created" else "failed"
-    closing = [(saver, "finish", run) for saver in run.savers]
-    for part, verb, argument in [*closing, *((logger, "close", run.status) for logger in run.loggers)]:
+    for saver in run.savers:
         try:
-            if hasattr(part, verb):
-                getattr(part, verb)(argument)
+            saver.finish(run)
         except Exception as another:
             if first is None:
                 first, status = another, "failed"
             else:
-                first.add_note(f"[loopwright] {type(part).__name__}.{verb} failed as well: {another!r}")
-    if run.folder is not None:
-        progress = run.progress._asdict() | {"waited": run.waited}
-        close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
+                first.add_note(f"[loopwright] {type(saver).__name__}.finish failed as well: {another!r}")
     run.status = status
+    try:
+        close_loggers(run)
+    finally:  # where warnings are errors
+        if run.folder is not None:
+            progress = run.progress._asdict() | {"waited": run.waited}
+            close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
     if first is not None and first is not error:
         raise first
 
@@ -159,7 +163,7 @@ def _say_what_is_odd(run: Run) -> None:
                 warnings.warn(
                     f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=7
                 )
-    if run.progress.step > 0 and nothing_left(run):
+    if run.progress.step > 0 and run.resumed_from is None and nothing_left(run):
         warnings.warn(
             f"this task has already been trained for {run.progress.epoch} epochs ({run.progress.step} steps): nothing "
             "to do. Ask the Trainer for more, or make a new task to start anew",

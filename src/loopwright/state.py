@@ -135,6 +135,9 @@ class Precision(Protocol):
 
 # ---------------------------------------------------------------------------------------------- the run
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # as a stop_reason they interrupt a run; any other reason ends it
+OWED = -2  # as validated_at: a signal cut a validation within an epoch short, and it is made first thing after a resume
+
 Step = Callable[[Any], Any]
 
 
@@ -272,6 +275,9 @@ class Run:
     schema: Any = None  # what its first batches are made of
     handlers: list[Any] = field(default_factory=list)
     log_every: Every = field(default_factory=lambda: Every("50 steps"))
+    lost: dict[int, Any] = field(default_factory=dict)  # of a logger that fails: what was lost
+    open_step: tuple[list[float] | None, dict[str, Any]] = (None, {})  # planned weights, values so far
+    ended: bool = False  # all is trained, validated and recorded; what is left is to save it
     changes: list[tuple[str, Any]] = field(default_factory=list)
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
     stage_end: Progress = field(default_factory=Progress)
@@ -286,6 +292,12 @@ class Run:
     def stage(self) -> Stage | None:
         """The open stage; None after the last one."""
         return self.stages[self.progress.stage] if self.progress.stage < len(self.stages) else None
+
+    @property
+    def owes_epoch_end(self) -> bool:
+        """True when all batches of the open epoch are trained on, and its end is not made: a checkpoint lies there."""
+        p, stage = self.progress, self.stage
+        return stage is not None and 0 < p.batch == stage.source.batches and not self.interrupted
 
     @property
     def lr(self) -> float | None:
@@ -305,7 +317,7 @@ class Run:
     @property
     def interrupted(self) -> bool:
         """True when a signal has asked to stop: the run is to be gone on with."""
-        return self.stop_reason in ("SIGINT", "SIGTERM", "SIGUSR1")
+        return self.stop_reason in SIGNALS
 
     def request_stop(self, reason: str) -> None:
         """Stop at the next boundary between optimizer steps; the first reason is kept in ``stop_reason``."""

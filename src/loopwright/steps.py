@@ -15,6 +15,7 @@ from loopwright._compat import any_nonfinite, may_alias, take_step
 from loopwright.data import move, schema_of
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
+from loopwright.out_of_memory import add_memory
 from loopwright.state import Phase, Run, Stage
 
 __all__ = [
@@ -249,6 +250,7 @@ def _put_back(parameters: list[Tensor], values: list[Tensor]) -> None:
 def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: Any) -> None:
     """Note the place on ``error``; raise a clearer one from it if the loss was no loss, or a skip came too late."""
     add_place(error, run, batch=batch)
+    add_memory(error, run, batch)
     loss = output.get("loss") if isinstance(output, dict) else None
     better: Exception | None = None
     if isinstance(error, SkipBatch):

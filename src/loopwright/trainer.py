@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwright import loop
-from loopwright.callbacks import Checkpoint, ProgressBar
+from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
 from loopwright.data import as_source, as_sources, opened, samples
 from loopwright.errors import LoopwrightError, SettingError, choose
@@ -20,7 +20,7 @@ from loopwright.events import Callback, Hooks, check_callback
 from loopwright.explain import explain
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
-from loopwright.interrupt import leave_if_interrupted
+from loopwright.interrupt import leave_if_interrupted, watch_signals
 from loopwright.loggers import JSONLLogger
 from loopwright.metrics import check_metrics
 from loopwright.parallel import Single, pick_device, pick_precision
@@ -43,9 +43,11 @@ class Trainer:
     make one optimizer step; ``clip_norm`` bounds the 2-norm of the gradients. ``callbacks`` are called in their order.
     ``loggers`` None means ``metrics.jsonl`` in the run folder, which is made under ``folder/name`` (``folder=None``
     writes nothing). ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several.
-    ``validate_every`` and ``log_every`` are durations; bare numbers are steps. ``seed`` seeds everything when
-    training begins (a net made before has its weights already: call ``torch.manual_seed`` before making it), None
-    leaves the global generators alone. ``deterministic`` asks torch for deterministic algorithms during the fit.
+    ``capsule`` keeps a step that fails in the run folder, for ``lw.replay``; ``lw.Capsule(...)`` among the callbacks
+    takes its place. ``validate_every`` and ``log_every`` are durations; bare numbers are steps. ``seed`` seeds
+    everything when training begins (a net made before has its weights already: call ``torch.manual_seed`` before
+    making it), None leaves the global generators alone. ``deterministic`` asks torch for deterministic algorithms
+    during the fit.
     ``nonfinite`` says what happens when a loss or gradient is NaN or infinite: "raise", "skip" or "skip 25"
     (at most so many steps in a row; 10 without a number), or None (train on).
 
@@ -74,6 +76,7 @@ class Trainer:
         folder: str | Path | None = "runs",
         name: str | None = None,
         checkpoint: bool | Checkpoint | Sequence[Checkpoint] = True,
+        capsule: bool = True,
         validate_every: int | str = "1 epoch",
         log_every: int | str = "50 steps",
         seed: int | None = None,
@@ -102,6 +105,7 @@ class Trainer:
         given = [c for c in callbacks if isinstance(c, Checkpoint)]
         self.checkpoint = given if isinstance(checkpoint, bool) and given else checkpoint
         self.loggers, self.progress, self.folder, self.name = loggers, progress, folder, name
+        self.capsule = capsule
         self.handlers: list[Handler] = []
         explicit = not isinstance(self.checkpoint, bool)
         for saver in self.checkpoint if isinstance(self.checkpoint, (list, tuple)) else [self.checkpoint]:
@@ -321,13 +325,17 @@ class Trainer:
     def _session(self, run: Run, parts: Parts) -> Iterator[None]:
         label = self._label(run.task)
         around = session(run, seed=self.seed, root=self.folder, label=label, deterministic=self.deterministic)
-        with parts.undone_unless_begun(run), around:
+        with parts.undone_unless_begun(run), watch_signals(run), around:
             yield
 
     def _bare(self, task: Any) -> Run:
         """A run with nothing to train yet: enough to evaluate or predict."""
         bar = [self.progress if isinstance(self.progress, Callback) else ProgressBar()] if self.progress else []
-        callbacks, history = [*self.callbacks, *bar], History()
+        capsules = [c for c in self.callbacks if isinstance(c, Capsule)]
+        if not capsules and self.capsule and self.folder is not None:
+            capsules = [Capsule()]
+        others = [c for c in self.callbacks if not isinstance(c, Capsule)]  # a capsule sees all before they do
+        callbacks, history = [*capsules, *others, *bar], History()
         handlers = [handler.anew() for handler in self.handlers]  # what they count belongs to the run
         device, models = pick_device(self.device), task.models()
         move_task(task, models, device)

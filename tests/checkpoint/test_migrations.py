@@ -128,13 +128,14 @@ def test_format_0_did_not_say_what_the_bits_depend_on_and_so_cannot_be_resumed_e
     state = json.loads((path / "state.json").read_text())
     assert stored["format"] == 0
     assert stored["info"]["exact"] is True
-    assert not {"recipe", "conditions", "stop_reason"} & state.keys()
+    assert not {"recipe", "conditions", "data", "stop_reason"} & state.keys()
     assert state["stage_start"] == state["progress"]
 
     data = read(path)
     reason = "it has format 0, which does not say with which settings and on which hardware it was written"
     assert data.info["exact"] == [reason]
     assert data.state["recipe"] == {"key": None}
+    assert data.state["data"] == {"fingerprint": None, "schema": None}
     assert (data.state["conditions"], data.state["stop_reason"]) == ({}, None)
     assert data.state["stage_start"] == Progress()._asdict()
     tools = tool()

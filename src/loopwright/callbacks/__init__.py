@@ -1,8 +1,9 @@
 """Callbacks: what happens beside the loop, one file a concern."""
 
+from loopwright.callbacks.capsule import Capsule
 from loopwright.callbacks.checkpoint import Checkpoint
 from loopwright.callbacks.displays import display_mode
 from loopwright.callbacks.early_stopping import EarlyStopping
 from loopwright.callbacks.progress import ProgressBar
 
-__all__ = ["Checkpoint", "EarlyStopping", "ProgressBar", "display_mode"]
+__all__ = ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "display_mode"]

@@ -59,7 +59,8 @@ class EarlyStopping(Callback):
             self._forget()
 
     def on_validation_end(self, run: Run, values: Mapping[str, float]) -> None:
-        if run.stages and not self.monitor.startswith("train/"):  # trainer.validate looks at a model, and trains none
+        # trainer.validate looks at a model and trains none; without values, a signal has cut it short
+        if values and run.stages and not self.monitor.startswith("train/"):
             self._look(run, values)
 
     def on_epoch_end(self, run: Run) -> None:

@@ -114,7 +114,7 @@ def _sparse(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> Ten
 
 
 def _dtype(node: dict[str, Any], into: Into, tensors: dict[str, Tensor]) -> torch.dtype:
-    dtype = getattr(torch, node["v"], None)
+    dtype = vars(torch).get(node["v"])  # getattr would import what a file names
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"torch has no dtype {node['v']!r}")
     return dtype

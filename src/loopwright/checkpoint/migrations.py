@@ -36,7 +36,8 @@ def _add_recipe(state: Any) -> Any:
     start = state["stage_start"]
     if state["stage"].get("index") == 0 and start["stage"] == 1:
         start = dict.fromkeys(start, 0) | {"phase_steps": {}}
-    return {**state, "stage_start": start, "stop_reason": None, "recipe": {"key": None}, "conditions": {}}
+    unknown = {"recipe": {"key": None}, "conditions": {}, "data": {"fingerprint": None, "schema": None}}
+    return {**state, "stage_start": start, "stop_reason": None, **unknown}
 
 
 STEPS: dict[int, Step] = {

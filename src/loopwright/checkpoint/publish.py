@@ -35,12 +35,18 @@ def publish(folder: Place, fill: Fill) -> None:
     Whatever is raised, nothing new is left and what was there before is there still.
     """
     taken = folder.exists() if isinstance(folder, Path) else any(folder.iterdir())
-    if taken and not any((folder / name).is_file() for name in (manifests.NAME, _MARK)):
+    if taken and not any((folder / name).is_file() for name in (manifests.NAME, _MARK)) and not _is_rest(folder):
         raise CheckpointError(f"{folder} exists and is not a checkpoint (it has no manifest.json); nothing was written")
     if isinstance(folder, Path):
         _publish_local(folder, fill)
     else:
         _publish_remote(folder, fill)
+
+
+def _is_rest(folder: Place) -> bool:
+    """True for what is left of a checkpoint that has lost its manifest: files with the names of ours, and no others."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return "state.json" in names and all(manifests.FILE.fullmatch(name) for name in names)
 
 
 def _publish_local(folder: Path, fill: Fill) -> None:

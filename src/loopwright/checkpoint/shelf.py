@@ -86,7 +86,7 @@ def index(folder: Place | str) -> Any:
     """
     folder = as_place(folder)
     try:
-        cached = json.loads((folder / INDEX).read_bytes())
+        cached = json.loads((folder / INDEX).read_bytes().decode())
         found = {key: folder / cached[key] if cached[key] else None for key in ("last", "best")}
     except Exception:  # whatever stands there, and whatever a library behind a URL raises
         found = {}

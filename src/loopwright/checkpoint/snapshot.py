@@ -45,6 +45,7 @@ def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "counters": {name: getattr(run, name) for name in _COUNTERS},
         "stop_reason": None if run.interrupted else run.stop_reason,
         "replaced": list(run.replaced),
+        "ended": run.ended,
         "data": _data(run),
         "recipe": recipe(run),
         "conditions": conditions(run),

@@ -202,7 +202,7 @@ def _load_tensors(file: Hashed, entry: dict[str, Any]) -> dict[str, Tensor]:
 def _load_state(file: Hashed, entry: dict[str, Any]) -> Any:
     if entry["size"] > _STATE_SIZE:
         raise ValueError(f"{entry['size']:,} bytes of JSON, at most {_STATE_SIZE:,} are read")
-    return json.loads(file.read(entry["size"]))
+    return json.loads(file.read(entry["size"]).decode())
 
 
 def _load_nothing(file: Hashed, entry: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def unpack(file: Hashed, size: int, notes: Mapping[str, Any]) -> dict[str, Tenso
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, _HEADER):
         raise ValueError(f"a header of {length:,} bytes in a file of {size:,}, at most {_HEADER:,}")
-    header: Any = json.loads(file.read(length))
+    header: Any = json.loads(file.read(length).decode())
     details, aliases = notes.get("tensors", {}), notes.get("aliases", {})
     end, found = 0, []
     for name, entry in sorted(_entries(header), key=lambda pair: pair[1]["data_offsets"]):
@@ -172,7 +172,7 @@ def _tensor(file: Hashed, dtype: torch.dtype, shape: list[int]) -> Tensor:
 
 def _restored(tensor: Tensor, detail: Mapping[str, Any]) -> Tensor:
     if "dtype" in detail:
-        dtype = getattr(torch, detail["dtype"])
+        dtype = vars(torch).get(detail["dtype"])  # getattr would import what a file names
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"torch has no dtype {detail['dtype']!r}")
         tensor = tensor.view(dtype).reshape(_shape(detail["shape"]))

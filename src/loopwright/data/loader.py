@@ -213,6 +213,8 @@ class Loader:
     # -------------------------------------------------------------------------------------------------- its state
 
     def state_dict(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return dict(self._loaded)  # nothing has been read since
         return {**self._own(), "generators": self.streams.get_found(), "salts": self._read.salts}
 
     def _own(self) -> dict[str, Any]:

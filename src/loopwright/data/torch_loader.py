@@ -105,6 +105,8 @@ class TorchLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
+        if self._loaded is not None:  # nothing has been read since: the position is still the loaded one
+            return dict(self._loaded)
         return {
             **self._own(),
             "epoch": self._at[0],

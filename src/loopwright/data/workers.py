@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,18 @@ class Collate:
         return info.id, batch, now
 
 
+def outlive_signals(worker: int = 0) -> None:
+    """In a worker: signals that a terminal or a scheduler sends to all processes of a run do not end it.
+
+    The main process saves first, and ends its workers itself: by the SIGTERM that follows the first one, if need be.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "SIGUSR1"):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
 class Start:
     """Wraps ``worker_init_fn``: afterwards the worker continues from the random state noted for it, if there is one."""
 
@@ -44,6 +57,7 @@ class Start:
         self.states: Mapping[int, Any] = {}
 
     def __call__(self, worker: int) -> None:
+        outlive_signals()
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker)
         info = get_worker_info()
@@ -75,6 +89,7 @@ class Workers:
             num_workers=number,
             prefetch_factor=prefetch,
             persistent_workers=True,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(device="cpu"),  # or it would draw from the global one
         )
         self.iterator: Any = None

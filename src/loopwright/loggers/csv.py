@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,13 +62,23 @@ class CSVLogger:
         """Write one row."""
         if self._target is None:
             return
+        try:
+            self._log(self._target, progress, values, kind)
+        except OSError:  # what it wrote of a row goes when the table is opened anew
+            file, self._file = self._file, None
+            with suppress(OSError):
+                if file is not None:
+                    file.close()
+            raise
+
+    def _log(self, target: Path, progress: Progress, values: Mapping[str, float], kind: str) -> None:
         outside = self._file is None  # of a run, such as the values of a test afterwards
-        file = self._file or self._open(self._target, None)
+        file = self._file = self._file or self._open(target, None)
         new = [name for name in values if name not in self._columns]
         if new:
             file.close()
-            self._rewrite(self._target, [*self._columns, *new], _read(self._target)[1])
-            file = self._file = self._target.open("a", newline="", encoding="utf-8")
+            self._rewrite(target, [*self._columns, *new], _read(target)[1])
+            file = self._file = target.open("a", newline="", encoding="utf-8")
         seconds = round(progress.seconds, 6)
         first = [kind, progress.step, progress.epoch, progress.samples, seconds]
         _write(file, [[*first, *(values.get(name, "") for name in self._columns[len(_FIRST) :])]])

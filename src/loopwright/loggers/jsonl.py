@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from loopwright.errors import DataError
 from loopwright.state import Progress, Run
@@ -39,7 +41,7 @@ class JSONLLogger:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = path
         self._target = None if path is None else Path(path)
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._size = 0
         self._keep: int | None = None
 
@@ -75,8 +77,14 @@ class JSONLLogger:
             with file:
                 file.write(line)
             return
-        self._file.write(line)
-        self._file.flush()
+        try:
+            rest = memoryview(line)
+            while rest:  # a full disk may take a part of it
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(self._size)
+            raise
         self._size += len(line)
 
     def close(self, status: str) -> None:
@@ -94,10 +102,10 @@ class JSONLLogger:
         self._keep = int(state["size"])
 
 
-def _open(path: Path, keep: int | None) -> tuple[BinaryIO, int]:
+def _open(path: Path, keep: int | None) -> tuple[FileIO, int]:
     """``path`` ready to append to, with whole lines only and at most ``keep`` bytes, and its length."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+b")
+    file = path.open("a+b", buffering=0)
     size = file.seek(0, os.SEEK_END)
     if keep is not None and keep < size:
         size = keep
@@ -105,7 +113,7 @@ def _open(path: Path, keep: int | None) -> tuple[BinaryIO, int]:
     return file, file.seek(0, os.SEEK_END)
 
 
-def _whole_lines(file: BinaryIO, size: int) -> int:
+def _whole_lines(file: FileIO, size: int) -> int:
     """Length of the first ``size`` bytes without a last line that was not written to its end."""
     while size > 0:
         begin = max(0, size - 65536)

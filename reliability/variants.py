@@ -1,0 +1,249 @@
+"""The kinds of training whose resume is tried: each makes all objects of a run of 96 steps anew, as a script does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+import loopwright as lw
+from reliability.parts import (
+    CLASSES,
+    FEATURES,
+    Buckets,
+    Counting,
+    Ema,
+    Gan,
+    Ledger,
+    Noisy,
+    Pooled,
+    Ragged,
+    Shards,
+    arrays,
+    mlp,
+    pad,
+)
+
+STEPS, PER_EPOCH, BATCH = 96, 32, 5
+N = PER_EPOCH * BATCH - 3  # the last batch of an epoch is short
+
+
+@dataclass
+class Parts:
+    """All that a run of a variant needs. ``once``: every id comes once an epoch."""
+
+    task: Any
+    train: Any
+    valid: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    stages: Any = None
+    batches: int = PER_EPOCH  # in an epoch
+    once: bool = True
+
+
+Make = Callable[[Ledger], Parts]
+VARIANTS: dict[str, Make] = {}
+EXTRAS: dict[str, Make] = {}
+
+
+def variant(name: str, into: dict[str, Make] = VARIANTS) -> Callable[[Make], Make]:
+    """Register a function that makes the parts of a run."""
+
+    def register(make: Make) -> Make:
+        into[name] = make
+        return make
+
+    return register
+
+
+def supervised(net: nn.Module, ledger: Ledger, optimizer: Any = None, **settings: Any) -> lw.Supervised:
+    optimizer = optimizer or torch.optim.AdamW(net.parameters(), lr=0.01)
+    return lw.Supervised(net, nn.CrossEntropyLoss(), optimizer, inputs=ledger.inputs, targets=1, **settings)
+
+
+def tensors(n: int = N, **settings: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*arrays(n)), **{"batch_size": BATCH, "shuffle": True, **settings})
+
+
+def noisy(n: int = N, **settings: Any) -> DataLoader[Any]:
+    return DataLoader(Noisy(n), **{"batch_size": BATCH, "shuffle": True, **settings})
+
+
+def accuracy() -> dict[str, Any]:
+    return {"accuracy": lw.metrics.Accuracy()}
+
+
+@variant("plain")
+def _plain(ledger: Ledger) -> Parts:
+    return Parts(supervised(mlp(), ledger), tensors())
+
+
+@variant("dropout and batch norm")
+def _dropout(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.3, batch_norm=True)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    schedule = lw.per_step(lr_scheduler.OneCycleLR(sgd, 0.1, total_steps=STEPS))
+    return Parts(supervised(net, ledger, sgd, schedule=schedule, metrics=accuracy()), tensors(), tensors(20))
+
+
+def _augmented(workers: int, **settings: Any) -> Make:
+    def make(ledger: Ledger) -> Parts:
+        net = mlp(dropout=0.2)
+        return Parts(supervised(net, ledger, metrics=accuracy()), noisy(num_workers=workers, **settings), noisy(11))
+
+    return make
+
+
+for _workers in (0, 2, 4):
+    VARIANTS[f"augmentation, {_workers} workers"] = _augmented(_workers)
+
+
+@variant("accumulation 4, killed inside a window")
+def _accumulation(ledger: Ledger) -> Parts:
+    batches = 4 * PER_EPOCH - 2  # the last window of an epoch is short
+    net = mlp(dropout=0.2, batch_norm=True)
+    return Parts(
+        supervised(net, ledger, metrics=accuracy()), noisy(batches * BATCH - 2), settings={"accumulate": 4},
+        batches=batches,
+    )  # fmt: skip
+
+
+@variant("two optimizers")
+def _gan(ledger: Ledger) -> Parts:
+    return Parts(Gan(ledger), noisy())
+
+
+@variant("plateau scheduler")
+def _plateau(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.2)
+    adam = torch.optim.Adam(net.parameters(), lr=0.2)
+    schedule = lr_scheduler.ReduceLROnPlateau(adam, patience=0, threshold=0.5)
+    return Parts(supervised(net, ledger, adam, schedule=schedule), tensors(), tensors(23, batch_size=4))
+
+
+@variant("moving average of the weights")
+def _ema(ledger: Ledger) -> Parts:
+    return Parts(supervised(mlp(dropout=0.2), ledger), tensors(), settings={"callbacks": [Ema()]})
+
+
+@variant("sharded stream")
+def _sharded(ledger: Ledger) -> Parts:
+    return Parts(supervised(mlp(dropout=0.2), ledger), DataLoader(Shards(N), batch_size=BATCH))
+
+
+@variant("weighted sampler")
+def _weighted(ledger: Ledger) -> Parts:
+    sampler = WeightedRandomSampler(torch.linspace(0.1, 1, N).tolist(), N)
+    return Parts(supervised(mlp(), ledger), noisy(sampler=sampler, shuffle=False), once=False)
+
+
+@variant("batches of variable length")
+def _ragged(ledger: Ledger) -> Parts:
+    data = Ragged(N)
+    loader = DataLoader(data, batch_sampler=Buckets(data.lengths, BATCH), collate_fn=pad)
+    return Parts(supervised(Pooled(), ledger, metrics=accuracy()), loader)
+
+
+@variant("validation inside epochs")
+def _validation(ledger: Ledger) -> Parts:
+    task = supervised(mlp(dropout=0.2, batch_norm=True), ledger, metrics=accuracy())
+    return Parts(task, noisy(), noisy(13, batch_size=4), {"validate_every": "7 steps"})
+
+
+class _Watched(lw.Supervised):
+    """Its validation gets better until step 64, and worse from there on."""
+
+    def validation_step(self, batch: Any) -> dict[str, Any]:
+        away: Any = (self.module.count - 64).abs()
+        return {**super().training_step(batch), "away": away.float()}
+
+
+@variant("early stop")
+def _early(ledger: Ledger) -> Parts:
+    net = Counting()
+    adam = torch.optim.AdamW(net.parameters(), lr=0.01)
+    task = _Watched(net, nn.CrossEntropyLoss(), adam, inputs=ledger.inputs, targets=1)
+    stop = lw.EarlyStopping("valid/away", mode="min", patience=4)  # after steps 72, 80, 88, 96
+    return Parts(task, tensors(), tensors(9), {"epochs": 9, "validate_every": "8 steps", "callbacks": [stop]})
+
+
+# ------------------------------------------------------------------------------------------- beyond the twelve
+
+
+@variant("our own loader", EXTRAS)
+def _own(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.2)
+    return Parts(supervised(net, ledger, metrics=accuracy()), lw.Loader(arrays(N), BATCH, shuffle=True))
+
+
+def _transform(sample: Any) -> Any:
+    x, y, i = sample
+    return x + torch.rand(FEATURES) + random.random() + float(np.random.rand()), y, i
+
+
+def _own_workers(workers: int) -> Make:
+    def make(ledger: Ledger) -> Parts:
+        data = TensorDataset(*arrays(N))
+        loader = lw.Loader(data, BATCH, shuffle=True, transform=_transform, workers=workers)
+        return Parts(supervised(mlp(dropout=0.2), ledger, metrics=accuracy()), loader)
+
+    return make
+
+
+for _workers in (0, 2):
+    EXTRAS[f"our own loader, augmentation, {_workers} workers"] = _own_workers(_workers)
+
+
+EXTRAS["augmentation, 2 persistent workers"] = _augmented(2, persistent_workers=True, prefetch_factor=3)
+
+
+@variant("a generator of the loader's own", EXTRAS)
+def _generator(ledger: Ledger) -> Parts:
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 1000)
+    return Parts(supervised(mlp(dropout=0.2), ledger), noisy(generator=generator))
+
+
+@variant("a stream whose epochs end with a full batch", EXTRAS)
+def _full(ledger: Ledger) -> Parts:
+    return Parts(supervised(mlp(), ledger), DataLoader(Shards(PER_EPOCH * BATCH), batch_size=BATCH))
+
+
+@variant("three stages", EXTRAS)
+def _stages(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.2)
+    stages = [
+        lw.Stage("head", until="40 steps", train="module.3.*"),
+        lw.Stage("all", until="1 epoch", accumulate=2, source=noisy(2 * N)),
+        lw.Stage("last", until="24 steps", freeze="module.0.*"),
+    ]
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.AdamW(net.parameters(), lr=0.01),
+                         inputs=ledger.inputs, targets=1)  # fmt: skip
+    return Parts(task, noisy(), tensors(9), {"epochs": None}, stages=stages, batches=0, once=False)
+
+
+@variant("a function of the user", EXTRAS)
+def _function(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.2)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    box = {"n": 0}
+
+    def step(run: lw.Run, batch: Any) -> Any:
+        sgd.zero_grad()
+        loss = nn.functional.cross_entropy(net(ledger.inputs(batch)), batch[1])
+        loss.backward()
+        sgd.step()
+        box["n"] += 1
+        return {"loss": loss.detach(), "n": box["n"]}
+
+    state = {"net": net, "sgd": sgd, "box": (lambda: dict(box), box.update)}
+    return Parts((step, state), noisy())
+
+
+__all__ = ["CLASSES", "EXTRAS", "FEATURES", "STEPS", "VARIANTS", "Make", "Parts"]

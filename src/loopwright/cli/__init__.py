@@ -1,0 +1,156 @@
+"""The ``loopwright`` command. Torch is imported only where a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from loopwright import __version__
+from loopwright.errors import LoopwrightError
+
+__all__ = ["main"]
+
+_RUN = "a run folder, its folder checkpoints, runs/NAME for the newest run of that name, or one checkpoint"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for damage found, 2 for what could not be done.
+
+    >>> main(["runs", "no-such-folder"])
+    no runs in no-such-folder
+    0
+    """
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.command(args)
+        sys.stdout.flush()
+    except LoopwrightError as error:
+        print(f"loopwright: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `loopwright ... | head` has read enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loopwright", description="A training framework for PyTorch with one readable loop."
+    )
+    parser.add_argument("--version", action="version", version=f"loopwright {__version__}")
+    parser.set_defaults(command=_help(parser))
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+
+    _add(commands, "env", _env, "versions and hardware, to paste into a bug report")
+    runs = _add(commands, "runs", _runs, "list the runs in a folder, the newest first")
+    runs.add_argument("folder", nargs="?", default="runs", type=Path, help="where the runs are (default: runs)")
+
+    checkpoints = _add(commands, "checkpoints", None, "list, show, verify and prune the checkpoints of a run")
+    _add_checkpoints(checkpoints.add_subparsers(metavar="COMMAND", title="commands"))
+
+    legacy = _add(commands, "import-legacy", _import, "make a checkpoint of what another program saved")
+    legacy.description = (
+        "Turn the weights that another program saved (a state dict of PyTorch, a checkpoint of Lightning, safetensors) "
+        "into a checkpoint. A pickle is read in a process of its own, in which it may hold tensors and plain data: "
+        "whatever else it asks for is refused, and nothing in it is executed."
+    )
+    legacy.add_argument("source", type=Path, metavar="SOURCE", help="the file to read")
+    legacy.add_argument("dest", metavar="DEST", help="the folder to write; it may not exist yet")
+    legacy.add_argument("--key", help="where in the file the weights are, such as state_dict (default: looked for)")
+    legacy.add_argument(
+        "--prefix", default="", help="begin of the names to keep, and to take off them, such as model. (with the dot)"
+    )
+
+    replay = _add(commands, "replay", _replay, "run the step that failed again, from its crash capsule")
+    replay.add_argument("capsule", type=Path, metavar="CAPSULE", help="the folder that the failed run wrote")
+    replay.add_argument("--task", required=True, metavar="MODULE:FUNCTION", help="what makes the task of that run")
+    return parser
+
+
+def _add_checkpoints(commands: Any) -> None:
+    ls = _add(commands, "ls", _ls, "list checkpoints in the order in which they were written")
+    ls.add_argument("run", metavar="RUN", help=_RUN)
+    ls.add_argument("--verify", action="store_true", help="read every file and say which checkpoints are good")
+    ls.add_argument("--json", action="store_true", help="print JSON")
+
+    show = _add(commands, "show", _show, "what a checkpoint holds: progress, metrics, versions, tensors, settings")
+    show.add_argument("path", metavar="PATH", help="a checkpoint, or a run, whose newest one is shown")
+    show.add_argument("--all", action="store_true", help="list the tensors of optimizers and other state as well")
+    show.add_argument("--json", action="store_true", help="print JSON (with all tensors)")
+
+    verify = _add(commands, "verify", _verify, "compare every file with its checksum; exit status 1 if one is damaged")
+    verify.add_argument("path", metavar="RUN_OR_PATH", help=_RUN)
+
+    prune = _add(commands, "prune", _prune, "delete old checkpoints, never the last one nor the best")
+    prune.add_argument("run", metavar="RUN", help=_RUN)
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many of the newest to keep")
+    prune.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
+
+
+def _add(commands: Any, name: str, run: Callable[[Any], int] | None, what: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    parser.set_defaults(command=run or _help(parser))
+    return parser
+
+
+def _help(parser: argparse.ArgumentParser) -> Callable[[Any], int]:
+    def show(args: Any) -> int:
+        parser.print_help()
+        return 0
+
+    return show
+
+
+# what a command needs is imported when it runs
+
+
+def _env(args: Any) -> int:
+    from loopwright.cli.runs import print_environment
+
+    return print_environment()
+
+
+def _runs(args: Any) -> int:
+    from loopwright.cli.runs import print_runs
+
+    return print_runs(args.folder)
+
+
+def _ls(args: Any) -> int:
+    from loopwright.cli.checkpoints import print_list
+
+    return print_list(args.run, verified=args.verify, as_json=args.json)
+
+
+def _show(args: Any) -> int:
+    from loopwright.cli.show import print_checkpoint
+
+    return print_checkpoint(args.path, every=args.all, as_json=args.json)
+
+
+def _verify(args: Any) -> int:
+    from loopwright.cli.checkpoints import print_verified
+
+    return print_verified(args.path)
+
+
+def _prune(args: Any) -> int:
+    from loopwright.cli.checkpoints import prune
+
+    return prune(args.run, keep=args.keep, dry=args.dry_run)
+
+
+def _import(args: Any) -> int:
+    from loopwright.cli.imported import print_imported
+
+    return print_imported(args.source, args.dest, key=args.key, prefix=args.prefix)
+
+
+def _replay(args: Any) -> int:
+    from loopwright.replaying import replay_command
+
+    return replay_command(args.capsule, args.task)

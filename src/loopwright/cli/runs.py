@@ -1,0 +1,47 @@
+"""``loopwright env`` and ``loopwright runs``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+from loopwright import __version__
+from loopwright.cli.tables import safe
+
+__all__ = ["print_environment", "print_runs"]
+
+
+def print_environment() -> int:
+    """Versions and hardware, a line each."""
+    import numpy
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    rows = {
+        "loopwright": __version__, "python": sys.version.split()[0], "torch": torch.__version__,
+        "numpy": numpy.__version__, "platform": platform.platform(), "accelerator": str(accelerator or "none"),
+        "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
+    for name, value in rows.items():
+        print(f"{name:<12} {value}")
+    return 0
+
+
+def print_runs(folder: Path) -> int:
+    """The runs below ``folder``, the newest first, with status and metrics."""
+    files = (path for path in folder.glob("*/*/run.json") if path.is_file())
+    found = sorted(files, key=lambda path: path.parent.name, reverse=True)
+    if not found:
+        print(f"no runs in {folder}")
+    for path in found:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            metrics = dict(record.get("metrics") or {})
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+            print(f"{safe(str(path.parent))}  unreadable run.json")
+            continue
+        print(safe(f"{path.parent}  {record.get('status', '?')!s:<11} {shown}"))
+    return 0
