@@ -267,6 +267,6 @@ def test_a_tensor_larger_than_its_file_ends_the_other_process_and_not_this_one()
     """One number, expanded to 2**29 of them: 2 GB once it is written."""
     torch.save({"w": torch.ones(1).expand(1 << 29)}, "w.pt")
     assert Path("w.pt").stat().st_size < 5000
-    with pytest.raises(CheckpointError, match=r"^w.pt (cannot|could not) be read|^the checkpoint .* was not written"):
+    with pytest.raises(CheckpointError, match=r"^w.pt asks for more memory than a file of its size can need; refused$"):
         import_legacy("w.pt", "ours")
     assert [p.name for p in Path().iterdir()] == ["w.pt"]

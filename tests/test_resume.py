@@ -16,6 +16,7 @@ from torch import nn
 
 import loopwright as lw
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
+from loopwright.legacy import import_legacy
 from tiny import acts, bits, classifier, loader, same, samples, seed_all
 
 
@@ -391,6 +392,18 @@ def test_a_run_that_another_process_trains_is_left_to_it() -> None:
         assert f"{folder} is in use: process " in refusal(SettingError, trainer())
         other.stdin.close()
     assert fit(trainer(), seed=99, resume="auto").status == "done"
+
+
+def test_imported_weights_are_begun_with_and_not_gone_on_from() -> None:
+    net = classifier(dropout=0.3, batch_norm=True, seed=7)
+    torch.save(net.state_dict(), "foreign.pt")
+    path = import_legacy("foreign.pt", "imported/step-00000000")
+    with pytest.raises(CheckpointError, match=r"holds weights and nothing to go on with. Begin with them: fit\("):
+        fit(trainer(), resume=path)
+    begun: list[Any] = []
+    look = acts(on_epoch_start=lambda run: begun.append(bits(run.models["model"])[0]) if not begun else None)
+    fit(trainer(callbacks=[look]), resume=lw.Resume(path, how="weights"))
+    assert same(begun[0], bits(net)[0])
 
 
 def test_settings_that_cannot_be_meant_are_refused() -> None:

@@ -92,11 +92,11 @@ def _main(order: dict[str, Any]) -> int:
     try:
         _limit(_unpacked(source))
         _convert(source, Path(order["made"]), key=order["key"], prefix=order["prefix"])
-    except CheckpointError as error:
-        print(json.dumps({"error": str(error)}))
-        return 1
     except (MemoryError, RuntimeError) as error:  # torch says "can't allocate memory" in a RuntimeError
-        print(json.dumps({"error": f"{source} cannot be read ({type(error).__name__}: {_first_line(error)})"}))
+        text = str(error) if isinstance(error, CheckpointError) else f"{source} cannot be read: {_first_line(error)}"
+        if isinstance(error, MemoryError) or "allocate" in text:
+            text = f"{source} asks for more memory than a file of its size can need; refused"
+        print(json.dumps({"error": text}))
         return 1
     return 0
 
@@ -115,7 +115,7 @@ def _unpacked(source: Path) -> int:
 
 
 def _limit(total: int) -> None:
-    """Let this process have what a file of that size needs, and no more: memory, time, files, no new processes."""
+    """Let this process have what a file of that size needs, and no more: memory, time, files."""
     try:
         import resource
     except ImportError:  # Windows; the time is limited from outside there
@@ -128,7 +128,7 @@ def _limit(total: int) -> None:
         own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = {
         "RLIMIT_AS": own + 4 * total + _GIB, "RLIMIT_CPU": 60 + total // 10**7, "RLIMIT_FSIZE": 2 * total + _GIB,
-        "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0,
+        "RLIMIT_CORE": 0,
     }  # fmt: skip
     for name, value in limits.items():
         with suppress(AttributeError, OSError, ValueError):  # not every system has each

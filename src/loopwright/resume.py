@@ -59,7 +59,7 @@ class Point:
     @property
     def key(self) -> int | None:
         """The key of the streams of the saved run; a new process would choose another. None to begin anew."""
-        return None if self.how == "weights" else self.data.state["recipe"]["key"]
+        return None if self.how == "weights" else self.data.state.get("recipe", {}).get("key")
 
     def prepare(self, run: Run) -> None:
         """Let ``run``, whose stages and optimizers are ready, begin at this point; before anything is opened.
@@ -69,6 +69,11 @@ class Point:
         if self.how == "weights":
             snapshot.restore_models(run, self.data)
             return
+        if "progress" not in self.data.state:
+            raise CheckpointError(
+                f"{self.data.path} holds weights and nothing to go on with. Begin with them: fit(..., "
+                f"resume=lw.Resume({str(self.data.path)!r}, how='weights'))"
+            )
         snapshot.check_fit(run, self.data)
         state = self.data.state
         self.reasons = list(self._reasons(run))

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from loopwright.checkpoint import Packed, delete, index, list_checkpoints, read, snapshot, sweep, write_index
+from loopwright.checkpoint import Packed, delete, list_checkpoints, read, snapshot, sweep, write_index
 from loopwright.checkpoint.background import Copies, in_background
 from loopwright.checkpoint.manifest import NAME
 from loopwright.checkpoint.places import Place, as_place
@@ -181,9 +181,11 @@ class Checkpoint:
     def end(self, run: Run) -> None:
         """Wait for what is being written; with ``restore="best"`` put the best weights into the models."""
         self.finish(run)
-        best = index(self._folder(run))["best"] if self.restore and not run.interrupted else None
-        if best is not None:
-            snapshot.restore_models(run, read(best))
+        if self.restore and not run.interrupted:
+            ranks = {path: monitored(path, self.monitor) for path in list_checkpoints(self._folder(run))}
+            known = {path: rank for path, rank in ranks.items() if rank is not None}
+            if known:
+                snapshot.restore_models(run, read(min(known, key=lambda path: known[path])))
 
     def finish(self, run: Run) -> None:
         """Wait for what is being written in the background, if anything is; what went wrong is raised here.

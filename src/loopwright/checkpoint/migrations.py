@@ -37,7 +37,8 @@ def _add_recipe(state: Any) -> Any:
     if state["stage"].get("index") == 0 and start["stage"] == 1:
         start = dict.fromkeys(start, 0) | {"phase_steps": {}}
     unknown = {"recipe": {"key": None}, "conditions": {}, "data": {"fingerprint": None, "schema": None}}
-    return {**state, "stage_start": start, "stop_reason": None, **unknown}
+    ended = state["progress"]["stage"] > state["stage"].get("index", 0)
+    return {**state, "stage_start": start, "stop_reason": None, "ended": ended, **unknown}
 
 
 STEPS: dict[int, Step] = {

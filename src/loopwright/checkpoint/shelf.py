@@ -86,7 +86,7 @@ def index(folder: Place | str) -> Any:
     """
     folder = as_place(folder)
     try:
-        cached = json.loads((folder / INDEX).read_bytes().decode())
+        cached = json.loads(_small(folder / INDEX).decode())
         found = {key: folder / cached[key] if cached[key] else None for key in ("last", "best")}
     except Exception:  # whatever stands there, and whatever a library behind a URL raises
         found = {}
@@ -94,6 +94,15 @@ def index(folder: Place | str) -> Any:
     if found and found["last"] == next(reversed(present), None) and found["best"] in (None, *present):
         return found
     return {"last": next(reversed(present), None), "best": best(present)}
+
+
+def _small(file: Place) -> bytes:
+    """A small regular file: what is no file could be read for ever."""
+    if isinstance(file, Remote):
+        return file.read_bytes()
+    if not file.is_file() or file.stat().st_size > 1 << 16:
+        raise OSError(f"{file} is no small file")
+    return file.read_bytes()
 
 
 def write_index(folder: Place, *, last: Place | None, best: Place | None) -> None:
