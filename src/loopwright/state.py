@@ -310,7 +310,7 @@ class Run:
     def waited(self) -> float:
         """Seconds for which training has waited for its data in this process, where that is measured.
 
-        Batches of tensors that are in memory are not: to pick them takes next to nothing.
+        A TensorDataset is not: to pick from it takes next to nothing.
         """
         return sum(float(getattr(stage.source, "waited", 0.0)) for stage in self.stages)
 
