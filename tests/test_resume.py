@@ -394,6 +394,18 @@ def test_a_run_that_another_process_trains_is_left_to_it() -> None:
     assert fit(trainer(), seed=99, resume="auto").status == "done"
 
 
+def test_a_step_function_that_keeps_something_unnamed_is_not_gone_on_with() -> None:
+    user = lw.Trainer(epochs=1, name="s", progress=False)
+    run = user.run(lambda run, batch: None, [1, 2])
+    assert run.exact == [
+        "what its step function keeps was not named: run(..., state={...}), or state={} if that is nothing"
+    ]
+    with pytest.raises(CheckpointError, match=r"what its step function keeps was not named"):
+        lw.Trainer(epochs=2, name="s", progress=False).run(lambda run, batch: None, [1, 2], resume="auto")
+    with pytest.raises(SettingError, match=r"resume=True: expected 'auto', a path or None, such as resume='auto'"):
+        user.run(lambda run, batch: None, [1, 2], resume=True)  # type: ignore[arg-type]
+
+
 def test_imported_weights_are_begun_with_and_not_gone_on_from() -> None:
     net = classifier(dropout=0.3, batch_norm=True, seed=7)
     torch.save(net.state_dict(), "foreign.pt")

@@ -42,6 +42,8 @@ class Resume:
     how: How = "exact"
 
     def __post_init__(self) -> None:
+        if isinstance(self.path, bool):
+            raise SettingError(f"resume={self.path}: expected 'auto', a path or None, such as resume='auto'")
         if self.how not in get_args(How):
             raise SettingError(f"Resume(how={self.how!r}) is unknown. {choose(self.how, get_args(How))}")
 

@@ -171,6 +171,7 @@ def inexact(run: Run) -> list[str]:
     """Reasons why a resume of this run could not give the same bits, as far as is known by now."""
     reasons = [reason for stage in run.stages for reason in stage.source.exact]
     reasons += [why for stage in run.stages for phase in stage.phases if phase.meters for why in phase.meters.exact]
+    reasons += getattr(run.task, "inexact", [])
     if any(until.unit == "seconds" for stage in run.stages for until in stage.until):
         reasons.append("its length is bounded by time")
     if run.device.type != "cpu" and not run.settings.get("deterministic"):

@@ -285,6 +285,8 @@ class StepTask:
         if not callable(step):
             raise SettingError(f"step={step!r} cannot be called; pass a function step(run, batch)")
         self.step, self.state = step, dict(state or {})
+        unnamed = "what its step function keeps was not named: run(..., state={...}), or state={} if that is nothing"
+        self.inexact = [unnamed] if state is None else []
         self.run: Any = None
         for name, obj in self.state.items():
             pair = isinstance(obj, tuple) and len(obj) == 2 and all(callable(part) for part in obj)
