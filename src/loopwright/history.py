@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["History", "Series"]
 
+Sums = dict[str, tuple[float, float]]  # by name, the sum of value * weight, and that of the weights
+Join = Callable[[Sums], Sums]
 LIMIT = 1024  # rows that may wait; without a limit, values that nobody reads grow for ever
 
 
@@ -35,8 +37,8 @@ class Series:
     def __init__(self, losses: dict[str, array[float]] | None = None) -> None:
         self._rows: list[tuple[Mapping[str, Any], float]] = []
         self._blocks: list[tuple[list[tuple[str, float]], Tensor]] = []  # stacked on an accelerator, not yet read
-        self.record: dict[str, tuple[float, float]] = {}
-        self.epoch: dict[str, tuple[float, float]] = {}
+        self.record: Sums = {}
+        self.epoch: Sums = {}
         self.losses = losses
         self.reads = 0  # times that a device was read
 
@@ -86,23 +88,28 @@ class Series:
                 self._sum(name, [(float(value), weight)])
         self._blocks.clear()
 
-    def take_record(self) -> dict[str, float]:
-        """Means since the last record; begins a new one."""
+    def take_record(self, join: Join | None = None) -> dict[str, float]:
+        """Means since the last record; begins a new one. ``join`` adds the sums of other ranks."""
         self.read()
-        means = {name: total / n if n else float("nan") for name, (total, n) in self.record.items()}
-        self.record = {}
-        return means
+        sums, self.record = self.record, {}
+        return _means(sums if join is None else join(sums))
 
-    def take_epoch(self) -> dict[str, float]:
-        """Means since the epoch began; begins a new one."""
+    def take_epoch(self, join: Join | None = None) -> dict[str, float]:
+        """Means since the epoch began; begins a new one. ``join`` adds the sums of other ranks."""
         self.read()
-        means = {name: total / n if n else float("nan") for name, (total, n) in self.epoch.items()}
-        self.epoch = {}
-        return means
+        sums, self.epoch = self.epoch, {}
+        return _means(sums if join is None else join(sums))
 
     def state_dict(self) -> dict[str, Any]:
         self.read()
         return {"record": dict(self.record), "epoch": dict(self.epoch)}
+
+    def include(self, state: Mapping[str, Any]) -> None:
+        """Add what another one had in its ``state_dict``."""
+        for mine, name in ((self.record, "record"), (self.epoch, "epoch")):
+            for key, (total, n) in state[name].items():
+                before = mine.get(key, (0.0, 0.0))
+                mine[key] = before[0] + total, before[1] + n
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rows.clear()
@@ -167,6 +174,10 @@ class History:
         self.records = [dict(r) for r in state["records"]]
         self.losses.clear()
         self.losses.update({name: array("f", values.tolist()) for name, values in state["losses"].items()})
+
+
+def _means(sums: Sums) -> dict[str, float]:
+    return {name: total / n if n else float("nan") for name, (total, n) in sums.items()}
 
 
 def _numbers(values: list[Any]) -> list[float]:

@@ -27,16 +27,20 @@ def watch_signals(run: Run) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed_at = -_ONE_PRESS_S
+    pressed_at, asked = -_ONE_PRESS_S, ""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed_at
+        nonlocal pressed_at, asked
         name = signal.Signals(number).name
         if name == "SIGINT":
             before, pressed_at = pressed_at, time.monotonic()
-            if run.stop_reason == name and pressed_at - before >= _ONE_PRESS_S:
+            if asked == name and pressed_at - before >= _ONE_PRESS_S:
                 raise KeyboardInterrupt
-        run.stop_reason = name
+        asked = name
+        if run.team is None:
+            run.stop_reason = name
+        else:
+            run.team.pulse.asked = name  # all ranks stop after the same step
 
     old = {number: signal.signal(number, handle) for number in _free()}
     try:

@@ -46,6 +46,8 @@ def train(run: Run) -> None:
         fire(hooks.on_fit_start, run)
         if run.restore is not None:
             run.restore()  # after the hooks, which may have drawn numbers or changed a model, as they did then
+        if run.team is not None:
+            run.team.begin(run)
         for saver in run.savers:
             saver.start(run)  # what cannot be saved is an error now, not at the first checkpoint
         while (stage := run.stage) is not None and (run.stop_reason is None or run.owes_epoch_end):
@@ -90,12 +92,13 @@ def train_epoch(run: Run, stage: Stage) -> None:
     hooks, source = run.hooks, stage.source
     if run.progress.batch == 0:
         fire(hooks.on_epoch_start, run)
-    batches = source.at(run.progress.epoch, run.progress.batch)
+    at = source.at if run.team is None else run.team.begin_epoch(source)
+    batches = at(run.progress.epoch, run.progress.batch)
     if run.schema is None:
         batches = noted(run, batches)
     ended = stopped = False
     try:
-        for window, planned in windows(stage, batches, run.progress.batch):
+        for window, planned in windows(stage, batches, run.progress.batch, run.team):
             try:
                 result = train_step(run, stage, window, planned)
             except SkipStep:
@@ -133,10 +136,11 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     ``planned`` holds the weights (samples, tokens) of the window's batches; None for a single batch. Each batch counts
     by its share of what is really accumulated, so that a short last window is a true mean as well.
     """
-    hooks, phases, weigh, plain = run.hooks, stage.phases, stage.weight, run.precision.plain
+    hooks, phases, weigh, plain, team = run.hooks, stage.phases, stage.weight, run.precision.plain, run.team
     if hooks.on_step_start:
         fire(hooks.on_step_start, run)
-    total = (sum(planned) or None) if planned is not None and len(planned) > 1 else None
+    ranks = 1 if team is None else team.comm.world_size
+    total = (sum(planned) or None) if planned is not None and (ranks > 1 or len(planned) > 1) else None
     if run.moves_batches or hooks.on_batch_start or hooks.map_batch:
         window = prepared(run, window)
     values: dict[str, Any] = {}
@@ -152,9 +156,9 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             continue
         for optimizer in phase.moved:
             zero_grad(optimizer)
-        ran, seen, prefix, meters, unmeasured = True, 0.0, phase.prefix, phase.meters, []
+        ran, seen, prefix, meters, unmeasured, skips = True, 0.0, phase.prefix, phase.meters, [], False
         try:
-            for batch in window:
+            for batch in window if team is None else team.marked(run, window, phase):
                 weight, output = weigh(batch), None  # the last batch's output is not held during the next forward
                 if phase.closure:
                     output = closure_step(run, phase, batch)
@@ -176,7 +180,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
                             loss.backward()
                         else:  # the same bits as (loss * (weight / total)).backward(), for less
                             loss = loss if loss.dim() == 0 else loss.reshape(())
-                            loss.backward(loss.new_full((), weight / total))
+                            loss.backward(loss.new_full((), weight * ranks / total))
                 scalars(output, values, prefix, None if total is None else weight / total, shares)
                 if meters is not None:
                     if may_skip:
@@ -190,10 +194,14 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         except StopEpoch:
             ends_epoch = True
         except SkipStep:
-            break
+            skips = True
         except BaseException as error:
             explain(error, run, phase, output, batch)
             raise
+        if team is not None:
+            seen, skips, ends_epoch = team.join(run, phase, seen, skips, ends_epoch)
+        if skips:
+            break
         if not seen:
             continue  # every batch of the window was skipped
         if total is not None and seen != total:  # batches were skipped or changed: the mean is over what is left
@@ -208,7 +216,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         except SkipStep:
             break
         checked = run.nonfinite is not None and phase.moved and not phase.closure
-        if checked and nonfinite(run, phase, values[prefix + "loss"], norm if phase.clip_norm else None):
+        if checked and nonfinite(run, phase, values.get(prefix + "loss"), norm if phase.clip_norm else None):
             break
         if not phase.closure:
             for optimizer in phase.moved:
@@ -223,7 +231,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     if moved and phase.name not in moved:  # what a phase has measured is dropped with its step
         values = {name: value for name, value in values.items() if not name.startswith(phase.prefix)}
     if not ran:  # no phase was due at this step
-        seen = sum(weigh(batch) for batch in window)
+        seen = sum(weigh(batch) for batch in window) if team is None else team.weight
     if shares:
         true_means(values, shares)
     return StepResult(values, output, seen, norm, moved, ends_epoch)
@@ -242,7 +250,8 @@ def held(window: Iterable[Any]) -> tuple[list[Any], bool]:
 
 def count(run: Run, result: StepResult | None, batches: int) -> None:
     """Add a step to the progress; if nothing was moved, only the batches that it used up."""
-    p, seconds = run.progress, time.perf_counter() - run.began
+    p, team = run.progress, run.team
+    seconds = time.perf_counter() - run.began if team is None else team.pulse.beat(run)
     if result is None:
         run.progress = p._replace(batch=p.batch + batches, seconds=seconds)
         return
@@ -264,7 +273,7 @@ def count(run: Run, result: StepResult | None, batches: int) -> None:
 def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
     """Between two optimizer steps: log, schedule, look. True if a hook asked to end the epoch."""
     hooks, ended = run.hooks, False
-    run.series.add(result.values, result.weight)
+    run.series.add(result.values, result.weight if run.team is None else run.team.local)
     if run.log_every.due(run.progress):
         log_train(run)
     for phase in stage.phases:
@@ -312,6 +321,8 @@ def end_epoch(run: Run, stage: Stage) -> None:
         for scheduler in phase.epoch_schedulers:
             scheduler.step(run.metrics, run.validated_at)
     fire(run.hooks.on_epoch_end, run)
+    if run.team is not None:
+        run.team.pulse.settle(run)
     for saver in run.savers:  # a mean over the epoch is a new value to judge by, as a validation is
         if saver.due(run, validated=validates or (saver.monitor or "").startswith("train/")):
             save(run, saver)
@@ -340,12 +351,14 @@ def evaluate(
     Nothing of the training changes: random generators and train/eval flags are put back, no gradient is recorded.
     A signal ends it at the next batch: its values are dropped, and ``run.validated_at`` stays what it was.
     """
-    hooks, values = run.hooks, dict[str, float]()
+    hooks, values, team = run.hooks, dict[str, float](), run.team
     meters = run.meters.get(kind)
+    if team is not None:
+        team.follow(run)
     with unseen(run):
         fire(hooks.on_test_start if kind == "test" else hooks.on_validation_start, run)
         for name, source in sources.items():
-            series = Series()
+            series, mine = Series(), []
             for batch in read(run, source, kind):
                 if run.interrupted:
                     end_early(hooks.on_validation_end, run)
@@ -354,11 +367,18 @@ def evaluate(
                     output = as_output(step(batch), None)
                 found: dict[str, Any] = {}
                 scalars(output, found, "", None, {})
-                series.add(found, weigh(batch))
                 if meters is not None:
                     meters.feed(output)
+                if team is None:
+                    series.add(found, weigh(batch))
+                else:
+                    mine.append((team.batch, (found, weigh(batch), meters and meters.cut())))
                 if hooks.on_eval_batch_end:
                     fire(hooks.on_eval_batch_end, run, output, batch)
+            for found, weight, state in team.in_order(mine) if team is not None else ():
+                series.add(found, weight)
+                if meters is not None:
+                    meters.join([state])
             measured = series.take_epoch()
             if meters is not None:
                 measured |= meters.compute()
@@ -370,6 +390,8 @@ def evaluate(
         else:
             run.validated_at = run.progress.step
             fire(hooks.on_validation_end, run, values)
+        if team is not None:
+            team.pulse.settle(run)
     return values
 
 
@@ -384,5 +406,7 @@ def predict(run: Run, source: Source, step: Callable[[Any], Any]) -> list[Any]:
             if hooks.on_predict_batch_end:
                 fire(hooks.on_predict_batch_end, run, output, batch)
             outputs.append(move(output, torch.device("cpu")))
+            if run.team is not None:
+                outputs[-1] = run.team.batch, outputs[-1]
         fire(hooks.on_predict_end, run)
-    return outputs
+    return outputs if run.team is None else run.team.in_order(outputs)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -22,7 +20,7 @@ from loopwright.progress import Duration, Every
 from loopwright.stages import needs_closure
 from loopwright.state import Phase, Run, Stage
 
-__all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count", "seed_everything", "trainable_flags"]
+__all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count", "trainable_flags"]
 
 
 @dataclass(slots=True)
@@ -284,13 +282,6 @@ def _resolved_data(source: Any) -> dict[str, Any]:
     known = ("batch_size", "shuffle", "drop_last", "seed", "sampler", "workers", "num_workers", "collate_fn")
     settings = {name: getattr(loader, name) for name in known if hasattr(loader, name)}
     return {"class": type(loader), **settings, "batches": source.batches, "dataset": type(data)}
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def trainable_flags(task: Any) -> dict[str, bool]:

@@ -101,7 +101,7 @@ def _warn(text: str) -> None:
 
 def log_train(run: Run) -> None:
     """The means of all steps since the last record, as ``train/<name>``, with the learning rates."""
-    means = run.series.take_record()
+    means = run.series.take_record(run.team and run.team.joined_sums)
     if means:
         log_values(run, {**{f"train/{name}": value for name, value in means.items()}, **learning_rates(run)}, "train")
         last = run.history[-1] if len(run.history) else {}
@@ -111,9 +111,12 @@ def log_train(run: Run) -> None:
 
 def log_epoch(run: Run, stage: Stage) -> None:
     """The record of an epoch: means over its steps, training metrics, the latest validation, learning rates."""
-    values = {f"train/{name}": value for name, value in run.series.take_epoch().items()}
+    means = run.series.take_epoch(run.team and run.team.joined_sums)
+    values = {f"train/{name}": value for name, value in means.items()}
     for phase in stage.phases:
         if phase.meters is not None:
+            if run.team is not None:
+                phase.meters.join(run.team.comm.gather(phase.meters.cut()))
             values |= {f"train/{phase.prefix}{name}": value for name, value in phase.meters.compute().items()}
             phase.meters.reset()
     if run.validated_at == run.progress.step:

@@ -15,7 +15,7 @@ from loopwright.data import Schema, changes, fingerprint
 from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
 from loopwright.folder import hold, newest_folder
 from loopwright.stages import nothing_left, reopen
-from loopwright.state import Run, has_state
+from loopwright.state import Comm, Run, has_state
 
 __all__ = ["Point", "Resume", "find_point"]
 
@@ -143,7 +143,7 @@ class Point:
 
 
 def find_point(
-    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = ()
+    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = (), comm: Comm
 ) -> Point | None:
     """The checkpoint that ``wanted`` means for a run called ``label`` in ``root``, read; None to begin anew.
 
@@ -153,6 +153,21 @@ def find_point(
     """
     if not isinstance(wanted, Resume):
         wanted = Resume(how=wanted) if wanted in ("approximate", "weights") else Resume(wanted)  # type: ignore[arg-type]
+    point: Point | None = None
+
+    def look() -> tuple[Any, ...] | None:
+        nonlocal point
+        point = _find(wanted, root, label, elsewhere)
+        return None if point is None else (point.data.path, point.folder)
+
+    found = comm.first(look)
+    if found is not None and comm.rank:  # what rank 0 has found
+        path, folder = found
+        return Point(read(path), wanted.how, folder, wanted.path == "auto")
+    return point
+
+
+def _find(wanted: Resume, root: str | Path | None, label: str, elsewhere: Sequence[Place]) -> Point | None:
     auto = wanted.path == "auto"
     if auto:
         if root is None and not elsewhere:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from loopwright import rng
+from loopwright.data.plan import seed_from
 from loopwright.errors import LoopwrightWarning
 from loopwright.folder import close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.optim import set_trainable
-from loopwright.prepare import resolved, seed_everything
+from loopwright.prepare import resolved
 from loopwright.records import close_loggers, start_loggers
 from loopwright.stages import chooses_parameters, nothing_left, reopen
 from loopwright.state import Progress, Run
@@ -27,14 +29,18 @@ __all__ = ["closing_all", "go_on", "session"]
 def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, deterministic: bool) -> Iterator[None]:
     """What surrounds the loop: seeds, flags, folder, loggers, signals; everything is closed and put back."""
     _say_what_is_odd(run)
+    first, rank = run.comm.first, run.comm.rank
     if seed is not None and run.progress.step == 0:
-        seed_everything(seed)
+        rng.seed(seed)
+    if rank and run.resumed_from is None:  # dropout and the like must not be the same on every rank
+        rng.seed(seed_from(run.settings["key"], "rank", rank, run.progress.step))
     resumed = {} if run.resumed_from is None else {"resumed_from": str(run.resumed_from)}
     goes_on = run.folder is not None
     if root is not None and not goes_on:
-        run.folder = open_folder(root, label, settings=resolved(run) | resumed, seed=seed)
-    lock = hold(run.folder) if run.folder is not None else None
-    if goes_on and run.folder is not None:
+        settings = resolved(run) | resumed
+        run.folder = first(lambda: open_folder(root, label, settings=settings, seed=seed))
+    lock = hold(run.folder) if run.folder is not None and not rank else None
+    if goes_on and run.folder is not None and not rank:
         reopen_folder(run.folder, **resumed)
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if deterministic:  # only then: torch's own function imports its compiler, which takes a second
@@ -59,6 +65,8 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     finally:
         if deterministic:
             torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        if run.team is not None:
+            run.team.end(run)
         if chooses_parameters(run):
             set_trainable(run.task, run.trainable)
         try:
@@ -94,7 +102,7 @@ def _close(run: Run, error: BaseException | None) -> None:
     try:
         close_loggers(run)
     finally:  # where warnings are errors
-        if run.folder is not None:
+        if run.folder is not None and not run.comm.rank:
             progress = run.progress._asdict() | {"waited": run.waited}
             close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
     if first is not None and first is not error:

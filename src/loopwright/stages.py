@@ -35,6 +35,8 @@ def begin_stage(run: Run, stage: Stage) -> bool:
         run.validates_within = every.unit != "epochs" or every.is_part
     if chooses_parameters(run):
         set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
+    if run.team is not None:
+        run.team.begin_stage(run, stage)
     return p.stage_step == p.batch == 0 and p.epoch == start.epoch
 
 
@@ -101,6 +103,8 @@ def apply_changes(run: Run) -> None:
         else:
             _replace_model(run, kind, key, obj)
     run.changes.clear()
+    if run.team is not None and run.stage is not None:
+        run.team.begin_stage(run, run.stage)
     known = {id(p) for model in run.models.values() for p in model.parameters()}
     for optimizer_name, optimizer in run.optimizers.items():
         if known and not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):

@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "Stage",
     "StepResult",
+    "Strategy",
     "has_state",
 ]
 
@@ -121,6 +122,31 @@ class Comm(Protocol):
 
     def any(self, flag: bool) -> bool:
         """True if ``flag`` is true on any rank."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The ``value`` of every rank, in their order, on every rank."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """The ``value`` of rank 0."""
+        ...
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on rank 0, which alone calls it."""
+        ...
+
+
+class Strategy(Protocol):
+    """How a model is spread over ranks, and its gradients joined."""
+
+    name: str
+
+    def begin_stage(self, run: Run, stage: Stage) -> Mapping[str, Any]:
+        """Change the steps of the stage's phases so that their gradients are joined; what does it, by phase.
+
+        Each has ``last`` (set before the last batch of a window), ``flush()`` and ``check()``.
+        """
         ...
 
 
@@ -263,6 +289,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each logged name
     history: History = field(default_factory=History)
     series: Series = field(default_factory=Series)
+    team: Any = None  # the other ranks, if there are any
     stop_reason: str | None = None
     resumed_from: Any = None  # the checkpoint: a Path, or where fsspec has it
     nonfinite: str | None = "raise"
@@ -320,8 +347,14 @@ class Run:
         return self.stop_reason in SIGNALS
 
     def request_stop(self, reason: str) -> None:
-        """Stop at the next boundary between optimizer steps; the first reason is kept in ``stop_reason``."""
-        self.stop_reason = self.stop_reason or reason
+        """Stop at the next boundary between optimizer steps; the first reason is kept in ``stop_reason``.
+
+        With several ranks one may ask, and all stop after the same step, which may be one step later.
+        """
+        if self.team is None:
+            self.stop_reason = self.stop_reason or reason
+        else:
+            self.team.pulse.asked = self.team.pulse.asked or reason
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Add scalars (numbers or 0-dimensional tensors) to the next record, as the mean since the last one.

@@ -33,6 +33,7 @@ __all__ = [
     "zero_grad",
 ]
 
+_Window = tuple[Iterable[Any], "list[float] | None"]
 _NOTED = 8  # batches from which is learned what a batch is made of, and which of its sizes vary
 
 
@@ -40,26 +41,30 @@ def noted(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches; what the first few are made of is kept, to be compared with what is predicted later."""
     try:
         for batch in islice(batches, _NOTED):
-            run.schema = schema_of(batch) if run.schema is None else run.schema.including(batch)
+            mine = batch if run.team is None else batch.batch
+            if mine is not None:
+                run.schema = schema_of(mine) if run.schema is None else run.schema.including(mine)
             yield batch
-            batch = None  # or two would be held while the next one is fetched
+            batch = mine = None  # or two would be held while the next one is fetched
         yield from batches
     finally:
         if hasattr(batches, "close"):
             batches.close()
 
 
-def windows(stage: Stage, batches: Iterator[Any], start: int) -> Iterator[tuple[Iterable[Any], list[float] | None]]:
+def windows(stage: Stage, batches: Iterator[Any], start: int, team: Any = None) -> Iterator[_Window]:
     """Windows of ``stage.accumulate`` batches, each with the weights of its batches (None for single ones).
 
     Where the plan of the order tells the sizes, batches are fetched one at a time as in a hand-written loop; otherwise
     the window is read ahead, since the weight of its last batch is needed for the gradient of its first.
     """
     n, sizes = stage.accumulate, None
-    if n == 1:
+    if n == 1 and team is None:
         return zip(zip(batches), repeat(None))
-    if len(stage.phases) == 1 and stage.counts_samples:
+    if n > 1 and len(stage.phases) == 1 and stage.counts_samples:
         sizes = stage.source.sizes(start)
+    if team is not None:
+        return _shared(stage, batches, sizes, team)
     return _held(stage, batches, n) if sizes is None else _planned(batches, sizes, n)
 
 
@@ -71,6 +76,26 @@ def _planned(batches: Iterator[Any], sizes: Iterator[int], n: int) -> Iterator[t
 def _held(stage: Stage, batches: Iterator[Any], n: int) -> Iterator[tuple[Iterable[Any], list[float]]]:
     while window := list(islice(batches, n)):
         yield window, [stage.weight(batch) for batch in window]
+
+
+def _shared(stage: Stage, parts: Iterator[Any], sizes: Iterator[int] | None, team: Any) -> Iterator[_Window]:
+    """This rank's part of each window, with the weights of its batches over all ranks."""
+    n = stage.accumulate
+    while True:
+        if sizes is not None:
+            planned = [float(size) for size in islice(sizes, n)]
+            count = sum(team.has_part(int(size)) for size in planned)
+            window: Iterable[Any] = (part.batch for part in islice(parts, len(planned)) if part.batch is not None)
+        else:
+            held = list(islice(parts, n))
+            mine = [0.0 if part.batch is None else stage.weight(part.batch) for part in held]
+            window = [part.batch for part, weight in zip(held, mine, strict=True) if weight]  # no token, no loss
+            count = len(window)
+            planned = [float(part.size) for part in held] if stage.counts_samples else team.comm.sums(mine)
+        if not planned:
+            return
+        team.open(planned, count)
+        yield window, None if n == 1 and stage.counts_samples and team.even(planned[0]) else planned
 
 
 def prepared(run: Run, window: Iterable[Any]) -> Iterator[Any]:
@@ -167,10 +192,16 @@ def true_means(values: dict[str, Any], shares: Mapping[str, float]) -> None:
 
 
 def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
-    """True if this step must be dropped since its loss or a gradient is not finite; raises if the run says so."""
+    """True if this step must be dropped since its loss or a gradient is not finite; raises if the run says so.
+
+    ``loss`` is None on a rank that had no batch.
+    """
     grads = [grad for p in phase.parameters() if (grad := p.grad) is not None]
-    overflow = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
-    if not overflow and not any_nonfinite(grads, loss):
+    bad = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
+    bad = bad or any_nonfinite(grads, loss)  # a rank may have had no batch
+    if run.team is not None and run.nonfinite == "skip":
+        bad = run.team.comm.any(bad)
+    if not bad:
         run.skips_in_row = 0
         return False
     run.skips_in_row += 1
@@ -191,7 +222,7 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         else ""
     )
     raise NonFiniteError(
-        f"phase {phase.name!r} has a loss of {float(loss):g} at step {run.progress.step + 1}{where}{rule}. The "
+        f"phase {phase.name!r} has a loss of {math.nan if loss is None else float(loss):g} at step {run.progress.step + 1}{where}{rule}. The "
         f"parameters "
         "are those of before this step. Look for a learning rate too high, log or division of 0, or bad input; "
         'nonfinite="skip" leaves such steps out, nonfinite=None trains on'

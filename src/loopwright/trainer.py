@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loopwright import loop
 from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
-from loopwright.data import as_source, as_sources, opened, samples
+from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
 from loopwright.errors import LoopwrightError, SettingError, choose
 from loopwright.events import Callback, Hooks, check_callback
 from loopwright.explain import explain
@@ -23,7 +23,7 @@ from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
 from loopwright.loggers import JSONLLogger
 from loopwright.metrics import check_metrics
-from loopwright.parallel import Single, pick_device, pick_precision
+from loopwright.parallel import Single, check_strategy, pick_precision, pick_team
 from loopwright.plan import Plan, make_plan
 from loopwright.prepare import Parts, assemble, measured_by, move_task, trainable_flags
 from loopwright.progress import Duration, Every
@@ -67,6 +67,9 @@ class Trainer:
         steps: int | None = None,
         time: str | None = None,
         device: str | torch.device = "auto",
+        devices: int | str = "auto",
+        nodes: int | str = "auto",
+        strategy: Any = "auto",
         precision: Any = "fp32",
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -96,7 +99,9 @@ class Trainer:
         Duration.parse(validate_every), Duration.parse(log_every)
         self.accumulate, self.clip_norm, self.seed, self.deterministic = accumulate, clip_norm, seed, deterministic
         self.validate_every, self.log_every = validate_every, log_every
+        check_strategy(strategy)
         self.device, self.precision = device, pick_precision(precision)
+        self.devices, self.nodes, self.strategy = devices, nodes, strategy
         for kind, listed in (("callbacks", callbacks), ("loggers", loggers or ())):
             if not isinstance(listed, (list, tuple)):
                 one = type(listed).__name__
@@ -237,6 +242,8 @@ class Trainer:
         run = self._bare(_checked(task))
         run.schema = _schema_of(task)
         source = as_source(opened(data, "predict"), train=False, key=self._key())
+        if run.team is not None:
+            source = _begin_evaluation(run, {"": source})[""]
         with closing_all([source]):
             return joined(loop.predict(run, source, task.predict_step))
 
@@ -284,20 +291,22 @@ class Trainer:
                 "both the Trainer and the stages say how long to train; leave epochs, steps and time out of the Trainer"
             )
         elsewhere = [as_place(saver.folder) for saver in self._savers() if getattr(saver, "folder", None) is not None]
-        point = None if resume is None else find_point(resume, self.folder, self._label(task), elsewhere=elsewhere)
+        run = self._bare(task)
+        point = None
+        if resume is not None:
+            point = find_point(resume, self.folder, self._label(task), elsewhere=elsewhere, comm=run.comm)
         previous: Run | None = getattr(task, "_run", None) if point is None else None
-        key = self._key() if point is None or point.key is None else point.key
-        device = pick_device(self.device)
+        key = run.comm.broadcast(self._key()) if point is None or point.key is None else point.key
         parts = assemble(
             task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
-            clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key, device=device,
+            clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key, device=run.device,
             previous=previous,
         )  # fmt: skip
-        run = self._bare(task)
+        _share_out(run, parts.stages)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
         run.settings = {**self.settings, "key": key}
         run.meters["valid"] = measured_by(parts.metrics)
-        run.savers, run.loggers = self._savers(), self._loggers()
+        run.savers, run.loggers = self._savers(), self._loggers() if run.comm.rank == 0 else []
         run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
         run.trainable = trainable_flags(task)
         run.exact = inexact(run) or True
@@ -337,11 +346,15 @@ class Trainer:
         others = [c for c in self.callbacks if not isinstance(c, Capsule)]  # a capsule sees all before they do
         callbacks, history = [*capsules, *others, *bar], History()
         handlers = [handler.anew() for handler in self.handlers]  # what they count belongs to the run
-        device, models = pick_device(self.device), task.models()
+        device, team = pick_team(self.device, devices=self.devices, nodes=self.nodes, strategy=self.strategy)
+        models = task.models()
         move_task(task, models, device)
+        if team is not None and team.comm.rank:
+            callbacks = [c for c in callbacks if c not in bar]
         return Run(
             task=task, stages=[], models=models, optimizers={}, callbacks=callbacks,
-            hooks=Hooks(callbacks, handlers), comm=Single(), precision=self.precision, device=device,
+            hooks=Hooks(callbacks, handlers), comm=Single() if team is None else team.comm, team=team,
+            precision=self.precision, device=device,
             handlers=handlers, moves_batches=device.type != "cpu",
             history=history, series=Series(history.losses),
         )  # fmt: skip
@@ -364,6 +377,8 @@ class Trainer:
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = task.test_step if kind == "test" else task.validation_step
         sources = as_sources(opened(data, kind), self._key())
+        if run.team is not None:
+            sources = _begin_evaluation(run, sources)
         with closing_all(sources.values()):
             return loop.evaluate(run, sources, step, weight or samples, kind=kind)
 
@@ -383,6 +398,21 @@ def joined(outputs: list[Any]) -> Any:
         parts = [joined([o[i] for o in outputs]) for i in range(len(first))]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return outputs
+
+
+def _share_out(run: Run, stages: Sequence[Stage]) -> None:
+    """Let this rank read its part of the data: a slice of each batch, or every so many-th batch in evaluation."""
+    if run.team is not None:
+        rank, world = run.comm.rank, run.comm.world_size
+        for stage in stages:
+            stage.source = shared(stage.source, Cut(rank, world))
+            stage.valid = {name: shared(one, Cut(rank, world, whole=True)) for name, one in stage.valid.items()}
+
+
+def _begin_evaluation(run: Run, sources: Mapping[str, Any]) -> dict[str, Any]:
+    run.team.begin(run)
+    cut = Cut(run.comm.rank, run.comm.world_size, whole=True)
+    return {name: shared(source, cut) for name, source in sources.items()}
 
 
 def _checked(task: Any) -> Any:

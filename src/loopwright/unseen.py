@@ -25,13 +25,19 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
 
     Generators that hang on the source are put back afterwards: training may draw from the same ones.
     """
-    n = 0
+    n, compared = 0, False
     with kept(_streams(source).find().values()):
-        batches = source.at(0, 0)
+        at = source.at if run.team is None else run.team.begin_epoch(source)
+        batches = at(0, 0)
         try:
             for batch in batches:
                 n += 1
-                if n == 1 and run.schema is not None:
+                if run.team is not None:
+                    run.team.batch, batch = n, batch.batch
+                    if batch is None:
+                        continue  # another rank has it
+                if not compared and run.schema is not None:
+                    compared = True
                     _compare(run.schema, batch, kind)
                 yield move(batch, run.device) if run.moves_batches else batch
         except Exception as error:

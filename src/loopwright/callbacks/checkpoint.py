@@ -99,6 +99,8 @@ class Checkpoint:
         snapshot.check(run)
         self._every.start(run.progress, run.stage.source.batches if run.stage is not None else None)
         self._saved, self._validated = None, False
+        if run.comm.rank:
+            return  # rank 0 writes
         folder = self._folder(run)
         sweep(folder)
         found = list_checkpoints(folder)
@@ -129,7 +131,8 @@ class Checkpoint:
             due, rank = self._every.due(run.progress), self._rank(run)
             ranks = [value for value in self._known().values() if value is not None]
             kept = sorted(ranks)[: self.keep]
-            return due or (rank is not None and (len(kept) < self.keep or rank < kept[-1]))
+            due = due or (rank is not None and (len(kept) < self.keep or rank < kept[-1]))
+            return bool(run.comm.broadcast(due))  # rank 0 knows what is on disk
         return self._every.due(run.progress)
 
     def _known(self) -> dict[Place, float | None]:
@@ -142,6 +145,9 @@ class Checkpoint:
         Where nothing has happened since the last one, that one is returned. With ``async_save`` None is returned, and
         the writing has begun.
         """
+        ranks = run.comm.gather(snapshot.own(run))[1:] if run.comm.world_size > 1 else []
+        if run.comm.rank:  # rank 0 writes; if it cannot, it ends the run
+            return None if self.async_save else self._folder(run) / f"step-{run.progress.step:08d}"
         state = (run.progress._replace(seconds=0.0), dict(run.metrics), len(run.history), run.validated_at)
         if state == self._saved and self._writing is not None:
             return None
@@ -163,7 +169,7 @@ class Checkpoint:
                 monitors = [saver._monitors(run, path) for saver in (self, *others) if saver.monitor is not None]
                 about = snapshot.info(run)
                 about |= (monitors[0] if monitors else {}) | ({"others": monitors[1:]} if monitors[1:] else {})
-                packed = Packed.of(*snapshot.take(run), about)
+                packed = Packed.of(*snapshot.take(run, ranks), about)
                 if self.async_save:
                     packed = self._copies.of(packed)
                     future = in_background(lambda: self._write(packed, path, rank, others))
@@ -182,10 +188,16 @@ class Checkpoint:
         """Wait for what is being written; with ``restore="best"`` put the best weights into the models."""
         self.finish(run)
         if self.restore and not run.interrupted:
-            ranks = {path: monitored(path, self.monitor) for path in list_checkpoints(self._folder(run))}
-            known = {path: rank for path, rank in ranks.items() if rank is not None}
-            if known:
-                snapshot.restore_models(run, read(min(known, key=lambda path: known[path])))
+            if not run.comm.rank:
+                self._restore(run)
+            if run.team is not None:
+                run.team.follow(run, parameters=True)
+
+    def _restore(self, run: Run) -> None:
+        ranks = {path: monitored(path, self.monitor) for path in list_checkpoints(self._folder(run))}
+        known = {path: rank for path, rank in ranks.items() if rank is not None}
+        if known:
+            snapshot.restore_models(run, read(min(known, key=lambda path: known[path])))
 
     def finish(self, run: Run) -> None:
         """Wait for what is being written in the background, if anything is; what went wrong is raised here.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
 from loopwright.data import fingerprint
+from loopwright.data.plan import seed_from
 from loopwright.errors import CheckpointError, choose
 from loopwright.handlers import Handler
 from loopwright.progress import Progress
 from loopwright.state import Run, Stage, has_state
 
 __all__ = [
-    "check", "check_fit", "conditions", "info", "progress", "recipe", "restore",
+    "check", "check_fit", "conditions", "info", "own", "progress", "recipe", "restore",
     "restore_loggers", "restore_models", "take",
 ]  # fmt: skip
 
@@ -31,10 +32,11 @@ _COUNTERS = ("skipped", "skips_in_row", "validated_at")
 _WATCHERS = ("handlers", "loggers", "savers")  # may differ after a resume: they change nothing in training
 
 
-def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Tensors of the models by group, and all other state, of a run that stands between two optimizer steps.
 
-    The tensors are those of the run, not copies: hand them to ``store.write`` before training goes on.
+    The tensors are those of the run, not copies: hand them to ``store.write`` before training goes on. ``ranks``: what
+    the others gave as their ``own``.
     Raises CheckpointError for an object in ``run.state`` that has no state to give.
     """
     files, extras = _models(run)
@@ -60,7 +62,14 @@ def take(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "history": run.history.state_dict(),
         "metrics": dict(run.metrics),
         "rng": rng.get(),
+        "ranks": list(ranks),
     }
+
+
+def own(run: Run) -> dict[str, Any]:
+    """What of the state differs from rank to rank."""
+    at = min(run.progress.stage, len(run.stages) - 1)
+    return {"stage": _stage(run, run.stages[at]), "series": run.series.state_dict(), "rng": rng.get()}
 
 
 def check(run: Run) -> None:
@@ -132,9 +141,9 @@ def conditions(run: Run) -> dict[str, Any]:
     cpu = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     version = ".".join(str(torch.__version__).split(".")[:2])
     if run.device.type == "cpu":
-        return {"torch": version, "device": "cpu", **cpu}
+        return {"torch": version, "device": "cpu", **cpu, "ranks": run.comm.world_size}
     names = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
-    return {"torch": version, "device": names}
+    return {"torch": version, "device": names, "ranks": run.comm.world_size}
 
 
 def restore(run: Run, data: Contents) -> None:
@@ -162,6 +171,37 @@ def restore(run: Run, data: Contents) -> None:
             "the model and the optimizers anew before you use them"
         ) from error
     rng.set(state["rng"])
+    others = state.get("ranks", [])
+    if len(others) + 1 == run.comm.world_size:
+        if run.comm.rank:
+            _restore_own(run, others[run.comm.rank - 1], state["stage"].get("index", 0))
+    else:
+        _spread(run, others)
+
+
+def _restore_own(run: Run, mine: Mapping[str, Any], index: int) -> None:
+    if index < len(run.stages):
+        _load_stage(run, run.stages[index], mine["stage"])
+    run.series.load_state_dict(mine["series"])
+    rng.set(mine["rng"])
+
+
+def _spread(run: Run, others: Sequence[Mapping[str, Any]]) -> None:
+    """Other ranks than in the saved run: rank 0 takes over what all have measured, the others draw anew."""
+    if run.comm.rank:
+        rng.seed(seed_from(run.settings["key"], "rank", run.comm.rank, run.progress.step))
+        run.series.load_state_dict({"record": {}, "epoch": {}})
+        for phase in run.stages[min(run.progress.stage, len(run.stages) - 1)].phases:
+            if phase.meters is not None:
+                phase.meters.reset()
+        return
+    for other in others:
+        run.series.include(other["series"])
+        stage = run.stages[min(run.progress.stage, len(run.stages) - 1)]
+        for phase in stage.phases:
+            measured = other["stage"]["phases"].get(phase.name, {}).get("meters", {})
+            if phase.meters is not None and measured:
+                phase.meters.join([{name: one["state"] for name, one in measured.items()}])
 
 
 def check_fit(run: Run, data: Contents) -> None:

@@ -11,6 +11,7 @@ from loopwright.data.module import DataModule, data_of, opened
 from loopwright.data.plan import Blocks
 from loopwright.data.samplers import BatchSampler, BucketSampler, WeightedSampler
 from loopwright.data.schema import Schema, schema_of
+from loopwright.data.share import Cut, shared
 from loopwright.data.sources import as_source, as_sources
 from loopwright.data.split import folds, train_valid_split
 from loopwright.data.summary import summary
@@ -22,6 +23,7 @@ __all__ = [
     "BatchSampler",
     "Blocks",
     "BucketSampler",
+    "Cut",
     "DataModule",
     "Gather",
     "Iterated",
@@ -43,6 +45,7 @@ __all__ = [
     "opened",
     "samples",
     "schema_of",
+    "shared",
     "summary",
     "train_valid_split",
 ]

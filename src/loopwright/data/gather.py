@@ -21,6 +21,7 @@ from torch.utils.data import (
 from loopwright import rng
 from loopwright.data.generators import Streams
 from loopwright.data.plan import Plan, check_state
+from loopwright.data.share import Cut, Part
 
 __all__ = ["Gather", "is_gatherable", "rows_of"]
 
@@ -43,6 +44,7 @@ class Gather:
         self._shuffled = type(loader.sampler) is RandomSampler
         self._seed: int | None = None
         self._epoch: int | None = None  # the epoch of that seed
+        self.cut: Cut | None = None  # the part of this rank, among several
 
     @property
     def batches(self) -> int:
@@ -55,7 +57,7 @@ class Gather:
     def sizes(self, batch: int) -> Iterator[int]:
         return self._plan.sizes(batch)
 
-    def at(self, epoch: int, batch: int) -> Iterator[list[Tensor]]:
+    def at(self, epoch: int, batch: int) -> Iterator[Any]:
         """An epoch that was begun, here or in the saved run, goes on in its order; any other one begins."""
         if batch == 0 or epoch != self._epoch:
             self._open()
@@ -71,13 +73,18 @@ class Gather:
         if loader.num_workers and self._shuffled:
             self._seed = draw_seed()  # workers are given their first batches at once
 
-    def _batches(self, skip: int) -> Iterator[list[Tensor]]:
+    def _batches(self, skip: int) -> Iterator[Any]:
         if self._shuffled and self._seed is None:
             self._seed = draw_seed()  # without workers torch draws it with the first batch
         tensors, index = rows_of(self.loader.dataset)
         order = self._order(index, tensors[0].device)[skip * self._plan.batch_size : self._plan.samples]
-        pin, select = self.loader.pin_memory, torch.index_select
+        pin, select, cut = self.loader.pin_memory, torch.index_select, self.cut
         if not len(order):
+            return
+        if cut is not None:
+            for number, rows in enumerate(order.split(self._plan.batch_size), skip):
+                mine = cut.rows(rows, number)
+                yield Part(None if mine is None else [select(t, 0, mine) for t in tensors], len(rows))
             return
         for rows in order.split(self._plan.batch_size):  # views of one large gather would be unaligned: other bits
             if pin:

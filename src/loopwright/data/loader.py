@@ -16,6 +16,7 @@ from loopwright.data.generators import Streams
 from loopwright.data.plan import Blocks, Plan, Planned, check_state, order_of
 from loopwright.data.readers import reader_of
 from loopwright.data.samplers import BatchSampler
+from loopwright.data.share import Cut, Part
 from loopwright.data.workers import Watch, Workers
 from loopwright.errors import DataError, SettingError
 
@@ -90,6 +91,7 @@ class Loader:
         self._digest: tuple[int | None, int] = (None, 0)
         self._idle: list[Workers] = []
         self._loaded: Mapping[str, Any] | None = None
+        self.cut: Cut | None = None  # the part of this rank, among several
 
     def __len__(self) -> int:
         return self.batches
@@ -146,7 +148,18 @@ class Loader:
             self.streams.set_found(state.get("generators", {}))
             self._read.look(state.get("salts"))
         self._epoch = epoch
-        return self._read_ahead(epoch, batch) if self.workers else self._read_here(epoch, batch)
+        batches = self._read_ahead(epoch, batch) if self.workers else self._read_here(epoch, batch)
+        return batches if self.cut is None else self._parts(batches, epoch, batch)
+
+    def _parts(self, batches: Iterator[Any], epoch: int, batch: int) -> Iterator[Part]:
+        """This rank's part of each batch, which was read alone."""
+        assert self.cut is not None
+        try:
+            for number, indices in self._indices(epoch, batch):
+                mine = self.cut.rows(indices, number)
+                yield Part(None if mine is None else next(batches), len(indices))
+        finally:
+            batches.close()  # type: ignore[attr-defined]
 
     def _read_here(self, epoch: int, batch: int) -> Iterator[Any]:
         read = self._read.read
@@ -187,13 +200,20 @@ class Loader:
 
     def _tasks(self, epoch: int, batch: int) -> Iterator[tuple[Any, int, int, int]]:
         """What to read, batch by batch, as plain data."""
-        batches, key = self._batches(epoch), self._run_key()
-        rest = range(batch, len(batches))
-        rows = batches.since(batch) if isinstance(batches, Planned) else (batches[i] for i in rest)
-        for number, indices in enumerate(rows, batch):
+        key = self._run_key()
+        for number, indices in self._indices(epoch, batch):
+            if self.cut is not None and (indices := self.cut.rows(indices, number)) is None:
+                continue
             if self.workers and isinstance(indices, Tensor):
                 indices = indices.tolist()  # a tensor would be sent as a shared file
             yield indices, key, epoch, number
+
+    def _indices(self, epoch: int, batch: int) -> Iterator[tuple[int, Any]]:
+        """The numbers of the batches from ``batch`` on, and their samples."""
+        batches = self._batches(epoch)
+        rest = range(batch, len(batches))
+        rows = batches.since(batch) if isinstance(batches, Planned) else (batches[i] for i in rest)
+        return enumerate(rows, batch)
 
     def _run_key(self) -> int:
         return torch.initial_seed() if self._key is None else self._key

@@ -18,6 +18,7 @@ from torch.utils.data import (
 
 from loopwright.data.fetch import Indices
 from loopwright.data.generators import Streams, get_globals
+from loopwright.data.share import Cut, Part
 from loopwright.errors import DataError
 from loopwright.state import has_state
 
@@ -37,6 +38,7 @@ class Order:
 
     def __init__(self, sampler: Any, streams: Streams, *, ahead: bool, mark: bool) -> None:
         self.sampler, self.streams, self.ahead, self.mark = sampler, streams, ahead, mark
+        self.cut: Cut | None = None  # the part of this rank, among several
         self.draws = False  # seen to draw from the global generators while it yields
         inner = getattr(sampler, "sampler", None)
         self._unknown = type(sampler) not in _KNOWN or not (inner is None or type(inner) in _KNOWN)
@@ -47,6 +49,7 @@ class Order:
     def reset(self) -> None:
         """Forget what is on its way: a new epoch begins."""
         self.pending: deque[Any] = deque()
+        self.whole: deque[tuple[int, Any]] = deque()  # the same of all ranks, with the number of the batch
         self.digest = 0
         self.made: dict[str, Any] | None = None  # the generators when torch draws the seed of new workers
         self._note: dict[str, Any] = {}
@@ -74,7 +77,7 @@ class Order:
         watched, self._watched = self._watched, 0
         yield from self._follow(indices, watched)
 
-    def _follow(self, indices: Iterator[Any], watched: int = 0) -> Iterator[Any]:
+    def _follow(self, indices: Iterator[Any], watched: int = 0, given: int = 0) -> Iterator[Any]:
         number = 0
         while True:
             before = get_globals() if 0 < number < watched else None  # the first may draw the whole order
@@ -84,15 +87,41 @@ class Order:
                 return
             if before is not None and get_globals() != before:
                 self.draws = True
+            number += 1
+            if self.cut is not None:
+                self.whole.append((given + number - 1, index))
+                index = _part(index, self.cut, given + number - 1)
+                if index is None:
+                    continue
             if self.mark and type(index) is list:
                 index = Indices(index)
             self.pending.append(index)
-            number += 1
             yield index
 
     def used(self) -> None:
         """A batch has arrived: its indices are no longer on their way."""
-        self.digest = zlib.crc32(_raw(self.pending.popleft()), self.digest)
+        index = self.pending.popleft()
+        self.digest = zlib.crc32(_raw(index), self.digest)
+
+    def parts(self, item: Any = None, *, ended: bool = False) -> Iterator[Part]:
+        """With several ranks: ``item`` has arrived, after batches that this one leaves out; or the data has ended."""
+        assert self.cut is not None
+        while self.whole:
+            number, index = self.whole[0]
+            left_out = self.cut.whole and self.cut.rows(index, number) is None
+            if ended and not left_out:
+                return
+            self.whole.popleft()
+            self.digest = zlib.crc32(_raw(index), self.digest)
+            if left_out:
+                yield Part(None, 0)
+                continue
+            self.pending.popleft()
+            if isinstance(index, (list, tuple)) or self.cut.whole:
+                yield Part(None if self.cut.rows(index, number) is None else item, _length(index))
+            else:
+                yield self.cut.part(item, number)
+            return
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._note, "digest": None if self.draws else self.digest, "now": _state_of(self.sampler)}
@@ -116,7 +145,7 @@ class Order:
                 self._refuse(f"ended after {number} batches, before the {batch} of the saved position")
         if state["digest"] not in (None, self.digest):
             self._refuse(f"gave other indices for the first {batch} batches than in the saved run")
-        return self._follow(indices)
+        return self._follow(indices, given=batch)
 
     def hand_out(self, indices: Iterator[Any]) -> None:
         """Let the next ``iter`` give ``indices``."""
@@ -159,6 +188,18 @@ def _load_state(sampler: Any, state: Any) -> None:
         sampler.load_state_dict(state)
     elif state is not None:
         _load_state(sampler.sampler, state)
+
+
+def _length(index: Any) -> int:
+    return len(index) if isinstance(index, (list, tuple)) else 1
+
+
+def _part(index: Any, cut: Cut, number: int) -> Any:
+    """What this rank reads of a batch: at least a sample of what it has to train on, which is not much to drop."""
+    if not isinstance(index, (list, tuple)) and not cut.whole:
+        return index  # one sample that is a batch: read whole, and sliced
+    mine = cut.rows(index, number)
+    return index[:1] if mine is None and not cut.whole else mine
 
 
 def _raw(index: Any) -> bytes:

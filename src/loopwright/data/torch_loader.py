@@ -14,6 +14,7 @@ from loopwright.data.fetch import add_fetch_note, place_of
 from loopwright.data.generators import Streams
 from loopwright.data.order import Order
 from loopwright.data.plan import Plan, check_state
+from loopwright.data.share import Cut
 from loopwright.data.workers import Collate, Start, Watch
 from loopwright.errors import DataError
 
@@ -60,6 +61,17 @@ class TorchLoader:
         self._left = False  # an epoch began although the one before had not ended, with workers that live on
 
     # ------------------------------------------------------------------------------------------ what is known
+
+    @property
+    def cut(self) -> Cut | None:
+        """The part of this rank, among several."""
+        return self._order.cut
+
+    @cut.setter
+    def cut(self, cut: Cut) -> None:
+        self._order.cut = cut
+        if self.workers:
+            self._start.rank = cut.rank
 
     @property
     def batches(self) -> int | None:
@@ -217,16 +229,25 @@ class TorchLoader:
                         item = next(iterator)
                     except StopIteration:
                         self._ended = True
+                        if order.cut is not None:
+                            yield from order.parts(ended=True)
                         return
                     except Exception as error:
                         add_fetch_note(error, epoch, batch, order.pending[0] if order.pending else None)
                         raise
                     self.waited += perf_counter() - began
-                    order.used()
                     if workers:
                         worker, item, moved = item
                         if moved is not None:
                             self._states[worker] = moved
+                    if order.cut is not None:
+                        for item in order.parts(item):
+                            batch += 1
+                            self._at = (epoch, batch)
+                            yield item
+                        del item
+                        continue
+                    order.used()
                     batch += 1
                     self._at = (epoch, batch)
                     yield item

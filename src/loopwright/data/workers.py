@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from loopwright import rng
 from loopwright._compat import lost_workers, stop_workers
 from loopwright.data.generators import Streams
+from loopwright.data.plan import seed_from
 from loopwright.errors import DataError
 
 __all__ = ["Collate", "Start", "Watch", "Workers"]
@@ -55,9 +57,12 @@ class Start:
     def __init__(self, worker_init_fn: Callable[[int], None] | None, collate: Collate) -> None:
         self.worker_init_fn, self.collate = worker_init_fn, collate
         self.states: Mapping[int, Any] = {}
+        self.rank = 0
 
     def __call__(self, worker: int) -> None:
         outlive_signals()
+        if self.rank:  # every rank draws the same seed for its workers, whose samples are others
+            rng.seed(seed_from(torch.initial_seed(), self.rank))
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker)
         info = get_worker_info()

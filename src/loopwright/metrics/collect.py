@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from loopwright import rng
-from loopwright.errors import CheckpointError, MetricError, choose
+from loopwright.errors import CheckpointError, MetricError, SettingError, choose
 from loopwright.events import describe
 from loopwright.metrics.check import INPUTS, check_metrics, fresh, unwrapped
 from loopwright.metrics.draws import OwnDraws
 from loopwright.metrics.memory import remember, restore
+from loopwright.state import has_state
 
 __all__ = ["Meters"]
 
@@ -142,6 +144,42 @@ class Meters:
                 raise
         return values
 
+    # ------------------------------------------------------------------------------------------ several ranks
+
+    def cut(self) -> dict[str, Any]:
+        """What has been taken in since the last cut, which is forgotten; None for torchmetrics', which join themselves."""
+        states: dict[str, Any] = {}
+        for name in self._fed:
+            metric, states[name] = unwrapped(self.metrics[name])[0], None
+            if _merges(metric):
+                states[name] = metric.state_dict()
+                metric.reset()
+        return states
+
+    def join(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Take in what was cut, here and on other ranks, in this order."""
+        for state in states:
+            for name, values in state.items():
+                metric = unwrapped(self.metrics[name])[0]
+                if values is not None:
+                    other = copy.deepcopy(metric)
+                    other.reset()
+                    other.load_state_dict(values)
+                    metric.merge(other)
+                if name not in self._fed:  # this rank had no batch
+                    self._fed.append(name)
+
+    def check_ranks(self) -> None:
+        """Raise SettingError for a metric whose value over several ranks could not be told."""
+        for name, metric in self.metrics.items():
+            inner = unwrapped(metric)[0]
+            if not _merges(inner) and not hasattr(inner, "sync_on_compute") and not hasattr(inner, "compute_groups"):
+                raise SettingError(
+                    f"metric {name!r} ({type(inner).__name__}) sees a part of the data on each rank, and has no "
+                    "merge(other), state_dict() and load_state_dict() by which the parts could be joined; derive it "
+                    "from lw.metrics.Metric, or take one of torchmetrics"
+                )
+
     def reset(self) -> None:
         """Begin a new series."""
         for name in self._fed:
@@ -182,6 +220,10 @@ class Meters:
             if saved["draws"] is not None:
                 self._draws[name] = OwnDraws(saved["draws"])
             self._fed.append(name)
+
+
+def _merges(metric: Any) -> bool:
+    return callable(getattr(metric, "merge", None)) and has_state(metric)
 
 
 def _is_ours(metric: Any) -> bool:

@@ -1,15 +1,27 @@
-"""The other processes of a run: with one process, there are none."""
+"""The other processes of a run, and what one tells the others."""
 
 from __future__ import annotations
 
-__all__ = ["Single"]
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loopwright.errors import LoopwrightError
+
+__all__ = ["Ranks", "Single"]
+
+T = TypeVar("T")
 
 
 class Single:
     """A run of one process.
 
-    >>> Single().sum(3.0)
-    3.0
+    >>> Single().sum(3.0), Single().gather("mine"), Single().broadcast("mine")
+    (3.0, ['mine'], 'mine')
     """
 
     rank = 0
@@ -20,3 +32,94 @@ class Single:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def first(self, make: Callable[[], T]) -> T:
+        return make()
+
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        pass
+
+
+class Ranks:
+    """The processes of ``torch.distributed``'s default group; every method must be called by all of them.
+
+    Numbers and objects go over a gloo group of their own, which waits for no device.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.group = control_group()
+
+    def sum(self, value: float) -> float:
+        """``value`` summed over all ranks, in float64."""
+        return float(self.sums([value])[0])
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Each of ``values`` summed over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device="cpu")
+        dist.all_reduce(total, group=self.group)
+        return [float(value) for value in total.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """True if ``flag`` is true on any rank."""
+        return self.sum(float(flag)) > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The ``value`` of every rank, in their order, on every rank. It travels pickled between our own processes."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, _on_cpu(value), group=self.group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The ``value`` of rank 0."""
+        values = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, which alone calls it. What it raises there is an error on every rank."""
+        made: Any = None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                made = make()
+            except Exception as caught:
+                error = caught
+        made, told = self.broadcast((made, None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        if told is not None:
+            raise LoopwrightError(f"rank 0 failed, and the others stop with it: {told}")
+        return made  # type: ignore[no-any-return]
+
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite ``tensors`` with those of rank 0."""
+        with torch.no_grad():
+            for tensor in tensors:
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=0)
+                if whole.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(whole)
+
+
+def _on_cpu(value: Any) -> Any:
+    """``value`` with the tensors in its dicts, lists and tuples on the CPU: on another rank they would take a device."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on_cpu(part) for part in value)
+    return value
+
+
+@cache
+def control_group() -> Any:
+    """The group for numbers and objects; made once a process, by all ranks together."""
+    return dist.new_group(backend="gloo")

@@ -1,0 +1,139 @@
+"""Which part of each batch this rank reads: a slice of it in training, every so many-th whole batch in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from loopwright.errors import DataError
+from loopwright.events import describe
+from loopwright.data.batch import samples
+from loopwright.data.generators import Streams
+from loopwright.data.held import close, streams_of
+from loopwright.state import Source
+
+__all__ = ["Cut", "Part", "shared"]
+
+
+class Part(NamedTuple):
+    """What a rank has of a batch: ``batch`` is None where that is nothing; ``size`` samples are in the whole batch."""
+
+    batch: Any
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of ``rank`` among ``world`` ranks: a contiguous slice, or with ``whole`` every ``world``-th batch.
+
+    Slices differ by one sample at most; those of a batch smaller than ``world`` are empty for some ranks.
+
+    >>> [Cut(rank, 3).rows([10, 11, 12, 13], number=0) for rank in range(3)]
+    [[10], [11], [12, 13]]
+    >>> [Cut(rank, 2, whole=True).rows([10, 11], number=5) for rank in range(2)]
+    [None, [10, 11]]
+    """
+
+    rank: int
+    world: int
+    whole: bool = False
+
+    def bounds(self, size: int) -> tuple[int, int]:
+        """First and one past the last position of this rank's slice of a batch of ``size``."""
+        return size * self.rank // self.world, size * (self.rank + 1) // self.world
+
+    def rows(self, indices: Any, number: int) -> Any:
+        """This rank's part of the ``indices`` of batch ``number``; None if it has none."""
+        if self.whole:
+            return indices if number % self.world == self.rank else None
+        low, high = self.bounds(len(indices))
+        return indices[low:high] if high > low else None
+
+    def part(self, batch: Any, number: int) -> Part:
+        """This rank's part of a batch that was read whole. Raises DataError where it cannot be sliced."""
+        if self.whole:
+            return Part(batch if number % self.world == self.rank else None, 0)
+        size = samples(batch)
+        low, high = self.bounds(size)
+        return Part(_sliced(batch, low, high, size) if high > low else None, size)
+
+
+def shared(source: Source, cut: Cut) -> Source:
+    """``source``, whose ``at`` gives a ``Part`` for each batch from now on.
+
+    Our own sources read their part only. Others are read whole on every rank, and sliced.
+    """
+    inner: Any = source
+    while hasattr(inner, "source"):  # a limit, a dataset with a state: they pass on what they are given
+        inner = inner.source
+    if hasattr(inner, "cut"):
+        inner.cut = cut
+        return source
+    return Shared(source, cut)
+
+
+class Shared:
+    """A source of which every rank reads all, and gives its part."""
+
+    def __init__(self, source: Source, cut: Cut) -> None:
+        self.source, self.cut = source, cut
+
+    @property
+    def streams(self) -> Streams:
+        return streams_of(self.source)
+
+    @property
+    def waited(self) -> float:
+        return getattr(self.source, "waited", 0.0)
+
+    @property
+    def batches(self) -> int | None:
+        return self.source.batches
+
+    @property
+    def exact(self) -> list[str]:
+        return self.source.exact
+
+    def sizes(self, batch: int) -> Iterator[int] | None:
+        return self.source.sizes(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.source.load_state_dict(state)
+
+    def at(self, epoch: int, batch: int) -> Iterator[Part]:
+        batches = self.source.at(epoch, batch)
+        try:
+            for number, one in enumerate(batches, batch):
+                yield self.cut.part(one, number)
+        finally:
+            close(batches)
+
+    def close(self) -> None:
+        close(self.source)
+
+
+def _sliced(value: Any, low: int, high: int, size: int) -> Any:
+    """Every array of ``size`` entries in a nested batch, and every list of as many numbers or texts, cut."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.ndim and len(value) != size:
+            raise DataError(
+                f"a batch of {size} samples cannot be shared out over the ranks: {describe(value)} in it has another "
+                "first dimension. Give every rank its own part of the data, or let the model make what is not by sample"
+            )
+        return value[low:high] if value.ndim else value
+    if isinstance(value, Mapping):
+        return type(value)({k: _sliced(v, low, high, size) for k, v in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, (list, tuple)):
+        plain = not any(isinstance(v, (Tensor, np.ndarray, Mapping, list, tuple)) for v in value)
+        if plain and len(value) == size:
+            return value[low:high]
+        parts = [_sliced(v, low, high, size) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value

@@ -1,0 +1,134 @@
+"""Data parallel: every rank has the whole model, and torch's DistributedDataParallel averages the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from loopwright.errors import SettingError
+from loopwright.state import Phase, Run, Stage
+
+__all__ = ["DDP"]
+
+_NOTHING = object()  # the batch of a rank that has none
+
+
+class DDP:
+    """Strategy: the whole model on every rank, its gradients averaged while ``backward`` goes on.
+
+    Each phase has a DistributedDataParallel of its own, around the phase's step and the parameters that it moves: two
+    objectives do not wait for each other's gradients, ``state_dict`` keys stay, and your module is not wrapped. Of an
+    accumulation window only the last backward communicates. ``find_unused=True`` allows for steps that do not reach
+    all parameters, and costs a walk through the graph at each step; without it such a step is an error that names
+    them. ``options`` go to DistributedDataParallel (``bucket_cap_mb``, ``gradient_as_bucket_view``, ...).
+
+    Raises SettingError for options that Loopwright sets itself.
+
+    >>> DDP(bucket_cap_mb=50).options
+    {'bucket_cap_mb': 50}
+    """
+
+    name = "ddp"
+
+    def __init__(self, *, find_unused: bool = False, **options: Any) -> None:
+        own = {"find_unused_parameters", "module", "device_ids", "output_device", "process_group", "init_sync"}
+        taken = sorted(own & options.keys())
+        if taken:
+            raise SettingError(f"DDP({taken[0]}=...) is set by Loopwright; leave it out (find_unused=True is ours)")
+        self.find_unused, self.options = find_unused, options
+
+    def begin_stage(self, run: Run, stage: Stage) -> dict[str, Synced]:
+        """Let the phases of ``stage`` synchronise the parameters that train now; each by its name."""
+        return {phase.name: self._synced(run, phase) for phase in stage.phases if phase.moved}
+
+    def _synced(self, run: Run, phase: Phase) -> Synced:
+        if isinstance(phase.step, Synced):
+            phase.step.end()
+        step = phase.step
+        parameters = {id(p): p for p in phase.parameters() if p.requires_grad}
+        lazy = next((name for name, p in _named(run) if id(p) in parameters and is_lazy(p)), None)
+        if lazy is not None:
+            raise SettingError(
+                f"the parameter {lazy} has no shape yet, and gradients are exchanged in buckets of known shapes; call "
+                "the model once on a batch before fit"
+            )
+        if not parameters:
+            raise SettingError(f"phase {phase.name!r} has no parameter that requires a gradient in this stage")
+        buffers = [b for model in run.models.values() for b in model.buffers() if b.is_floating_point()]
+        part = _Part(step, parameters.values(), buffers)
+        ddp = DistributedDataParallel(
+            part, find_unused_parameters=self.find_unused, init_sync=False, **self.options
+        )  # the parameters are those of rank 0 already
+        names = {id(p): name for name, p in _named(run)}
+        phase.step = synced = Synced(phase, ddp, {} if self.find_unused else {k: names.get(k, "?") for k in parameters})
+        return synced
+
+
+class Synced:
+    """A phase's step whose gradients are those of all ranks once ``last`` was set for its last batch."""
+
+    def __init__(self, phase: Phase, ddp: DistributedDataParallel, names: Mapping[int, str]) -> None:
+        self.phase, self.step, self.ddp, self.names = phase, phase.step, ddp, names
+        self.moves = _trained(phase)
+        self.last = True
+
+    def __call__(self, batch: Any) -> Any:
+        with nullcontext() if self.last else self.ddp.no_sync():
+            return self.ddp(batch)
+
+    @property
+    def stale(self) -> bool:
+        """True if the phase moves other parameters by now: a group was added, or some were frozen or freed."""
+        return _trained(self.phase) != self.moves
+
+    def end(self) -> None:
+        """Give the phase its own step back."""
+        self.phase.step = self.step
+
+    def flush(self) -> None:
+        """Exchange what was accumulated although no batch is left; a rank without any contributes zeros."""
+        self.last = True
+        self.ddp(_NOTHING).backward()
+
+    def check(self) -> None:
+        """Raise SettingError if the step did not reach some of the parameters: the others wait for their gradients."""
+        if not self.names:
+            return
+        missed = [self.names[id(p)] for p in self.ddp.module.own if p.grad is None]
+        if missed:
+            told = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
+            raise SettingError(
+                f"{len(missed)} of the parameters that are trained got no gradient in this step: {told}. Leave them "
+                "out of the optimizer, freeze them (lw.Stage(freeze=...)), or allow for it: "
+                "Trainer(strategy=lw.DDP(find_unused=True))"
+            )
+
+
+class _Part(nn.Module):
+    """The step as a module of just the parameters that it trains, and the buffers that follow rank 0."""
+
+    def __init__(self, step: Callable[[Any], Any], parameters: Iterable[Any], buffers: Iterable[Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, "step", step)  # it may be a module, which is not ours to hold
+        self.own = nn.ParameterList(parameters)
+        for number, buffer in enumerate(buffers):
+            self.register_buffer(str(number), buffer)
+
+    def forward(self, batch: Any) -> Any:
+        if batch is _NOTHING:
+            zeros: Tensor = sum(p.flatten()[:0].sum() for p in self.own)  # type: ignore[assignment]
+            return zeros
+        return self.step(batch)
+
+
+def _trained(phase: Phase) -> int:
+    return sum(p.requires_grad for p in phase.parameters())
+
+
+def _named(run: Run) -> list[tuple[str, Tensor]]:
+    return [(name, p) for model in run.models.values() for name, p in model.named_parameters()]

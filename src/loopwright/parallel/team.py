@@ -1,0 +1,160 @@
+"""What the loop asks of the other ranks while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+from loopwright import rng
+from loopwright.errors import SettingError
+from loopwright.history import Sums
+from loopwright.parallel.comm import Ranks
+from loopwright.parallel.pulse import Pulse
+from loopwright.state import Phase, Run, Source, Stage, Strategy
+
+__all__ = ["Team"]
+
+_STEERING = (
+    "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
+)  # fmt: skip
+_GONE: Any = object()
+
+
+class Team:
+    """This rank among the others: how its window is shared out, its gradients joined, its values added up.
+
+    Training: every batch is a global one, of which each rank has a slice; a rank's loss counts by its share of the
+    window's samples, so that the mean of the gradients over ranks is that of one process. Evaluation: each rank has
+    whole batches in turn, and what they gave is added in the order of the batches.
+    """
+
+    def __init__(self, comm: Ranks, strategy: Strategy) -> None:
+        self.comm, self.strategy, self.pulse = comm, strategy, Pulse(comm)
+        self.size = comm.world_size
+        self.local = 0.0  # samples (tokens) of the last step on this rank
+        self.steered = False  # some hook may skip batches or steps, on this rank only
+        self._synced: Mapping[str, Any] = {}
+        self._count, self.weight, self._done = 0, 0.0, False
+        self.batch = 0  # number of the whole batch that this rank evaluates
+
+    # --------------------------------------------------------------------------------------------- data
+
+    def begin_epoch(self, source: Source) -> Callable[[int, int], Iterator[Any]]:
+        """``source.at``, which opens the data with the random numbers of rank 0: all ranks have one order."""
+
+        def at(epoch: int, batch: int) -> Iterator[Any]:
+            mine = rng.get()
+            rng.set(self.comm.broadcast(mine))
+            batches = source.at(epoch, batch)
+            first = next(batches, _GONE)  # by now a sampler has drawn its order
+            if self.comm.rank:
+                rng.set(mine)
+            return _after(first, batches)
+
+        return at
+
+    # --------------------------------------------------------------------------------------------- a stage
+
+    def begin(self, run: Run) -> None:
+        """All ranks begin with the weights and buffers of rank 0."""
+        self.follow(run, parameters=True)
+        hooks = [hook for name in _STEERING for hook in getattr(run.hooks, name)]
+        self.steered = any(not _is_ours(hook) for hook in hooks)
+        for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
+            if meters is not None:
+                meters.check_ranks()
+
+    def end(self, run: Run) -> None:
+        """Give the phases their own steps back; torch's DistributedDataParallel lets go of the parameters."""
+        for synced in self._synced.values():
+            synced.end()
+        self._synced = {}
+
+    def follow(self, run: Run, *, parameters: bool = False) -> None:
+        """Take the buffers of rank 0, such as the statistics of batch norm, and if asked for its parameters."""
+        for model in run.models.values():
+            self.comm.broadcast_tensors(chain(model.parameters(), model.buffers()) if parameters else model.buffers())
+
+    def begin_stage(self, run: Run, stage: Stage) -> None:
+        """Join the gradients of the parameters that train in ``stage``."""
+        closures = [phase.name for phase in stage.phases if phase.closure]
+        if closures:
+            raise SettingError(
+                f"phase {closures[0]!r} has an optimizer that calls its step back (LBFGS), which several ranks cannot "
+                "do in step; train it with one process"
+            )
+        self._synced = self.strategy.begin_stage(run, stage)
+
+    # --------------------------------------------------------------------------------------------- a step
+
+    def has_part(self, size: int) -> bool:
+        """True if this rank has a sample in a batch of ``size``."""
+        return size * (self.comm.rank + 1) // self.size > size * self.comm.rank // self.size
+
+    def open(self, weights: list[float], count: int) -> None:
+        """A window begins: the weights of its batches over all ranks, ``count`` of which have a part here."""
+        self.weight, self._count = sum(weights), count
+
+    def even(self, size: int) -> bool:
+        """True if the mean over ranks of their own means is the mean over the samples of a batch of ``size``."""
+        return size % self.size == 0 and not self.steered
+
+    def marked(self, run: Run, window: Iterable[Any], phase: Phase) -> Iterator[Any]:
+        """The batches of a window; gradients are joined in the backward of its last one."""
+        synced = self._synced.get(phase.name)
+        if synced is not None and synced.stale:
+            self.begin_stage(run, run.stages[run.progress.stage])
+            synced = self._synced[phase.name]
+        self._done = synced is None
+        for number, batch in enumerate(window, 1):
+            last = number == self._count
+            if synced is not None:
+                synced.last = last
+            yield batch
+            self._done |= last
+
+    def join(self, run: Run, phase: Phase, seen: float, skips: bool, ends: bool) -> tuple[float, bool, bool]:
+        """After a phase has gone over its window here: what all ranks have seen, and whether any skips or ends."""
+        if not self._done:
+            self._synced[phase.name].flush()
+        self.local, total = seen, self.weight
+        if self.steered:
+            total, skipping, ending = self.comm.sums([seen, skips, ends])
+            skips, ends = skipping > 0, ending > 0
+        if total and not skips and phase.name in self._synced:
+            self._synced[phase.name].check()
+        return total, skips, ends
+
+    # --------------------------------------------------------------------------------------------- values
+
+    def joined_sums(self, mine: Sums) -> Sums:
+        """Sums of values and weights by name, of all ranks together."""
+        total: Sums = {}
+        for sums in self.comm.gather(mine):
+            for name, (value, weight) in sums.items():
+                before = total.get(name, (0.0, 0.0))
+                total[name] = before[0] + value, before[1] + weight
+        return total
+
+    def in_order(self, mine: list[tuple[int, Any]]) -> list[Any]:
+        """What all ranks have of their whole batches, each with its number, in the order of the batches."""
+        found = [one for ranks in self.comm.gather(mine) for one in ranks]
+        return [one for _, one in sorted(found, key=itemgetter(0))]
+
+
+def _after(first: Any, batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        if first is not _GONE:
+            yield first
+            first = None  # or two would be held while the next one is fetched
+            yield from batches
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
+
+
+def _is_ours(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return type(owner).__module__.startswith("loopwright.")
