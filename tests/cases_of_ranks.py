@@ -144,8 +144,9 @@ def accumulated_small_batches() -> dict[str, Any]:
 
 
 def by_tokens(batch_size: int, **settings: Any) -> dict[str, Any]:
-    """A loss that is a mean over some of the targets; a rank's part may have none of them."""
+    """A loss that is a mean over some of the targets; a rank's part may have none of them, and is left out."""
     task = supervised()
+    task.metrics = {}
     task.loss = nn.CrossEntropyLoss(ignore_index=0)
     data = DataLoader(TensorDataset(X, Y), batch_size)
     run = trainer(**settings).fit(task, data, weight=lambda batch: (batch[1] != 0).sum())
