@@ -322,7 +322,7 @@ def end_epoch(run: Run, stage: Stage) -> None:
             scheduler.step(run.metrics, run.validated_at)
     fire(run.hooks.on_epoch_end, run)
     if run.team is not None:
-        run.team.pulse.settle(run)
+        run.team.end_epoch(run, stage)
     for saver in run.savers:  # a mean over the epoch is a new value to judge by, as a validation is
         if saver.due(run, validated=validates or (saver.monitor or "").startswith("train/")):
             save(run, saver)

@@ -18,7 +18,7 @@ from loopwright.metrics import Meters, check_metrics
 from loopwright.optim import as_schedulers, match_names
 from loopwright.progress import Duration, Every
 from loopwright.stages import needs_closure
-from loopwright.state import Phase, Run, Stage
+from loopwright.state import Comm, Phase, Run, Stage
 
 __all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count", "trainable_flags"]
 
@@ -76,11 +76,12 @@ def assemble(
     weight: Callable[[Any], float] | None,
     key: int,
     device: torch.device,
+    comm: Comm,
     previous: Run | None,
 ) -> Parts:
     """Resolve all that training needs; a task goes on with the optimizers and schedulers of its ``previous`` run."""
     if isinstance(train, DataModule):
-        module, train = train, opened(train, "train")
+        module, train = train, opened(train, "train", comm)
         valid = data_of(module, "valid") if valid is None else valid
     models = task.models()
     move_task(task, models, device)

@@ -23,7 +23,7 @@ from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
 from loopwright.loggers import JSONLLogger
 from loopwright.metrics import check_metrics
-from loopwright.parallel import Single, check_strategy, pick_precision, pick_team
+from loopwright.parallel import Single, check_strategy, pick_precision, pick_team, watched
 from loopwright.plan import Plan, make_plan
 from loopwright.prepare import Parts, assemble, measured_by, move_task, trainable_flags
 from loopwright.progress import Duration, Every
@@ -241,10 +241,10 @@ class Trainer:
         """
         run = self._bare(_checked(task))
         run.schema = _schema_of(task)
-        source = as_source(opened(data, "predict"), train=False, key=self._key())
+        source = as_source(opened(data, "predict", run.comm), train=False, key=self._key())
         if run.team is not None:
             source = _begin_evaluation(run, {"": source})[""]
-        with closing_all([source]):
+        with closing_all([source]), watched(run):
             return joined(loop.predict(run, source, task.predict_step))
 
     def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
@@ -300,7 +300,7 @@ class Trainer:
         parts = assemble(
             task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
             clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key, device=run.device,
-            previous=previous,
+            comm=run.comm, previous=previous,
         )  # fmt: skip
         _share_out(run, parts.stages)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
@@ -376,10 +376,10 @@ class Trainer:
         run.schema = _schema_of(task)
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = task.test_step if kind == "test" else task.validation_step
-        sources = as_sources(opened(data, kind), self._key())
+        sources = as_sources(opened(data, kind, run.comm), self._key())
         if run.team is not None:
             sources = _begin_evaluation(run, sources)
-        with closing_all(sources.values()):
+        with closing_all(sources.values()), watched(run):
             return loop.evaluate(run, sources, step, weight or samples, kind=kind)
 
 

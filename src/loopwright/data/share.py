@@ -1,4 +1,4 @@
-"""Which part of each batch this rank reads: a slice of it in training, every so many-th whole batch in evaluation."""
+"""Which part of each batch a rank reads: a slice of it in training, every so many-th whole batch in evaluation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from loopwright.errors import DataError
-from loopwright.events import describe
 from loopwright.data.batch import samples
 from loopwright.data.generators import Streams
 from loopwright.data.held import close, streams_of
+from loopwright.errors import DataError
+from loopwright.events import describe
 from loopwright.state import Source
 
 __all__ = ["Cut", "Part", "shared"]

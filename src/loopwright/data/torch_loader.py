@@ -74,6 +74,11 @@ class TorchLoader:
             self._start.rank = cut.rank
 
     @property
+    def digest(self) -> int:
+        """Stands for the indices that were read in the open epoch, of all ranks together."""
+        return self._order.digest
+
+    @property
     def batches(self) -> int | None:
         try:
             return len(self.loader)
@@ -241,11 +246,11 @@ class TorchLoader:
                         if moved is not None:
                             self._states[worker] = moved
                     if order.cut is not None:
-                        for item in order.parts(item):
+                        for part in order.parts(item):
                             batch += 1
                             self._at = (epoch, batch)
-                            yield item
-                        del item
+                            yield part
+                        del item, part
                         continue
                     order.used()
                     batch += 1

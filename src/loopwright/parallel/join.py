@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -21,8 +23,8 @@ def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
     What is on the CPU goes over gloo, also on an accelerator, whose device of this process is chosen first. A world of
     one process gets a group as well. ``timeout_s`` bounds the wait for the other processes, and each collective.
 
-    The group is left at the exit of the process. One that the user has made is used as it is, and left by the same
-    rule. The environment is read (a restart of torchrun gives another port) and not changed.
+    The group is left when the process ends in order. One that the user has made is used as it is, and theirs to leave.
+    No variable of the environment is changed.
 
     Raises SettingError if the group at hand cannot send what is on ``device_type``, or other processes are in it.
     """
@@ -36,20 +38,24 @@ def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
         device = local_device(world, device_type)
         torch.accelerator.set_device_index(device)
         backend = f"cpu:gloo,{device_type}:{_backend(device_type)}"
-    timeout = timedelta(seconds=timeout_s)
-    if world.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device)
-    else:
+    meeting: dict[str, Any] = {"store": dist.HashStore()}  # type: ignore[attr-defined]
+    if world.world_size > 1:
         if world.address is None or world.port is None:
             raise SettingError(
                 f"nothing says where the {world.world_size} processes meet. Start them with torchrun, or set "
                 "MASTER_ADDR and MASTER_PORT"
             )
         host = f"[{world.address}]" if ":" in world.address else world.address
-        dist.init_process_group(
-            backend, init_method=f"tcp://{host}:{world.port}", rank=world.rank, world_size=world.world_size,
-            timeout=timeout, device_id=device,
-        )  # fmt: skip
+        meeting = {"init_method": f"tcp://{host}:{world.port}"}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # which outlives a restart: addresses of the dead
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            made: Any = dist
+            store = made.TCPStore(world.address, world.port, is_master=False, timeout=timedelta(seconds=timeout_s))
+            meeting = {"store": made.PrefixStore(f"loopwright/{attempt}", store)}
+    dist.init_process_group(
+        backend, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s), device_id=device,
+        **meeting,
+    )  # fmt: skip
     atexit.unregister(_leave)  # a group that was left and made again is left once
     atexit.register(_leave)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from operator import itemgetter
 from typing import Any
 
 from loopwright import rng
-from loopwright.errors import SettingError
+from loopwright.errors import DataError, SettingError
 from loopwright.history import Sums
 from loopwright.parallel.comm import Ranks
 from loopwright.parallel.pulse import Pulse
+from loopwright.parallel.watch import Watch
 from loopwright.state import Phase, Run, Source, Stage, Strategy
 
-__all__ = ["Team"]
+__all__ = ["Team", "watched"]
 
 _STEERING = (
     "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
@@ -54,6 +56,19 @@ class Team:
             return _after(first, batches)
 
         return at
+
+    def end_epoch(self, run: Run, stage: Stage) -> None:
+        """Stop together, if any rank wants to. Raises DataError if the ranks have not read the same order."""
+        source: Any = stage.source
+        while hasattr(source, "source"):
+            source = source.source
+        if len(set(self.comm.gather(getattr(source, "digest", None)))) > 1:
+            raise DataError(
+                f"in epoch {run.progress.epoch} each rank has read an order of its own: its sampler depends on more "
+                "than the global random generators and set_epoch. Seed it alike on all ranks, or use "
+                "lw.Loader(dataset, shuffle=True)"
+            )
+        self.pulse.settle(run)
 
     # --------------------------------------------------------------------------------------------- a stage
 
@@ -142,6 +157,15 @@ class Team:
         """What all ranks have of their whole batches, each with its number, in the order of the batches."""
         found = [one for ranks in self.comm.gather(mine) for one in ranks]
         return [one for _, one in sorted(found, key=itemgetter(0))]
+
+
+def watched(run: Run, on_abort: Callable[[str], object] | None = None) -> AbstractContextManager[Any]:
+    """Around what the ranks do together: one that fails, dies or hangs ends all of them, with words."""
+    if run.team is None:
+        return nullcontext()
+    timeout = getattr(run.team.strategy, "timeout", 30.0)
+    run.team.pulse.watch = watch = Watch(run.comm.rank, run.comm.world_size, timeout=timeout, on_abort=on_abort)
+    return watch
 
 
 def _after(first: Any, batches: Iterator[Any]) -> Iterator[Any]:
