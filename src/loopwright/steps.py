@@ -168,7 +168,13 @@ def true_means(values: dict[str, Any], shares: Mapping[str, float]) -> None:
 
 def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
     """True if this step must be dropped since its loss or a gradient is not finite; raises if the run says so."""
-    grads = [grad for p in phase.parameters() if (grad := p.grad) is not None]
+    grads = [
+        grad
+        for optimizer in phase.moved
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if (grad := p.grad) is not None
+    ]
     overflow = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
     if not overflow and not any_nonfinite(grads, loss):
         run.skips_in_row = 0

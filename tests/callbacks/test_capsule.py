@@ -108,6 +108,26 @@ def test_the_same_error_comes_again_with_the_same_bits(kind: str, accumulate: in
     assert error.__notes__[-1] == f"[loopwright] to make it happen again: lw.replay({str(path)!r}, task)"
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_drawn_before_the_first_batch_is_drawn_again(accumulate: int, folder: Path) -> None:
+    """A replay begins where the step began, so that an on_step_start that draws finds the generator as it was."""
+    draws = acts(on_step_start=lambda run: torch.rand(3).sum() and None)
+    _, (path,) = fit(task_of("forward"), folder, draws, accumulate=accumulate)
+    assert lw.replay(path, task_of("forward"), callbacks=[draws]).same_error  # its text holds the values
+
+
+def test_a_capsule_costs_one_hook_a_step_where_windows_are_single_batches(folder: Path) -> None:
+    fired: list[tuple[int, int, int]] = []
+    watch = acts(
+        on_epoch_start=lambda run: fired.append(
+            tuple(len(getattr(run.hooks, name)) for name in ("on_step_start", "on_batch_start", "on_step_end"))
+        )
+    )
+    for accumulate in (1, 2):
+        fit(task_of("none"), folder, watch, accumulate=accumulate)
+    assert fired == [(1, 0, 0), (1, 1, 1)]
+
+
 def test_a_replay_leaves_the_generators_and_the_last_run_of_a_task_alone(folder: Path) -> None:
     task = task_of()
     _, (path,) = fit(task, folder)

@@ -75,12 +75,24 @@ class Capsule(Callback):
         self._forget()
         self._cuda = run.device.type == "cuda"
         self._skipped, self._moving = run.skipped, _moving(run)
+        if all(stage.accumulate == 1 for stage in run.stages):  # on_step_start sees all: two hooks less in each step
+            for name in ("on_batch_start", "on_step_end"):
+                own = getattr(self, name)
+                setattr(run.hooks, name, tuple(hook for hook in getattr(run.hooks, name) if hook != own))
+
+    def on_step_start(self, run: Run) -> None:
+        self._begin(run)
+        if self._open[0] is None:  # a single batch, which is fetched by now: nobody has drawn since
+            (batch,) = run.window
+            self._note(run, batch)
 
     def on_batch_start(self, run: Run, batch: Any) -> None:
-        if self._at is not run.progress:
-            self._begin(run)
+        if self._open[0] is not None:
+            self._note(run, batch)
+
+    def _note(self, run: Run, batch: Any) -> None:
         kind = type(batch)
-        state = {"torch": torch.get_rng_state()}
+        state = {"torch": torch.default_generator.get_state()}
         if self._cuda:
             state["cuda"] = torch.cuda.get_rng_state(run.device)
         self._window.append((batch.copy() if kind is dict or kind is list else batch, state))
@@ -95,7 +107,8 @@ class Capsule(Callback):
                 warnings.warn(f"no capsule of the skipped step: {error}", LoopwrightWarning, stacklevel=2)
         self._at, self._open, self._in_row = run.progress, run.open_step, run.skips_in_row
         self._window.clear()
-        self._buffers = [owner[name].clone() for owner, name in self._moving]  # type: ignore[union-attr]
+        if self._moving:
+            self._buffers = [owner[name].clone() for owner, name in self._moving]  # type: ignore[union-attr]
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         self._window.clear()  # a batch is not held while the next one is fetched
