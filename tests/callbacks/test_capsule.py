@@ -116,6 +116,27 @@ def test_what_is_drawn_before_the_first_batch_is_drawn_again(accumulate: int, fo
     assert lw.replay(path, task_of("forward"), callbacks=[draws]).same_error  # its text holds the values
 
 
+@pytest.mark.parametrize(("first", "same", "limits"), [(3, True, 0), (20, True, 1), (18, False, 1)])
+def test_who_begins_to_draw_late_is_named(first: int, same: bool, limits: int, folder: Path) -> None:
+    """The random state is read at few steps as long as nobody draws; the last case is the one that this costs."""
+
+    def draw(run: lw.Run, batch: Any) -> Any:
+        return [batch[0] * torch.rand(()), batch[1]] if run.progress.batch >= first else batch
+
+    def fail(run: lw.Run, loss: Tensor, *args: Any) -> None:
+        if run.progress.batch == 20:
+            raise ValueError(f"a loss of {loss.item()!r}")
+
+    def plain() -> lw.Supervised:
+        return sgd_task(classifier(), lr=0.1, loss=nn.CrossEntropyLoss())
+
+    hooks = acts(map_batch=draw, on_backward_end=fail)
+    _, (path,) = fit(plain(), folder, hooks, data=loader(60, batch_size=2, shuffle=True))
+    found = lw.replay(path, plain(), callbacks=[hooks])
+    assert found.same_error == same
+    assert sum("was read up to 15 steps before" in limit for limit in found.limits) == limits
+
+
 def test_a_capsule_costs_one_hook_a_step_where_windows_are_single_batches(folder: Path) -> None:
     fired: list[tuple[int, int, int]] = []
     watch = acts(
