@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import loopwright as lw
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.legacy import import_legacy
-from tiny import acts, bits, classifier, loader, same, samples, seed_all
+from tiny import acts, bits, classifier, loader, recorder, same, samples, seed_all
 
 
 class Killed(Exception):  # noqa: N818
@@ -187,6 +188,33 @@ def test_a_run_that_a_callback_has_ended_is_left_alone() -> None:
     assert first.folder is not None
     more = fit(trainer(), seed=99, resume=first.folder)  # asked for by its path, it goes on
     assert more.progress.step == 12
+
+
+class EMA(lw.Callback):
+    """That of docs/recipes.md: what its state goes into is made in ``on_fit_start``."""
+
+    def on_fit_start(self, run: lw.Run) -> None:
+        torch.rand(3)  # what it draws is put back
+        self.model = AveragedModel(run.models["model"], multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def on_step_end(self, run: lw.Run, result: Any) -> None:
+        self.model.update_parameters(run.models["model"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state)
+
+
+def test_a_finished_run_gives_its_callbacks_back_as_they_ended() -> None:
+    first = fit(trainer(callbacks=[ema := EMA()]))
+    seen: list[Any] = []
+    again = EMA()
+    run = fit(trainer(callbacks=[again, recorder(seen)]), seed=99, resume="auto")
+    assert same(again.model.state_dict(), ema.model.state_dict())
+    assert all(map(same, state_of(run), state_of(first)))
+    assert seen == []  # those that remember nothing are not called
 
 
 def test_more_epochs_go_on_as_one_longer_run() -> None:

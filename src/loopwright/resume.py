@@ -13,6 +13,7 @@ from loopwright.checkpoint.manifest import parse
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.data import Schema, changes, fingerprint
 from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
+from loopwright.events import fire
 from loopwright.folder import hold, newest_folder
 from loopwright.stages import nothing_left, reopen
 from loopwright.state import Run, has_state
@@ -107,7 +108,12 @@ class Point:
         self._open(run)
 
     def end(self, run: Run) -> None:
-        """Leave ``run`` as it ended, with its weights."""
+        """Leave ``run`` as it ended, with its weights.
+
+        A callback may make in ``on_fit_start`` what its state goes into; those that remember nothing are not called.
+        """
+        kept = snapshot.remembering(run, self.data)
+        fire(tuple(h for h in run.hooks.on_fit_start if any(getattr(h, "__self__", None) is c for c in kept)), run)
         snapshot.restore(run, self.data)
         for saver in run.savers:
             saver.end(run)

@@ -23,7 +23,7 @@ from loopwright.progress import Progress
 from loopwright.state import Run, Stage, has_state
 
 __all__ = [
-    "check", "check_fit", "conditions", "info", "progress", "recipe", "restore",
+    "check", "check_fit", "conditions", "info", "progress", "recipe", "remembering", "restore",
     "restore_loggers", "restore_models", "take",
 ]  # fmt: skip
 
@@ -192,6 +192,11 @@ def run_groups(run: Run) -> dict[str, dict[str, Any]]:
     if len(run.models) == 1:
         return {"model": next(iter(run.models.values())).state_dict()}
     return {f"model.{name}": model.state_dict() for name, model in run.models.items()}
+
+
+def remembering(run: Run, data: Contents) -> list[Any]:
+    """The callbacks of ``run`` for which a checkpoint holds what they remember."""
+    return [callback for callback, _ in _matched(run.callbacks, data.state["callbacks"])]
 
 
 def _models(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
