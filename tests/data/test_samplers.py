@@ -193,6 +193,27 @@ def test_what_the_sampler_decides_cannot_be_given_as_well(others: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("lengths", "says"),
+    [
+        ([3, -2, 5], "lengths[1] is -2"),
+        ([3, 2.5], "lengths[1] is 2.5"),
+        ([float("nan"), 1], "lengths[0] is nan"),
+        (torch.tensor([1.0, torch.inf]), "lengths[1] is inf"),
+    ],
+)
+def test_a_length_that_is_no_whole_number_is_refused(lengths: Any, says: str) -> None:
+    with pytest.raises(DataError) as error:
+        BucketSampler(lengths, 2)
+    assert str(error.value) == f"{says}; expected a whole number from 0 for each sample"
+
+
+def test_lengths_may_be_whole_numbers_of_any_dtype_and_0() -> None:
+    wanted = rows(BucketSampler([3, 0, 5, 5], tokens=10))
+    assert rows(BucketSampler(np.array([3.0, 0.0, 5.0, 5.0]), tokens=10)) == wanted
+    assert rows(BucketSampler(torch.tensor([3, 0, 5, 5], dtype=torch.uint8), tokens=10)) == wanted
+
+
 def test_a_sampler_for_other_data_and_one_of_torch_are_refused() -> None:
     with pytest.raises(DataError, match=r"WeightedSampler\(3 weights, .*\) was made for 3 samples, and the data has 2"):
         Loader(torch.arange(2), sampler=WeightedSampler([1, 2, 3]))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopwright.data.fetch import place_of
+from loopwright.data.fetching import place_of
 from loopwright.data.generators import Streams
 from loopwright.data.plan import Blocks, Plan, Planned, check_state, order_of
 from loopwright.data.readers import reader_of

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
 
 from loopwright.data.arrays import as_tensors, is_array, pick, shared_length
-from loopwright.data.fetch import Indices, add_fetch_note, fetch_samples
+from loopwright.data.fetching import Indices, add_fetch_note, fetch_samples
 from loopwright.data.gather import has_plain_rows, rows_of
 from loopwright.data.generators import Streams, kept
 from loopwright.data.plan import seed_from

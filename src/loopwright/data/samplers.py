@@ -90,8 +90,8 @@ class BucketSampler:
     most ``batch_size`` samples; with ``tokens`` also at most that many tokens with its padding:
     ``samples * longest sample <= tokens``.
 
-    Raises SettingError if neither limit is given or a number is below 1, DataError for a sample that is longer than
-    ``tokens``.
+    Raises SettingError if neither limit is given or a number is below 1, DataError for a length that is no whole
+    number from 0, and for a sample that is longer than ``tokens``.
 
     >>> sampler = BucketSampler([5, 1, 4, 1, 5, 9, 2, 6], tokens=12, buckets=4)
     >>> sorted(len(batch) for batch in sampler.batches(0, key=1))
@@ -103,7 +103,7 @@ class BucketSampler:
     ) -> None:
         if batch_size is None and tokens is None:
             raise SettingError("BucketSampler needs a limit: batch_size=... samples, or tokens=... a batch, or both")
-        self.lengths = _column(lengths, "lengths")
+        self.lengths = _whole(_column(lengths, "lengths"))
         self.length = len(self.lengths)
         self.batch_size = None if batch_size is None else _at_least_1("batch_size", batch_size)
         self.tokens = None if tokens is None else _at_least_1("tokens", tokens)
@@ -150,6 +150,14 @@ def _column(values: Any, name: str) -> Tensor:
     if column.dim() != 1 or not len(column):
         raise DataError(f"{name} has shape {tuple(column.shape)}; expected one number for each sample")
     return column
+
+
+def _whole(lengths: Tensor) -> Tensor:
+    wrong = ~((lengths >= 0) & (lengths == lengths.trunc()) & lengths.isfinite())
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise DataError(f"lengths[{first}] is {lengths[first].item()}; expected a whole number from 0 for each sample")
+    return lengths.long()
 
 
 def _at_least_1(name: str, value: Any) -> int:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from loopwright import rng
 from loopwright.data.arrays import as_tensors, is_array, pick, shared_length
 from loopwright.data.diagnosis import diagnose
-from loopwright.data.fetch import fetch_samples
+from loopwright.data.fetching import fetch_samples
 from loopwright.data.generators import Streams, kept
 from loopwright.data.loader import Loader
 from loopwright.data.sources import as_source
