@@ -41,6 +41,15 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_one_thing_is_counted_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {"w": torch.ones(2)}, "hyper_parameters": {"lr": 1}}, "theirs.ckpt")
+    assert main(["import-legacy", "theirs.ckpt", "ours/net"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "ours/net: 1 tensor from 'state_dict', 8 B",
+        "also kept: 1 setting",
+    ]
+
+
 def test_a_checkpoint_of_lightning_becomes_one_of_the_plain_module(capsys: pytest.CaptureFixture[str]) -> None:
     net = classifier(batch_norm=True)
     torch.save(lightning(net), "theirs.ckpt")

@@ -130,7 +130,9 @@ def test_every_setting_stands_in_one_file() -> None:
     stage = config["stages"]["main"]
     assert (stage["until"], stage["accumulate"], stage["validate_every"]) == (["2 epochs"], 2, "1 epoch")
     assert stage["phases"]["main"]["clip_norm"] == 1.0
-    assert stage["phases"]["main"]["schedules"] == ["<torch.optim.lr_scheduler.StepLR>"]
+    assert stage["phases"]["main"]["schedules"] == [
+        {"class": "<torch.optim.lr_scheduler.StepLR>", "every": "epoch", "step_size": 1, "gamma": 0.1}
+    ]
     assert (stage["data"]["batch_size"], stage["data"]["batches"]) == (4, 3)
     assert stage["data"]["sampler"] == "<torch.utils.data.sampler.RandomSampler>"
     assert stage["valid"]["valid"]["batch_size"] == 5

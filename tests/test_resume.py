@@ -426,12 +426,25 @@ def test_a_step_function_that_keeps_something_unnamed_is_not_gone_on_with() -> N
     user = lw.Trainer(epochs=1, name="s", progress=False)
     run = user.run(lambda run, batch: None, [1, 2])
     assert run.exact == [
-        "what its step function keeps was not named: run(..., state={...}), or state={} if that is nothing"
+        "state= was not given, so that a checkpoint holds nothing of what the step function changes: name it, "
+        'trainer.run(step, data, state={"net": net, "opt": opt}), or say that there is nothing, state={}'
     ]
-    with pytest.raises(CheckpointError, match=r"what its step function keeps was not named"):
+    with pytest.raises(CheckpointError, match=r"state= was not given"):
         lw.Trainer(epochs=2, name="s", progress=False).run(lambda run, batch: None, [1, 2], resume="auto")
     with pytest.raises(SettingError, match=r"resume=True: expected 'auto', a path or None, such as resume='auto'"):
         user.run(lambda run, batch: None, [1, 2], resume=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("Auto", "auto"), ("atuo", "auto"), ("approx", "approximate"), ("weight", "weights")]
+)
+def test_a_word_that_is_none_is_told_the_nearest(word: str, near: str) -> None:
+    with pytest.raises(SettingError) as error:
+        fit(trainer(), resume=word)
+    assert str(error.value) == (
+        f"resume={word!r} is no path, and no known word. Known: 'approximate', 'auto', 'weights'. "
+        f"Did you mean {near!r}?"
+    )
 
 
 def test_imported_weights_are_begun_with_and_not_gone_on_from() -> None:

@@ -54,7 +54,7 @@ class DataError(LoopwrightError, ValueError):
 
 
 class HookError(LoopwrightError, TypeError):
-    """Raised when a callback or handler does what its hook may not: returns a value, or has a wrong signature."""
+    """Raised when a callback, handler or logger does what it may not: returns a value, or has a wrong signature."""
 
 
 class MetricError(LoopwrightError, ValueError):

@@ -268,7 +268,7 @@ def _resolved_stage(stage: Stage) -> dict[str, Any]:
     phases = {
         phase.name: {
             "every": phase.every, "clip_norm": phase.clip_norm,
-            "schedules": [type(s.torch) for s in (*phase.step_schedulers, *phase.epoch_schedulers)],
+            "schedules": [s.settings() for s in (*phase.step_schedulers, *phase.epoch_schedulers)],
         } for phase in stage.phases
     }  # fmt: skip
     return {

@@ -170,6 +170,9 @@ def find_point(
         places = ([] if owner is None else [owner / "checkpoints"]) + list(elsewhere)
     else:
         path = as_place(wanted.path)
+        if isinstance(wanted.path, str) and wanted.path.isidentifier() and not path.exists():
+            words = ("approximate", "auto", "weights")
+            raise SettingError(f"resume={wanted.path!r} is no path, and no known word. {choose(wanted.path, words)}")
         if (path / "manifest.json").is_file():
             own = _owner(path.parent) if root is not None and newest(path.parent) == path else None
             return Point(read(path), wanted.how, own, auto)

@@ -27,6 +27,7 @@ from loopwright.parallel import Single, pick_device, pick_precision
 from loopwright.plan import Plan, make_plan
 from loopwright.prepare import Parts, assemble, measured_by, move_task, trainable_flags
 from loopwright.progress import Duration, Every
+from loopwright.records import check_logger
 from loopwright.resume import Point, Resume, find_point
 from loopwright.session import closing_all, go_on, session
 from loopwright.stages import inexact
@@ -119,8 +120,9 @@ class Trainer:
                     "checkpoint=... needs a folder to write to; leave folder=None out, or checkpoint=False"
                 )
         for logger in self.loggers or ():
-            if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
-                raise SettingError(f"loggers=[{logger!r}]: expected objects with log(), such as lw.CSVLogger()")
+            check_logger(logger)
+        if not isinstance(capsule, bool):
+            raise SettingError(f"capsule={capsule!r}: expected True or False; lw.Capsule(...) goes among the callbacks")
         if not isinstance(progress, (bool, Callback)):
             raise SettingError(f"progress={progress!r}: expected True, False or a callback such as lw.ProgressBar()")
         for callback in self.callbacks:

@@ -65,6 +65,17 @@ def test_balanced_classes_come_equally_often(labels: Any) -> None:
         assert np.abs(share - 1 / 3).max() < 4 * np.sqrt(2 / 9 / 30_000)
 
 
+@pytest.mark.parametrize("labels", [[0.5, 1.0], torch.tensor([0.5, 1.0]), pd.Series([0.5, 1.0])])
+def test_measured_values_are_no_classes(labels: Any) -> None:
+    with pytest.raises(DataError) as error:
+        WeightedSampler.balanced(labels)
+    assert str(error.value) == (
+        "labels[0] is 0.5; expected a class for each sample, a name or a whole number. Of measured values make classes "
+        "first: numpy.digitize(values, edges)"
+    )
+    assert WeightedSampler.balanced([0.0, 1.0, 1.0]).weights.tolist() == [1.0, 0.5, 0.5]
+
+
 @pytest.mark.parametrize("weights", [[0, 0], [1, -1], [1, float("nan")], [1, float("inf")]])
 def test_weights_that_are_none_are_refused(weights: Any) -> None:
     with pytest.raises(DataError, match="weights must be finite numbers >= 0, one of them at least above 0"):

@@ -21,6 +21,7 @@ from loopwright.errors import CheckpointError, choose
 from loopwright.handlers import Handler
 from loopwright.progress import Progress
 from loopwright.state import Run, Stage, has_state
+from loopwright.text import with_article
 
 __all__ = [
     "check", "check_fit", "conditions", "info", "progress", "recipe", "remembering", "restore",
@@ -329,8 +330,8 @@ def _given(name: str, obj: Any) -> Any:
     if has_state(obj):
         return obj.state_dict()
     raise CheckpointError(
-        f"state[{name!r}] is a {_kind(obj)}, which has no state_dict and load_state_dict; give an object that has "
-        f"them, or two functions: state={{{name!r}: (get, set)}}"
+        f"state[{name!r}] is {with_article(_kind(obj))}, which has no state_dict and load_state_dict; give an "
+        f"object that has them, or two functions: state={{{name!r}: (get, set)}}"
     )
 
 

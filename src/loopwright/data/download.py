@@ -35,11 +35,11 @@ def fetch(url: str, sha256: str | None = None, *, folder: str | Path | None = No
     ``folder``; without it below the environment variable LOOPWRIGHT_DATA, or else below ~/.cache/loopwright.
 
     With ``sha256`` (64 hex digits) the content is verified, also when it was there already. Without it only https and
-    file URLs are taken, http is not; a file that has changed since is fetched anew, and an archive that cannot be
-    unpacked is deleted, so that the next call fetches it again. Processes may fetch the same file at the same time. No archive can write
-    outside its folder, make links, or grow beyond a gigabyte and 100 times its size. Progress of big files is written
-    to stderr. Raises DataError if the file cannot be had, or is not what was asked for, and SettingError for a URL or
-    a hash that cannot be used.
+    file URLs are taken, http is not; a file of this machine that has changed is fetched anew, and an archive that
+    cannot be unpacked is deleted, so that the next call fetches it again. Processes may fetch the same file at the same
+    time. No archive can write outside its folder, make links, or grow beyond a gigabyte and 100 times its size.
+    Progress of big files is written to stderr. Raises DataError if the file cannot be had, or is not what was asked
+    for, and SettingError for a URL or a hash that cannot be used.
 
     >>> import pathlib, tempfile
     >>> source = pathlib.Path(tempfile.mkdtemp()) / "words.txt"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopwright.data.fetching import place_of
+from loopwright.data.fetching import keep_fetch_note, place_of
 from loopwright.data.generators import Streams
 from loopwright.data.plan import Blocks, Plan, Planned, check_state, order_of
 from loopwright.data.readers import reader_of
@@ -178,7 +178,8 @@ class Loader:
             else:
                 self._idle.append(workers)
             raise
-        except BaseException:
+        except BaseException as error:
+            keep_fetch_note(error)
             workers.close()
             raise
         self._idle.append(workers)

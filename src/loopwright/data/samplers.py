@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopwright.data.arrays import as_tensors
+from loopwright.data.arrays import as_tensors, check_classes
 from loopwright.data.plan import Plan, Planned, seed_from, shuffled
 from loopwright.errors import DataError, SettingError
 
@@ -65,9 +65,12 @@ class WeightedSampler:
     def balanced(cls, labels: Any, batch_size: int = 64, *, samples: int | None = None) -> WeightedSampler:
         """Every class equally often, whatever its share of the data; ``labels``: the class of each sample.
 
+        A class is a name or a whole number; raises DataError for other numbers.
+
         >>> WeightedSampler.balanced(["cat", "dog", "dog"]).weights.tolist()
         [1.0, 0.5, 0.5]
         """
+        check_classes(labels, "labels")
         values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         _, found, counts = np.unique(values, return_inverse=True, return_counts=True)
         return cls(torch.from_numpy(1.0 / counts[found]), batch_size, samples=samples)
