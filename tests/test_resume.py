@@ -38,7 +38,7 @@ def task(*, width: int | None = None, lr: float = 0.01, seed: int = 1) -> lw.Sup
     if width is not None:
         net[-1] = nn.Linear(8, width)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     metrics = {"accuracy": lw.metrics.Accuracy()}
     return lw.Supervised(net, nn.CrossEntropyLoss(), optimizer, schedule=schedule, metrics=metrics)
 
@@ -85,8 +85,10 @@ def files(folder: Path = Path("runs")) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------ the same run to the bit
 
 
+@pytest.mark.capability("IG-09")
 @pytest.mark.parametrize("at", [3, 4, 5, 8, 9, 11, 12])
 def test_a_killed_run_goes_on_to_the_bits_of_the_run_that_was_never_killed(at: int) -> None:
+    """A checkpoint holds all of a run: where it stands, model, optimizer, scheduler, random state, records."""
     whole = fit(trainer(name="whole"))
     folder = killed(at)
     run = fit(trainer(), seed=99, resume="auto")

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 
 from loopwright import rng
 from loopwright.checkpoint import Contents, read, snapshot
-from loopwright.checkpoint.places import Place, as_place
+from loopwright.checkpoint.places import Place, Remote, as_place
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.events import Callback, describe
 from loopwright.state import Progress, Run, Stage
@@ -127,7 +126,7 @@ def replay(
 
 def _capsule_at(path: Any) -> Place:
     """Raises for a path that cannot be a capsule; that of a run tells which capsules are in it."""
-    if not isinstance(path, (str, PathLike)):
+    if not isinstance(path, (str, Path, Remote)):
         raise SettingError(
             f"the first argument of replay is {describe(path)}; expected the folder of a crash capsule, as in "
             "lw.replay('runs/digits/20260101-120000-abc123/capsules/step-00000003-ValueError', task)"

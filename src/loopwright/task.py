@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopwright.errors import SettingError, StepOutputError, choose
+from loopwright.errors import SettingError, StepOutputError, choose, elsewhere
 from loopwright.events import describe
 from loopwright.state import Phase, has_state
 from loopwright.text import with_article
@@ -104,6 +104,7 @@ class Supervised(Task):
     ['loss', 'preds', 'target']
     """
 
+    @elsewhere(criterion="loss", loss_fn="loss", lr_scheduler="schedule", scheduler="schedule")
     def __init__(
         self,
         module: nn.Module,

@@ -15,7 +15,7 @@ from loopwright import loop
 from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
 from loopwright.data import as_source, as_sources, opened, samples
-from loopwright.errors import LoopwrightError, SettingError, choose
+from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
 from loopwright.events import Callback, Hooks, check_callback
 from loopwright.explain import explain
 from loopwright.handlers import Event, Filter, Handler
@@ -61,6 +61,13 @@ class Trainer:
     2
     """
 
+    @elsewhere(
+        max_epochs="epochs", num_epochs="epochs", max_steps="steps", max_time="time", accelerator="device",
+        accumulate_grad_batches="accumulate", gradient_accumulation_steps="accumulate", gradient_clip_val="clip_norm",
+        max_grad_norm="clip_norm", logger="loggers", default_root_dir="folder", output_dir="folder", logdir="folder",
+        enable_progress_bar="progress", verbose="progress", enable_checkpointing="checkpoint",
+        check_val_every_n_epoch="validate_every", val_check_interval="validate_every", log_every_n_steps="log_every",
+    )  # fmt: skip
     def __init__(
         self,
         epochs: float | None = None,

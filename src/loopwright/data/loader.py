@@ -17,7 +17,7 @@ from loopwright.data.plan import Blocks, Plan, Planned, check_state, order_of
 from loopwright.data.readers import reader_of
 from loopwright.data.samplers import BatchSampler
 from loopwright.data.workers import Watch, Workers
-from loopwright.errors import DataError, SettingError
+from loopwright.errors import DataError, SettingError, elsewhere
 
 __all__ = ["Loader"]
 
@@ -49,6 +49,10 @@ class Loader:
     3
     """
 
+    @elsewhere(
+        num_workers="workers", collate_fn="collate", prefetch_factor="prefetch", batch_sampler="sampler",
+        generator="seed", bs="batch_size",
+    )  # fmt: skip
     def __init__(
         self,
         data: Any,

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 
 from loopwright.errors import SettingError, choose
 
-__all__ = ["Scheduler", "as_schedulers", "per_step"]
+__all__ = ["Scheduler", "as_schedulers", "per_step", "settings_of"]
 
 
 class Scheduler:
@@ -63,18 +63,6 @@ class Scheduler:
         self._seen = validated_at
         self.torch.step(metrics[name])
 
-    def settings(self) -> dict[str, Any]:
-        """When it is stepped, what it looks at, and what it was made with, as far as torch keeps that.
-
-        >>> import torch
-        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> Scheduler(torch.optim.lr_scheduler.StepLR(optimizer, 2)).settings()
-        {'class': <class 'torch.optim.lr_scheduler.StepLR'>, 'every': 'epoch', 'step_size': 2, 'gamma': 0.1}
-        """
-        looks = {"monitor": self.monitor or self.default_monitor} if self.plateau else {}
-        made_with = _made_with(self.torch)
-        return {"class": made_with.pop("class"), "every": self.every, **looks, **made_with}
-
     def state_dict(self) -> dict[str, Any]:
         return {"torch": dict(self.torch.state_dict()), "seen": self._seen}
 
@@ -83,16 +71,28 @@ class Scheduler:
         self._seen = state["seen"]
 
 
+def settings_of(scheduler: Scheduler) -> dict[str, Any]:
+    """When it is stepped, what it looks at, and what it was made with, as far as torch keeps that.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    >>> settings_of(Scheduler(torch.optim.lr_scheduler.StepLR(optimizer, 2)))
+    {'class': <class 'torch.optim.lr_scheduler.StepLR'>, 'every': 'epoch', 'step_size': 2, 'gamma': 0.1}
+    """
+    looks = {"monitor": scheduler.monitor or scheduler.default_monitor} if scheduler.plateau else {}
+    return {"class": type(scheduler.torch), "every": scheduler.every, **looks, **_made_with(scheduler.torch)}
+
+
 def _made_with(scheduler: Any) -> dict[str, Any]:
     """Arguments by name: an attribute of that name, of its plural, or a value that was put into the optimizer."""
-    found: dict[str, Any] = {"class": type(scheduler)}
+    found: dict[str, Any] = {}
     held = {**scheduler.optimizer.param_groups[0], **vars(scheduler)}
     for name in inspect.signature(type(scheduler)).parameters:
         kept = next((key for key in (name, f"_{name}", f"{name}s") if key in held), None)
         if kept is not None and name not in ("optimizer", "last_epoch"):
             value = held[kept]
             nested = isinstance(value, (list, tuple)) and any(isinstance(one, LRScheduler) for one in value)
-            found[name] = [_made_with(one) for one in value] if nested else value
+            found[name] = [{"class": type(one), **_made_with(one)} for one in value] if nested else value
     return found
 
 
