@@ -260,14 +260,14 @@ def test_what_is_too_much_is_left_out_the_optimizer_first(folder: Path) -> None:
     assert len(little.state["window"]) == 1
 
 
-@pytest.mark.parametrize("kind", ["fetch", "in the window", "on_step_end", "validation", "ctrl-c"])
+@pytest.mark.parametrize("kind", ["fetch", "in the window", "in a worker", "on_step_end", "validation", "ctrl-c"])
 def test_errors_between_steps_have_no_capsule(kind: str, folder: Path) -> None:
     class Samples(Dataset[Any]):
         def __len__(self) -> int:
             return 4
 
         def __getitem__(self, i: int) -> Any:
-            if i == 3 and kind in ("fetch", "in the window"):
+            if i == 3 and kind in ("fetch", "in the window", "in a worker"):
                 raise ValueError("unreadable")
             return torch.ones(1), torch.zeros(1)
 
@@ -276,8 +276,9 @@ def test_errors_between_steps_have_no_capsule(kind: str, folder: Path) -> None:
 
     hook = {"on_step_end": "on_step_end", "validation": "on_epoch_end", "ctrl-c": "on_grads_ready"}.get(kind)
     callbacks = [acts(**{hook: stop})] if hook else []
-    accumulate = 2 if kind == "in the window" else 1
-    error, capsules = fit(sgd_task(line()), folder, *callbacks, data=DataLoader(Samples()), accumulate=accumulate)
+    accumulate = 2 if kind in ("in the window", "in a worker") else 1
+    data: Any = lw.Loader(Samples(), 1, workers=1) if kind == "in a worker" else DataLoader(Samples())
+    error, capsules = fit(sgd_task(line()), folder, *callbacks, data=data, accumulate=accumulate)
     assert error is not None
     assert capsules == []
 
