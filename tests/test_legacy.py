@@ -130,7 +130,7 @@ def test_a_key_says_where_they_are_also_when_nested() -> None:
     for key, message in [
         ("gan", r"w.pt has no 'gan'. Known: 'disc.net', 'gen', 'n'. Did you mean 'gen'\?"),
         ("gen.nat", r"w.pt has no 'gen.nat'. Known: 'net'. Did you mean 'net'\?"),
-        ("n", "'n' in w.pt is a int, and not a dict of tensors by name"),
+        ("n", "'n' in w.pt is an int, and not a dict of tensors by name"),
         ("gen", "'gen' in w.pt is a dict, and not a dict of tensors by name"),
         ("n.x", "w.pt has no 'n.x'. Known: none."),
     ]:

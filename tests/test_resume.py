@@ -338,7 +338,7 @@ def test_weights_alone_begin_a_new_run() -> None:
     assert same(begun[0], bits(first.task)[0])
     assert run.folder not in (None, first.folder)
     assert run.progress.step == 12
-    assert run.optimizers["main"].param_groups[0]["lr"] == 0.01 / 8
+    assert run.optimizers["main"].param_groups[0]["lr"] == 0.01 / 2
 
 
 # ------------------------------------------------------------------------------------------ refusals

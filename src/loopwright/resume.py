@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -170,8 +171,8 @@ def find_point(
         places = ([] if owner is None else [owner / "checkpoints"]) + list(elsewhere)
     else:
         path = as_place(wanted.path)
-        if isinstance(wanted.path, str) and wanted.path.isidentifier() and not path.exists():
-            words = ("approximate", "auto", "weights")
+        words = ("approximate", "auto", "weights")
+        if isinstance(wanted.path, str) and get_close_matches(wanted.path.lower(), words, n=1) and not path.exists():
             raise SettingError(f"resume={wanted.path!r} is no path, and no known word. {choose(wanted.path, words)}")
         if (path / "manifest.json").is_file():
             own = _owner(path.parent) if root is not None and newest(path.parent) == path else None

@@ -190,8 +190,9 @@ class Trainer:
         dataset that uses the global generators in this process. The same task fitted again goes on to the new total.
 
         ``resume="auto"`` goes on with the newest checkpoint of the newest run of this name, to the same bits as if it
-        had never stopped; where there is none, training begins; where it had ended, nothing is done. ``resume=path``
-        goes on from a checkpoint or a run; ``lw.Resume`` says more.
+        had never stopped; where there is none, training begins; where it had ended, it comes back as it was, what
+        callbacks remember too, and nothing else is done. ``resume=path`` goes on from a checkpoint or a run;
+        ``lw.Resume`` says more.
 
         Raises PlanError, before any work starts, with everything that cannot work, and CheckpointError for a
         checkpoint that is damaged, does not fit, or could not go on exactly.

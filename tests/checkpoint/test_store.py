@@ -141,7 +141,7 @@ def test_nothing_else_is_ever_replaced(what: str) -> None:
 
 
 def test_an_unknown_type_leaves_nothing_behind() -> None:
-    with pytest.raises(CheckpointError, match=r"^x\[1\] is a object"):
+    with pytest.raises(CheckpointError, match=r"^x\[1\] is an object"):
         write(Path("c/a"), {}, {"x": [1, object()]}, {})
     assert not Path("c").exists()
 

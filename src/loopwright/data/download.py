@@ -52,7 +52,7 @@ def fetch(url: str, sha256: str | None = None, *, folder: str | Path | None = No
     sha256 = sha256 and sha256.lower()
     _check_scheme(url, sha256)
     name = _name(url)
-    identity = f"{url} {sha256}" if sha256 is not None else f"{url} None{_stamp(url)}"
+    identity = f"{url} {sha256}{_stamp(url) if sha256 is None else ''}"
     own = f"{stem_of(name) or name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     place = _root(folder) / own
     file, target = place / name, place / (stem_of(name) or name)
@@ -67,8 +67,8 @@ def fetch(url: str, sha256: str | None = None, *, folder: str | Path | None = No
     try:
         return unpack(file, target)
     except DataError as error:
-        full = getattr(error.__cause__, "errno", None) is not None  # of the disk, or a permission
-        if sha256 is None and not full:  # what was asked for by its hash would only come again
+        ours = getattr(error.__cause__, "errno", None) is not None  # a full disk, a permission
+        if sha256 is None and not ours:  # what was asked for by its hash would only come again
             file.unlink(missing_ok=True)
             error.add_note(f"[loopwright] {file} was deleted: the next call fetches it anew")
         raise
