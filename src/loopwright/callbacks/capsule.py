@@ -17,6 +17,7 @@ from loopwright.checkpoint import check, encode, snapshot, write
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.events import Callback
 from loopwright.state import Progress, Run, StepResult
+from loopwright.text import with_article
 
 __all__ = ["Capsule"]
 
@@ -264,7 +265,7 @@ def _kept(value: Any, where: str, limits: list[str]) -> Any:
     try:
         check(value)
     except CheckpointError:
-        limits.append(f"{where} was left out: it is a {kind.__module__}.{kind.__qualname__}")
+        limits.append(f"{where} was left out: it is {with_article(f'{kind.__module__}.{kind.__qualname__}')}")
         return None
     return value
 
