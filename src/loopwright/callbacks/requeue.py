@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
+import shlex
+import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from loopwright.errors import LoopwrightWarning, SettingError, choose
 from loopwright.events import Callback
@@ -72,30 +72,16 @@ def _job_id() -> str:
 
 def _requeue(job: str) -> str | None:
     """Ask for it; what went wrong, or None."""
-    command = ["scontrol", "requeue", job]
-    try:
-        with _held_back():
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-    except FileNotFoundError:
+    if shutil.which("scontrol") is None:
         return "there is no scontrol on the PATH of this machine"
-    except OSError as error:
-        return f"scontrol cannot be run ({error})"
+    command = f"scontrol requeue {shlex.quote(job)}"
+    # SLURM signals all processes of a job, and the job as soon as it is requeued: scontrol shall end before that
+    deaf = ["sh", "-c", f"trap '' INT TERM USR1; exec {command}"]
+    try:
+        done = subprocess.run(deaf, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
     except subprocess.TimeoutExpired:
-        return f"`{' '.join(command)}` has not answered in {_PATIENCE_S:g} s"
+        return f"`{command}` has not answered in {_PATIENCE_S:g} s"
     if done.returncode == 0:
         return None
     said = (done.stderr or done.stdout).strip() or "no message"
-    return f"`{' '.join(command)}` failed with status {done.returncode}: {said}"
-
-
-@contextmanager
-def _held_back() -> Iterator[None]:
-    """SLURM signals all processes of a job, and the job as soon as it is requeued: scontrol shall end before that.
-
-    What is blocked here is blocked in a child as well. It comes through afterwards.
-    """
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, [getattr(signal, name) for name in SIGNALS])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    return f"`{command}` failed with status {done.returncode}: {said}"

@@ -48,7 +48,7 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
     a file, and OMP_NUM_THREADS tells the threads, one if it is not set.
 
     An error in a rank ends the others and is raised here, with a note that names the rank and shows where it was; a
-    rank that dies is a LoopwrightError. Ctrl-C is passed on, so that runs are saved, and raised again. No process is left.
+    rank that dies is a LoopwrightError. Ctrl-C is passed on, so that runs are saved, and raised again. No rank is left.
 
     Raises SettingError where it cannot work: inside a rank, with an open process group, for a function that cannot
     be sent.
@@ -152,6 +152,7 @@ def _run_rank(
         said = _result(fn(*args), rank)
     except BaseException as error:
         said = _error(error)
+        sys.last_value = error  # as for any error that nothing catches: the group is not left in order
     with suppress(BrokenPipeError):  # the parent has stopped listening
         pipe.send_bytes(dumps(said))
     if not said.ok:
