@@ -190,6 +190,14 @@ def test_where_there_is_no_fork_a_function_must_be_in_a_file(monkeypatch: pytest
     )
 
 
+def test_after_cuda_was_looked_for_no_process_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    assert lw.launch(lambda: find_world().rank, 2) == [0, 1]  # a build for CUDA that has not looked yet
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)
+    with pytest.raises(lw.SettingError, match=r"^CUDA was looked for or used in this process, so that .*<lambda> must"):
+        lw.launch(lambda: 1, 2)
+
+
 SCRIPT = """
 import os, sys, time, torch
 from torch import distributed as dist

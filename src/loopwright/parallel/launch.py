@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed as dist
 
+from loopwright._compat import fork_works
 from loopwright.errors import LoopwrightError, SettingError
 
 __all__ = ["launch"]
@@ -44,8 +45,8 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
 
     One result a rank, in the order of ranks: plain data and tensors on the CPU. A Trainer in ``fn`` finds all ranks.
     The processes are forked where that is safe, so that functions of a notebook work; each computes with one thread.
-    After CUDA was used in this process, and where there is no fork, they are spawned: ``fn`` must then be a function of
-    a file, and OMP_NUM_THREADS tells the threads, one if it is not set.
+    After CUDA was looked for in this process, and where there is no fork, they are spawned: ``fn`` must then be a
+    function of a file, and OMP_NUM_THREADS tells the threads, one if it is not set.
 
     An error in a rank ends the others and is raised here, with a note that names the rank and shows where it was; a
     rank that dies is a LoopwrightError. Ctrl-C is passed on, so that runs are saved, and raised again. No rank is left.
@@ -108,9 +109,11 @@ def _start_method(fn: Callable[..., Any], nproc: int) -> str:
             "this process is in a process group, which its children cannot use. Leave it first: "
             "torch.distributed.destroy_process_group()"
         )
-    if "fork" in mp.get_all_start_methods() and sys.platform != "darwin" and not torch.cuda.is_initialized():
-        return "fork"
-    why = "CUDA was used in this process" if torch.cuda.is_initialized() else "this system cannot fork safely"
+    can_fork = "fork" in mp.get_all_start_methods() and sys.platform != "darwin"
+    with _quiet_fork():
+        if can_fork and fork_works():
+            return "fork"
+    why = "CUDA was looked for or used in this process" if can_fork else "this system cannot fork safely"
     try:
         dumps(fn)
         found = fn.__module__ != "__main__" or hasattr(sys.modules["__main__"], "__file__")
