@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -36,27 +37,19 @@ def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
         device = local_device(world, device_type)
         torch.accelerator.set_device_index(device)
         backend = f"cpu:gloo,{device_type}:{_backend(device_type)}"
-    timeout = timedelta(seconds=timeout_s)
-    if world.world_size == 1:
-        dist.init_process_group(
-            backend,
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-            device_id=device,  # type: ignore[attr-defined]
-        )
-    else:
+    meeting: dict[str, Any] = {"store": dist.HashStore()}  # type: ignore[attr-defined]
+    if world.world_size > 1:
         if world.address is None or world.port is None:
             raise SettingError(
                 f"nothing says where the {world.world_size} processes meet. Start them with torchrun, or set "
                 "MASTER_ADDR and MASTER_PORT"
             )
         host = f"[{world.address}]" if ":" in world.address else world.address
-        dist.init_process_group(
-            backend, init_method=f"tcp://{host}:{world.port}", rank=world.rank, world_size=world.world_size,
-            timeout=timeout, device_id=device,
-        )  # fmt: skip
+        meeting = {"init_method": f"tcp://{host}:{world.port}"}
+    dist.init_process_group(
+        backend, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s), device_id=device,
+        **meeting,
+    )  # fmt: skip
     atexit.unregister(_leave)  # a group that was left and made again is left once
     atexit.register(_leave)
 
