@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -91,6 +92,43 @@ def test_more_processes_than_devices_are_refused() -> None:
         "2 processes were started on this machine, which has 0 devices of type 'cuda': one each is needed. Start 1, or "
         "train on the CPU: Trainer(device='cpu')"
     )
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_PROCID": "{}", "SLURM_LOCALID": "{}",
+    "SLURM_NODEID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODELIST": "gpu[07-08]",
+}  # fmt: skip
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "{}", "OMPI_COMM_WORLD_LOCAL_RANK": "{}", "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [SLURM, MPI], ids=["srun", "mpirun"])
+def test_processes_of_other_launchers_meet_without_an_agent(variables: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    code = """
+import torch
+from torch import distributed as dist
+from loopwright.parallel import find_world, join
+world = find_world()
+join(world, "cpu", timeout_s=60)
+value = torch.tensor([world.rank + 1.0])
+dist.all_reduce(value)
+print(world.rank, world.started_by, int(value))
+"""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {name: text.format(rank) for name, text in variables.items()} | {"MASTER_PORT": port},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    kind = "slurm" if variables is SLURM else "mpi"
+    assert [out for out, _ in said] == [f"0 {kind} 3\n", f"1 {kind} 3\n"], said
 
 
 @pytest.mark.parametrize(("end", "status", "left"), [("", 0, True), ("sys.exit(143)", 143, True), ("1 / 0", 1, False)])

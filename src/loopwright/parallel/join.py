@@ -22,8 +22,8 @@ def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
     What is on the CPU goes over gloo, also on an accelerator, whose device of this process is chosen first. A world of
     one process gets a group as well. ``timeout_s`` bounds the wait for the other processes, and each collective.
 
-    The group is left at the exit of the process. One that the user has made is used as it is, and left by the same
-    rule. The environment is read (a restart of torchrun gives another port) and not changed.
+    The group is left when the process ends in order. One that the user has made is used as it is, and theirs to leave.
+    No variable of the environment is changed.
 
     Raises SettingError if the group at hand cannot send what is on ``device_type``, or other processes are in it.
     """
