@@ -95,7 +95,7 @@ def test_more_processes_than_devices_are_refused() -> None:
 
 
 SLURM = {
-    "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_PROCID": "{}", "SLURM_LOCALID": "{}",
+    "SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_PROCID": "{}", "SLURM_LOCALID": "{}",
     "SLURM_NODEID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODELIST": "gpu[07-08]",
 }  # fmt: skip
 MPI = {
