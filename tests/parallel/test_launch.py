@@ -236,6 +236,17 @@ def test_spawned_processes_do_the_same(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
+def test_a_cell_of_a_notebook_launches_what_it_defines(tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    defines, launches = (SCRIPT.partition("def waits")[0], "lw.launch(summed, 2, 1.0)")
+    cells = [nbformat.v4.new_code_cell(source) for source in (defines, launches)]
+    done = nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=120).execute(cwd=str(tmp_path))
+    assert done.cells[1].outputs[0].data["text/plain"] == "[tensor([3.]), tensor([3.])]"
+    assert len(done.cells[1].outputs) == 1  # no warning
+
+
 def ended(pid: int) -> bool:
     """True once a process is gone, or is a zombie that nobody waits for."""
     try:

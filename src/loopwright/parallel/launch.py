@@ -86,11 +86,13 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
         _end(ranks, signal.SIGINT, _SAVE_S)
         raise
     finally:
-        _end(ranks, signal.SIGTERM, _GRACE_S)
-        _end(ranks, signal.SIGKILL, None)
-        listener.close()
-        for pipe in pipes:
-            pipe.close()
+        try:
+            _end(ranks, signal.SIGTERM, _GRACE_S)
+        finally:  # whoever presses Ctrl-C again and again
+            _end(ranks, signal.SIGKILL, None)
+            listener.close()
+            for pipe in pipes:
+                pipe.close()
 
 
 def _start_method(fn: Callable[..., Any], nproc: int) -> str:
@@ -100,7 +102,7 @@ def _start_method(fn: Callable[..., Any], nproc: int) -> str:
         raise SettingError(
             f"launch runs a function; got {fn!r}. Write lw.launch(train, {nproc}), without calling train"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
         raise SettingError(
             "lw.launch was called in a process that torchrun or lw.launch has started already; call the function itself"
         )
