@@ -32,8 +32,10 @@ value = torch.tensor([world.rank + 1.0])
 dist.all_reduce(value)
 if world.rank == 0:
     print(*sys.argv[1:], int(value), world.nodes, world.started_by, flush=True)
-if "fail" in sys.argv and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+if "fail" in sys.argv and world.rank == 0 and not os.path.exists("failed"):
+    open("failed", "w").close()
     raise SystemExit(3)
+dist.barrier()
 """
     )
     return path
@@ -52,7 +54,8 @@ if "fail" in sys.argv and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
          ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0", "--master-port", "29500",
           "--nproc-per-node", "2", "train.py"]),
         ([*SEVERAL, "--restarts", "1", "--", "train.py"],
-         ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29500", "--rdzv-id", "loopwright",
+         ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "--nnodes", "2", "--rdzv-backend", "c10d",
+          "--rdzv-endpoint", "node0:29500", "--rdzv-id", "loopwright",
           "--rdzv-conf", "is_host=0", "--nproc-per-node", "2", "--max-restarts", "1", "train.py"]),
         (["--nodes", "2", "--node-rank", "0", "--address", "[::1]:29500", "--", "train.py"],
          ["--nnodes", "2", "--node-rank", "0", "--master-addr", "::1", "--master-port", "29500",
@@ -63,7 +66,8 @@ def test_a_dry_run_prints_the_command(
     options: list[str], command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["launch", "--nproc", "2", "--dry-run", *options]) == 0
-    assert shlex.split(capsys.readouterr().out) == [*TORCHRUN, *command]
+    variables = [word for word in command if word.startswith("TORCH_")]
+    assert shlex.split(capsys.readouterr().out) == [*variables, *TORCHRUN, *command[len(variables) :]]
 
 
 @pytest.mark.parametrize(
@@ -149,15 +153,16 @@ def test_after_a_failure_all_start_anew_and_meet_again() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("restarts", ["0", "1"])
-def test_two_machines_meet_at_an_address(restarts: str) -> None:
+@pytest.mark.parametrize("restarts", ["0", "2"])
+def test_two_machines_meet_at_an_address_and_again_after_a_failure(restarts: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     machines = [
         start("--nproc", "1", "--nodes", "2", "--node-rank", rank, "--address", address, "--restarts", restarts,
-              "--", "-m", "train")
+              "--", "-m", "train", *["fail"] * (restarts != "0"))
         for rank in "01"
     ]  # fmt: skip
     done = [outcome(machine) for machine in machines]
     assert [status for status, _, _ in done] == [0, 0], done
-    assert sorted(line for _, out, _ in done for line in out) == [" 3 2 torchrun".strip()]
+    lines = ["3 2 torchrun"] if restarts == "0" else ["fail 3 2 torchrun"] * 2
+    assert [line for _, out, _ in done for line in out] == lines

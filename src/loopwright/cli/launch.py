@@ -22,10 +22,12 @@ def launch(
     command = torchrun_command(
         program, nproc=nproc, nodes=nodes, node_rank=node_rank, address=address, restarts=restarts
     )
+    # with it, processes on several machines meet at a new port after a restart, where nobody has left an old address
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if nodes > 1 and restarts else {}
     if not dry:
         sys.stdout.flush()
-        os.execv(command[0], command)
-    print(shlex.join(command))
+        os.execve(command[0], command, os.environ | variables)
+    print(*(f"{name}={value}" for name, value in variables.items()), shlex.join(command))
     return 0
 
 
