@@ -21,12 +21,14 @@ def program(tmp_path: Path) -> Path:
     path = tmp_path / "train.py"
     path.write_text(
         """
-import os, sys
+import os, sys, time
 import torch
 from torch import distributed as dist
 from loopwright.parallel import find_world, join
 
 world = find_world()
+if world.rank == 0 and os.path.exists("failed"):
+    time.sleep(1)  # the others look for it first: its old address may not be there
 join(world, "cpu", timeout_s=60)
 value = torch.tensor([world.rank + 1.0])
 dist.all_reduce(value)
@@ -130,7 +132,10 @@ def start(*options: str) -> subprocess.Popen[str]:
 
 
 def outcome(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:
-    out, err = process.communicate(timeout=200)
+    try:
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()  # if it hangs
     return process.returncode, out.splitlines(), err
 
 
