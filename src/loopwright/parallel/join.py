@@ -1,0 +1,113 @@
+"""Entering the process group of a run, and leaving it at exit."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from loopwright.errors import SettingError
+from loopwright.parallel.world import World
+
+__all__ = ["join", "local_device"]
+
+
+def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
+    """Make the process group of ``world``, unless there is one: gloo, and what torch has for an accelerator beside it.
+
+    What is on the CPU goes over gloo, also on an accelerator, whose device of this process is chosen first. A world of
+    one process gets a group as well. ``timeout_s`` bounds the wait for the other processes, and each collective.
+
+    The group is left when the process ends in order. One that the user has made is used as it is, and theirs to leave.
+    No variable of the environment is changed.
+
+    Raises SettingError if the group at hand cannot send what is on ``device_type``, or other processes are in it.
+    """
+    if not dist.is_available():
+        raise SettingError("this build of torch has no torch.distributed; install one that has it, or train alone")
+    if dist.is_initialized():
+        _check_group(world, device_type)
+        return
+    backend, device = "gloo", None
+    if device_type != "cpu":
+        device = local_device(world, device_type)
+        torch.accelerator.set_device_index(device)
+        backend = f"cpu:gloo,{device_type}:{_backend(device_type)}"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend, store=_meeting(world, timeout), rank=world.rank, world_size=world.world_size, timeout=timeout,
+        device_id=device,
+    )  # fmt: skip
+    atexit.unregister(_leave)  # a group that was left and made again is left once
+    atexit.register(_leave)
+
+
+def _meeting(world: World, timeout: timedelta) -> Any:
+    """Where the processes tell each other their addresses."""
+    if world.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    if world.address is None or world.port is None:
+        raise SettingError(
+            f"nothing says where the {world.world_size} processes meet. Start them with torchrun, or set MASTER_ADDR "
+            "and MASTER_PORT"
+        )
+    host = f"[{world.address}]" if ":" in world.address else world.address
+    met = rendezvous(f"tcp://{host}:{world.port}", world.rank, world.world_size, timeout=timeout)
+    # the agent of torchrun keeps its store over restarts, with the addresses of those that have died in it; agents on
+    # several machines do not count alike, hence the variable that `loopwright launch` sets for them
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world.nodes == 1 else "0"
+    return dist.PrefixStore(f"loopwright/{again}", next(met)[0])  # type: ignore[attr-defined]
+
+
+def local_device(world: World, device_type: str) -> torch.device:
+    """The accelerator of this process: the one of its local rank, or the only one that its launcher lets it see.
+
+    Raises SettingError where there are fewer accelerators than processes.
+    """
+    count = torch.accelerator.device_count()
+    if world.local_rank < count:
+        return torch.device(device_type, world.local_rank)
+    if count == 1 and world.started_by in ("slurm", "mpi"):  # --gpus-per-task hides those of the others
+        return torch.device(device_type, 0)
+    raise SettingError(
+        f"{world.local_world_size} processes were started on this machine, which has {count} devices of type "
+        f"{device_type!r}: one each is needed. Start {max(count, 1)}, or train on the CPU: Trainer(device='cpu')"
+    )
+
+
+def _backend(device_type: str) -> str:
+    try:
+        return dist.get_default_backend_for_device(device_type)
+    except ValueError:
+        raise SettingError(
+            f"torch has nothing to send what is on {device_type!r} with; train on the CPU: Trainer(device='cpu')"
+        ) from None
+
+
+def _check_group(world: World, device_type: str) -> None:
+    if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.world_size):
+        raise SettingError(
+            f"this process is rank {dist.get_rank()} of {dist.get_world_size()} in its process group, and rank "
+            f"{world.rank} of {world.world_size} by its launcher; leave the group first: "
+            "torch.distributed.destroy_process_group()"
+        )
+    config = dist.get_backend_config()
+    sends = [part.partition(":")[0] for part in config.split(",")]
+    missing = [kind for kind in ("cpu", device_type) if kind not in sends]
+    if missing:
+        raise SettingError(
+            f"the process group at hand ({config}) cannot send what is on {missing[0]!r}; make it with "
+            "init_process_group() without a backend, which takes one for each kind of device"
+        )
+
+
+def _leave() -> None:
+    """Leave the group in an orderly exit only: after an error the others may wait in a collective, or be gone."""
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
