@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopwright import data, metrics
-    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar
+    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
     from loopwright.optim import Scheduler, per_step
+    from loopwright.parallel.launch import launch
     from loopwright.replaying import Replay, replay
     from loopwright.resume import Resume
     from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar"],
+    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -53,6 +54,7 @@ _HOMES = {
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "per_step"],
+    "parallel.launch": ["launch"],
     "replaying": ["Replay", "replay"],
     "resume": ["Resume"],
     "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
@@ -85,6 +87,7 @@ __all__ = [
     "Progress",
     "ProgressBar",
     "Replay",
+    "Requeue",
     "Resume",
     "Run",
     "Scheduler",
@@ -100,6 +103,7 @@ __all__ = [
     "Task",
     "Trainer",
     "data",
+    "launch",
     "load_weights",
     "metrics",
     "per_step",

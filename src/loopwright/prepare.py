@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from loopwright.data import DataModule, as_source, as_sources, data_of, opened, samples
 from loopwright.errors import SettingError, choose
 from loopwright.metrics import Meters, check_metrics
-from loopwright.optim import as_schedulers, match_names
+from loopwright.optim import as_schedulers, match_names, settings_of
 from loopwright.progress import Duration, Every
 from loopwright.stages import needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
@@ -267,7 +267,7 @@ def _resolved_stage(stage: Stage) -> dict[str, Any]:
     phases = {
         phase.name: {
             "every": phase.every, "clip_norm": phase.clip_norm,
-            "schedules": [type(s.torch) for s in (*phase.step_schedulers, *phase.epoch_schedulers)],
+            "schedules": [settings_of(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)],
         } for phase in stage.phases
     }  # fmt: skip
     return {

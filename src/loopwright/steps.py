@@ -196,7 +196,13 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
 
     ``loss`` is None on a rank that had no batch.
     """
-    grads = [grad for p in phase.parameters() if (grad := p.grad) is not None]
+    grads = [
+        grad
+        for optimizer in phase.moved
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if (grad := p.grad) is not None
+    ]
     found = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
     found = found or any_nonfinite(grads, loss)
     if run.team is not None and run.nonfinite == "skip":
@@ -223,7 +229,8 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
     )
     raise NonFiniteError(
         f"phase {phase.name!r} has a loss of {math.nan if loss is None else float(loss):g} at step "
-        f"{run.progress.step + 1}{where}{rule}. The parameters are those of before this step. Look for a learning rate too high, log or division of 0, or bad input; "
+        f"{run.progress.step + 1}{where}{rule}. The parameters are those of before this step. Look for a learning "
+        "rate too high, log or division of 0, or bad input; "
         'nonfinite="skip" leaves such steps out, nonfinite=None trains on'
     )
 

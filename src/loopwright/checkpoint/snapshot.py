@@ -22,9 +22,10 @@ from loopwright.errors import CheckpointError, choose
 from loopwright.handlers import Handler
 from loopwright.progress import Progress
 from loopwright.state import Run, Stage, has_state
+from loopwright.text import with_article
 
 __all__ = [
-    "check", "check_fit", "conditions", "info", "own", "progress", "recipe", "restore",
+    "check", "check_fit", "conditions", "info", "own", "progress", "recipe", "remembering", "restore",
     "restore_loggers", "restore_models", "take",
 ]  # fmt: skip
 
@@ -234,6 +235,11 @@ def run_groups(run: Run) -> dict[str, dict[str, Any]]:
     return {f"model.{name}": model.state_dict() for name, model in run.models.items()}
 
 
+def remembering(run: Run, data: Contents) -> list[Any]:
+    """The callbacks of ``run`` for which a checkpoint holds what they remember."""
+    return [callback for callback, _ in _matched(run.callbacks, data.state["callbacks"])]
+
+
 def _models(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
     """Plain tensors of each model for its own file; what else is in a state_dict (extra state) by itself."""
     files: dict[str, dict[str, Tensor]] = {}
@@ -364,8 +370,8 @@ def _given(name: str, obj: Any) -> Any:
     if has_state(obj):
         return obj.state_dict()
     raise CheckpointError(
-        f"state[{name!r}] is a {_kind(obj)}, which has no state_dict and load_state_dict; give an object that has "
-        f"them, or two functions: state={{{name!r}: (get, set)}}"
+        f"state[{name!r}] is {with_article(_kind(obj))}, which has no state_dict and load_state_dict; give an "
+        f"object that has them, or two functions: state={{{name!r}: (get, set)}}"
     )
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from loopwright import rng
 from loopwright._compat import begin_workers, copy_loader, stop_workers
-from loopwright.data.fetch import add_fetch_note, place_of
+from loopwright.data.fetching import add_fetch_note, place_of
 from loopwright.data.generators import Streams
 from loopwright.data.order import Order
 from loopwright.data.plan import Plan, check_state

@@ -3,11 +3,27 @@
 from loopwright.parallel.comm import Ranks, Single
 from loopwright.parallel.ddp import DDP
 from loopwright.parallel.device import pick_device
+from loopwright.parallel.join import join, local_device
 from loopwright.parallel.pick import check_strategy, pick_team
 from loopwright.parallel.precision import Autocast, Plain, pick_precision
 from loopwright.parallel.team import Team, watched
+from loopwright.parallel.world import World, check_world, find_world
 
 __all__ = [
-    "Autocast", "DDP", "Plain", "Ranks", "Single", "Team", "check_strategy", "pick_device", "pick_precision",
-    "pick_team", "watched",
-]  # fmt: skip
+    "DDP",
+    "Autocast",
+    "Plain",
+    "Ranks",
+    "Single",
+    "Team",
+    "World",
+    "check_strategy",
+    "check_world",
+    "find_world",
+    "join",
+    "local_device",
+    "pick_device",
+    "pick_precision",
+    "pick_team",
+    "watched",
+]

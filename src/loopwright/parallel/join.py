@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from loopwright.errors import SettingError
 from loopwright.parallel.world import World
@@ -38,26 +39,30 @@ def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
         device = local_device(world, device_type)
         torch.accelerator.set_device_index(device)
         backend = f"cpu:gloo,{device_type}:{_backend(device_type)}"
-    meeting: dict[str, Any] = {"store": dist.HashStore()}  # type: ignore[attr-defined]
-    if world.world_size > 1:
-        if world.address is None or world.port is None:
-            raise SettingError(
-                f"nothing says where the {world.world_size} processes meet. Start them with torchrun, or set "
-                "MASTER_ADDR and MASTER_PORT"
-            )
-        host = f"[{world.address}]" if ":" in world.address else world.address
-        meeting = {"init_method": f"tcp://{host}:{world.port}"}
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # which outlives a restart: addresses of the dead
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            made: Any = dist
-            store = made.TCPStore(world.address, world.port, is_master=False, timeout=timedelta(seconds=timeout_s))
-            meeting = {"store": made.PrefixStore(f"loopwright/{attempt}", store)}
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
-        backend, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s), device_id=device,
-        **meeting,
+        backend, store=_meeting(world, timeout), rank=world.rank, world_size=world.world_size, timeout=timeout,
+        device_id=device,
     )  # fmt: skip
     atexit.unregister(_leave)  # a group that was left and made again is left once
     atexit.register(_leave)
+
+
+def _meeting(world: World, timeout: timedelta) -> Any:
+    """Where the processes tell each other their addresses."""
+    if world.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    if world.address is None or world.port is None:
+        raise SettingError(
+            f"nothing says where the {world.world_size} processes meet. Start them with torchrun, or set MASTER_ADDR "
+            "and MASTER_PORT"
+        )
+    host = f"[{world.address}]" if ":" in world.address else world.address
+    met = rendezvous(f"tcp://{host}:{world.port}", world.rank, world.world_size, timeout=timeout)
+    # the agent of torchrun keeps its store over restarts, with the addresses of those that have died in it; agents on
+    # several machines do not count alike, hence the variable that `loopwright launch` sets for them
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world.nodes == 1 else "0"
+    return dist.PrefixStore(f"loopwright/{again}", next(met)[0])  # type: ignore[attr-defined]
 
 
 def local_device(world: World, device_type: str) -> torch.device:
