@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
     from loopwright.optim import Scheduler, per_step
+    from loopwright.parallel.ddp import DDP
     from loopwright.parallel.launch import launch
     from loopwright.replaying import Replay, replay
     from loopwright.resume import Resume
@@ -54,6 +55,7 @@ _HOMES = {
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "per_step"],
+    "parallel.ddp": ["DDP"],
     "parallel.launch": ["launch"],
     "replaying": ["Replay", "replay"],
     "resume": ["Resume"],
@@ -69,6 +71,7 @@ __all__ = [
     "Capsule",
     "Checkpoint",
     "CheckpointError",
+    "DDP",
     "DataError",
     "DataModule",
     "Duration",

@@ -113,7 +113,10 @@ def _close(run: Run, error: BaseException | None) -> None:
     finally:  # where warnings are errors
         if run.folder is not None and not run.comm.rank:
             progress = run.progress._asdict() | {"waited": run.waited}
-            close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
+            ranks = {} if run.team is None else {"ranks": run.team.needs}
+            close_folder(
+                run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact, **ranks
+            )
     if first is not None and first is not error:
         raise first
 

@@ -83,7 +83,8 @@ class Capsule(Callback):
         self._cuda = run.device.type == "cuda"
         self._forget()
         self._skipped, self._moving = run.skipped, _moving(run)
-        if run.team is None and all(stage.accumulate == 1 for stage in run.stages):  # on_step_start sees all: two hooks less in each step
+        if run.team is None and all(stage.accumulate == 1 for stage in run.stages):
+            # on_step_start sees all: two hooks less in each step
             for name in ("on_batch_start", "on_step_end"):
                 own = getattr(self, name)
                 setattr(run.hooks, name, tuple(hook for hook in getattr(run.hooks, name) if hook != own))

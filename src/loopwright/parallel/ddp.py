@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,10 +80,14 @@ class Synced:
         self.phase, self.step, self.ddp, self.names = phase, phase.step, ddp, names
         self.moves = _trained(phase)
         self.last = True
+        self.seconds = 0.0  # in forward, where this rank waits for nobody
 
     def __call__(self, batch: Any) -> Any:
+        began = perf_counter()
         with nullcontext() if self.last else self.ddp.no_sync():
-            return self.ddp(batch)
+            output = self.ddp(batch)
+        self.seconds += perf_counter() - began
+        return output
 
     @property
     def stale(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -9,7 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from loopwright import rng
-from loopwright.errors import DataError, SettingError
+from loopwright.errors import DataError, LoopwrightWarning, SettingError
 from loopwright.history import Sums
 from loopwright.parallel.comm import Ranks
 from loopwright.parallel.pulse import Pulse
@@ -21,6 +22,7 @@ __all__ = ["Team", "watched"]
 _STEERING = (
     "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
 )  # fmt: skip
+_SLOW = 0.2  # of all time, lost by one rank
 _GONE: Any = object()
 
 
@@ -39,6 +41,8 @@ class Team:
         self.steered = False  # some hook may skip batches or steps, on this rank only
         self._synced: Mapping[str, Any] = {}
         self._count, self.weight, self._done = 0, 0.0, False
+        self.needs: list[dict[str, float]] = []  # seconds that each rank has waited for data, and spent in forward
+        self._told = False
         self.batch = 0  # number of the whole batch that this rank evaluates
 
     # --------------------------------------------------------------------------------------------- data
@@ -68,7 +72,27 @@ class Team:
                 "than the global random generators and set_epoch. Seed it alike on all ranks, or use "
                 "lw.Loader(dataset, shuffle=True)"
             )
+        own = run.waited, sum(synced.seconds for synced in self._synced.values())
+        self.needs = [{"waited": waited, "forward": forward} for waited, forward in self.comm.gather(own)]
+        if self.comm.rank == 0:
+            self._name_the_slow(run)
         self.pulse.settle(run)
+
+    def _name_the_slow(self, run: Run) -> None:
+        """Warn once of a rank for which all others wait."""
+        sums = [sum(one.values()) for one in self.needs]
+        slowest, usual = max(sums), sorted(sums)[(len(sums) - 1) // 2]
+        if self._told or slowest - usual < _SLOW * run.progress.seconds:
+            return
+        self._told, rank = True, sums.index(slowest)
+        one = self.needs[rank]
+        warnings.warn(
+            f"rank {rank} is slow: in {run.progress.seconds:.3g} s it has waited {one['waited']:.3g} s for data and "
+            f"needed {one['forward']:.3g} s for forward passes, {slowest - usual:.3g} s more than others, who wait for "
+            "it at each step. Look at its disk, its other processes and its clock rate; run.json lists all ranks",
+            LoopwrightWarning,
+            stacklevel=2,
+        )
 
     # --------------------------------------------------------------------------------------------- a stage
 
