@@ -45,7 +45,7 @@ GOES_ON = ("slow", "done early", "twice")
 
 @dataclass
 class Outcome:
-    """What came of one run, ``seconds`` until the last rank had gone; ``problems`` is empty if all was as it must be."""
+    """What came of a run, ``seconds`` until the last rank had gone; ``problems`` is empty if all was as it must be."""
 
     kind: str
     rank: int
