@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -40,7 +41,7 @@ ENDS = {
     "gather alone": r"deadlock: .*rank {rank}: step {at}, waits in all_gather_object, .*ranks\.py:\d+ in spoil",
     "leaves early": r"deadlock: .*rank {rank}: step {at}, has left training",
 }
-GOES_ON = ("slow", "done early", "twice")
+GOES_ON = ("slow", "holds the lock", "all stopped", "done early", "twice")
 
 
 @dataclass
@@ -73,6 +74,11 @@ def injected(
                 time.sleep(delay)
                 began = time.monotonic()
                 os.kill(_pids(folder)[rank], signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+            if kind == "all stopped":  # Ctrl-Z, and later on fg
+                for number, wait in ((signal.SIGSTOP, 2 * timeout), (signal.SIGCONT, 0)):
+                    for pid in _pids(folder):
+                        os.kill(pid, number)
+                    time.sleep(wait)
             with suppress(subprocess.TimeoutExpired):
                 ranks.wait((8 if kind in GOES_ON else 2) * timeout + 20)
             seconds = time.monotonic() - began
@@ -140,6 +146,8 @@ def spoil(kind: str, *, timeout: float) -> None:
         dist.all_gather_object([None] * dist.get_world_size(), "mine")
     if kind == "slow":
         time.sleep(3 * timeout)
+    if kind == "holds the lock":  # Python's: no thread of this process runs meanwhile
+        ctypes.PyDLL(None).sleep(int(2 * timeout))
 
 
 def spoiled(grad: torch.Tensor) -> None:
@@ -153,7 +161,7 @@ def train(kind: str, mine: bool, watch: Watch, *, timeout: float) -> None:
     torch.manual_seed(0)
     net = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    for step in range(STEPS if kind in ENDS else 2 * AT):
+    for step in range(STEPS if kind in (*ENDS, "all stopped") else 2 * AT):
         watch.step = step
         if mine and step == AT:
             if kind == "leaves early":

@@ -128,7 +128,7 @@ def test_a_store_that_is_gone_is_news_of_rank_0_unless_it_had_left() -> None:
     assert unreachable(seen(state="unknown"), "Broken pipe") == Verdict(
         0, f"rank 0 cannot be reached (Broken pipe){ON}"
     )
-    failed = unreachable(seen(error="ValueError: no"), "Broken pipe")
+    failed = unreachable(seen(error="ValueError: no", left=True), "Broken pipe")
     assert failed == Verdict(0, "rank 0 failed at step 120, train.py:41 in main: ValueError: no")
 
 

@@ -102,10 +102,10 @@ def ended(seen: Mapping[int, Seen], *, patience: float) -> Verdict | None:
 
 def unreachable(zero: Seen, reason: str) -> Verdict | None:
     """What another rank makes of it when the store, which lives in rank 0, does not answer; None if rank 0 has left."""
-    if zero.report is not None and zero.report.left:
-        return None
     if zero.report is not None and zero.report.error is not None:
         return _failed({0: zero}) or _lost({0: zero}, 0.0)
+    if zero.report is not None and zero.report.left:
+        return None
     how = "ended without a word, killed or crashed" if zero.state == "gone" else f"cannot be reached ({reason})"
     return Verdict(0, f"rank 0 {how}{_last(zero.report) if zero.report is not None else ''}")
 

@@ -38,12 +38,12 @@ class Watch:
     makes of it; the reports travel through a store of their own, which lives in rank 0. What is wrong is printed
     once by each rank, by rank 0 in full: which rank, at which step, in which line, with its error. The training thread
     may leave by an exception of its own; one that still waits after a moment is ended with its process, status 1, after
-    ``on_abort(text)`` was called in another thread. It must not wait for other ranks.
+    ``on_abort(text)`` was called in another thread; it must not wait for other ranks.
 
-    Waiting is no error: ranks may wait for hours while another one saves, reads or validates. What counts as
-    silence is a process that does not run. One that computes is not silent, but on another machine that cannot be
-    told from one that is stopped: there, no call of a C library may hold Python's lock for more than 0.6 ``timeout``.
-    A deadlock is noticed where threads that wait do not run: with gloo, and not with NCCL, which has its own time-out.
+    Waiting is no error: ranks may wait for hours while another one saves, reads or validates. A rank is silent if its
+    process does not run. On another machine, one that is stopped cannot be told from one in which a call of C holds
+    Python's lock: there, none may for more than 0.6 ``timeout``. A deadlock is noticed where a thread that waits does
+    not run: with gloo on Linux, and not with NCCL, which has a time-out of its own.
 
     >>> with Watch(0, 1) as watch:  # a single rank has nobody to wait for
     ...     watch.step = 1
@@ -84,10 +84,9 @@ class Watch:
             address, port, machine = there[0]
             near = machine != "" and machine == self._process.machine
             store = dist.TCPStore("localhost" if near else address, port, wait_for_workers=False, timeout=patience)
-        self._store = store
         self._threads = [
-            threading.Thread(target=work, name=f"loopwright {name}", daemon=True)
-            for name, work in (("report", self._report), ("watch", self._watch))
+            threading.Thread(target=self._report, args=(store,), name="loopwright report", daemon=True),
+            threading.Thread(target=self._watch, name="loopwright watch", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -126,7 +125,7 @@ class Watch:
         self._tell()
         while self.rank == 0 and not all(map(_knows, self._seen.values())):
             bad = self.verdict is not None or bool(self._error)  # then some may never answer
-            if time.monotonic() - began > (4 * self.beat if bad else _PATIENCE * self.timeout):
+            if time.monotonic() - began > (5 * self.beat if bad else _PATIENCE * self.timeout):
                 break
             self._wake.set()
             time.sleep(min(0.02, self.beat))
@@ -161,7 +160,7 @@ class Watch:
 
     # ------------------------------------------------------------------------------------------ the thread that reports
 
-    def _report(self) -> None:
+    def _report(self, store: dist.TCPStore) -> None:
         """Send and fetch reports, every beat. The only one that uses the store: a call may never come back."""
         keys = [*map(str, self._seen), "verdict"]
         beat, posted, before = 0, False, time.monotonic()
@@ -172,18 +171,18 @@ class Watch:
             still = self._still.look(min(now - before, 2 * self.beat))
             before = now
             zero = self._seen[0].report
-            heard = self.verdict is not None or (zero is not None and (zero.left or zero.error is not None))
+            heard = self.verdict is not None or (zero is not None and zero.left and zero.error is None)
             fields = {"place": at.place, "left": left, "heard": heard} | self._error
             mine = Report(beat, self.step, waits=at.waits, path=at.path, still=still, process=self._process, **fields)
             if self.rank != 0 and zero is not None and state_of(zero.process) == "gone":
                 self._unreachable = "its process has ended"  # a call would fail as well, with pages of C++ on stderr
                 break
             try:
-                self._store.set(str(self.rank), mine.pack())
+                store.set(str(self.rank), mine.pack())
                 if self.rank == 0 and self.verdict is not None and not posted:
-                    self._store.set("verdict", self.verdict.pack())
+                    store.set("verdict", self.verdict.pack())
                     posted = True
-                *reports, verdict = self._store.multi_get(keys)
+                *reports, verdict = store.multi_get(keys)
             except RuntimeError as error:  # torch's errors of the network are
                 self._unreachable = str(error).partition("\n")[0] or type(error).__name__
                 break
@@ -194,6 +193,8 @@ class Watch:
                 self.verdict = Verdict.unpack(verdict.decode())
             if left == self._left.is_set() and failed == bool(self._error):
                 self._told.set()
+            if heard and self.verdict is not None and self.rank != 0:
+                break  # there is no more to tell, and rank 0 may go now
             self._wake.wait(self.beat)
             self._wake.clear()
         self._told.set()
