@@ -72,18 +72,7 @@ class Watch:
         if self.world_size == 1:
             return self
         self._thread, self._still, self._process = threading.get_ident(), Still(), this_process()
-        patience = timedelta(seconds=self.timeout)
-        there: list[Any] = [None]
-        if self.rank == 0:
-            store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=patience)
-            store.multi_set([*map(str, self._seen), "verdict"], [""] * (self.world_size + 1))
-            address = os.environ.get("MASTER_ADDR") or self._process.name
-            there = [(address, store.port, self._process.machine)]
-        dist.broadcast_object_list(there, src=0)
-        if self.rank != 0:
-            address, port, machine = there[0]
-            near = machine != "" and machine == self._process.machine
-            store = dist.TCPStore("localhost" if near else address, port, wait_for_workers=False, timeout=patience)
+        store = self._open_store()
         self._threads = [
             threading.Thread(target=self._report, args=(store,), name="loopwright report", daemon=True),
             threading.Thread(target=self._watch, name="loopwright watch", daemon=True),
@@ -92,6 +81,22 @@ class Watch:
             thread.start()
         atexit.register(self._end)  # a thread that comes back from C++ while Python ends would crash the process
         return self
+
+    def _open_store(self) -> Any:
+        """A store of the watch's own, in rank 0: that of the process group may be gone when it is needed."""
+        make: Any = dist.TCPStore  # type: ignore[attr-defined]
+        how = {"wait_for_workers": False, "timeout": timedelta(seconds=self.timeout)}
+        there: list[Any] = [None]
+        if self.rank == 0:
+            store = make("localhost", 0, is_master=True, **how)
+            store.multi_set([*map(str, self._seen), "verdict"], [""] * (self.world_size + 1))
+            there = [(os.environ.get("MASTER_ADDR") or self._process.name, store.port, self._process.machine)]
+        dist.broadcast_object_list(there, src=0)
+        if self.rank == 0:
+            return store
+        address, port, machine = there[0]
+        near = machine != "" and machine == self._process.machine
+        return make("localhost" if near else address, port, **how)
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error of this one; to be called first thing when training raises.
@@ -160,7 +165,7 @@ class Watch:
 
     # ------------------------------------------------------------------------------------------ the thread that reports
 
-    def _report(self, store: dist.TCPStore) -> None:
+    def _report(self, store: Any) -> None:
         """Send and fetch reports, every beat. The only one that uses the store: a call may never come back."""
         keys = [*map(str, self._seen), "verdict"]
         beat, posted, before = 0, False, time.monotonic()
@@ -172,7 +177,7 @@ class Watch:
             before = now
             zero = self._seen[0].report
             heard = self.verdict is not None or (zero is not None and zero.left and zero.error is None)
-            fields = {"place": at.place, "left": left, "heard": heard} | self._error
+            fields: dict[str, Any] = {"place": at.place, "left": left, "heard": heard} | self._error
             mine = Report(beat, self.step, waits=at.waits, path=at.path, still=still, process=self._process, **fields)
             if self.rank != 0 and zero is not None and state_of(zero.process) == "gone":
                 self._unreachable = "its process has ended"  # a call would fail as well, with pages of C++ on stderr
