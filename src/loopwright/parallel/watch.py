@@ -86,13 +86,14 @@ class Watch:
         """A store of the watch's own, in rank 0: that of the process group may be gone when it is needed."""
         make: Any = dist.TCPStore  # type: ignore[attr-defined]
         how = {"wait_for_workers": False, "timeout": timedelta(seconds=self.timeout)}
+        store: Any = None
         there: list[Any] = [None]
         if self.rank == 0:
             store = make("localhost", 0, is_master=True, **how)
             store.multi_set([*map(str, self._seen), "verdict"], [""] * (self.world_size + 1))
             there = [(os.environ.get("MASTER_ADDR") or self._process.name, store.port, self._process.machine)]
         dist.broadcast_object_list(there, src=0)
-        if self.rank == 0:
+        if store is not None:
             return store
         address, port, machine = there[0]
         near = machine != "" and machine == self._process.machine
