@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loopwright.parallel.watch import Watch
 
-STEPS, AT = 400, 20
+STEPS, AT = 2000, 20
 # what is done to one rank, and what the others must print of it
 ENDS = {
     "raise": r"rank {rank} failed at step {at}, .*ranks\.py:\d+ in spoil: ValueError: spoiled on purpose",
@@ -71,7 +71,7 @@ def injected(
         try:
             began = _spoiled(folder / f"{rank}.out", ranks)
             if kind in ("kill", "stop"):
-                time.sleep(delay)
+                time.sleep(delay + 2 * min(1.0, timeout / 30))  # it has reported from a step
                 began = time.monotonic()
                 os.kill(_pids(folder)[rank], signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
             if kind == "all stopped":  # Ctrl-Z, and later on fg

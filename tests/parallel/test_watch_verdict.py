@@ -16,9 +16,9 @@ ON = " (last at step 120, train.py:41 in main; process 7 on node-1)"
 
 def seen(*, silent: float = 0.0, lost: float = 0.0, state: str = "runs", **fields: Any) -> Seen:
     usual: dict[str, Any] = {
-        "beat": 9, "step": 120, "place": "train.py:41 in main", "waits": "", "path": 1, "still": 0.0, "process": HERE,
+        "beat": 9, "step": 120, "place": "train.py:41 in main", "waits": "", "path": 1, "still": 0.0,
     }  # fmt: skip
-    return Seen(Report(**{**usual, **fields}), silent=silent, lost=lost, state=state)
+    return Seen(HERE, Report(**{**usual, **fields}), silent=silent, lost=lost, state=state)
 
 
 def waits(path: int = 1, call: str = "all_reduce", still: float = 99.0, **fields: Any) -> Seen:
@@ -55,8 +55,10 @@ def test_silence_counts_from_patience_on_and_a_process_that_runs_is_alive() -> N
 
 
 def test_a_rank_that_never_came_is_named() -> None:
-    assert verdict(seen(), Seen(silent=17)) is None
-    assert verdict(seen(), Seen(silent=18.4)) == Verdict(1, "rank 1 was never heard of, for 18 s")
+    assert verdict(seen(), Seen(HERE, silent=17)) is None
+    found = verdict(seen(), Seen(HERE, silent=18.4))
+    assert found is not None
+    assert found.text == "rank 1 has not been heard of for 18 s (process 7 on node-1)"
 
 
 def test_a_cause_goes_before_a_connection_that_was_lost_by_it() -> None:
@@ -105,7 +107,7 @@ def test_no_deadlock_while_one_rank_moves_works_or_is_quiet() -> None:
     assert verdict(other, waits(still=17)) is None  # moved a moment ago
     assert verdict(other, seen(still=99)) is None  # sleeps, reads, saves: no call that waits for others
     assert verdict(other, waits(silent=5)) is None  # its report is old: it may have moved
-    assert verdict(other, Seen()) is None
+    assert verdict(other, Seen(HERE)) is None
 
 
 @given(

@@ -21,7 +21,6 @@ class Report(NamedTuple):
     waits: str  # the call in which it waits for others, or ""
     path: int
     still: float  # seconds for which its training thread has not run
-    process: Process
     error: str | None = None
     trace: str = ""
     lost: bool = False  # the error came of another's end: gloo's "Connection closed by peer" and the like
@@ -34,22 +33,22 @@ class Report(NamedTuple):
     @classmethod
     def unpack(cls, text: str) -> Report:
         """
-        >>> mine = Report(1, 120, "train.py:41 in main", "", 0, 0.0, Process("m", "node-1", 7, "3"))
+        >>> mine = Report(1, 120, "train.py:41 in main", "", 0, 0.0)
         >>> Report.unpack(mine.pack()) == mine
         True
         """
-        report = cls(*json.loads(text))
-        return report._replace(process=Process(*report.process))
+        return cls(*json.loads(text))
 
 
 @dataclass
 class Seen:
     """A rank as another one sees it. ``silent``: seconds since its last beat; ``lost``: since its lost connection."""
 
+    process: Process
     report: Report | None = None
     silent: float = 0.0
     lost: float = 0.0
-    state: str = "unknown"  # of its process, from state_of
+    state: str = "runs"  # its process, as state_of tells
 
 
 class Verdict(NamedTuple):
@@ -89,14 +88,12 @@ def ended(seen: Mapping[int, Seen], *, patience: float) -> Verdict | None:
         report = one.report
         if report is not None and (report.left or report.error is not None):
             continue
-        if report is not None and one.state == "gone":
-            return Verdict(rank, f"rank {rank} ended without a word, killed or crashed{_last(report)}")
+        if one.state == "gone":
+            return Verdict(rank, f"rank {rank} ended without a word, killed or crashed{_last(one)}")
         if one.silent >= patience and one.state != "runs":
-            if report is None:
-                return Verdict(rank, f"rank {rank} was never heard of, for {one.silent:.0f} s")
             why = {"stopped": ": its process was stopped by a signal", "traced": ": a debugger holds its process"}
-            text = f"rank {rank} has not been heard of for {one.silent:.0f} s{why.get(one.state, '')}{_last(report)}"
-            return Verdict(rank, text, silent=report.process)
+            text = f"rank {rank} has not been heard of for {one.silent:.0f} s{why.get(one.state, '')}{_last(one)}"
+            return Verdict(rank, text, silent=one.process)
     return None
 
 
@@ -107,7 +104,7 @@ def unreachable(zero: Seen, reason: str) -> Verdict | None:
     if zero.report is not None and zero.report.left:
         return None
     how = "ended without a word, killed or crashed" if zero.state == "gone" else f"cannot be reached ({reason})"
-    return Verdict(0, f"rank 0 {how}{_last(zero.report) if zero.report is not None else ''}")
+    return Verdict(0, f"rank 0 {how}{_last(zero)}")
 
 
 def _failed(seen: Mapping[int, Seen]) -> Verdict | None:
@@ -129,8 +126,7 @@ def _lost(seen: Mapping[int, Seen], wait: float) -> Verdict | None:
             if r != rank and other.silent >= wait > 0 and not (other.report and other.report.left)
         }  # fmt: skip
         for r, other in quiet.items():
-            last = _last(other.report) if other.report else ""
-            text = f"rank {r} has not been heard of for {other.silent:.0f} s{last}; {_failure(rank, report)}"
+            text = f"rank {r} has not been heard of for {other.silent:.0f} s{_last(other)}; {_failure(rank, report)}"
             return Verdict(r, text, report.trace)
         return Verdict(rank, _failure(rank, report), report.trace)
     return None
@@ -173,10 +169,12 @@ def _failure(rank: int, report: Report) -> str:
     return f"rank {rank} failed at step {report.step}, {report.place}: {report.error}"
 
 
-def _last(report: Report) -> str:
+def _last(one: Seen) -> str:
+    process, report = f"process {one.process.pid} on {one.process.name}", one.report
+    if report is None:
+        return f" ({process})"
     waits = f", waiting in {report.waits}" if report.waits else ""
-    on = f"; process {report.process.pid} on {report.process.name}"
-    return f" (last at step {report.step}, {report.place}{waits}{on})"
+    return f" (last at step {report.step}, {report.place}{waits}; {process})"
 
 
 def _ranks(ranks: list[int]) -> str:

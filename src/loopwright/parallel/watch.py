@@ -24,7 +24,7 @@ from loopwright.parallel.verdict import Report, Seen, Verdict, ended, judge, unr
 __all__ = ["Watch"]
 
 _BEATS = 30  # in a timeout, and at least one a second
-_PATIENCE, _GRACE, _CLEANING = 0.6, 0.15, 0.1  # parts of the timeout; what is left over is for the news to spread
+_PATIENCE, _GRACE, _CLEANING = 0.5, 0.1, 0.1  # parts of the timeout; the rest is for news to spread and Python to end
 _CAUSED_ELSEWHERE = re.compile(
     r"gloo|nccl|c10d|connection (was )?(closed|reset|refused)|broken pipe|socket|timed out|no route", re.I
 )
@@ -42,8 +42,8 @@ class Watch:
 
     Waiting is no error: ranks may wait for hours while another one saves, reads or validates. A rank is silent if its
     process does not run. On another machine, one that is stopped cannot be told from one in which a call of C holds
-    Python's lock: there, none may for more than 0.6 ``timeout``. A deadlock is noticed where a thread that waits does
-    not run: with gloo on Linux, and not with NCCL, which has a time-out of its own.
+    Python's lock: there, none may for more than half of ``timeout``. A deadlock is noticed where a thread that waits
+    does not run: with gloo on Linux, and not with NCCL, which has a time-out of its own.
 
     >>> with Watch(0, 1) as watch:  # a single rank has nobody to wait for
     ...     watch.step = 1
@@ -56,10 +56,11 @@ class Watch:
         self.step = 0
         self.verdict: Verdict | None = None
         self.beat = min(1.0, timeout / _BEATS)
-        self._seen = {r: Seen() for r in (range(world_size) if rank == 0 else (0,))}
+        self._seen: dict[int, Seen] = {}  # all ranks, if this is rank 0; rank 0 otherwise
         self._error: dict[str, Any] = {}  # fields of the report
         self._failed_at: float | None = None
         self._unreachable = ""
+        self._asked = self._answered = 0
         self._threads: list[threading.Thread] = []
         self._said = False
         self._left, self._known, self._over = threading.Event(), threading.Event(), threading.Event()
@@ -71,7 +72,7 @@ class Watch:
         """Begin to watch, in the thread that trains. All ranks must call it: they are told where the store is."""
         if self.world_size == 1:
             return self
-        self._thread, self._still, self._process = threading.get_ident(), Still(), this_process()
+        self._thread, self._still = threading.get_ident(), Still()
         store = self._open_store()
         self._threads = [
             threading.Thread(target=self._report, args=(store,), name="loopwright report", daemon=True),
@@ -85,19 +86,21 @@ class Watch:
     def _open_store(self) -> Any:
         """A store of the watch's own, in rank 0: that of the process group may be gone when it is needed."""
         make: Any = dist.TCPStore  # type: ignore[attr-defined]
-        how = {"wait_for_workers": False, "timeout": timedelta(seconds=self.timeout)}
+        how = {"wait_for_workers": False, "timeout": timedelta(seconds=60)}
         store: Any = None
-        there: list[Any] = [None]
+        mine = this_process()
+        address = os.environ.get("MASTER_ADDR") or mine.name
         if self.rank == 0:
             store = make("localhost", 0, is_master=True, **how)
-            store.multi_set([*map(str, self._seen), "verdict"], [""] * (self.world_size + 1))
-            there = [(os.environ.get("MASTER_ADDR") or self._process.name, store.port, self._process.machine)]
-        dist.broadcast_object_list(there, src=0)
+            store.multi_set([*map(str, range(self.world_size)), "verdict"], [""] * (self.world_size + 1))
+        there: list[Any] = [None] * self.world_size
+        dist.all_gather_object(there, (mine, address, store.port if store is not None else 0))
+        for rank, (process, *_) in enumerate(there[: self.world_size if self.rank == 0 else 1]):
+            self._seen[rank] = Seen(process)
         if store is not None:
             return store
-        address, port, machine = there[0]
-        near = machine != "" and machine == self._process.machine
-        return make("localhost" if near else address, port, **how)
+        host, address, port = there[0]
+        return make("localhost" if host.machine == mine.machine != "" else address, port, **how)
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error of this one; to be called first thing when training raises.
@@ -151,10 +154,11 @@ class Watch:
     def _tell(self) -> None:
         """Have the state of this rank sent now, and wait until it is."""
         until = time.monotonic() + _PATIENCE * self.timeout
-        self._told.clear()
+        self._asked += 1
         self._wake.set()
-        while self._threads[0].is_alive() and time.monotonic() < until and not self._told.wait(self.beat):
-            pass
+        while self._answered < self._asked and self._threads[0].is_alive() and time.monotonic() < until:
+            self._told.wait(self.beat)
+            self._told.clear()
 
     def _end(self) -> None:
         self._over.set()
@@ -172,19 +176,24 @@ class Watch:
         beat, posted, before = 0, False, time.monotonic()
         while not self._over.is_set():
             beat, now = beat + 1, time.monotonic()
-            left, failed = self._left.is_set(), bool(self._error)
+            asked, left = self._asked, self._left.is_set()  # in this order: what was asked for is in the report
             at = stand(self._thread)
             still = self._still.look(min(now - before, 2 * self.beat))
             before = now
             zero = self._seen[0].report
-            heard = self.verdict is not None or (zero is not None and zero.left and zero.error is None)
+            known = self.verdict is not None
+            heard = known or (zero is not None and zero.left and zero.error is None)
             fields: dict[str, Any] = {"place": at.place, "left": left, "heard": heard} | self._error
-            mine = Report(beat, self.step, waits=at.waits, path=at.path, still=still, process=self._process, **fields)
-            if self.rank != 0 and zero is not None and state_of(zero.process) == "gone":
+            mine = Report(beat, self.step, waits=at.waits, path=at.path, still=still, **fields)
+            # before the reports are read: one that is gone may have said that it left
+            states = [state_of(one.process) for one in self._seen.values()]
+            if self.rank != 0 and states[0] == "gone":
                 self._unreachable = "its process has ended"  # a call would fail as well, with pages of C++ on stderr
                 break
             try:
                 store.set(str(self.rank), mine.pack())
+                if self.rank != 0 and (left or known):
+                    break  # there is no more to tell, and rank 0 may go now
                 if self.rank == 0 and self.verdict is not None and not posted:
                     store.set("verdict", self.verdict.pack())
                     posted = True
@@ -192,15 +201,13 @@ class Watch:
             except RuntimeError as error:  # torch's errors of the network are
                 self._unreachable = str(error).partition("\n")[0] or type(error).__name__
                 break
-            for seen, text in zip(self._seen.values(), reports, strict=True):
-                if text:
-                    seen.report = Report.unpack(text.decode())
+            for one, state, text in zip(self._seen.values(), states, reports, strict=True):
+                one.report = Report.unpack(text.decode()) if text else None
+                one.state = state
             if verdict and self.verdict is None:
                 self.verdict = Verdict.unpack(verdict.decode())
-            if left == self._left.is_set() and failed == bool(self._error):
-                self._told.set()
-            if heard and self.verdict is not None and self.rank != 0:
-                break  # there is no more to tell, and rank 0 may go now
+            self._answered = asked
+            self._told.set()
             self._wake.wait(self.beat)
             self._wake.clear()
         self._told.set()
@@ -220,7 +227,8 @@ class Watch:
                     if report.beat != beats[rank]:
                         one.silent, beats[rank] = 0.0, report.beat
                     one.lost += elapsed if report.lost else 0.0
-                    one.state = state_of(report.process)
+                if self.rank != 0:  # the store may not answer: it is in that process
+                    one.state = state_of(one.process)
             verdict = self.verdict or self._judge()
             if verdict is not None:
                 self.verdict = verdict
@@ -243,8 +251,10 @@ class Watch:
         return ended(self._seen, patience=patience)
 
     def _all_left(self) -> bool:
-        reports = [one.report for one in self._seen.values()]
-        return all(report is not None and (report.left or state_of(report.process) == "gone") for report in reports)
+        return all(
+            (one.report is not None and one.report.left) or state_of(one.process) == "gone"
+            for one in self._seen.values()
+        )
 
     def _conclude(self, verdict: Verdict) -> None:
         """Say it, give the training thread a moment to leave by itself, clean up and end the process."""
@@ -277,7 +287,7 @@ class Watch:
 def _knows(one: Seen) -> bool:
     """Whether a rank needs rank 0 no more: it has left or heard, or will never hear."""
     report = one.report
-    return report is not None and (report.left or report.heard or state_of(report.process) == "gone")
+    return (report is not None and (report.left or report.heard)) or state_of(one.process) == "gone"
 
 
 def _within(seconds: float, call: Callable[..., object], *args: object) -> None:
