@@ -56,7 +56,7 @@ def test_silence_counts_from_patience_on_and_a_process_that_runs_is_alive() -> N
 
 def test_a_rank_that_never_came_is_named() -> None:
     assert verdict(seen(), Seen(HERE, silent=17)) is None
-    found = verdict(seen(), Seen(HERE, silent=18.4))
+    found = verdict(seen(), Seen(HERE, silent=18.4, state="unknown"))
     assert found is not None
     assert found.text == "rank 1 has not been heard of for 18 s (process 7 on node-1)"
 
