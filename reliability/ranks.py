@@ -46,13 +46,17 @@ GOES_ON = ("slow", "holds the lock", "all stopped", "done early", "twice")
 
 @dataclass
 class Outcome:
-    """What came of a run, ``seconds`` until the last rank had gone; ``problems`` is empty if all was as it must be."""
+    """What came of a run; ``problems`` is empty if all was as it must be.
+
+    ``seconds`` until the last process had gone, ``left`` until the last rank had cleaned up: the rest is Python's end.
+    """
 
     kind: str
     rank: int
     codes: list[int]
     seconds: float
     printed: list[str]
+    left: float = 0.0
     problems: list[str] = field(default_factory=list)
 
 
@@ -91,6 +95,8 @@ def injected(
         printed = [(folder / f"{r}.err").read_text() for r in range(world_size)]
         notes = [(folder / f"{r}.out").read_text() for r in range(world_size)]
     outcome = Outcome(kind, rank, codes, round(seconds, 2), printed)
+    cleaned = [float(at) for note in notes for at in re.findall(r"cleaned up at ([\d.]+)", note)]
+    outcome.left = round(max(cleaned, default=began) - began, 2)
     outcome.problems += list(_odd(outcome, notes, timeout if within is None else within))
     return outcome
 
@@ -204,19 +210,24 @@ def launch(kind: str, world_size: int, target: int, timeout: float, folder: str)
     (place / "codes").write_text(json.dumps(codes))
 
 
+def cleaned_up(text: str = "") -> None:
+    """What a run does last: close its folder, flush its loggers."""
+    print(f"cleaned up at {time.monotonic()}", flush=True)
+
+
 def main_of_a_rank(kind: str, rank: int, world_size: int, target: int, timeout: float, folder: Path) -> None:
     """Join the others, train, leave."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     for _ in range(2 if kind == "twice" else 1):
-        watch = Watch(rank, world_size, timeout=timeout, on_abort=lambda text: print("cleaned up", flush=True))
+        watch = Watch(rank, world_size, timeout=timeout, on_abort=cleaned_up)
         try:
             with watch:
                 train(kind, rank == target, watch, timeout=timeout)
         except BaseException:
-            print("cleaned up", flush=True)
+            cleaned_up()
             raise
     if kind == "leaves early":
-        time.sleep(timeout)  # its process lives on, as in a notebook
+        time.sleep(0.75 * timeout)  # its process lives on, as in a notebook
     if kind in GOES_ON:
         dist.barrier()
     dist.destroy_process_group()
@@ -234,8 +245,10 @@ def run(count: int, *, timeout: float = 30.0, seed: int = 17, say: Any = None) -
         if outcome.problems:
             failures[f"number {number}: {kind}, rank {rank} of {world_size}"] = outcome.problems
         if say is not None:
-            how = outcome.problems or "as it must be"
-            say(f"{number}: {kind}, rank {rank} of {world_size}: {outcome.seconds} s, {how}")
+            what = (
+                f"{number}: {kind}, rank {rank} of {world_size}: left after {outcome.left} s, gone {outcome.seconds} s"
+            )
+            say(f"{what}, {outcome.problems or 'as it must be'}")
     slowest = {kind: max(values) for kind, values in seconds.items()}
     return {"count": count, "failures": failures, "seed": seed, "timeout": timeout, "slowest": slowest}
 
