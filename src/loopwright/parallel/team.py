@@ -22,7 +22,7 @@ __all__ = ["Team", "watched"]
 _STEERING = (
     "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
 )  # fmt: skip
-_SLOW = 0.2  # of all time, lost by one rank
+_SLOW, _SOON_S = 0.2, 30.0  # of all time, lost by one rank; the first seconds tell nothing
 _GONE: Any = object()
 
 
@@ -82,7 +82,7 @@ class Team:
         """Warn once of a rank for which all others wait."""
         sums = [sum(one.values()) for one in self.needs]
         slowest, usual = max(sums), sorted(sums)[(len(sums) - 1) // 2]
-        if self._told or slowest - usual < _SLOW * run.progress.seconds:
+        if self._told or slowest - usual < _SLOW * max(run.progress.seconds, _SOON_S):
             return
         self._told, rank = True, sums.index(slowest)
         one = self.needs[rank]
