@@ -104,6 +104,7 @@ def apply_changes(run: Run) -> None:
             _replace_model(run, kind, key, obj)
     run.changes.clear()
     if run.team is not None and run.stage is not None:
+        run.team.begin(run)
         run.team.begin_stage(run, run.stage)
     known = {id(p) for model in run.models.values() for p in model.parameters()}
     for optimizer_name, optimizer in run.optimizers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -147,6 +148,7 @@ def _run_rank(
 ) -> None:  # fmt: skip
     """What a child does: look like a process of torchrun, call ``fn``, say what came of it."""
     _die_with(parent)
+    gc.freeze()  # what the parent has left to collect, some of it of C++ and its threads, is not for a fork to end
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "GROUP_RANK": 0}
     there = {"GROUP_WORLD_SIZE": 1, "MASTER_ADDR": _LOCALHOST, "MASTER_PORT": port}
     agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}

@@ -1,0 +1,238 @@
+"""What goes wrong with several ranks is said with the fix, on all of them; two forked processes each."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+import loopwright as lw
+
+pytestmark = pytest.mark.slow
+
+X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+Y = (X.sum(1) > 0).long()
+
+
+def supervised(net: nn.Module | None = None, **more: Any) -> lw.Supervised:
+    net = net or nn.Linear(4, 2)
+    return lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), **more)
+
+
+def trainer(**settings: Any) -> lw.Trainer:
+    return lw.Trainer(**({"epochs": 2, "folder": None, "progress": False, "seed": 0} | settings))
+
+
+def weights(net: nn.Module) -> list[Any]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+class Two(nn.Module):
+    """Only one of its parts is reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.left_out = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_parameters_that_a_step_does_not_reach_are_named() -> None:
+    with pytest.raises(
+        lw.SettingError, match=r"2 of the parameters that are trained got no gradient .*left_out.weight"
+    ):
+        lw.launch(lambda: trainer(strategy=lw.DDP(timeout=5)).fit(supervised(Two()), (X, Y)) and None, 2)
+
+
+def test_parameters_that_a_step_does_not_reach_may_be_allowed() -> None:
+    def fit() -> Any:
+        net = Two()
+        trainer(strategy=lw.DDP(find_unused=True)).fit(supervised(net), (X, Y))
+        return weights(net.used)
+
+    first, second = lw.launch(fit, 2)
+    assert all(map(torch.equal, first, second))
+
+
+class ByItself(Sampler[int]):
+    """Draws from a generator that is seeded by nobody."""
+
+    def __iter__(self) -> Any:
+        order = list(range(40))
+        random.SystemRandom().shuffle(order)
+        return iter(order)
+
+    def __len__(self) -> int:
+        return 40
+
+
+def test_ranks_that_read_different_orders_are_told_so() -> None:
+    def fit() -> None:
+        data = DataLoader([(x, y) for x, y in zip(X, Y, strict=True)], 8, sampler=ByItself())
+        trainer().fit(supervised(), data)
+
+    with pytest.raises(lw.DataError, match="in epoch 1 each rank has read an order of its own"):
+        lw.launch(fit, 2)
+
+
+def test_an_optimizer_that_calls_back_needs_one_process() -> None:
+    def fit() -> None:
+        net = nn.Linear(4, 2)
+        optimizer = torch.optim.LBFGS(net.parameters())
+        trainer(nonfinite=None).fit(lw.Supervised(net, nn.CrossEntropyLoss(), optimizer), (X, Y))
+
+    with pytest.raises(lw.SettingError, match="LBFGS"):
+        lw.launch(fit, 2)
+
+
+class NoMerge:
+    """A metric that sees one rank's part and cannot be joined with another."""
+
+    def update(self, preds: Any, target: Any) -> None: ...
+    def compute(self) -> float:
+        return 0.0
+
+    def reset(self) -> None: ...
+
+
+def test_a_metric_that_cannot_be_joined_is_refused() -> None:
+    with pytest.raises(lw.SettingError, match=r"metric 'odd' \(NoMerge\) sees a part of the data on each rank"):
+        lw.launch(lambda: trainer().fit(supervised(metrics={"odd": NoMerge()}), (X, Y)) and None, 2)
+
+
+def test_groups_that_are_added_and_layers_that_are_freed_in_between_are_joined_as_well() -> None:
+    def fit() -> Any:
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        net[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(net[1].parameters(), 0.1)
+
+        class Free(lw.Callback):
+            def on_epoch_end(self, run: lw.Run) -> None:
+                if run.progress.epoch == 1:
+                    net[0].requires_grad_(True)
+                    optimizer.add_param_group({"params": list(net[0].parameters())})
+
+        torch.manual_seed(5)
+        for p in net.parameters():
+            nn.init.normal_(p)
+        before = weights(net)
+        trainer(callbacks=[Free()]).fit(lw.Supervised(net, nn.CrossEntropyLoss(), optimizer), (X, Y))
+        return before, weights(net)
+
+    (before, first), (_, second) = lw.launch(fit, 2)
+    assert all(map(torch.equal, first, second))
+    assert not torch.equal(before[0], first[0])
+
+
+def test_replacing_the_model_keeps_the_ranks_together() -> None:
+    def fit() -> Any:
+        task = supervised()
+
+        class Swap(lw.Callback):
+            def on_epoch_end(self, run: lw.Run) -> None:
+                if run.progress.epoch == 1:
+                    net = nn.Linear(4, 2)  # other weights on each rank: those of rank 0 count
+                    run.replace("model", net)
+                    run.replace("optimizer", torch.optim.SGD(net.parameters(), 0.1))
+
+        trainer(callbacks=[Swap()]).fit(task, (X, Y))
+        return weights(task.module)
+
+    first, second = lw.launch(fit, 2)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"strategy": "dpp"}, "strategy='dpp' is unknown. .*Did you mean 'ddp'"),
+        ({"strategy": lw.DDP}, "expected 'auto', 'ddp'"),
+        ({"devices": 2}, "devices=2, but 1 process was started here"),
+        ({"nodes": 2}, "nodes=2, but 1 machine takes part"),
+    ],
+)
+def test_settings_of_ranks_are_checked(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(lw.SettingError, match=told):
+        trainer(**settings).fit(supervised(), (X, Y))
+
+
+class Module(lw.DataModule):
+    """Notes in which processes it was prepared and set up."""
+
+    def __init__(self, folder: Path, rank: Any) -> None:
+        self.folder, self.rank = folder, rank
+
+    def prepare_data(self) -> None:
+        self.prepared = True
+        with (self.folder / "log").open("a") as file:
+            file.write(f"prepare {self.rank()}\n")
+
+    def setup(self) -> None:
+        with (self.folder / "log").open("a") as file:
+            file.write(f"setup {self.rank()}\n")
+
+    def train_data(self) -> Any:
+        return DataLoader(TensorDataset(X, Y), 8, shuffle=True)
+
+    def test_data(self) -> Any:
+        return X, Y
+
+
+@pytest.mark.capability("PL-24")
+def test_data_is_prepared_once_and_set_up_in_every_process(tmp_path: Path) -> None:
+    def fit() -> Any:
+        module = Module(tmp_path, lambda: torch.distributed.get_rank())
+        task = supervised()
+        trainer().fit(task, module)
+        return hasattr(module, "prepared"), trainer().test(task, module)
+
+    (first, measured), (second, same) = lw.launch(fit, 2)
+    assert (first, second) == (True, False)  # what prepare_data sets reaches no other process
+    assert measured == same
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sorted(lines[:3]) == ["prepare 0", "setup 0", "setup 1"]
+    assert lines[0] == "prepare 0"  # before anybody sets up
+    assert lines.count("prepare 0") == 2  # for the fit, and for the test
+    assert "prepare 1" not in lines
+
+
+def test_one_folder_is_written_by_rank_0_alone(tmp_path: Path) -> None:
+    def fit() -> Any:
+        run = trainer(folder=tmp_path, name="n").fit(supervised(), (X, Y), (X, Y))
+        return str(run.folder), len(run.loggers), run.metrics
+
+    (first, loggers, metrics), (second, none, same) = lw.launch(fit, 2)
+    assert first == second
+    assert (loggers, none) == (1, 0)
+    assert metrics == same
+    assert [path.name for path in (tmp_path / "n").iterdir()] == [Path(first).name]
+    record = json.loads((Path(first) / "run.json").read_text())
+    assert record["status"] == "done"
+    assert [sorted(rank) for rank in record["ranks"]] == [["forward", "waited"]] * 2
+
+
+def test_a_rank_that_raises_ends_the_run_as_failed_and_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Bad(lw.Callback):
+        def on_step_end(self, run: lw.Run, result: Any) -> None:
+            if run.comm.rank == 1 and run.progress.step == 3:
+                raise ValueError("a bad day")
+
+    def fit() -> None:
+        data = DataLoader(TensorDataset(X, Y), 8)
+        strategy = lw.DDP(timeout=6)
+        trainer(folder=tmp_path, name="n", epochs=100, callbacks=[Bad()], strategy=strategy).fit(supervised(), data)
+
+    with pytest.raises(ValueError, match="a bad day"):
+        lw.launch(fit, 2)
+    assert "rank 1 failed at step" in capfd.readouterr().err
+    (folder,) = (tmp_path / "n").iterdir()
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
