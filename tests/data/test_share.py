@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def test_the_slices_of_a_batch_are_all_of_it_once_and_differ_by_one_sample_at_mo
     bounds = [Cut(rank, world).bounds(size) for rank in range(world)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == size
-    assert all(one[1] == other[0] for one, other in zip(bounds, bounds[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in pairwise(bounds))
     sizes = [high - low for low, high in bounds]
     assert max(sizes) - min(sizes) <= 1
 
