@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
@@ -22,9 +22,11 @@ __all__ = [
     "copy_loader",
     "has_ended",
     "has_stepped",
+    "has_unscaled",
     "is_own_iteration",
     "lost_workers",
     "may_alias",
+    "overflowed",
     "stop_workers",
     "take_step",
 ]
@@ -72,6 +74,22 @@ def any_nonfinite(grads: list[Tensor], loss: Tensor | None) -> bool:
         return False
     flags[0].zero_()
     return True
+
+
+def overflowed(scaler: torch.amp.GradScaler, optimizers: Iterable[Optimizer], values: Iterable[Tensor] = ()) -> bool:
+    """True if ``scaler`` found a gradient that is not finite when it unscaled ``optimizers``, or one of ``values`` is not.
+
+    One read of the device, as in the scaler's own ``step``. It says nothing of what it found, and would judge each
+    optimizer by itself.
+    """
+    flags = [flag for one in optimizers for flag in scaler._found_inf_per_device(one).values()]
+    flags += [(~torch.isfinite(value)).float().reshape(()) for value in values]
+    return bool(flags) and torch.stack([flag.to(flags[0].device) for flag in flags]).sum().item() != 0.0
+
+
+def has_unscaled(scaler: torch.amp.GradScaler) -> bool:
+    """True if ``scaler`` has checked a gradient since its last ``update``, which fails where it has not."""
+    return any(state["found_inf_per_device"] for state in scaler._per_optimizer_states.values())
 
 
 def copy_loader(loader: DataLoader[Any], parts: Mapping[str, Any]) -> DataLoader[Any]:

@@ -24,6 +24,7 @@ from loopwright.state import OWED, Progress, Run, Source, Stage, StepResult
 from loopwright.steps import (
     as_output,
     closure_step,
+    end_scaling,
     explain,
     nonfinite,
     noted,
@@ -32,6 +33,7 @@ from loopwright.steps import (
     scalars,
     take_step,
     true_means,
+    unscale,
     windows,
     zero_grad,
 )  # fmt: skip
@@ -134,6 +136,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     by its share of what is really accumulated, so that a short last window is a true mean as well.
     """
     hooks, phases, weigh, plain = run.hooks, stage.phases, stage.weight, run.precision.plain
+    scaler, checks = run.precision.scaler, run.nonfinite is not None or run.precision.scaler is not None
     if hooks.on_step_start:
         fire(hooks.on_step_start, run)
     total = (sum(planned) or None) if planned is not None and len(planned) > 1 else None
@@ -171,7 +174,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
                     if phase.moved:
                         if hooks.map_loss:
                             output["loss"] = fold(hooks.map_loss, run, output["loss"], output, batch, phase)
-                        loss = output["loss"]
+                        loss = output["loss"] if scaler is None else scaler.scale(output["loss"])
                         if total is None:
                             loss.backward()
                         else:  # the same bits as (loss * (weight / total)).backward(), for less
@@ -196,6 +199,8 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             raise
         if not seen:
             continue  # every batch of the window was skipped
+        if scaler is not None:
+            unscale(scaler, phase)
         if total is not None and seen != total:  # batches were skipped or changed: the mean is over what is left
             rescale(phase, total / seen)
         if phase.clip_norm is not None:
@@ -207,7 +212,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             ends_epoch = True
         except SkipStep:
             break
-        checked = run.nonfinite is not None and phase.moved and not phase.closure
+        checked = checks and phase.moved and not phase.closure
         if checked and nonfinite(run, phase, values[prefix + "loss"], norm if phase.clip_norm else None):
             break
         if not phase.closure:
@@ -216,6 +221,8 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         for one in unmeasured:
             meters.feed(one)
         moved += (phase.name,)
+    if scaler is not None:
+        end_scaling(scaler)
     if ran and not moved:
         if ends_epoch:
             raise StopEpoch

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from loopwright.optim import set_trainable
 from loopwright.prepare import resolved, seed_everything
 from loopwright.records import close_loggers, start_loggers
 from loopwright.stages import chooses_parameters, nothing_left, reopen
-from loopwright.state import Progress, Run
+from loopwright.state import Progress, Run, has_state
 
 __all__ = ["closing_all", "go_on", "session"]
 
@@ -113,6 +113,9 @@ def go_on(run: Run, previous: Run) -> None:
     run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema
     run.trainable, run.validated_at = previous.trainable, previous.validated_at
     run.folder = previous.folder if _keeps_folder(run, previous) else None
+    scaled, before = cast(Any, run.precision), cast(Any, previous.precision)
+    if has_state(scaled) and type(scaled) is type(before):  # the scale of the gradients
+        scaled.load_state_dict(before.state_dict())
     inside = run.progress.batch > 0
     closes = False  # the open epoch ends here
     if [stage.name for stage in run.stages] != [stage.name for stage in previous.stages]:

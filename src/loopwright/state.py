@@ -125,10 +125,21 @@ class Comm(Protocol):
 
 
 class Precision(Protocol):
-    """How numbers are held while a step runs. ``plain`` is true when there is nothing to do."""
+    """How numbers are held while a step runs.
+
+    ``plain`` is true when nothing is to be done around a step; otherwise ``autocast`` is entered for each batch.
+    ``holds`` is the dtype to which floating parameters, buffers and inputs are converted, or None. ``scaler`` is a
+    ``torch.amp.GradScaler``, or None. What has ``state_dict`` and ``load_state_dict`` as well is in checkpoints.
+    """
 
     name: str
     plain: bool
+
+    @property
+    def holds(self) -> torch.dtype | None: ...
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None: ...
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
 

@@ -48,8 +48,12 @@ class Trainer:
     everything when training begins (a net made before has its weights already: call ``torch.manual_seed`` before
     making it), None leaves the global generators alone. ``deterministic`` asks torch for deterministic algorithms
     during the fit.
+    ``precision`` is "fp32" (as the model and the data come), "bf16" or "fp16" (torch.autocast around the steps, fp16
+    with torch's gradient scaler), "bf16-true" or "fp64" (the model, in place, and floating inputs are converted), a
+    ``torch.amp.GradScaler`` or an object of one's own (``state.Precision``).
     ``nonfinite`` says what happens when a loss or gradient is NaN or infinite: "raise", "skip" or "skip 25"
-    (at most so many steps in a row; 10 without a number), or None (train on).
+    (at most so many steps in a row; 10 without a number), or None (train on). Under "fp16" that is for the loss: where
+    only gradients overflow, the scaler drops the step and lowers its scale, 30 times in a row at most.
 
     Raises SettingError for a value that cannot be used.
 
@@ -96,7 +100,8 @@ class Trainer:
         Duration.parse(validate_every), Duration.parse(log_every)
         self.accumulate, self.clip_norm, self.seed, self.deterministic = accumulate, clip_norm, seed, deterministic
         self.validate_every, self.log_every = validate_every, log_every
-        self.device, self.precision = device, pick_precision(precision)
+        self.device, self.precision = device, precision
+        pick_precision(precision)
         for kind, listed in (("callbacks", callbacks), ("loggers", loggers or ())):
             if not isinstance(listed, (list, tuple)):
                 one = type(listed).__name__
@@ -288,10 +293,11 @@ class Trainer:
         previous: Run | None = getattr(task, "_run", None) if point is None else None
         key = self._key() if point is None or point.key is None else point.key
         device = pick_device(self.device)
+        holds = pick_precision(self.precision, device).holds
         parts = assemble(
             task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
             clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key, device=device,
-            previous=previous,
+            holds=holds, previous=previous,
         )  # fmt: skip
         run = self._bare(task)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
@@ -338,11 +344,12 @@ class Trainer:
         callbacks, history = [*capsules, *others, *bar], History()
         handlers = [handler.anew() for handler in self.handlers]  # what they count belongs to the run
         device, models = pick_device(self.device), task.models()
-        move_task(task, models, device)
+        precision = pick_precision(self.precision, device)
+        move_task(task, models, device, precision.holds)
         return Run(
             task=task, stages=[], models=models, optimizers={}, callbacks=callbacks,
-            hooks=Hooks(callbacks, handlers), comm=Single(), precision=self.precision, device=device,
-            handlers=handlers, moves_batches=device.type != "cpu",
+            hooks=Hooks(callbacks, handlers), comm=Single(), precision=precision, device=device,
+            handlers=handlers, moves_batches=device.type != "cpu" or precision.holds is not None,
             history=history, series=Series(history.losses),
         )  # fmt: skip
 

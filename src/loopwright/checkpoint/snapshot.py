@@ -232,7 +232,7 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
         setattr(run, name, state["counters"][name])
     run.replaced[:] = state["replaced"]
     precision: Any = run.precision
-    if has_state(precision):
+    if has_state(precision):  # the scale of the gradients
         precision.load_state_dict(state["precision"])
     if state["stage"] and state["stage"]["index"] < len(run.stages):
         _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])

@@ -2,6 +2,6 @@
 
 from loopwright.parallel.comm import Single
 from loopwright.parallel.device import pick_device
-from loopwright.parallel.precision import Autocast, Plain, pick_precision
+from loopwright.parallel.precision import Autocast, Plain, Scaled, pick_precision
 
-__all__ = ["Autocast", "Plain", "Single", "pick_device", "pick_precision"]
+__all__ = ["Autocast", "Plain", "Scaled", "Single", "pick_device", "pick_precision"]
