@@ -20,6 +20,8 @@ __all__ = [
     "any_nonfinite",
     "begin_workers",
     "copy_loader",
+    "graphs_compiled",
+    "has_cpp_compiler",
     "has_ended",
     "has_stepped",
     "has_unscaled",
@@ -77,7 +79,7 @@ def any_nonfinite(grads: list[Tensor], loss: Tensor | None) -> bool:
 
 
 def overflowed(scaler: torch.amp.GradScaler, optimizers: Iterable[Optimizer], values: Iterable[Tensor] = ()) -> bool:
-    """True if ``scaler`` found a gradient that is not finite when it unscaled ``optimizers``, or one of ``values`` is not.
+    """True if ``scaler`` found a gradient that is not finite when it unscaled ``optimizers``; or one of ``values`` is.
 
     One read of the device, as in the scaler's own ``step``. It says nothing of what it found, and would judge each
     optimizer by itself.
@@ -90,6 +92,25 @@ def overflowed(scaler: torch.amp.GradScaler, optimizers: Iterable[Optimizer], va
 def has_unscaled(scaler: torch.amp.GradScaler) -> bool:
     """True if ``scaler`` has checked a gradient since its last ``update``, which fails where it has not."""
     return any(state["found_inf_per_device"] for state in scaler._per_optimizer_states.values())
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    from torch._dynamo.utils import counters  # takes seconds to import: only where something is to be compiled
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def has_cpp_compiler() -> bool:
+    """True if torch finds the C++ compiler that it needs to compile for a CPU; it says so at the first step only."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
 
 
 def copy_loader(loader: DataLoader[Any], parts: Mapping[str, Any]) -> DataLoader[Any]:

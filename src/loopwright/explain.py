@@ -80,8 +80,9 @@ def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
             put(inner, f"{type(phase.moved[0]).__name__}.step(closure), which calls as often as it needs:")
             inner += 1
         call = getattr(phase.step, "__qualname__", "step")
+        compiled = "" if run.compiler is None else ", compiled"
         with_precision = "" if run.precision.plain else f" under autocast to {run.precision.name}"
-        put(inner, f"output = {call}(batch){with_precision}")
+        put(inner, f"output = {call}(batch){with_precision}{compiled}")
         put_hook(inner, "map_output")
         if phase.moved:
             put_hook(inner, "map_loss")

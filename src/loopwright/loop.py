@@ -62,7 +62,7 @@ def train(run: Run) -> None:
             if not is_over(run):
                 break  # asked to stop inside this stage
             if stage.valid and run.validated_at != run.progress.step:
-                evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+                evaluate(run, stage.valid, run.validation_step, stage.weight)
                 if run.validated_at != run.progress.step:
                     break  # a signal cut it short: it is made after a resume
             log_train(run)
@@ -290,7 +290,7 @@ def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
 def look(run: Run, stage: Stage, *, validates: bool) -> None:
     """Validate and save, if due, within an epoch; then change what ``run.replace`` asked for."""
     if validates:
-        evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+        evaluate(run, stage.valid, run.validation_step, stage.weight)
         validates = run.validated_at == run.progress.step
         if not validates:
             run.validated_at = OWED
@@ -308,7 +308,7 @@ def end_epoch(run: Run, stage: Stage) -> None:
     due = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
     validates = due or (bool(stage.valid) and is_over(run) and run.validated_at != run.progress.step)
     if validates:
-        evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+        evaluate(run, stage.valid, run.validation_step, stage.weight)
         if run.validated_at != run.progress.step:
             run.progress = open_epoch  # a signal cut it short: the end of the epoch is made after a resume
             return

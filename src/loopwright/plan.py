@@ -42,7 +42,7 @@ class Plan:
 def make_plan(run: Run) -> Plan:
     """Look at a prepared run, without reading a batch."""
     plan = Plan()
-    for check in (_parameters, _schedules, _intervals, _monitors, _settings, _numbers):
+    for check in (_parameters, _schedules, _intervals, _monitors, _settings, _numbers, _compilation):
         plan.problems += check(run)
     for stage in run.stages:
         plan.facts.append(_describe(stage))
@@ -50,6 +50,8 @@ def make_plan(run: Run) -> Plan:
     moved = {id(p): p for s in run.stages for ph in s.phases for p in ph.parameters() if p.requires_grad}
     plan.facts.append(f"parameters: {count:,}, of which {sum(map(_size, moved.values())):,} are trained")
     plan.facts.append(f"device: {run.device}, precision: {run.precision.name}")
+    if run.compiler is not None:
+        plan.facts.append(f"steps are compiled: {run.compiler.name}")
     reasons = run.exact if isinstance(run.exact, list) else []
     plan.facts.append(f"exact resume: no, since {'; '.join(reasons)}" if reasons else "exact resume: yes")
     return plan
@@ -234,6 +236,16 @@ def _numbers(run: Run) -> Iterator[str]:
                 f"{', '.join(half[:4])}{', ...' if len(half) > 4 else ''} of the model came in float16; call "
                 "net.float() before the optimizer is made"
             )
+
+
+def _compilation(run: Run) -> Iterator[str]:
+    """Steps that cannot be compiled here, or at all."""
+    if run.compiler is None:
+        return
+    if not isinstance(run.task, nn.Module):
+        yield "compile=True cannot apply to a step that does all the work; call torch.compile on what it calls itself"
+    elif (problem := run.compiler.problem(run.device)) is not None:
+        yield problem
 
 
 def _settings(run: Run) -> Iterator[str]:

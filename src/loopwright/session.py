@@ -96,6 +96,7 @@ def _close(run: Run, error: BaseException | None) -> None:
     finally:  # where warnings are errors
         if run.folder is not None:
             progress = run.progress._asdict() | {"waited": run.waited}
+            progress |= {} if run.compiler is None else {"graphs": run.compiler.graphs}
             close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
     if first is not None and first is not error:
         raise first

@@ -290,6 +290,7 @@ class Run:
     open_step: tuple[list[float] | None, dict[str, Any]] = (None, {})  # planned weights, values so far
     ended: bool = False  # all is trained, validated and recorded; what is left is to save it
     changes: list[tuple[str, Any]] = field(default_factory=list)
+    compiler: Any = None  # makes the compiled form of a step
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
     stage_end: Progress = field(default_factory=Progress)
     trainable: dict[str, bool] = field(default_factory=dict)
@@ -303,6 +304,12 @@ class Run:
     def stage(self) -> Stage | None:
         """The open stage; None after the last one."""
         return self.stages[self.progress.stage] if self.progress.stage < len(self.stages) else None
+
+    @property
+    def validation_step(self) -> Step:
+        """What a validation calls for each batch."""
+        step: Step = self.task.validation_step
+        return step if self.compiler is None else self.compiler(step)
 
     @property
     def owes_epoch_end(self) -> bool:

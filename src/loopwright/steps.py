@@ -236,8 +236,8 @@ def _is_own_fault(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> boo
         run.skipped += 1
         return False
     raise NonFiniteError(
-        f"phase {phase.name!r}: the gradients of {run.skips_in_row} steps in a row were not finite, though the scale of "
-        f"the loss has fallen to {scaler.get_scale():g}. The loss itself is {float(loss):g}, so a backward is what "
+        f"phase {phase.name!r}: the gradients of {run.skips_in_row} steps in a row were not finite, though the scale "
+        f"of the loss has fallen to {scaler.get_scale():g}. The loss itself is {float(loss):g}, so a backward is what "
         "overflows: look for a division by 0 or the root of 0 in the step. precision='bf16' has the range of fp32"
     )
 
@@ -295,6 +295,8 @@ def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: An
     """Note the place on ``error``; raise a clearer one from it if the loss was no loss, or a skip came too late."""
     add_place(error, run, batch=batch)
     add_memory(error, run, batch)
+    if run.compiler is not None and type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        error.add_note("[loopwright] this came while the step was compiled; Trainer(compile=False) trains without that")
     loss = output.get("loss") if isinstance(output, dict) else None
     better: Exception | None = None
     if isinstance(error, SkipBatch):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from loopwright import loop
 from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
+from loopwright.compiling import Compiler, compile_options
 from loopwright.data import as_source, as_sources, opened, samples
 from loopwright.errors import LoopwrightError, SettingError, choose
 from loopwright.events import Callback, Hooks, check_callback
@@ -55,6 +56,9 @@ class Trainer:
     (at most so many steps in a row; 10 without a number), or None (train on). Under "fp16" that is for the loss: where
     only gradients overflow, the scaler drops the step and lowers its scale, 30 times in a row at most.
 
+    ``compile=True`` compiles the steps (forward and loss, also those of validation, test and prediction) by
+    torch.compile; a dict names its options.
+
     Raises SettingError for a value that cannot be used.
 
     >>> net = nn.Linear(2, 1)
@@ -86,6 +90,7 @@ class Trainer:
         seed: int | None = None,
         deterministic: bool = False,
         nonfinite: str | None = "raise",
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         self.settings = {k: v for k, v in locals().items() if k != "self"}  # as given: one experiment, readable back
         limits = (("epochs", epochs, "epochs"), ("steps", steps, "steps"), ("time", time, "seconds"))
@@ -102,6 +107,7 @@ class Trainer:
         self.validate_every, self.log_every = validate_every, log_every
         self.device, self.precision = device, precision
         pick_precision(precision)
+        self.compile = compile_options(compile)
         for kind, listed in (("callbacks", callbacks), ("loggers", loggers or ())):
             if not isinstance(listed, (list, tuple)):
                 one = type(listed).__name__
@@ -243,7 +249,7 @@ class Trainer:
         run.schema = _schema_of(task)
         source = as_source(opened(data, "predict"), train=False, key=self._key())
         with closing_all([source]):
-            return joined(loop.predict(run, source, task.predict_step))
+            return joined(loop.predict(run, source, _compiled(run, task.predict_step)))
 
     def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
         """Check all that can be checked before step 0, and say what the run will do. Reads no batch."""
@@ -306,6 +312,9 @@ class Trainer:
         run.savers, run.loggers = self._savers(), self._loggers()
         run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
         run.trainable = trainable_flags(task)
+        if run.compiler is not None:
+            for phase in (phase for stage in run.stages for phase in stage.phases):
+                phase.step = run.compiler(phase.step)
         run.exact = inexact(run) or True
         if isinstance(task, StepTask):
             task.run, run.state = run, task.state
@@ -351,6 +360,7 @@ class Trainer:
             hooks=Hooks(callbacks, handlers), comm=Single(), precision=precision, device=device,
             handlers=handlers, moves_batches=device.type != "cpu" or precision.holds is not None,
             history=history, series=Series(history.losses),
+            compiler=None if self.compile is None else Compiler(self.compile),
         )  # fmt: skip
 
     def _savers(self) -> list[Any]:
@@ -369,7 +379,7 @@ class Trainer:
         run = self._bare(_checked(task))
         run.schema = _schema_of(task)
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
-        step = task.test_step if kind == "test" else task.validation_step
+        step = _compiled(run, task.test_step if kind == "test" else task.validation_step)
         sources = as_sources(opened(data, kind), self._key())
         with closing_all(sources.values()):
             return loop.evaluate(run, sources, step, weight or samples, kind=kind)
@@ -406,6 +416,17 @@ def _checked(task: Any) -> Any:
     raise SettingError(
         f"{type(task).__name__} is no task; pass lw.Supervised(...) or an lw.Task, or call trainer.run(step, data)"
     )
+
+
+def _compiled(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``step`` as this run calls it."""
+    if run.compiler is None:
+        return step
+    problem = run.compiler.problem(run.device)
+    if problem is not None:
+        raise SettingError(problem)
+    compiled: Callable[[Any], Any] = run.compiler(step)
+    return compiled
 
 
 def _schema_of(task: Any) -> Any:

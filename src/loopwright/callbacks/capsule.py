@@ -35,8 +35,9 @@ class Capsule(Callback):
     ``lw.replay(capsule, task)`` makes the same error happen again, with the same bits, also on another machine. In it:
     the batches of the step so far and torch's random state before each, the weights, buffers, optimizer states and
     train/eval flags before the step, where training stood, the error with its traceback, versions. Tensors and plain
-    data only; no code. Of skipped steps only the first has a capsule (none where a gradient scaler drops some), and errors between steps (reading data,
-    validation, saving) have none: the last checkpoint is the better place to go on from.
+    data only; no code. Of skipped steps only the first has a capsule (none under a
+    gradient scaler, which drops some), and errors between steps (reading data, validation, saving) have none: the last
+    checkpoint is the better place to go on from.
 
     ``max_size`` bounds it, as a number of bytes or "100 MB": what is too much is left out, the optimizer states first,
     then the weights, then the batches. ``folder`` is another place than the run folder. It must come first in the list

@@ -100,6 +100,7 @@ def recipe(run: Run) -> dict[str, Any]:
     named = {name: {k: v for k, v in o.defaults.items() if _is_plain(v)} for name, o in run.optimizers.items()}
     return {
         "key": run.settings.get("key"), "seed": run.settings.get("seed"), "precision": run.precision.name,
+        "compile": None if run.compiler is None else run.compiler.name,
         "nonfinite": run.nonfinite, "stages": stages, "optimizers": named,
     }  # fmt: skip
 
