@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopwright import data, metrics
+    from loopwright.activations import checkpoint_activations
     from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "activations": ["checkpoint_activations"],
     "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
@@ -99,6 +101,7 @@ __all__ = [
     "TableLogger",
     "Task",
     "Trainer",
+    "checkpoint_activations",
     "data",
     "load_weights",
     "metrics",

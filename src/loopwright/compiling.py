@@ -51,12 +51,16 @@ class Compiler:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
         self.name = ", ".join(f"{name}={_said(value)}" for name, value in sorted(self.options.items()))
-        self._before = graphs_compiled()
+        self._before, self._after = graphs_compiled(), -1
 
     @property
     def graphs(self) -> int:
-        """Graphs that this process has compiled since the run was prepared."""
-        return graphs_compiled() - self._before
+        """Graphs that this process has compiled from when the run was prepared to its end."""
+        return (graphs_compiled() if self._after < 0 else self._after) - self._before
+
+    def close(self) -> None:
+        """The run has ended: what is compiled from now on is not its own."""
+        self._after = graphs_compiled()
 
     def __call__(self, step: Step) -> Step:
         """``step``, compiled."""

@@ -81,6 +81,8 @@ def closing_all(sources: Iterable[Any]) -> Iterator[None]:
 
 def _close(run: Run, error: BaseException | None) -> None:
     """Close savers, loggers and the folder, whatever happens to one of them; the first error is the one to raise."""
+    if run.compiler is not None:
+        run.compiler.close()
     first, status = error, run.status if run.status != "created" else "failed"
     for saver in run.savers:
         try:
