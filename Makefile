@@ -37,6 +37,7 @@ check: $(READY) ## style, types, layers, and the code in docstrings and docs
 bench: $(BENCH) ## measure the loop against a hand-written one and against other frameworks
 	@.venv-bench/bin/python benchmarks/overhead.py
 	@.venv-bench/bin/python benchmarks/models.py
+	@.venv-bench/bin/python benchmarks/compiled.py
 
 reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4", QUICK=--quick), write docs/reliability.md
 	@$(BIN)/python -m reliability.run $(QUICK) $(ROWS)

@@ -19,7 +19,6 @@ from loopwright._compat import graphs_compiled
 from tiny import acts, bits, classifier, loader, same, samples, trainer
 
 TRACED = {"backend": "eager"}  # what torch captures, without code from a C++ compiler: the same bits, in less time
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
 
 class Net(lw.Task):

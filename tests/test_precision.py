@@ -456,3 +456,37 @@ def test_names_make_fresh_objects_and_the_plan_tells_them() -> None:
         assert f"device: cpu, precision: {name}" in plan.facts
         run = user.fit(sgd_task(line(), lr=0.0), pairs([1.0]))
         assert (type(run.precision), run.precision.plain, run.precision.name) == (kind, plain, name)
+
+
+# ------------------------------------------------------------------------------------------------------ channels last
+
+
+def images() -> nn.Sequential:
+    torch.manual_seed(3)
+    layers = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4 * 36, 3))
+
+
+def test_channels_last_needs_a_converted_model_and_keeps_its_format(folder: Path) -> None:
+    data = [(torch.randn(4, 3, 8, 8), torch.randint(3, (4,))) for _ in range(4)]
+    ends = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        net = images().to(memory_format=memory_format)
+        seen: list[Tensor] = []
+        watch = net[0].register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+        user = trainer(steps=4, folder=folder, name=str(memory_format), checkpoint=lw.Checkpoint("2 steps"))
+        run = user.fit(lw.Supervised(net, cross_entropy, torch.optim.Adam(net.parameters(), lr=0.01)), data)
+        assert all(out.is_contiguous(memory_format=memory_format) for out in seen)  # of inputs that were not converted
+        state = run.optimizers["main"].state[net[0].weight]
+        for tensor in (net[0].weight, net[3].weight, net[0].weight.grad, state["exp_avg"]):
+            assert tensor.is_contiguous(memory_format=memory_format)
+        watch.remove()
+        ends.append(bits(net)[0])
+        again = images().to(memory_format=memory_format)
+        task = lw.Supervised(again, cross_entropy, torch.optim.Adam(again.parameters(), lr=0.01))
+        first = sorted((run.folder / "checkpoints").glob("step-*"))[0]  # type: ignore[operator]
+        trainer(steps=4).fit(task, data, resume=first)
+        assert again[3].weight.is_contiguous(memory_format=memory_format)
+        assert same(bits(again)[0], ends[-1])
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-3, atol=1e-5)
