@@ -28,13 +28,15 @@ HAND_COMPILED, OURS_COMPILED = "by hand, compiled", "Loopwright, compiled"
 
 @dataclass(frozen=True)
 class Case:
+    """A model, its loss and its loader; ``parts()`` makes all three anew from the same seed."""
+
     name: str
     parts: Callable[[], tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], DataLoader]]
 
 
 def cnn(count: int):
     images = Augmented()
-    data = TensorDataset(images.images[:count], images.target[:count].long())
+    data = TensorDataset(images.images[:count], torch.as_tensor(images.target[:count]).long())
 
     def parts():
         net = cnn_net()

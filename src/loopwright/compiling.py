@@ -24,12 +24,13 @@ _REUSES_MEMORY = ("reduce-overhead", "max-autotune")
 def compile_options(compile: Any) -> dict[str, Any] | None:
     """What ``Trainer(compile=...)`` hands to ``torch.compile``; None for False.
 
-    Sizes are dynamic unless ``{"dynamic": ...}`` says otherwise: one graph serves a short last batch as well, and what
-    is compiled does not depend on the sizes that this process has seen before. Raises SettingError for what is no
-    option of ``torch.compile``.
+    Each size of batch has a graph of its own, unless ``{"dynamic": True}`` asks for one for all. Torch's own rule, one
+    for the first size and a slower one for all others, is not taken: after a short last batch the slower one is used
+    for ever, and what is computed would depend on the sizes that this process has seen before. Raises SettingError for
+    what is no option of ``torch.compile``.
 
     >>> compile_options({"mode": "max-autotune-no-cudagraphs"})
-    {'dynamic': True, 'mode': 'max-autotune-no-cudagraphs'}
+    {'dynamic': False, 'mode': 'max-autotune-no-cudagraphs'}
     """
     if compile is False:
         return None
@@ -42,7 +43,7 @@ def compile_options(compile: Any) -> dict[str, Any] | None:
     unknown = next((name for name in given if name not in _OPTIONS), None)
     if unknown is not None:
         raise SettingError(f"compile={{{unknown!r}: ...}} is no option of torch.compile. {choose(unknown, _OPTIONS)}")
-    return {"dynamic": True, **given}
+    return {"dynamic": False, **given}
 
 
 class Compiler:
