@@ -51,7 +51,7 @@ def transformer(count: int):
 
     def parts():
         torch.manual_seed(0)
-        return Transformer(windows.vocabulary, 128, layers=6), of_characters, DataLoader(data, 32, shuffle=True)
+        return Transformer(windows.vocabulary, layers=6), of_characters, DataLoader(data, 32, shuffle=True)
 
     return parts
 
@@ -105,7 +105,7 @@ def main() -> int:
     rounds = options.rounds or rounds
     torch.set_num_threads(1)
     size = 4 if options.quick else 1
-    cases = [Case("CNN", cnn(1797 // size)), Case("transformer, 6 layers of width 128", transformer(640 // size))]
+    cases = [Case("CNN", cnn(1797 // size)), Case("transformer, 6 layers", transformer(640 // size))]
     lines, rows = [], []
     for case in (case for case in cases if options.case in case.name):
         steps = len(case.parts()[2])
