@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import loopwright as lw
 import measure
 from digits import FOLDER, Lap
-from loopwright.compiling import compile_options
+from loopwright.compiling import Compiler, compile_options
 from measure import Goal
 from models import Augmented, Transformer, Windows, cnn_net, of_characters, optimizer_of
 
@@ -65,7 +65,8 @@ def by_hand(case: Case, *, compiled: bool):
             return loss_of(net(inputs), target)
 
         step.__code__ = step.__code__.replace()  # or its graphs would be those of the rounds before
-        call = torch.compile(step, **compile_options(True)) if compiled else step
+        options = Compiler(compile_options(True), torch.device("cpu")).options if compiled else {}
+        call = torch.compile(step, **options) if compiled else step
 
         def go():
             for _ in range(epochs):

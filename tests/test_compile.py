@@ -246,7 +246,7 @@ print("torch._dynamo" in sys.modules, "torch._inductor" in sys.modules)
 
 def fitted(compile: Any, steps: int = 12, **settings: Any) -> tuple[lw.Run, nn.Module]:
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(5, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 3))
+    net = nn.Sequential(nn.Linear(5, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 3))
     task = lw.Supervised(net, cross_entropy, torch.optim.AdamW(net.parameters(), lr=0.01))
     resume = settings.pop("resume", None)
     user = trainer(steps=steps, compile=compile, seed=3, name="n", **settings)

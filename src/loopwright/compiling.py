@@ -49,8 +49,11 @@ def compile_options(compile: Any) -> dict[str, Any] | None:
 class Compiler:
     """Compiles the steps of a run, each when it is first called; those of a task are kept for its next run."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], device: torch.device) -> None:
         self.options = dict(options)
+        if device.type == "cpu" and not {"backend", "mode", "options"} & self.options.keys():
+            # dropout draws as eager code does; numbers made by generated code cost more there than they save
+            self.options["options"] = {"fallback_random": True}
         self.name = ", ".join(f"{name}={_said(value)}" for name, value in sorted(self.options.items()))
         self._before, self._after = graphs_compiled(), -1
 

@@ -360,7 +360,7 @@ class Trainer:
             hooks=Hooks(callbacks, handlers), comm=Single(), precision=precision, device=device,
             handlers=handlers, moves_batches=device.type != "cpu" or precision.holds is not None,
             history=history, series=Series(history.losses),
-            compiler=None if self.compile is None else Compiler(self.compile),
+            compiler=None if self.compile is None else Compiler(self.compile, device),
         )  # fmt: skip
 
     def _savers(self) -> list[Any]:
