@@ -15,7 +15,7 @@ BENCH   := .venv-bench/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test check bench reliability capabilities clean
+.PHONY: help demo test check bench gpu reliability capabilities clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -37,6 +37,14 @@ check: $(READY) ## style, types, layers, and the code in docstrings and docs
 bench: $(BENCH) ## measure the loop against a hand-written one and against other frameworks
 	@.venv-bench/bin/python benchmarks/overhead.py
 	@.venv-bench/bin/python benchmarks/models.py
+	@.venv-bench/bin/python benchmarks/compiled.py
+
+gpu: ## on a CUDA machine: the GPU tests, then benchmarks/gpu.py writes docs/benchmarks-gpu.md (PYTHON=... that has torch)
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { \
+	  echo "$(PYTHON) has no torch; name one that has it, with CUDA: make PYTHON=... gpu" >&2; exit 2; }
+	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --check
+	@PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
+	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --write
 
 reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4", QUICK=--quick), write docs/reliability.md
 	@$(BIN)/python -m reliability.run $(QUICK) $(ROWS)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 # set by pytest, by torch._dynamo (with the first optimizer) and by threadpoolctl when they are imported
-FOREIGN = ("PYTEST_", "TORCHINDUCTOR_", "KMP_")
+FOREIGN = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "KMP_")
 
 
 def process_state() -> dict[str, object]:

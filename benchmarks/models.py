@@ -55,9 +55,9 @@ class Augmented(Dataset):
         return image + 0.1 * torch.randn(1, 24, 24), int(self.target[index])
 
 
-def cnn():
+def cnn_net():
     torch.manual_seed(0)
-    net = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.BatchNorm2d(16),
         nn.ReLU(),
@@ -70,7 +70,10 @@ def cnn():
         nn.Dropout(0.2),
         nn.Linear(32 * 36, 10),
     )
-    return net, nn.CrossEntropyLoss(), DataLoader(Augmented(), 64, shuffle=True, num_workers=2)
+
+
+def cnn():
+    return cnn_net(), nn.CrossEntropyLoss(), DataLoader(Augmented(), 64, shuffle=True, num_workers=2)
 
 
 # ---------------------------------------------------------------- ragged text
@@ -143,13 +146,13 @@ class Windows(Dataset):
 
 
 class Transformer(nn.Module):
-    """Two causal layers of width 64 over characters."""
+    """Causal layers over characters: two of width 64, unless more are asked for."""
 
-    def __init__(self, vocabulary: int, width: int = 64, context: int = 64):
+    def __init__(self, vocabulary: int, width: int = 64, context: int = 64, layers: int = 2):
         super().__init__()
         self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, vocabulary)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context))
 

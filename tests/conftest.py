@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 CAPABILITY = re.compile(r"(B|CA|FA|GEN|HY|IG|PL|PT|SK|TB)-\d\d")
 
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs CUDA: make gpu"))
         for mark in item.iter_markers("capability"):
             wrong = [name for name in mark.args if not (isinstance(name, str) and CAPABILITY.fullmatch(name))]
             if wrong or not mark.args or mark.kwargs:

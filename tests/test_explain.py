@@ -201,6 +201,18 @@ def test_a_closure_optimizer_and_a_precision_are_drawn() -> None:
     assert "set gradients to None" not in text
     text = trainer(epochs=1, precision="bf16").explain(sgd_task(line()), pairs([1.0]))
     assert "output = Supervised.training_step(batch) under autocast to bf16" in text
+    text = trainer(epochs=1, precision="fp16", clip_norm=1.0).explain(sgd_task(line()), pairs([1.0]))
+    assert text.splitlines()[3:11] == [
+        "            set gradients to None",
+        "            output = Supervised.training_step(batch) under autocast to fp16",
+        "            scaler.scale(loss).backward()",
+        "            scaler.unscale_() the gradients",
+        "            clip the gradients to a norm of 1",
+        "            if the loss is not finite: raise",
+        "            if a gradient is not finite: drop the step",
+        "            SGD.step()",
+    ]
+    assert text.splitlines()[11] == "            scaler.update()"
 
 
 def test_two_handlers_of_one_name_are_drawn_each_with_its_event() -> None:

@@ -50,7 +50,7 @@ NOTE = """\
 3.64 kB; batch: (float32[8, 5], int64[8])
 Make it smaller, in this order: half the batch_size with Trainer(accumulate=2), which trains by the same gradients \
 (batch norm sees the smaller batches); Trainer(precision="bf16"), which halves what forwards keep and changes \
-bits; torch.utils.checkpoint.checkpoint around the largest blocks, which computes them twice"""
+bits; lw.checkpoint_activations(model, "blocks.*") on the largest blocks, which computes them twice"""
 
 
 def test_a_real_allocation_that_fails_keeps_its_error_and_says_what_to_do() -> None:

@@ -74,8 +74,9 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
                                   "None"),
         ({"nonfinite": False}, "nonfinite=False: expected 'raise', 'skip', 'skip 25' (at most so many in a row) or "
                                "None"),
-        ({"precision": "fp23"}, "precision='fp23' is unknown. Known: 'bf16', 'fp32'. Did you mean 'fp32'?"),
-        ({"precision": 16}, "precision=16: expected 'fp32', 'bf16' or an object with autocast(device)"),
+        ({"precision": "fp23"}, "precision='fp23' is unknown. Known: 'bf16', 'bf16-true', 'fp16', 'fp32', 'fp64'. Did "
+                                "you mean 'fp32'?"),
+        ({"precision": 16}, "precision=16 is called 'fp16' here: precision='fp16'"),
         ({"validate_every": "1 epock"}, "unknown unit 'epock' in the duration '1 epock'. Known: 'day', 'days', "
                                         "'epoch', "
          "'epochs', 'h', 'hour', 'hours', 'min', 'minute', 'minutes', 's', 'sample', 'samples', 'sec', 'second', "

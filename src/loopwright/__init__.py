@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopwright import data, metrics
+    from loopwright.activations import checkpoint_activations
     from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "activations": ["checkpoint_activations"],
     "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
@@ -105,6 +107,7 @@ __all__ = [
     "TableLogger",
     "Task",
     "Trainer",
+    "checkpoint_activations",
     "data",
     "launch",
     "load_weights",

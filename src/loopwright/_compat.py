@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
@@ -22,11 +22,15 @@ __all__ = [
     "begin_workers",
     "copy_loader",
     "fork_works",
+    "graphs_compiled",
+    "has_cpp_compiler",
     "has_ended",
     "has_stepped",
+    "has_unscaled",
     "is_own_iteration",
     "lost_workers",
     "may_alias",
+    "overflowed",
     "stop_workers",
     "take_step",
 ]
@@ -73,6 +77,41 @@ def any_nonfinite(grads: list[Tensor], loss: Tensor | None) -> bool:
     if found.item() == 0.0:
         return False
     flags[0].zero_()
+    return True
+
+
+def overflowed(scaler: torch.amp.GradScaler, optimizers: Iterable[Optimizer], values: Iterable[Tensor] = ()) -> bool:
+    """True if ``scaler`` found a gradient that is not finite when it unscaled ``optimizers``; or one of ``values`` is.
+
+    One read of the device, as in the scaler's own ``step``. It says nothing of what it found, and would judge each
+    optimizer by itself.
+    """
+    flags = [flag for one in optimizers for flag in scaler._found_inf_per_device(one).values()]
+    flags += [(~torch.isfinite(value)).float().reshape(()) for value in values]
+    return bool(flags) and torch.stack([flag.to(flags[0].device) for flag in flags]).sum().item() != 0.0
+
+
+def has_unscaled(scaler: torch.amp.GradScaler) -> bool:
+    """True if ``scaler`` has checked a gradient since its last ``update``, which fails where it has not."""
+    return any(state["found_inf_per_device"] for state in scaler._per_optimizer_states.values())
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    from torch._dynamo.utils import counters  # takes seconds to import: only where something is to be compiled
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def has_cpp_compiler() -> bool:
+    """True if torch finds the C++ compiler that it needs to compile for a CPU; it says so at the first step only."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
     return True
 
 

@@ -57,7 +57,7 @@ def explain(run: Run) -> str:
 
 
 def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
-    several = len(stage.phases) > 1
+    several, scaler = len(stage.phases) > 1, run.precision.scaler
     if several and (run.hooks.on_batch_start or run.hooks.map_batch):
         put(3, "for each batch of the window:")
         put_hook(4, "on_batch_start")
@@ -80,24 +80,31 @@ def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
             put(inner, f"{type(phase.moved[0]).__name__}.step(closure), which calls as often as it needs:")
             inner += 1
         call = getattr(phase.step, "__qualname__", "step")
+        compiled = "" if run.compiler is None else ", compiled"
         with_precision = "" if run.precision.plain else f" under autocast to {run.precision.name}"
-        put(inner, f"output = {call}(batch){with_precision}")
+        put(inner, f"output = {call}(batch){with_precision}{compiled}")
         put_hook(inner, "map_output")
         if phase.moved:
             put_hook(inner, "map_loss")
             scaled = "" if stage.accumulate == 1 else " scaled by the batch's share of the window"
-            put(inner, f"loss.backward(){scaled}")
+            put(inner, f"loss.backward(){scaled}" if scaler is None else f"scaler.scale(loss).backward(){scaled}")
             put_hook(inner, "on_backward_end")
         if phase.meters is not None:
             put(inner, f"update metrics: {', '.join(run.task.configure_metrics())}")
+        if scaler is not None and phase.moved:
+            put(depth, "scaler.unscale_() the gradients")
         if phase.clip_norm is not None:
             put(depth, f"clip the gradients to a norm of {phase.clip_norm:g}")
         put_hook(depth, "on_grads_ready")
         if phase.moved and not phase.closure:
             if run.nonfinite is not None:
-                put(depth, f"if the loss or a gradient is not finite: {run.nonfinite}")
+                put(depth, f"if the loss{' or a gradient' if scaler is None else ''} is not finite: {run.nonfinite}")
+            if scaler is not None:
+                put(depth, "if a gradient is not finite: drop the step")
             for optimizer in phase.moved:
                 put(depth, f"{type(optimizer).__name__}.step()")
+    if scaler is not None:
+        put(3, "scaler.update()")
 
 
 def _validation(stage: Stage, depth: int, put: Any, put_hook: Any) -> None:

@@ -24,6 +24,7 @@ from loopwright.state import OWED, Progress, Run, Source, Stage, StepResult
 from loopwright.steps import (
     as_output,
     closure_step,
+    end_scaling,
     explain,
     nonfinite,
     noted,
@@ -32,6 +33,7 @@ from loopwright.steps import (
     scalars,
     take_step,
     true_means,
+    unscale,
     windows,
     zero_grad,
 )  # fmt: skip
@@ -62,7 +64,7 @@ def train(run: Run) -> None:
             if not is_over(run):
                 break  # asked to stop inside this stage
             if stage.valid and run.validated_at != run.progress.step:
-                evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+                evaluate(run, stage.valid, run.validation_step, stage.weight)
                 if run.validated_at != run.progress.step:
                     break  # a signal cut it short: it is made after a resume
             log_train(run)
@@ -137,6 +139,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     by its share of what is really accumulated, so that a short last window is a true mean as well.
     """
     hooks, phases, weigh, plain, team = run.hooks, stage.phases, stage.weight, run.precision.plain, run.team
+    scaler, checks = run.precision.scaler, run.nonfinite is not None or run.precision.scaler is not None
     values: dict[str, Any] = {}
     run.window, run.open_step = window, (planned, values)
     if hooks.on_step_start:
@@ -175,7 +178,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
                     if phase.moved:
                         if hooks.map_loss:
                             output["loss"] = fold(hooks.map_loss, run, output["loss"], output, batch, phase)
-                        loss = output["loss"]
+                        loss = output["loss"] if scaler is None else scaler.scale(output["loss"])
                         if total is None:
                             loss.backward()
                         else:  # the same bits as (loss * (weight / total)).backward(), for less
@@ -204,6 +207,8 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             break
         if not seen:
             continue  # every batch of the window was skipped
+        if scaler is not None:
+            unscale(scaler, phase)
         if total is not None and seen != total:  # batches were skipped or changed: the mean is over what is left
             rescale(phase, total / seen)
         if phase.clip_norm is not None:
@@ -215,7 +220,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             ends_epoch = True
         except SkipStep:
             break
-        checked = run.nonfinite is not None and phase.moved and not phase.closure
+        checked = checks and phase.moved and not phase.closure
         if checked and nonfinite(run, phase, values.get(prefix + "loss"), norm if phase.clip_norm else None):
             break
         if not phase.closure:
@@ -224,6 +229,8 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         for one in unmeasured:
             meters.feed(one)
         moved += (phase.name,)
+    if scaler is not None:
+        end_scaling(scaler)
     if ran and not moved:
         if ends_epoch:
             raise StopEpoch
@@ -292,7 +299,7 @@ def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
 def look(run: Run, stage: Stage, *, validates: bool) -> None:
     """Validate and save, if due, within an epoch; then change what ``run.replace`` asked for."""
     if validates:
-        evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+        evaluate(run, stage.valid, run.validation_step, stage.weight)
         validates = run.validated_at == run.progress.step
         if not validates:
             run.validated_at = OWED
@@ -310,7 +317,7 @@ def end_epoch(run: Run, stage: Stage) -> None:
     due = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
     validates = due or (bool(stage.valid) and is_over(run) and run.validated_at != run.progress.step)
     if validates:
-        evaluate(run, stage.valid, run.task.validation_step, stage.weight)
+        evaluate(run, stage.valid, run.validation_step, stage.weight)
         if run.validated_at != run.progress.step:
             run.progress = open_epoch  # a signal cut it short: the end of the epoch is made after a resume
             return

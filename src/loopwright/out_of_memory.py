@@ -71,7 +71,7 @@ def _advice(run: Run) -> list[str]:
     ]
     if run.precision.name == "fp32":
         advice.append('Trainer(precision="bf16"), which halves what forwards keep and changes bits')
-    advice.append("torch.utils.checkpoint.checkpoint around the largest blocks, which computes them twice")
+    advice.append('lw.checkpoint_activations(model, "blocks.*") on the largest blocks, which computes them twice')
     return advice
 
 

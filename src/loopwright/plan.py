@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import OneCycleLR
@@ -41,7 +42,7 @@ class Plan:
 def make_plan(run: Run) -> Plan:
     """Look at a prepared run, without reading a batch."""
     plan = Plan()
-    for check in (_parameters, _schedules, _intervals, _monitors, _settings):
+    for check in (_parameters, _schedules, _intervals, _monitors, _settings, _numbers, _compilation):
         plan.problems += check(run)
     for stage in run.stages:
         plan.facts.append(_describe(stage))
@@ -49,6 +50,8 @@ def make_plan(run: Run) -> Plan:
     moved = {id(p): p for s in run.stages for ph in s.phases for p in ph.parameters() if p.requires_grad}
     plan.facts.append(f"parameters: {count:,}, of which {sum(map(_size, moved.values())):,} are trained")
     plan.facts.append(f"device: {run.device}, precision: {run.precision.name}")
+    if run.compiler is not None:
+        plan.facts.append(f"steps are compiled: {run.compiler.name}")
     reasons = run.exact if isinstance(run.exact, list) else []
     plan.facts.append(f"exact resume: no, since {'; '.join(reasons)}" if reasons else "exact resume: yes")
     return plan
@@ -223,10 +226,34 @@ def _closed_kinds(run: Run) -> set[str]:
     return ({"valid"} if own and not named else set()) | (set() if several or others else {"train"})
 
 
+def _numbers(run: Run) -> Iterator[str]:
+    """A gradient scaler under which torch refuses to work."""
+    if run.precision.scaler is not None:
+        half = [n for model in run.models.values() for n, p in model.named_parameters() if p.dtype == torch.float16]
+        if half:
+            yield (
+                f"precision={run.precision.name!r} computes in float16 and keeps the weights in float32, but "
+                f"{', '.join(half[:4])}{', ...' if len(half) > 4 else ''} of the model came in float16; call "
+                "net.float() before the optimizer is made"
+            )
+
+
+def _compilation(run: Run) -> Iterator[str]:
+    """Steps that cannot be compiled here, or at all."""
+    if run.compiler is None:
+        return
+    if not isinstance(run.task, nn.Module):
+        yield "compile=True cannot apply to a step that does all the work; call torch.compile on what it calls itself"
+    elif (problem := run.compiler.problem(run.device)) is not None:
+        yield problem
+
+
 def _settings(run: Run) -> Iterator[str]:
     """Settings that cannot apply to this run."""
     if not any(phase.moved for stage in run.stages for phase in stage.phases):
-        for name, harmless in (("clip_norm", (None,)), ("nonfinite", (None, "raise")), ("accumulate", (1,))):
+        for name, harmless in (
+            ("clip_norm", (None,)), ("nonfinite", (None, "raise")), ("accumulate", (1,)), ("precision", ("fp32",)),
+        ):  # fmt: skip
             if run.settings.get(name, harmless[0]) not in harmless:
                 yield (
                     f"{name}={run.settings[name]!r} cannot apply, since no phase moves an optimizer by itself; "

@@ -77,6 +77,7 @@ def assemble(
     key: int,
     device: torch.device,
     comm: Comm,
+    holds: torch.dtype | None,
     previous: Run | None,
 ) -> Parts:
     """Resolve all that training needs; a task goes on with the optimizers and schedulers of its ``previous`` run."""
@@ -84,7 +85,7 @@ def assemble(
         module, train = train, opened(train, "train", comm)
         valid = data_of(module, "valid") if valid is None else valid
     models = task.models()
-    move_task(task, models, device)
+    converted = move_task(task, models, device, holds)
     metrics = check_metrics(task.configure_metrics())
     old = previous.stages if previous is not None else []
     if previous is None:
@@ -103,15 +104,22 @@ def assemble(
         before = old[i].phases if i < len(old) else []
         parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key, before))
     for optimizer in parts.optimizers.values():
-        _move_state(optimizer)
+        _move_state(optimizer, converted=converted)
     return parts
 
 
-def _move_state(optimizer: Optimizer) -> None:
-    """Let what an optimizer keeps of a parameter follow it to its device; step counts stay where they are."""
+def _move_state(optimizer: Optimizer, *, converted: bool) -> None:
+    """Let what an optimizer keeps of a parameter follow it to its device; step counts stay where they are.
+
+    Where the parameters have just been converted, what it keeps of a floating one is converted as well.
+    """
     for parameter, state in optimizer.state.items():
         for name, value in state.items() if isinstance(parameter, torch.Tensor) else ():
-            if isinstance(value, torch.Tensor) and value.dim() and value.device != parameter.device:
+            if not isinstance(value, torch.Tensor) or not value.dim():
+                continue
+            if converted and value.is_floating_point() and parameter.is_floating_point():
+                state[name] = value = value.to(parameter.dtype)
+            if value.device != parameter.device:
                 state[name] = value.to(parameter.device)
 
 
@@ -244,11 +252,27 @@ def _phase(
     phase.closure = any(needs_closure(optimizer) for optimizer in moved)
 
 
-def move_task(task: Any, models: Mapping[str, nn.Module], device: torch.device) -> None:
-    """Put the modules of a task on ``device``, those that are not there yet."""
+def move_task(
+    task: Any, models: Mapping[str, nn.Module], device: torch.device, holds: torch.dtype | None = None
+) -> bool:
+    """Put the modules of a task on ``device``, those that are not there yet; True if one was converted to ``holds``.
+
+    Both are done in place, and stay so after the fit. Raises SettingError for complex parameters, which no floating
+    dtype can hold.
+    """
+    converted = False
     for module in (*([task] if isinstance(task, nn.Module) else []), *models.values()):
-        if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(tensor.device != device for tensor in tensors):
             module.to(device)
+        if holds is not None and any(tensor.is_complex() for tensor in tensors):
+            raise SettingError(
+                f"the model has complex parameters or buffers, which {holds} cannot hold; leave precision out"
+            )
+        if holds is not None and any(t.is_floating_point() and t.dtype != holds for t in tensors):
+            module.to(holds)
+            converted = True
+    return converted
 
 
 def resolved(run: Run) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from loopwright.checkpoint import Contents, read, snapshot
 from loopwright.checkpoint.places import Place, Remote, as_place
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.events import Callback, describe
-from loopwright.state import Progress, Run, Stage
+from loopwright.state import Progress, Run, Stage, has_state
 from loopwright.trainer import Trainer
 
 __all__ = ["Replay", "replay", "replay_command"]
@@ -191,6 +191,9 @@ class _Again(Callback):
                 module.training = flags.get(path, module.training)
         run.progress = run.stage_start = Progress(**{**state["progress"], "stage": 0})
         run.skips_in_row = state["skips_in_row"]
+        precision: Any = run.precision
+        if has_state(precision):
+            precision.load_state_dict(state.get("precision", {}))
         (stage,) = run.stages
         if state["planned"]:
             weights = cycle(state["planned"])

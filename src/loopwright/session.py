@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from loopwright.parallel import watched
 from loopwright.prepare import resolved
 from loopwright.records import close_loggers, start_loggers
 from loopwright.stages import chooses_parameters, nothing_left, reopen
-from loopwright.state import Progress, Run
+from loopwright.state import Progress, Run, has_state
 
 __all__ = ["closing_all", "go_on", "session"]
 
@@ -98,6 +98,8 @@ def closing_all(sources: Iterable[Any]) -> Iterator[None]:
 
 def _close(run: Run, error: BaseException | None) -> None:
     """Close savers, loggers and the folder, whatever happens to one of them; the first error is the one to raise."""
+    if run.compiler is not None:
+        run.compiler.close()
     first, status = error, run.status if run.status != "created" else "failed"
     for saver in run.savers:
         try:
@@ -113,6 +115,7 @@ def _close(run: Run, error: BaseException | None) -> None:
     finally:  # where warnings are errors
         if run.folder is not None and not run.comm.rank:
             progress = run.progress._asdict() | {"waited": run.waited}
+            progress |= {} if run.compiler is None else {"graphs": run.compiler.graphs}
             ranks = {} if run.team is None else {"ranks": run.team.needs}
             close_folder(
                 run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact, **ranks
@@ -133,6 +136,9 @@ def go_on(run: Run, previous: Run) -> None:
     run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema
     run.trainable, run.validated_at = previous.trainable, previous.validated_at
     run.folder = previous.folder if _keeps_folder(run, previous) else None
+    scaled, before = cast(Any, run.precision), cast(Any, previous.precision)
+    if has_state(scaled) and type(scaled) is type(before):  # the scale of the gradients
+        scaled.load_state_dict(before.state_dict())
     inside = run.progress.batch > 0
     closes = False  # the open epoch ends here
     if [stage.name for stage in run.stages] != [stage.name for stage in previous.stages]:

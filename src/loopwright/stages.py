@@ -169,7 +169,8 @@ def _replace_model(run: Run, kind: str, key: str, new: Any) -> None:
     steps = {phase.name: phase.step for phase in run.task.phases()}
     for stage in run.stages:
         for phase in stage.phases:
-            phase.step = steps.get(phase.name, phase.step)
+            step = steps.get(phase.name, phase.step)
+            phase.step = step if run.compiler is None else run.compiler(step)
 
 
 def inexact(run: Run) -> list[str]:

@@ -151,10 +151,21 @@ class Strategy(Protocol):
 
 
 class Precision(Protocol):
-    """How numbers are held while a step runs. ``plain`` is true when there is nothing to do."""
+    """How numbers are held while a step runs.
+
+    ``plain`` is true when nothing is to be done around a step; otherwise ``autocast`` is entered for each batch.
+    ``holds`` is the dtype to which floating parameters, buffers and inputs are converted, or None. ``scaler`` is a
+    ``torch.amp.GradScaler``, or None. What has ``state_dict`` and ``load_state_dict`` as well is in checkpoints.
+    """
 
     name: str
     plain: bool
+
+    @property
+    def holds(self) -> torch.dtype | None: ...
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None: ...
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
 
@@ -307,6 +318,7 @@ class Run:
     open_step: tuple[list[float] | None, dict[str, Any]] = (None, {})  # planned weights, values so far
     ended: bool = False  # all is trained, validated and recorded; what is left is to save it
     changes: list[tuple[str, Any]] = field(default_factory=list)
+    compiler: Any = None  # makes the compiled form of a step
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
     stage_end: Progress = field(default_factory=Progress)
     trainable: dict[str, bool] = field(default_factory=dict)
@@ -320,6 +332,12 @@ class Run:
     def stage(self) -> Stage | None:
         """The open stage; None after the last one."""
         return self.stages[self.progress.stage] if self.progress.stage < len(self.stages) else None
+
+    @property
+    def validation_step(self) -> Step:
+        """What a validation calls for each batch."""
+        step: Step = self.task.validation_step
+        return step if self.compiler is None else self.compiler(step)
 
     @property
     def owes_epoch_end(self) -> bool:

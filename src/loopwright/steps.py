@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loopwright._compat import any_nonfinite, may_alias, take_step
+from loopwright._compat import any_nonfinite, has_unscaled, may_alias, overflowed, take_step
 from loopwright.data import move, schema_of
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
@@ -21,6 +21,7 @@ from loopwright.state import Phase, Run, Stage
 __all__ = [
     "as_output",
     "closure_step",
+    "end_scaling",
     "explain",
     "nonfinite",
     "noted",
@@ -29,6 +30,7 @@ __all__ = [
     "scalars",
     "take_step",
     "true_means",
+    "unscale",
     "windows",
     "zero_grad",
 ]
@@ -103,7 +105,7 @@ def prepared(run: Run, window: Iterable[Any]) -> Iterator[Any]:
     hooks = run.hooks
     for batch in window:
         if run.moves_batches:
-            batch = move(batch, run.device)
+            batch = move(batch, run.device, run.precision.holds)
         try:
             if hooks.on_batch_start:
                 fire(hooks.on_batch_start, run, batch)
@@ -196,6 +198,8 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
 
     ``loss`` is None on a rank that had no batch.
     """
+    if run.precision.scaler is not None and not _is_own_fault(run, phase, loss, norm):
+        return run.skips_in_row > 0
     grads = [
         grad
         for optimizer in phase.moved
@@ -232,6 +236,49 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         f"{run.progress.step + 1}{where}{rule}. The parameters are those of before this step. Look for a learning "
         "rate too high, log or division of 0, or bad input; "
         'nonfinite="skip" leaves such steps out, nonfinite=None trains on'
+    )
+
+
+def unscale(scaler: torch.amp.GradScaler, phase: Phase) -> None:
+    """Divide the gradients of a window by the scale, once for each optimizer: clipping and hooks see the true ones."""
+    for optimizer in phase.moved:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            scaler.unscale_(optimizer)
+
+
+def end_scaling(scaler: torch.amp.GradScaler) -> None:
+    """After all phases of a step: make the scale smaller if one has overflowed, larger after many that have not."""
+    if has_unscaled(scaler):
+        scaler.update()
+
+
+_HALVINGS = 30  # from the first scale, 2**16, to the end of float16: what overflows then is not for scaling to mend
+
+
+def _is_own_fault(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
+    """Of a step under a gradient scaler: True for a loss that is not finite, where ``nonfinite`` has to judge.
+
+    Gradients that overflow under a finite loss are the scaler's business: ``run.skips_in_row`` counts the step, which
+    is dropped, and the scale is halved. If that does not end, NonFiniteError is raised, unless ``nonfinite`` is None.
+    """
+    scaler = run.precision.scaler
+    assert scaler is not None
+    any_rank = bool if run.team is None else run.team.comm.any
+    told = [value for value in (loss, norm) if value is not None and run.nonfinite is not None]
+    if not any_rank(overflowed(scaler, phase.moved, told)):
+        run.skips_in_row = 0
+        return False
+    if any_rank(run.nonfinite is not None and loss is not None and not math.isfinite(float(loss))):
+        return True
+    run.skips_in_row += 1
+    if run.nonfinite is None or run.skips_in_row <= max(_HALVINGS, run.skip_limit):
+        run.skipped += 1
+        return False
+    raise NonFiniteError(
+        f"phase {phase.name!r}: the gradients of {run.skips_in_row} steps in a row were not finite, though the scale "
+        f"of the loss has fallen to {scaler.get_scale():g}. The loss itself is "
+        f"{math.nan if loss is None else float(loss):g}, so a backward is what overflows: look for a division by 0 or "
+        "the root of 0 in the step. precision='bf16' has the range of fp32"
     )
 
 
@@ -288,13 +335,15 @@ def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: An
     """Note the place on ``error``; raise a clearer one from it if the loss was no loss, or a skip came too late."""
     add_place(error, run, batch=batch)
     add_memory(error, run, batch)
+    if run.compiler is not None and type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        error.add_note("[loopwright] this came while the step was compiled; Trainer(compile=False) trains without that")
     loss = output.get("loss") if isinstance(output, dict) else None
     better: Exception | None = None
     if isinstance(error, SkipBatch):
         better = StepOutputError(
             "SkipBatch came after map_batch had returned; raise lw.SkipStep to drop the step instead"
         )
-    elif isinstance(error, (RuntimeError, AttributeError)) and phase.moved and isinstance(output, dict):
+    elif isinstance(error, (RuntimeError, AttributeError, ValueError)) and phase.moved and isinstance(output, dict):
         if not isinstance(loss, Tensor):
             better = StepOutputError(
                 f"step {phase.name!r} returned a loss of type {type(loss).__name__}; return the tensor itself "

@@ -73,8 +73,8 @@ class Task(nn.Module):
         return {"model": self}
 
     def __getstate__(self) -> dict[str, Any]:
-        # the run that trained this task stays behind: a copy is another task, which starts anew
-        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+        # the run that trained this task stays behind, and its compiled steps: a copy is another task, which starts anew
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_compiled")}
 
     def replace(self, name: str, obj: Any) -> None:
         """Put ``obj`` in the place of the child ``name``, as ``run.replace("model.<name>", obj)`` asks for."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from loopwright import loop
 from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
+from loopwright.compiling import Compiler, compile_options
 from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
 from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
 from loopwright.events import Callback, Hooks, check_callback
@@ -49,8 +50,15 @@ class Trainer:
     everything when training begins (a net made before has its weights already: call ``torch.manual_seed`` before
     making it), None leaves the global generators alone. ``deterministic`` asks torch for deterministic algorithms
     during the fit.
+    ``precision`` is "fp32" (as the model and the data come), "bf16" or "fp16" (torch.autocast around the steps, fp16
+    with torch's gradient scaler), "bf16-true" or "fp64" (the model, in place, and floating inputs are converted), a
+    ``torch.amp.GradScaler`` or an object of one's own (``state.Precision``).
     ``nonfinite`` says what happens when a loss or gradient is NaN or infinite: "raise", "skip" or "skip 25"
-    (at most so many steps in a row; 10 without a number), or None (train on).
+    (at most so many steps in a row; 10 without a number), or None (train on). Under "fp16" that is for the loss: where
+    only gradients overflow, the scaler drops the step and lowers its scale, 30 times in a row at most.
+
+    ``compile=True`` compiles the steps (forward and loss, also those of validation, test and prediction) by
+    torch.compile; a dict names its options.
 
     Raises SettingError for a value that cannot be used.
 
@@ -93,6 +101,7 @@ class Trainer:
         seed: int | None = None,
         deterministic: bool = False,
         nonfinite: str | None = "raise",
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         self.settings = {k: v for k, v in locals().items() if k != "self"}  # as given: one experiment, readable back
         limits = (("epochs", epochs, "epochs"), ("steps", steps, "steps"), ("time", time, "seconds"))
@@ -108,8 +117,10 @@ class Trainer:
         self.accumulate, self.clip_norm, self.seed, self.deterministic = accumulate, clip_norm, seed, deterministic
         self.validate_every, self.log_every = validate_every, log_every
         check_strategy(strategy)
-        self.device, self.precision = device, pick_precision(precision)
+        self.device, self.precision = device, precision
         self.devices, self.nodes, self.strategy = devices, nodes, strategy
+        pick_precision(precision)
+        self.compile = compile_options(compile)
         for kind, listed in (("callbacks", callbacks), ("loggers", loggers or ())):
             if not isinstance(listed, (list, tuple)):
                 one = type(listed).__name__
@@ -255,7 +266,7 @@ class Trainer:
         if run.team is not None:
             source = _begin_evaluation(run, {"": source})[""]
         with closing_all([source]), watched(run):
-            return joined(loop.predict(run, source, task.predict_step))
+            return joined(loop.predict(run, source, _compiled(run, task.predict_step)))
 
     def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
         """Check all that can be checked before step 0, and say what the run will do. Reads no batch."""
@@ -301,7 +312,7 @@ class Trainer:
                 "both the Trainer and the stages say how long to train; leave epochs, steps and time out of the Trainer"
             )
         elsewhere = [as_place(saver.folder) for saver in self._savers() if getattr(saver, "folder", None) is not None]
-        run = self._bare(task)
+        run = self._bare(task, moves=False)
         point = None
         if resume is not None:
             point = find_point(resume, self.folder, self._label(task), elsewhere=elsewhere, comm=run.comm)
@@ -310,7 +321,7 @@ class Trainer:
         parts = assemble(
             task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
             clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key, device=run.device,
-            comm=run.comm, previous=previous,
+            comm=run.comm, holds=run.precision.holds, previous=previous,
         )  # fmt: skip
         _share_out(run, parts.stages)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
@@ -319,6 +330,9 @@ class Trainer:
         run.savers, run.loggers = self._savers(), self._loggers() if run.comm.rank == 0 else []
         run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
         run.trainable = trainable_flags(task)
+        if run.compiler is not None:
+            for phase in (phase for stage in run.stages for phase in stage.phases):
+                phase.step = run.compiler(phase.step)
         run.exact = inexact(run) or True
         if isinstance(task, StepTask):
             task.run, run.state = run, task.state
@@ -347,7 +361,7 @@ class Trainer:
         with parts.undone_unless_begun(run), watch_signals(run), around:
             yield
 
-    def _bare(self, task: Any) -> Run:
+    def _bare(self, task: Any, *, moves: bool = True) -> Run:
         """A run with nothing to train yet: enough to evaluate or predict."""
         bar = [self.progress if isinstance(self.progress, Callback) else ProgressBar()] if self.progress else []
         capsules = [c for c in self.callbacks if isinstance(c, Capsule)]
@@ -357,16 +371,18 @@ class Trainer:
         callbacks, history = [*capsules, *others, *bar], History()
         handlers = [handler.anew() for handler in self.handlers]  # what they count belongs to the run
         device, team = pick_team(self.device, devices=self.devices, nodes=self.nodes, strategy=self.strategy)
-        models = task.models()
-        move_task(task, models, device)
+        precision, models = pick_precision(self.precision, device), task.models()
+        if moves:
+            move_task(task, models, device, precision.holds)
         if team is not None and team.comm.rank:
             callbacks = [c for c in callbacks if c not in bar]
         return Run(
             task=task, stages=[], models=models, optimizers={}, callbacks=callbacks,
             hooks=Hooks(callbacks, handlers), comm=Single() if team is None else team.comm, team=team,
-            precision=self.precision, device=device,
-            handlers=handlers, moves_batches=device.type != "cpu",
+            precision=precision, device=device,
+            handlers=handlers, moves_batches=device.type != "cpu" or precision.holds is not None,
             history=history, series=Series(history.losses),
+            compiler=None if self.compile is None else Compiler(self.compile, device),
         )  # fmt: skip
 
     def _savers(self) -> list[Any]:
@@ -385,7 +401,7 @@ class Trainer:
         run = self._bare(_checked(task))
         run.schema = _schema_of(task)
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
-        step = task.test_step if kind == "test" else task.validation_step
+        step = _compiled(run, task.test_step if kind == "test" else task.validation_step)
         sources = as_sources(opened(data, kind, run.comm), self._key())
         if run.team is not None:
             sources = _begin_evaluation(run, sources)
@@ -439,6 +455,17 @@ def _checked(task: Any) -> Any:
     raise SettingError(
         f"{type(task).__name__} is no task; pass lw.Supervised(...) or an lw.Task, or call trainer.run(step, data)"
     )
+
+
+def _compiled(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``step`` as this run calls it."""
+    if run.compiler is None:
+        return step
+    problem = run.compiler.problem(run.device)
+    if problem is not None:
+        raise SettingError(problem)
+    compiled: Callable[[Any], Any] = run.compiler(step)
+    return compiled
 
 
 def _schema_of(task: Any) -> Any:

@@ -39,7 +39,7 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
                 if not compared and run.schema is not None:
                     compared = True
                     _compare(run.schema, batch, kind)
-                yield move(batch, run.device) if run.moves_batches else batch
+                yield move(batch, run.device, run.precision.holds) if run.moves_batches else batch
         except Exception as error:
             error.add_note(f"[loopwright] in {kind}, batch {n}")
             raise

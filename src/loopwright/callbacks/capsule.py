@@ -16,7 +16,7 @@ from loopwright import rng
 from loopwright.checkpoint import check, encode, snapshot, write
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.events import Callback
-from loopwright.state import Progress, Run, StepResult
+from loopwright.state import Progress, Run, StepResult, has_state
 from loopwright.text import with_article
 
 __all__ = ["Capsule"]
@@ -37,8 +37,9 @@ class Capsule(Callback):
     ``lw.replay(capsule, task)`` makes the same error happen again, with the same bits, also on another machine. In it:
     the batches of the step so far and torch's random state before each, the weights, buffers, optimizer states and
     train/eval flags before the step, where training stood, the error with its traceback, versions. Tensors and plain
-    data only; no code. Of skipped steps only the first has a capsule, and errors between steps (reading data,
-    validation, saving) have none: the last checkpoint is the better place to go on from.
+    data only; no code. Of skipped steps only the first has a capsule (none under a
+    gradient scaler, which drops some), and errors between steps (reading data, validation, saving) have none: the last
+    checkpoint is the better place to go on from.
 
     ``max_size`` bounds it, as a number of bytes or "100 MB": what is too much is left out, the optimizer states first,
     then the weights, then the batches. ``folder`` is another place than the run folder. It must come first in the list
@@ -115,7 +116,7 @@ class Capsule(Callback):
 
     def _begin(self, run: Run) -> None:
         """A new step; if the one before was skipped, all of it is still here."""
-        if run.skipped != self._skipped and self._skipped is not None:
+        if run.skipped != self._skipped and self._skipped is not None and run.precision.scaler is None:
             self._skipped = None
             try:
                 self._write(run, None)
@@ -167,6 +168,7 @@ class Capsule(Callback):
                            for name, o in run.optimizers.items()},
             "optimizer_kinds": {name: type(o).__qualname__ for name, o in run.optimizers.items()},
             "models": extras, "flags": _flags(run), "progress": {**self._at._asdict(), "stage": run.progress.stage},
+            "precision": run.precision.state_dict() if has_state(run.precision) else {},  # type: ignore[attr-defined]
             "skips_in_row": self._in_row, "rng": {k: v for k, v in rng.get().items() if k in ("python", "numpy")},
             "callbacks": [type(c).__qualname__ for c in run.callbacks if c is not self and _takes_part(c)],
         }  # fmt: skip

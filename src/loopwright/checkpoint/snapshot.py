@@ -110,8 +110,14 @@ def recipe(run: Run) -> dict[str, Any]:
     named = {name: {k: v for k, v in o.defaults.items() if _is_plain(v)} for name, o in run.optimizers.items()}
     return {
         "key": run.settings.get("key"), "seed": run.settings.get("seed"), "precision": run.precision.name,
+        "compile": None if run.compiler is None else _compiled(run),
         "nonfinite": run.nonfinite, "stages": stages, "optimizers": named,
     }  # fmt: skip
+
+
+def _compiled(run: Run) -> str:
+    """How the steps are compiled; other code is made where it must be deterministic."""
+    return f"{run.compiler.name}{', deterministic' if run.settings.get('deterministic') else ''}"
 
 
 def _data(run: Run) -> dict[str, Any]:
@@ -278,7 +284,7 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
         setattr(run, name, state["counters"][name])
     run.replaced[:] = state["replaced"]
     precision: Any = run.precision
-    if has_state(precision):
+    if has_state(precision):  # the scale of the gradients
         precision.load_state_dict(state["precision"])
     if state["stage"] and state["stage"]["index"] < len(run.stages):
         _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -56,19 +56,26 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def move(batch: Any, device: torch.device | str) -> Any:
+class _Place(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype | None  # of floating tensors; None leaves theirs
+
+
+def move(batch: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
     """The same nested batch with everything that has ``.to`` on ``device``; copies from pinned memory do not block.
 
     Lists, tuples, named tuples, mappings and dataclasses keep their type; what has no ``.to`` (strings, numbers,
-    arrays) stays as it is, and so does a tensor that is there already. Raises DataError with the path of the leaf
-    when its ``.to`` fails.
+    arrays) stays as it is, and so does a tensor that is there already. With ``dtype``, floating tensors are converted.
+    Raises DataError with the path of the leaf when its ``.to`` fails.
 
     >>> move({"x": torch.zeros(2), "name": "a"}, "cpu")
     {'x': tensor([0., 0.]), 'name': 'a'}
+    >>> move([torch.zeros(1), torch.tensor([3])], "cpu", torch.float64)
+    [tensor([0.], dtype=torch.float64), tensor([3])]
     """
-    device = torch.device(device)
+    place = _Place(torch.device(device), dtype)
     try:
-        return _move(batch, device)
+        return _move(batch, place)
     except _Unmovable as failed:
         cause = failed.__cause__
         raise DataError(
@@ -82,56 +89,61 @@ class _Unmovable(Exception):  # noqa: N818 - never leaves this file
         self.leaf, self.path = leaf, ""
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def _move(value: Any, place: _Place) -> Any:
     kind = type(value)
     if isinstance(value, Tensor):
-        return _move_tensor(value, device)
+        return _move_tensor(value, place)
     if kind is list:
-        return _parts(value, range(len(value)), device)
+        return _parts(value, range(len(value)), place)
     if kind is tuple:
-        return tuple(_parts(value, range(len(value)), device))
+        return tuple(_parts(value, range(len(value)), place))
     if kind is dict:
-        return dict(zip(value, _parts(value, value, device), strict=True))
+        return dict(zip(value, _parts(value, value, place), strict=True))
     if callable(getattr(value, "to", None)) and not isinstance(value, type):
-        return _call_to(value, device)
-    return _rebuild(value, device)
+        return _call_to(value, place)
+    return _rebuild(value, place)
 
 
-def _move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
-    at = tensor.device
-    if at == device or (device.type == "cpu" and at.type == "cpu"):
+def _move_tensor(tensor: Tensor, place: _Place) -> Tensor:
+    at, (device, dtype) = tensor.device, place
+    options: dict[str, Any] = {}
+    if dtype is not None and dtype != tensor.dtype and tensor.is_floating_point():
+        options["dtype"] = dtype
+    there = at == device or (device.type == "cpu" and at.type == "cpu")
+    if there and not options:
         return tensor
-    return cast(Tensor, _call_to(tensor, device, non_blocking=at.type == "cpu" and tensor.is_pinned()))
+    non_blocking = not there and at.type == "cpu" and tensor.is_pinned()
+    return cast(Tensor, _call_to(tensor, place, non_blocking=non_blocking, **options))
 
 
-def _call_to(value: Any, device: torch.device, **options: bool) -> Any:
+def _call_to(value: Any, place: _Place, **options: Any) -> Any:
     try:
-        return value.to(device, **options)
+        return value.to(place.device, **options)
     except Exception as error:
         raise _Unmovable(value) from error
 
 
-def _parts(value: Any, keys: Any, device: torch.device) -> list[Any]:
-    return [_part(value[key], f"[{key!r}]", device) for key in keys]
+def _parts(value: Any, keys: Any, place: _Place) -> list[Any]:
+    return [_part(value[key], f"[{key!r}]", place) for key in keys]
 
 
-def _part(value: Any, step: str, device: torch.device) -> Any:
+def _part(value: Any, step: str, place: _Place) -> Any:
     try:
-        return _move(value, device)
+        return _move(value, place)
     except _Unmovable as failed:
         failed.path = step + failed.path
         raise
 
 
-def _rebuild(value: Any, device: torch.device) -> Any:
+def _rebuild(value: Any, place: _Place) -> Any:
     """Containers that are not plain ones."""
     kind: Any = type(value)
     if isinstance(value, tuple) and hasattr(kind, "_make"):
-        return kind._make(_part(v, f".{n}", device) for n, v in zip(kind._fields, value, strict=True))
+        return kind._make(_part(v, f".{n}", place) for n, v in zip(kind._fields, value, strict=True))
     if isinstance(value, (list, tuple)):
-        return kind(_parts(value, range(len(value)), device))
+        return kind(_parts(value, range(len(value)), place))
     if isinstance(value, Mapping):
-        moved = dict(zip(value, _parts(value, list(value), device), strict=True))
+        moved = dict(zip(value, _parts(value, list(value), place), strict=True))
         if not isinstance(value, MutableMapping):
             return kind(moved)
         clone: Any = copy.copy(value)  # it may have more than its items
@@ -140,7 +152,7 @@ def _rebuild(value: Any, device: torch.device) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         clone = copy.copy(value)
         for field in dataclasses.fields(value):
-            moved_part = _part(getattr(value, field.name), f".{field.name}", device)
+            moved_part = _part(getattr(value, field.name), f".{field.name}", place)
             object.__setattr__(clone, field.name, moved_part)  # frozen ones too
         return clone
     return value

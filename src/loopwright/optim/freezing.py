@@ -12,7 +12,7 @@ from loopwright.errors import SettingError, choose
 __all__ = ["match_names", "set_trainable"]
 
 
-def match_names(patterns: str | Sequence[str], names: Iterable[str]) -> set[str]:
+def match_names(patterns: str | Sequence[str], names: Iterable[str], *, what: str = "parameter") -> set[str]:
     """The names that a shell-style pattern matches; ``"head.*"`` takes all below ``head``.
 
     Raises SettingError for a pattern that matches nothing.
@@ -24,7 +24,7 @@ def match_names(patterns: str | Sequence[str], names: Iterable[str]) -> set[str]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = {name for name in names if fnmatchcase(name, pattern)}
         if not hits:
-            raise SettingError(f"the pattern {pattern!r} matches no parameter. {choose(pattern, names)}")
+            raise SettingError(f"the pattern {pattern!r} matches no {what}. {choose(pattern, names)}")
         found |= hits
     return found
 

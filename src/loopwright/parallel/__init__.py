@@ -5,7 +5,7 @@ from loopwright.parallel.ddp import DDP
 from loopwright.parallel.device import pick_device
 from loopwright.parallel.join import join, local_device
 from loopwright.parallel.pick import check_strategy, pick_team
-from loopwright.parallel.precision import Autocast, Plain, pick_precision
+from loopwright.parallel.precision import Autocast, Plain, Scaled, pick_precision
 from loopwright.parallel.team import Team, watched
 from loopwright.parallel.world import World, check_world, find_world
 
@@ -14,6 +14,7 @@ __all__ = [
     "Autocast",
     "Plain",
     "Ranks",
+    "Scaled",
     "Single",
     "Team",
     "World",

@@ -1,0 +1,131 @@
+"""What only a GPU can show: the bits of the loop by hand there, the scaler, and how often the device is read."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import loopwright as lw
+from tiny import acts, bits, classifier, loader, same, samples, trainer
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+
+
+def batches() -> list[Any]:
+    x, y = samples(64)
+    return [[x[i : i + 8].to(CUDA), y[i : i + 8].to(CUDA)] for i in range(0, 64, 8)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
+def test_the_bits_are_those_of_the_loop_by_hand(precision: str) -> None:
+    net = classifier(dropout=0.2).to(CUDA)
+    ours = copy.deepcopy(net)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    held = torch.float64 if precision == "fp64" else torch.float32
+    net.to(held)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    torch.manual_seed(5)
+    for _ in range(2):
+        for x, y in batches():
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype=dtype, enabled=not precision.startswith(("fp32", "fp64"))):
+                loss = cross_entropy(net(x.to(held)), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+    torch.manual_seed(5)
+    task = lw.Supervised(ours, cross_entropy, torch.optim.Adam(ours.parameters(), lr=0.01))
+    run = trainer(epochs=2, precision=precision, clip_norm=1.0, device="cuda").fit(task, batches())
+    assert same(ours.state_dict(), net.state_dict())
+    assert run.device == CUDA
+    if precision == "fp16":
+        assert run.precision.scaler is not None
+        assert run.precision.scaler.state_dict() == scaler.state_dict()
+
+
+@pytest.mark.parametrize(("nonfinite", "reads"), [(None, 0), ("raise", 1)])
+def test_the_device_is_read_once_a_step_for_the_check_and_else_only_at_records(
+    nonfinite: str | None, reads: int
+) -> None:
+    """torch itself warns of each call that waits for the device."""
+    at: list[int] = []
+
+    def begin(run: lw.Run) -> None:
+        if run.progress.step == 2:
+            torch.cuda.set_sync_debug_mode("warn")
+        at.append(len(caught))
+
+    net = classifier().to(CUDA)
+    task = lw.Supervised(net, cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1))
+    data = batches()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            user = trainer(epochs=1, nonfinite=nonfinite, callbacks=[acts(on_step_start=begin)], log_every="1000 steps")
+            user.fit(task, data)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    between = [b - a for a, b in pairwise(at[2:])]
+    assert between == [reads] * 5
+
+
+def test_activations_that_are_computed_again_give_the_same_bits() -> None:
+    ends = []
+    for again in (False, True):
+        torch.manual_seed(2)
+        net = nn.Sequential(*(classifier(dropout=0.3, seed=i) if i == 0 else nn.Linear(3, 3) for i in range(3)))
+        if again:
+            lw.checkpoint_activations(net, "0")
+        task = lw.Supervised(net, cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1))
+        trainer(epochs=2, seed=3, device="cuda").fit(task, loader(32, batch_size=8, shuffle=True))
+        ends.append({name: value.cpu() for name, value in net.state_dict().items()})
+    assert same(*ends)
+
+
+def test_a_resumed_run_on_a_gpu_goes_on_with_its_scale(folder: Any) -> None:
+    def fit(steps: int, where: Any, resume: Any = None) -> lw.Run:
+        net = classifier(dropout=0.2)
+        task = lw.Supervised(net, cross_entropy, torch.optim.Adam(net.parameters(), lr=0.01))
+        user = trainer(
+            steps=steps, precision="fp16", device="cuda", seed=1, deterministic=True, folder=where, name="n",
+            checkpoint=where is not None,
+        )  # fmt: skip
+        return user.fit(task, loader(64, batch_size=8, shuffle=True), resume=resume)
+
+    whole = fit(12, None)
+    fit(5, folder)
+    run = fit(12, folder, "auto")
+    assert run.resumed_from is not None
+    assert run.exact is True
+    assert same(*(bits(*r.models.values(), *r.optimizers.values())[:2] for r in (whole, run)))
+
+
+@pytest.mark.slow
+def test_compiled_steps_train_as_eager_ones_do_within_rounding() -> None:
+    ends = []
+    for compile in (False, True):
+        net = classifier()
+        task = lw.Supervised(net, cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1))
+        run = trainer(epochs=2, compile=compile, device="cuda", seed=1).fit(task, loader(37, batch_size=8))
+        ends.append(net.state_dict())
+    assert run.compiler.graphs == 2
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_cuda_graph_modes_of_the_compiler_are_refused() -> None:
+    net = classifier()
+    task = lw.Supervised(net, cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(lw.PlanError, match="gives each step's output the memory of the one before"):
+        trainer(epochs=1, compile={"mode": "reduce-overhead"}, device="cuda").fit(task, loader())

@@ -1,0 +1,52 @@
+"""The benchmark that `make gpu` runs: everything but the GPU is tried here, with tiny sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_benchmark"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_gpt_is_timed_by_hand_and_with_fit(gpu: ModuleType) -> None:
+    size = gpu.Size(layers=2, heads=2, width=16, context=8, vocabulary=32, batch=2)
+    compile = {"backend": "eager", "dynamic": False}
+    assert gpu.gpt_by_hand(size, CPU, 4, 2, compile) > 0
+    assert gpu.gpt_ours(size, CPU, 4, 2, compile) > 0
+
+
+def test_its_gpt_has_124_million_parameters(gpu: ModuleType) -> None:
+    with torch.device("meta"):
+        net = gpu.GPT(gpu.Size())
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == 124
+
+
+def test_digits_are_timed_by_hand_and_with_fit(gpu: ModuleType) -> None:
+    assert gpu.digits_by_hand(CPU, 1) > 0
+    assert gpu.digits_ours(CPU, 1, nonfinite=None, compile={"backend": "eager"}) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_without_cuda_it_says_so_and_fails() -> None:
+    done = subprocess.run([sys.executable, str(PATH), "--write"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("no CUDA device was found by torch ")
+    assert not (PATH.parents[1] / "docs" / "benchmarks-gpu.md").exists()
