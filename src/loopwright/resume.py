@@ -143,8 +143,9 @@ class Point:
 
 
 def find_point(
-    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = (), comm: Comm
-) -> Point | None:
+    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = (), comm: Comm,
+    mesh: Any = None,
+) -> Point | None:  # fmt: skip
     """The checkpoint that ``wanted`` means for a run called ``label`` in ``root``, read; None to begin anew.
 
     ``elsewhere``: other folders in which savers of this run write. A damaged checkpoint is passed over with a warning

@@ -3,11 +3,13 @@
 from loopwright.parallel.comm import Ranks, Single
 from loopwright.parallel.ddp import DDP
 from loopwright.parallel.device import pick_device
+from loopwright.parallel.fsdp import FSDP
 from loopwright.parallel.pick import check_strategy, pick_team
 from loopwright.parallel.precision import Autocast, Plain, pick_precision
-from loopwright.parallel.team import Team
+from loopwright.parallel.shards import is_shard, like, local, region, shard_of, whole
+from loopwright.parallel.team import Spare, Team
 
 __all__ = [
-    "Autocast", "DDP", "Plain", "Ranks", "Single", "Team", "check_strategy", "pick_device", "pick_precision",
-    "pick_team",
+    "Autocast", "DDP", "FSDP", "Plain", "Ranks", "Single", "Spare", "Team", "check_strategy", "is_shard", "like", "local",
+    "pick_device", "pick_precision", "pick_team", "region", "shard_of", "whole",
 ]  # fmt: skip
