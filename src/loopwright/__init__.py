@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
     from loopwright.optim import Scheduler, per_step
+    from loopwright.parallel import FSDP
     from loopwright.replaying import Replay, replay
     from loopwright.resume import Resume
     from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
@@ -53,6 +54,7 @@ _HOMES = {
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "per_step"],
+    "parallel": ["FSDP"],
     "replaying": ["Replay", "replay"],
     "resume": ["Resume"],
     "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
@@ -72,6 +74,7 @@ __all__ = [
     "Duration",
     "EarlyStopping",
     "Event",
+    "FSDP",
     "History",
     "HookError",
     "JSONLLogger",

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from loopwright.errors import DataError
-from loopwright.events import describe
 from loopwright.data.batch import samples
 from loopwright.data.generators import Streams
 from loopwright.data.held import close, streams_of
+from loopwright.errors import DataError
+from loopwright.events import describe
 from loopwright.state import Source
 
 __all__ = ["Cut", "Part", "shared"]

@@ -10,6 +10,6 @@ from loopwright.parallel.shards import is_shard, like, local, region, shard_of, 
 from loopwright.parallel.team import Spare, Team
 
 __all__ = [
-    "Autocast", "DDP", "FSDP", "Plain", "Ranks", "Single", "Spare", "Team", "check_strategy", "is_shard", "like", "local",
-    "pick_device", "pick_precision", "pick_team", "region", "shard_of", "whole",
+    "Autocast", "DDP", "FSDP", "Plain", "Ranks", "Single", "Spare", "Team", "check_strategy", "is_shard", "like",
+    "local", "pick_device", "pick_precision", "pick_team", "region", "shard_of", "whole",
 ]  # fmt: skip

@@ -77,7 +77,9 @@ class FSDP:
     def shard(self, task: Any, models: Mapping[str, nn.Module], mesh: Any) -> None:
         """Let this rank keep its part of each parameter of ``models``; those that are sharded stay so."""
         if self.offload and mesh.device_type == "cpu":
-            raise SettingError("FSDP(offload=True) moves parameters to the CPU, and this run is there already; leave it out")
+            raise SettingError(
+                "FSDP(offload=True) moves parameters to the CPU, where this run is already; leave it out"
+            )
         todo = {name: model for name, model in models.items() if not _is_sharded(model)}
         for model in todo.values():
             _check_lazy(model)

@@ -28,7 +28,8 @@ def check_strategy(strategy: str | Strategy) -> None:
             raise SettingError(f"strategy={strategy!r} is unknown. {choose(strategy, _STRATEGIES)}")
     elif isinstance(strategy, type) or not callable(getattr(strategy, "begin_stage", None)):
         raise SettingError(
-            f"strategy={strategy!r}: expected 'auto', 'ddp', 'fsdp', 'single' or an object such as lw.DDP(find_unused=True)"
+            f"strategy={strategy!r}: expected 'auto', 'ddp', 'fsdp', 'single' or an object such as "
+            "lw.DDP(find_unused=True)"
         )
 
 

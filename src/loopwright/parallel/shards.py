@@ -22,21 +22,21 @@ def is_shard(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """What this rank holds of ``tensor``."""
-    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[operator,no-any-return]
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[no-any-return]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """All of ``tensor``, plain; of a DTensor, all ranks must ask for it together."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[operator,no-any-return]
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[no-any-return]
 
 
-def shard_of(tensor: Tensor) -> int | None:
+def shard_of(tensor: Any) -> int | None:
     """The dimension along which all ranks share ``tensor`` out, each a part; None where it is held in any other way."""
-    if not is_shard(tensor) or tensor.device_mesh.ndim != 1:  # type: ignore[attr-defined]
+    if not is_shard(tensor) or tensor.device_mesh.ndim != 1:
         return None
-    (placement,) = tensor.placements  # type: ignore[attr-defined]
+    (placement,) = tensor.placements
     return int(placement.dim) if type(placement).__name__ == "Shard" else None
 
 
@@ -60,15 +60,14 @@ def like(own: Any, value: Any) -> Any:
         return value
     if not is_shard(own):
         return whole(value)
-    mesh, placements = own.device_mesh, own.placements  # type: ignore[attr-defined]
-    if is_shard(value):
-        same = value.placements == placements  # type: ignore[attr-defined]
-        return value if same else value.redistribute(mesh, placements)  # type: ignore[attr-defined]
-    return _cut(value, mesh, placements)
+    return _cut(own, value)
 
 
-def _cut(value: Tensor, mesh: Any, placements: Any) -> Tensor:
-    """The part of ``value``, which all ranks have whole, as a DTensor; nothing is sent."""
+def _cut(own: Any, value: Any) -> Any:
+    """``value`` placed as ``own`` is; where all ranks have it whole, nothing is sent."""
     from torch.distributed.tensor import distribute_tensor
 
+    mesh, placements = own.device_mesh, own.placements
+    if is_shard(value):
+        return value if value.placements == placements else value.redistribute(mesh, placements)
     return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)

@@ -22,9 +22,7 @@ class Spread:
     ``optimizers``, those of an earlier fit, go on with the parts.
     """
 
-    def __init__(
-        self, models: Iterable[nn.Module], optimizers: Iterable[Optimizer], shard: Callable[[], None]
-    ) -> None:
+    def __init__(self, models: Iterable[nn.Module], optimizers: Iterable[Optimizer], shard: Callable[[], None]) -> None:
         self.models = list(models)
         self.modules = list({id(m): m for model in self.models for m in model.modules()}.values())
         self.came_sharded = any(wrapped_in(model) for model in self.models)
