@@ -221,5 +221,6 @@ def _check_lazy(model: nn.Module) -> None:
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise SettingError(
-            f"the parameter {lazy} has no shape yet, and cannot be shared out; call the model once on a batch before fit"
+            f"the parameter {lazy} has no shape yet, and cannot be shared out; call the model once on a batch before "
+            "fit"
         )

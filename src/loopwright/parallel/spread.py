@@ -25,6 +25,7 @@ class Spread:
     def __init__(self, models: Iterable[nn.Module], optimizers: Iterable[Optimizer], shard: Callable[[], None]) -> None:
         self.models = list(models)
         self.modules = list({id(m): m for model in self.models for m in model.modules()}.values())
+        self.begun = False
         self.came_sharded = any(wrapped_in(model) for model in self.models)
         self.optimizers = list(optimizers)
         self.places = [(m, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None]
@@ -37,6 +38,7 @@ class Spread:
 
     def begin(self) -> None:
         """Training begins: let go of the whole parameters."""
+        self.begun = True
         for module, name, parameter in self.places:
             if is_shard(module._parameters[name]) and not is_shard(parameter):
                 parameter.data = parameter.data.new_empty(0)

@@ -101,8 +101,6 @@ class Team:
     def begin(self, run: Run) -> None:
         """All ranks begin with the weights and buffers of rank 0."""
         self.follow(run, parameters=True)
-        if self.spread is not None:
-            self.spread.begin()
         hooks = [hook for name in _STEERING for hook in getattr(run.hooks, name)]
         self.steered = any(not _is_ours(hook) for hook in hooks)
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
@@ -112,13 +110,16 @@ class Team:
     def end(self, run: Run, *, failed: bool = False) -> None:
         """Give the phases their own steps back, and the models their whole parameters.
 
-        Not after an error, which the other ranks may not have met: nobody waits for them.
+        After an error, which the other ranks may not have met, nobody waits for them: where training had begun, models
+        stay in parts.
         """
         for synced in self._synced.values():
             if hasattr(synced, "end"):
                 synced.end()
         self._synced = {}
-        if self.spread is not None and not failed and self.strategy.gather:  # type: ignore[attr-defined]
+        if self.spread is not None and failed and not self.spread.begun:
+            self.spread.undo()
+        elif self.spread is not None and not failed and self.strategy.gather:  # type: ignore[attr-defined]
             self.spread.gather(run.optimizers.values())
         self.spread = None
 
@@ -136,6 +137,8 @@ class Team:
                 f"phase {closures[0]!r} has an optimizer that calls its step back (LBFGS), which several ranks cannot "
                 "do in step; train it with one process"
             )
+        if self.spread is not None:
+            self.spread.begin()
         self._synced = self.strategy.begin_stage(run, stage)
 
     # --------------------------------------------------------------------------------------------- a step
