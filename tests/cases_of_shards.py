@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases_of_ranks import PAIRS, N, X, Y
 from torch import nn
 from torch.utils.data import DataLoader
 
 import loopwright as lw
+from cases_of_ranks import PAIRS, N, X, Y
+from loopwright.parallel import whole
 
 STEPS, EVERY = 20, 7
 COMMANDS: dict[str, Callable[[Path], Any]] = {}
@@ -52,6 +53,26 @@ class Losses:
     def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
         if kind == "train":
             self.found[progress.step] = values["train/loss"]
+
+
+class Average(lw.Callback):
+    """A moving average of the parameters, held as they are: in parts where these are."""
+
+    def on_fit_start(self, run: lw.Run) -> None:
+        self.mean = {name: p.detach().clone() for name, p in run.models["model"].named_parameters()}
+
+    def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+        for name, p in run.models["model"].named_parameters():
+            self.mean[name].lerp_(p.detach(), 0.2)
+
+    def on_fit_end(self, run: lw.Run) -> None:
+        self.whole = {name: whole(mean).double().flatten().tolist() for name, mean in self.mean.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.mean = dict(state["mean"])
 
 
 class Net(nn.Module):
@@ -96,10 +117,10 @@ def fit(
     **settings: Any,
 ) -> dict[str, Any]:
     """Everything about a training that must not depend on how it was done."""
-    reads, losses = Reads(), Losses()
+    reads, losses, average = Reads(), Losses(), Average()
     saver = lw.Checkpoint(f"{EVERY} steps", keep=9) if folder is not None else False
     given: dict[str, Any] = {"steps": steps, "seed": 4, "progress": False, "log_every": 1, "checkpoint": saver,
-                             "loggers": [losses]}  # fmt: skip
+                             "loggers": [losses], "callbacks": [average, *settings.pop("callbacks", ())]}  # fmt: skip
     trainer = lw.Trainer(folder=folder, strategy=os.environ.get("STRATEGY", "auto"), **(given | settings))
     of = of or task(dropout)
     run = trainer.fit(of, DataLoader(reads, 12, shuffle=True), (X[:20], Y[:20]), resume=resume)  # type: ignore[arg-type]
@@ -109,6 +130,7 @@ def fit(
         "plain": all(type(p) is nn.Parameter for p in of.module.parameters()) and type(of.module) is Net,
         "tied": of.module.out.weight is of.module.again.weight,
         "tensors": [tensor.double().flatten().tolist() for tensor in tensors],
+        "average": average.whole,
         "losses": losses.found,
         "valid": [record.get("valid/loss") for record in run.history],
         "reads": run.comm.gather(reads.seen),
@@ -210,6 +232,32 @@ def best_put_back(folder: Path) -> Any:
     alone = lw.Trainer(progress=False, folder=None, strategy="single")
     best = alone.validate(own, (X[:20], Y[:20]))["valid/loss"]
     return {"best": best, "told": saver.best_value}
+
+
+@command
+def cannot_write(folder: Path) -> Any:
+    """One rank may write no files any more when the second checkpoint is due."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    rank, seen, place = int(os.environ["RANK"]), list[list[str]](), folder / "full"
+
+    class Fills(lw.Callback):
+        def on_checkpoint(self, run: lw.Run, path: Any) -> None:
+            seen.append(run.comm.broadcast(sorted(str(p) for p in place.rglob("*") if p.name != "metrics.jsonl")))
+            if rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+
+    told = error(lambda: fit(place, callbacks=[Fills()]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = sorted(str(p) for p in place.rglob("*") if p.name != "metrics.jsonl")
+    return {"told": comm().gather(told), "before": seen[0], "after": after}
+
+
+def comm() -> Any:
+    from loopwright.parallel import Ranks
+
+    return Ranks()
 
 
 @command

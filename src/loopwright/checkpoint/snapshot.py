@@ -277,6 +277,13 @@ def _held(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {**saved, "state": state}
 
 
+def _alike(own: Any, saved: Any) -> Any:
+    """What an object remembers, held as what it has now under the same keys: averages of parameters cut as these are."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        return {key: _alike(own.get(key), value) for key, value in saved.items()}
+    return like(own, saved)
+
+
 def _stage(run: Run, stage: Stage) -> dict[str, Any]:
     """Of a stage: where its data stands, its schedulers, what the metrics of an open epoch have seen."""
     phases = {}
@@ -299,7 +306,7 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
         _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
     for name in ("callbacks", "handlers", "savers"):
         for obj, saved in _matched(getattr(run, name), state[name]):
-            obj.load_state_dict(saved)
+            obj.load_state_dict(_alike(obj.state_dict(), saved) if shared_out(run) else saved)
     for name, obj in _user(run):
         (obj[1] if isinstance(obj, tuple) else obj.load_state_dict)(state["user"][name])
     run.history.load_state_dict(state["history"])

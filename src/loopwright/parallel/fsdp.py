@@ -54,7 +54,7 @@ class FSDP:
         offload: bool = False,
         gather: bool = True,
     ) -> None:
-        self.blocks = (blocks,) if isinstance(blocks, (str, type)) else tuple(blocks)
+        self.blocks = tuple(blocks) if isinstance(blocks, (list, tuple)) else (blocks,)
         for one in self.blocks:
             if not (isinstance(one, str) or (isinstance(one, type) and issubclass(one, nn.Module))):
                 raise SettingError(
