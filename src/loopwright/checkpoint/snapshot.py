@@ -278,7 +278,7 @@ def _held(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alike(own: Any, saved: Any) -> Any:
-    """What an object remembers, held as what it has now under the same keys: averages of parameters cut as these are."""
+    """What an object remembers, held as it has it now under the same keys: averages of parameters cut as these are."""
     if isinstance(own, dict) and isinstance(saved, dict):
         return {key: _alike(own.get(key), value) for key, value in saved.items()}
     return like(own, saved)
