@@ -221,6 +221,26 @@ def kept_shared_out(folder: Path) -> Any:
 
 
 @command
+def in_bfloat16(folder: Path) -> Any:
+    """A block that was frozen when FSDP first looked at it computes in bfloat16 like the others once it trains."""
+    stages = [lw.Stage("head", "2 steps", train="module.out.*"), lw.Stage("all", "4 steps")]
+    seen = set()
+
+    class Look(lw.Callback):
+        def on_grads_ready(self, run: lw.Run, phase: Any, norm: Any) -> None:
+            seen.update(str(p.grad.dtype) for p in phase.parameters() if p.grad is not None)
+
+    found = {}
+    for name, precision in (("fp32", None), ("bf16", "bf16")):
+        own, strategy = task(), lw.FSDP(nn.Linear, precision=precision)
+        own.module.again.weight = nn.Parameter(torch.zeros(3, 7))  # what is tied must be in one block
+        trainer = lw.Trainer(seed=4, progress=False, folder=None, strategy=strategy, callbacks=[Look()])
+        trainer.fit(own, (X, Y), stages=stages)
+        found[name] = [p.detach().double().flatten().tolist() for p in own.module.parameters()]
+    return {**found, "gradients": sorted(seen)}
+
+
+@command
 def best_put_back(folder: Path) -> Any:
     saver = lw.Checkpoint("2 steps", monitor="valid/loss", keep=2, restore="best")
     own = task()

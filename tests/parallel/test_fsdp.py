@@ -30,7 +30,7 @@ Run = Callable[..., Any]
 JOBS = {
     "alone-1": ["whole_run", "twice", "used_afterwards", "nonfinite", "best_put_back"],
     "fsdp-2": ["with_dropout", "whole_run", "twice", "used_afterwards", "nonfinite", "best_put_back",
-               "kept_shared_out", "mistakes", "cannot_write"],
+               "kept_shared_out", "mistakes", "cannot_write", "in_bfloat16"],
     "fsdp-2 again": ["with_dropout_resumed", "resumed_from_alone"],
     "alone-1 again": ["resumed_from_fsdp_2", "refused"],
     "fsdp-3": ["resumed_from_fsdp_2", "resumed_from_alone", "kept_shared_out", "nonfinite"],
@@ -117,6 +117,13 @@ def test_a_model_with_tied_and_uneven_parameters_ends_with_the_weights_and_the_o
 @pytest.mark.slow
 def test_the_same_task_again_goes_on_with_the_optimizer_that_it_had(result: Run) -> None:
     assert apart(result("twice", "fsdp-2")["tensors"], result("twice", "alone-1")["tensors"]) <= 1e-6
+
+
+@pytest.mark.slow
+def test_bfloat16_is_for_computing_only_also_in_a_block_that_was_frozen_first(result: Run) -> None:
+    found = result("in_bfloat16", "fsdp-2")
+    assert found["gradients"] == ["torch.float32"]
+    assert 1e-6 < apart(found["bf16"], found["fp32"]) < 0.1
 
 
 @pytest.mark.slow
