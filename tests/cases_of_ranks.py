@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -246,7 +246,7 @@ def evaluated() -> dict[str, Any]:
     task, alone = supervised(), trainer()
 
     class Own(lw.metrics.Metric):
-        state = {"total": "sum", "rows": "cat", "top": "max"}
+        state: ClassVar = {"total": "sum", "rows": "cat", "top": "max"}
 
         def update(self, preds: Any, target: Any) -> None:
             self.add(total=preds.exp().sum(), rows=preds[:, 0], top=preds.max())

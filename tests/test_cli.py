@@ -76,7 +76,7 @@ def test_runs_are_listed_the_newest_first_with_status_and_metrics(
     assert main(["runs", str(folder)]) == 0
     lines = [text.replace(str(folder), "runs") for text in capsys.readouterr().out.splitlines()]
     assert [text.split()[1:] for text in lines] == [
-        ["failed"],
+        ["failed", "after", "step", "0:", "KeyError:", "'loss'"],
         ["done", "train/loss", "-2", "lr", "1"],
         ["done", "train/loss", "-0.5", "lr", "1"],
         ["unreadable", "run.json"],

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import loopwright as lw
 from loopwright.checkpoint import list_checkpoints, read, write, write_index
 from loopwright.cli import main
 from loopwright.folder import hold
@@ -155,6 +156,8 @@ def test_the_list_as_json(command: Command) -> None:
         ("runs/digit", "runs/digit does not exist. Known: 'digits'. Did you mean 'digits'?"),
         ("runs", "runs is no run and no checkpoint. It holds runs named digits: give runs/digits"),
         ("empty", "empty is no run and no checkpoint"),
+        ("rums", "rums does not exist. Known: 'runs'. Did you mean 'runs'?"),
+        ("empty/nope", "empty/nope does not exist"),
     ],
 )
 def test_a_path_without_checkpoints_is_an_error_that_says_what_to_type(
@@ -186,6 +189,24 @@ def test_show_prints_what_the_manifest_says(command: Command, monkeypatch: Any) 
         assert row in rows, (row, text)
     assert "optimizers['main']['m']" not in text
     assert "optimizers['main']['m']" in command("show", str(RUN), "--all")[1]
+
+
+def test_show_prints_what_schedules_were_made_with(command: Command) -> None:
+    net = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=4)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.25, patience=3)
+    task = lw.Supervised(net, torch.nn.MSELoss(), optimizer, schedule=[cycle, lw.Scheduler(plateau)])
+    data = [(torch.ones(2, 1), torch.ones(2, 1))]
+    run = lw.Trainer(epochs=1, name="s", progress=False).fit(task, data, data)
+    lines = [line.strip() for line in command("show", str(run.folder))[1].splitlines()]
+    start = lines.index("- class: <torch.optim.lr_scheduler.OneCycleLR>")
+    assert {"every: step", "max_lr: 0.5000", "total_steps: 4"} <= set(lines[start:])
+    start = lines.index("- class: <torch.optim.lr_scheduler.ReduceLROnPlateau>")
+    assert lines[start : start + 6] == [
+        "- class: <torch.optim.lr_scheduler.ReduceLROnPlateau>", "every: epoch", "monitor: valid/loss", "mode: min",
+        "factor: 0.2500", "patience: 3",
+    ]  # fmt: skip
 
 
 def test_show_as_json_holds_everything(command: Command) -> None:

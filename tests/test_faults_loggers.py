@@ -57,6 +57,35 @@ def told(loggers: list[Any], **settings: Any) -> tuple[lw.Run, list[str]]:
     return run, [str(w.message) for w in caught if issubclass(w.category, lw.LoopwrightWarning)]
 
 
+class Wrong(Keep):
+    def __init__(self, **methods: Any) -> None:
+        super().__init__()
+        self.__dict__.update(methods)
+
+
+@pytest.mark.parametrize(
+    ("methods", "given", "wanted"),
+    [
+        ({"log": lambda values: None}, "log(values)", "log(self, progress, values, kind)"),
+        ({"log": lambda p, v, *, kind: None}, "log(p, v, *, kind)", "log(self, progress, values, kind)"),
+        ({"start": lambda: None}, "start()", "start(self, run)"),
+        ({"close": lambda: None}, "close()", "close(self, status)"),
+    ],
+)  # fmt: skip
+def test_a_logger_that_cannot_be_called_is_refused_where_it_is_given(
+    methods: dict[str, Any], given: str, wanted: str
+) -> None:
+    with pytest.raises(lw.HookError) as error:
+        trainer(epochs=1, loggers=[Wrong(**methods)])
+    assert str(error.value) == f"Wrong.{given} has the wrong parameters; write: def {wanted}"
+
+
+def test_a_logger_may_take_more_than_it_is_given() -> None:
+    seen: list[Any] = []
+    trainer(epochs=1, loggers=[Wrong(log=lambda *given, **more: seen.append(given))])
+    trainer(epochs=1, loggers=[Wrong(log=lambda progress, values, kind, extra=1: None, close=print)])
+
+
 def test_a_backend_that_fails_is_said_once_and_asked_again_after_a_rest() -> None:
     logger, other = Down("log", 3, 4), Keep()
     run, texts = told([logger, other])

@@ -41,6 +41,15 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_one_thing_is_counted_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {"w": torch.ones(2)}, "hyper_parameters": {"lr": 1}}, "theirs.ckpt")
+    assert main(["import-legacy", "theirs.ckpt", "ours/net"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "ours/net: 1 tensor from 'state_dict', 8 B",
+        "also kept: 1 setting",
+    ]
+
+
 def test_a_checkpoint_of_lightning_becomes_one_of_the_plain_module(capsys: pytest.CaptureFixture[str]) -> None:
     net = classifier(batch_norm=True)
     torch.save(lightning(net), "theirs.ckpt")
@@ -121,7 +130,7 @@ def test_a_key_says_where_they_are_also_when_nested() -> None:
     for key, message in [
         ("gan", r"w.pt has no 'gan'. Known: 'disc.net', 'gen', 'n'. Did you mean 'gen'\?"),
         ("gen.nat", r"w.pt has no 'gen.nat'. Known: 'net'. Did you mean 'net'\?"),
-        ("n", "'n' in w.pt is a int, and not a dict of tensors by name"),
+        ("n", "'n' in w.pt is an int, and not a dict of tensors by name"),
         ("gen", "'gen' in w.pt is a dict, and not a dict of tensors by name"),
         ("n.x", "w.pt has no 'n.x'. Known: none."),
     ]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import inspect
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import loopwright as lw
+from loopwright import folder as folder_module
 from loopwright.checkpoint import newest, read
 from loopwright.folder import open_folder
 from loopwright.provenance import conda_packages, framework_archive
@@ -65,11 +69,18 @@ def script(folder: Path) -> Path:
     return folder
 
 
-def started(folder: Path, command: list[str]) -> str:
-    """What the command prints: the sha256 of the weights."""
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False)
+def started(folder: Path, command: list[str], framework: Path | None = None) -> str:
+    """What the command prints: the sha256 of the weights. ``framework``: the folder to import this package from."""
+    env = None if framework is None else {**os.environ, "PYTHONPATH": str(framework)}
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """Of ``metrics.jsonl``, less the times that they were written at."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 @pytest.mark.slow
@@ -90,6 +101,11 @@ def test_the_folder_of_a_run_alone_makes_the_same_run_again_in_a_fresh_process(t
         assert sorted(archive.namelist()) == ["parts/__init__.py", "parts/callbacks.py", "parts/net.py", "train.py"]
         archive.extractall(again)
     assert started(again, record["command"]) == printed
+    (rebuilt,) = (again / "runs/again").iterdir()
+    assert records(rebuilt) == records(kept)
+    assert len(records(kept)) >= 2  # one an epoch at least
+    assert (rebuilt / "config.yaml").read_bytes() == (kept / "config.yaml").read_bytes()
+    assert yaml.safe_load((kept / "config.yaml").read_text())["accumulate"] == 2
     path = newest(kept / "checkpoints")
     assert path is not None
     assert read(path).info["step"] == record["progress"]["step"] == 8
@@ -114,27 +130,61 @@ def test_every_setting_stands_in_one_file() -> None:
     stage = config["stages"]["main"]
     assert (stage["until"], stage["accumulate"], stage["validate_every"]) == (["2 epochs"], 2, "1 epoch")
     assert stage["phases"]["main"]["clip_norm"] == 1.0
-    assert stage["phases"]["main"]["schedules"] == ["<torch.optim.lr_scheduler.StepLR>"]
+    assert stage["phases"]["main"]["schedules"] == [
+        {"class": "<torch.optim.lr_scheduler.StepLR>", "every": "epoch", "step_size": 1, "gamma": 0.1}
+    ]
     assert (stage["data"]["batch_size"], stage["data"]["batches"]) == (4, 3)
     assert stage["data"]["sampler"] == "<torch.utils.data.sampler.RandomSampler>"
     assert stage["valid"]["valid"]["batch_size"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.capability("CA-34")
-def test_the_source_of_a_framework_that_is_no_release_is_kept_and_can_be_imported(tmp_path: Path) -> None:
-    """The very framework that trained, a working copy with its changes, is kept with the run, and runs from there."""
-    path = open_folder("runs", "digits", settings={}, seed=0)
-    with zipfile.ZipFile(path / "framework.zip") as archive:
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_source_of_the_framework_is_kept_whole_and_runs_from_there(tmp_path: Path, installed: bool) -> None:
+    """The very framework that trained, as it was then, is kept with the run, and trains again to the same bits.
+
+    What the user's own .gitignore says is about the user's files; and a development version may be installed.
+    """
+    source, home = Path(lw.__file__).parent, tmp_path / ("site-packages" if installed else "checkout")
+    shutil.copytree(source, home / "loopwright", ignore=shutil.ignore_patterns("__pycache__"))
+    with (home / "loopwright/loop.py").open("a") as file:
+        file.write("\nCHANGED = True  # by hand, under the same version\n")
+    first = script(tmp_path / "first")
+    (first / ".gitignore").write_text("data/\ncheckpoint*\nmetrics/\nkeys.py\n*.zip\n")
+    subprocess.run(["git", "init", "--quiet"], cwd=first, check=True)
+    printed = started(first, ["train.py"], home)
+
+    (kept,) = (first / "runs/again").iterdir()
+    with zipfile.ZipFile(kept / "framework.zip") as archive:
         archive.extractall(tmp_path / "there")
-    code = "import loopwright, pathlib; print(pathlib.Path(loopwright.__file__).parent.parent.name); loopwright.Trainer"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'there')!r}); {code}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == "there"
-    source = Path(lw.__file__).parent
-    assert (tmp_path / "there/loopwright/loop.py").read_bytes() == (source / "loop.py").read_bytes()
+    assert contents(tmp_path / "there") == contents(home)
+    shutil.rmtree(home)
+    (first / "train.py").write_text(SCRIPT + "assert lw.loop.CHANGED and 'there' in lw.__file__\n")
+    assert started(first, ["train.py"], tmp_path / "there") == printed
     assert len(framework_archive()) < 500_000
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
+
+
+def test_distributions_of_every_kind_are_listed_the_first_on_the_path_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "a/torch-9.0+cpu.dist-info",
+        "a/PyYAML-6.0-py3.11.egg-info",
+        "b/torch-1.0.dist-info",
+        "b/x_y-2.dist-info",
+    ):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / part) for part in ("none", "a", "b")])
+    folder_module._packages.cache_clear()
+    try:
+        assert folder_module._packages() == {"PyYAML": "6.0", "torch": "9.0+cpu", "x_y": "2"}
+    finally:
+        folder_module._packages.cache_clear()
 
 
 @pytest.mark.capability("CA-35")
@@ -153,10 +203,18 @@ def test_the_packages_of_pip_and_of_conda_are_listed(tmp_path: Path, monkeypatch
     assert (path / "environment.conda.txt").read_text() == (
         "ca-certificates=2023.12.12=h06a4308_0\npython=3.11.7=h955ad1f_0\n"
     )
-    pins = (path / "environment.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in (path / "environment.txt").read_text().splitlines())
+    installed: dict[str, str] = {}
+    for one in importlib.metadata.distributions():
+        installed.setdefault(normal(one.name), one.version)
+    assert {normal(name): version for name, version in pins.items()} == installed
     pip: Any = subprocess.run(
         [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--no-index", "-r",
          str(path / "environment.txt")], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert pip.returncode == 0, pip.stderr  # all of them are installed: nothing to fetch
-    assert any(line.startswith("torch==") for line in pins)
+    assert pins["torch"] == torch.__version__
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

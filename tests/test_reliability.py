@@ -36,6 +36,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.mark.slow
+@pytest.mark.capability("IG-19")
 @pytest.mark.parametrize(
     "name", ["augmentation, 2 workers", "accumulation 4, killed inside a window", "sharded stream"]
 )

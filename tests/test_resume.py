@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import loopwright as lw
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.legacy import import_legacy
-from tiny import acts, bits, classifier, loader, same, samples, seed_all
+from tiny import acts, bits, classifier, loader, recorder, same, samples, seed_all
 
 
 class Killed(Exception):  # noqa: N818
@@ -37,7 +38,7 @@ def task(*, width: int | None = None, lr: float = 0.01, seed: int = 1) -> lw.Sup
     if width is not None:
         net[-1] = nn.Linear(8, width)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     metrics = {"accuracy": lw.metrics.Accuracy()}
     return lw.Supervised(net, nn.CrossEntropyLoss(), optimizer, schedule=schedule, metrics=metrics)
 
@@ -84,8 +85,10 @@ def files(folder: Path = Path("runs")) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------ the same run to the bit
 
 
+@pytest.mark.capability("IG-09")
 @pytest.mark.parametrize("at", [3, 4, 5, 8, 9, 11, 12])
 def test_a_killed_run_goes_on_to_the_bits_of_the_run_that_was_never_killed(at: int) -> None:
+    """A checkpoint holds all of a run: where it stands, model, optimizer, scheduler, random state, records."""
     whole = fit(trainer(name="whole"))
     folder = killed(at)
     run = fit(trainer(), seed=99, resume="auto")
@@ -187,6 +190,33 @@ def test_a_run_that_a_callback_has_ended_is_left_alone() -> None:
     assert first.folder is not None
     more = fit(trainer(), seed=99, resume=first.folder)  # asked for by its path, it goes on
     assert more.progress.step == 12
+
+
+class EMA(lw.Callback):
+    """That of docs/recipes.md: what its state goes into is made in ``on_fit_start``."""
+
+    def on_fit_start(self, run: lw.Run) -> None:
+        torch.rand(3)  # what it draws is put back
+        self.model = AveragedModel(run.models["model"], multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def on_step_end(self, run: lw.Run, result: Any) -> None:
+        self.model.update_parameters(run.models["model"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state)
+
+
+def test_a_finished_run_gives_its_callbacks_back_as_they_ended() -> None:
+    first = fit(trainer(callbacks=[ema := EMA()]))
+    seen: list[Any] = []
+    again = EMA()
+    run = fit(trainer(callbacks=[again, recorder(seen)]), seed=99, resume="auto")
+    assert same(again.model.state_dict(), ema.model.state_dict())
+    assert all(map(same, state_of(run), state_of(first)))
+    assert seen == []  # those that remember nothing are not called
 
 
 def test_more_epochs_go_on_as_one_longer_run() -> None:
@@ -308,7 +338,7 @@ def test_weights_alone_begin_a_new_run() -> None:
     assert same(begun[0], bits(first.task)[0])
     assert run.folder not in (None, first.folder)
     assert run.progress.step == 12
-    assert run.optimizers["main"].param_groups[0]["lr"] == 0.01 / 8
+    assert run.optimizers["main"].param_groups[0]["lr"] == 0.01 / 2
 
 
 # ------------------------------------------------------------------------------------------ refusals
@@ -398,12 +428,25 @@ def test_a_step_function_that_keeps_something_unnamed_is_not_gone_on_with() -> N
     user = lw.Trainer(epochs=1, name="s", progress=False)
     run = user.run(lambda run, batch: None, [1, 2])
     assert run.exact == [
-        "what its step function keeps was not named: run(..., state={...}), or state={} if that is nothing"
+        "state= was not given, so that a checkpoint holds nothing of what the step function changes: name it, "
+        'trainer.run(step, data, state={"net": net, "opt": opt}), or say that there is nothing, state={}'
     ]
-    with pytest.raises(CheckpointError, match=r"what its step function keeps was not named"):
+    with pytest.raises(CheckpointError, match=r"state= was not given"):
         lw.Trainer(epochs=2, name="s", progress=False).run(lambda run, batch: None, [1, 2], resume="auto")
     with pytest.raises(SettingError, match=r"resume=True: expected 'auto', a path or None, such as resume='auto'"):
         user.run(lambda run, batch: None, [1, 2], resume=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("Auto", "auto"), ("atuo", "auto"), ("approx", "approximate"), ("weight", "weights")]
+)
+def test_a_word_that_is_none_is_told_the_nearest(word: str, near: str) -> None:
+    with pytest.raises(SettingError) as error:
+        fit(trainer(), resume=word)
+    assert str(error.value) == (
+        f"resume={word!r} is no path, and no known word. Known: 'approximate', 'auto', 'weights'. "
+        f"Did you mean {near!r}?"
+    )
 
 
 def test_imported_weights_are_begun_with_and_not_gone_on_from() -> None:

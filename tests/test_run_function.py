@@ -15,6 +15,18 @@ import loopwright as lw
 from tiny import bits, classifier, loader, same, seed_all, trainer
 
 
+@pytest.mark.parametrize(
+    ("state", "shown"), [([1], "[int]"), ("net", "str"), (nn.Linear(1, 1), "Linear"), ({"net"}, "set")]
+)
+def test_a_state_without_names_is_refused(state: Any, shown: str) -> None:
+    with pytest.raises(lw.SettingError) as error:
+        trainer(epochs=1).run(lambda run, batch: None, [1], state=state)
+    assert str(error.value) == (
+        f"state={shown}: expected a dict of the objects that checkpoints keep, by name, such as "
+        'state={"net": net, "opt": opt}'
+    )
+
+
 @pytest.mark.capability("IG-02", "IG-03")
 def test_a_function_with_its_own_optimizer_has_the_bits_of_the_plain_loop() -> None:
     """The loop runs a function over given data and returns its results; what the function moves is its own affair."""

@@ -236,6 +236,7 @@ def test_module_optimizer_and_loader_come_out_as_they_went_in() -> None:
     assert all(not m._forward_hooks and not m._backward_hooks for m in net.modules())
 
 
+@pytest.mark.capability("IG-19")
 def test_a_number_as_seed_gives_the_same_run_whatever_was_drawn_before() -> None:
     weights = []
     for warm_up in (0, 5):

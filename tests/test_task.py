@@ -225,7 +225,7 @@ def test_a_loss_that_cannot_be_chosen_is_asked_for(preds: Any, target: Any, show
                                                "nn.CrossEntropyLoss()"),
         (lambda: lw.Supervised(line(), nn.MSELoss), "loss=MSELoss is a class; make an instance: MSELoss()"),
         (lambda: trainer(epochs=1).run(5, []), "step=5 cannot be called; pass a function step(run, batch)"),
-        (lambda: trainer(epochs=1).run(print, [1], state={"n": 5}), "state['n'] is a int, which has no state_dict; "
+        (lambda: trainer(epochs=1).run(print, [1], state={"n": 5}), "state['n'] is an int, which has no state_dict; "
                                                                     "pass a "
          "pair of functions instead: state={'n': (get, set)}, where set(get()) puts the object back"),
         (lambda: trainer().validate(line(), []), "Linear is a plain module; say how to train it: lw.Supervised(module, "

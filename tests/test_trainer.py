@@ -432,3 +432,25 @@ def test_arrays_are_shuffled_to_train_and_read_in_order_to_validate() -> None:
     assert validated == x.flatten().tolist()
     assert trained != validated
     assert sorted(trained) == validated
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: lw.Trainer(max_epochs=3), "max_epochs=3: that argument is called epochs here"),  # type: ignore[call-arg]
+        (lambda: lw.Trainer(1, logger=None), "logger=None: that argument is called loggers here"),  # type: ignore[call-arg]
+        (lambda: lw.Loader([1], num_workers=2), "num_workers=2: that argument is called workers here"),  # type: ignore[call-arg]
+    ],
+)
+def test_the_name_that_an_argument_has_elsewhere_tells_ours(make: Any, says: str) -> None:
+    with pytest.raises(TypeError) as error:
+        make()
+    assert str(error.value) == says
+
+
+@pytest.mark.parametrize("kind", [lw.Trainer, lw.Loader, lw.Supervised])
+def test_names_of_elsewhere_lead_to_arguments_that_exist_and_are_none_themselves(kind: Any) -> None:
+    (told,) = (cell.cell_contents for cell in kind.__init__.__closure__ if isinstance(cell.cell_contents, dict))
+    own = set(inspect.signature(kind).parameters)
+    assert set(told.values()) <= own
+    assert not own & told.keys()

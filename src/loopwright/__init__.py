@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopwright import data, metrics
-    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar
+    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
     from loopwright.optim import Scheduler, per_step
-    from loopwright.parallel import FSDP
+    from loopwright.parallel.ddp import DDP
+    from loopwright.parallel.fsdp import FSDP
+    from loopwright.parallel.launch import launch
     from loopwright.replaying import Replay, replay
     from loopwright.resume import Resume
     from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar"],
+    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -54,7 +56,9 @@ _HOMES = {
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "per_step"],
-    "parallel": ["FSDP"],
+    "parallel.ddp": ["DDP"],
+    "parallel.fsdp": ["FSDP"],
+    "parallel.launch": ["launch"],
     "replaying": ["Replay", "replay"],
     "resume": ["Resume"],
     "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
@@ -69,6 +73,7 @@ __all__ = [
     "Capsule",
     "Checkpoint",
     "CheckpointError",
+    "DDP",
     "DataError",
     "DataModule",
     "Duration",
@@ -88,6 +93,7 @@ __all__ = [
     "Progress",
     "ProgressBar",
     "Replay",
+    "Requeue",
     "Resume",
     "Run",
     "Scheduler",
@@ -103,6 +109,7 @@ __all__ = [
     "Task",
     "Trainer",
     "data",
+    "launch",
     "load_weights",
     "metrics",
     "per_step",

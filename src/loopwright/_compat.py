@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ __all__ = [
     "any_nonfinite",
     "begin_workers",
     "copy_loader",
+    "fork_works",
     "has_ended",
     "has_stepped",
     "is_own_iteration",
@@ -124,6 +126,26 @@ def has_stepped(optimizer: Optimizer) -> None:
     They would warn of a wrong order where an epoch ends before its first step in this one.
     """
     optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def fork_works() -> bool:
+    """True if a fork of this process can use CUDA and differentiate: asked of a fork that does nothing else.
+
+    It cannot once CUDA was looked for here, or autograd has begun its threads, and torch does not say so before.
+    """
+    if not torch.backends.cuda.is_built():
+        return True
+    child = os.fork()
+    if child == 0:
+        works = False
+        try:
+            works = not torch.cuda._is_in_bad_fork()
+            torch.ones((), requires_grad=True).backward()
+        except RuntimeError:
+            works = False
+        finally:
+            os._exit(0 if works else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def is_own_iteration(loader: DataLoader[Any]) -> bool:

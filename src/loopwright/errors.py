@@ -6,7 +6,9 @@ Messages say what happened with the values, what was expected, and what to type.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 __all__ = [
     "CheckpointError",
@@ -23,6 +25,9 @@ __all__ = [
     "StepOutputError",
     "StopEpoch",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class LoopwrightError(Exception):
@@ -54,7 +59,7 @@ class DataError(LoopwrightError, ValueError):
 
 
 class HookError(LoopwrightError, TypeError):
-    """Raised when a callback or handler does what its hook may not: returns a value, or has a wrong signature."""
+    """Raised when a callback, handler or logger does what it may not: returns a value, or has a wrong signature."""
 
 
 class MetricError(LoopwrightError, ValueError):
@@ -91,3 +96,25 @@ def choose(name: object, known: Iterable[object]) -> str:
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Known: {', '.join(map(repr, names)) or 'none'}.{hint}"
+
+
+def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: an argument by the name that it has in other libraries is a TypeError that tells ours.
+
+    >>> @elsewhere(max_epochs="epochs")
+    ... def train(epochs): ...
+    >>> train(max_epochs=3)
+    Traceback (most recent call last):
+    TypeError: max_epochs=3: that argument is called epochs here
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs.keys() & ours.keys():
+                raise TypeError(f"{name}={kwargs[name]!r}: that argument is called {ours[name]} here")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

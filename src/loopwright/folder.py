@@ -32,7 +32,7 @@ def open_folder(root: Path | str, name: str, *, settings: Mapping[str, Any], see
     ``config.yaml`` (the settings; what is not plain data by its class), ``environment.txt`` (installed
     packages), ``environment.conda.txt`` (those of a conda environment), ``source.zip`` (the script and the modules
     imported from the working directory: no file that git ignores, none that looks like it holds a secret, at most
-    1 MB each and 10 MB together), ``framework.zip`` (this package's own source, where it is no released version).
+    1 MB each and 10 MB together), ``framework.zip`` (this package's own source, as it is).
     Environment variables are not kept. Raises SettingError for a name that is no folder name, and for a ``root`` that
     cannot be written.
 
@@ -164,10 +164,11 @@ def _versions() -> dict[str, str]:
 def _packages() -> dict[str, str]:
     """Version of every installed distribution by name, as its folder is named: reading them all takes half a second."""
     found: dict[str, str] = {}
-    for folder in map(Path, sys.path):
-        for info in sorted(folder.glob("*-*.dist-info")) if folder.is_dir() else []:
-            name, _, number = info.name.removesuffix(".dist-info").rpartition("-")
-            found.setdefault(name, number)  # the first on the path is the one that is imported
+    for folder in filter(Path.is_dir, map(Path, sys.path)):
+        for info in sorted([*folder.glob("*-*.dist-info"), *folder.glob("*-*.egg-info")]):
+            # torch-2.13.0.dist-info; PyYAML-6.0-py3.11.egg-info, as Debian has it
+            parts = info.stem.rsplit("-", 1) if info.suffix == ".dist-info" else info.stem.split("-")
+            found.setdefault(parts[0], parts[1])  # the first on the path is the one that is imported
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 

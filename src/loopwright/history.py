@@ -50,23 +50,23 @@ class Series:
 
     def _fold(self) -> None:
         """Bound what waits: on the CPU it is summed at once, elsewhere stacked into one tensor a dtype, unread."""
-        columns: dict[str, tuple[list[Any], list[float]]] = {}
+        columns: dict[str, list[tuple[float, float]]] = {}
         waiting: dict[Any, tuple[list[tuple[str, float]], list[Tensor]]] = {}
         for values, weight in self._rows:
             for name, value in values.items():
-                if isinstance(value, Tensor) and not value.is_cpu:
-                    names, tensors = waiting.setdefault((value.device, value.dtype), ([], []))
-                    names.append((name, weight))
-                    tensors.append(value)
-                    continue
+                if isinstance(value, Tensor):
+                    if not value.is_cpu:
+                        names, tensors = waiting.setdefault((value.device, value.dtype), ([], []))
+                        names.append((name, weight))
+                        tensors.append(value)
+                        continue
+                    value = value.item()  # one by one: to stack what lies on the CPU costs more than it saves
                 if name not in columns:
-                    columns[name] = ([], [])
-                column, weights = columns[name]
-                column.append(value)
-                weights.append(weight)
+                    columns[name] = []
+                columns[name].append((float(value), weight))
         self._rows.clear()
-        for name, (column, weights) in columns.items():
-            self._sum(name, list(zip(_numbers(column), weights, strict=True)))
+        for name, column in columns.items():
+            self._sum(name, column)
         self._blocks.extend((names, torch.stack(tensors)) for names, tensors in waiting.values())
 
     def _sum(self, name: str, column: list[tuple[float, float]]) -> None:
@@ -178,14 +178,6 @@ class History:
 
 def _means(sums: Sums) -> dict[str, float]:
     return {name: total / n if n else float("nan") for name, (total, n) in sums.items()}
-
-
-def _numbers(values: list[Any]) -> list[float]:
-    """The same as ``float`` of each; tensors of one dtype are read together."""
-    first = values[0]
-    if isinstance(first, Tensor) and all(isinstance(v, Tensor) and v.dtype == first.dtype for v in values):
-        return [float(number) for number in torch.stack(values).tolist()]
-    return [float(value) for value in values]
 
 
 def _shown(value: Any) -> str:

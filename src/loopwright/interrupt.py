@@ -20,27 +20,28 @@ _ONE_PRESS_S = 0.3
 def watch_signals(run: Run) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGUSR1 into a stop request, in the main thread only; the old handlers come back.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. It must come a moment after the first: ``timeout``, ``srun`` and
-    other launchers pass on what the terminal has sent to the whole group already. Signals that the process ignores
-    stay ignored, as a shell has it for what runs in the background; a SIGUSR1 that has a handler already keeps it.
+    The first signal is the one that counts. A second Ctrl-C raises KeyboardInterrupt at once. It must come a moment
+    after the first: ``timeout``, ``srun`` and other launchers pass on what the terminal has sent to the whole group
+    already. Signals that the process ignores stay ignored, as a shell has it for what runs in the background; a SIGUSR1
+    that has a handler already keeps it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed_at, asked = -_ONE_PRESS_S, ""
+    pressed_at: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed_at, asked
+        nonlocal pressed_at
         name = signal.Signals(number).name
         if name == "SIGINT":
             before, pressed_at = pressed_at, time.monotonic()
-            if asked == name and pressed_at - before >= _ONE_PRESS_S:
+            if before is not None and pressed_at - before >= _ONE_PRESS_S:
                 raise KeyboardInterrupt
-        asked = name
-        if run.team is None:
+        # a SIGTERM at the limit of a job does not undo the SIGUSR1 that asks to requeue it
+        if run.team is not None:
+            run.request_stop(name)  # all ranks stop after the same step
+        elif not run.interrupted:
             run.stop_reason = name
-        else:
-            run.team.pulse.asked = name  # all ranks stop after the same step
 
     old = {number: signal.signal(number, handle) for number in _free()}
     try:

@@ -23,6 +23,7 @@ from loopwright import __version__
 from loopwright.checkpoint import encode, read, write
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.errors import CheckpointError, choose
+from loopwright.text import with_article
 
 __all__ = ["import_legacy"]
 
@@ -235,7 +236,9 @@ def _at(content: Any, key: str, source: Path) -> Mapping[Any, Any]:
             raise CheckpointError(f"{source} has no {key!r}. {choose(rest, known)}")
         value, rest = known[name], rest[len(name) + 1 :]
     if not _is_weights(value):
-        raise CheckpointError(f"{key!r} in {source} is a {type(value).__name__}, and not a dict of tensors by name")
+        raise CheckpointError(
+            f"{key!r} in {source} is {with_article(type(value).__name__)}, and not a dict of tensors by name"
+        )
     return value  # type: ignore[no-any-return]
 
 

@@ -71,7 +71,7 @@ def train(run: Run) -> None:
             end_stage(run)
         if not run.interrupted:  # else these steps are in the next record after a resume, as if nothing had happened
             log_train(run)
-        run.ended = not run.interrupted
+        run.window, run.ended = (), not run.interrupted
         for saver in run.savers:
             if saver.at_end:
                 save(run, saver)
@@ -138,14 +138,14 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     by its share of what is really accumulated, so that a short last window is a true mean as well.
     """
     hooks, phases, weigh, plain, team = run.hooks, stage.phases, stage.weight, run.precision.plain, run.team
+    values: dict[str, Any] = {}
+    run.window, run.open_step = window, (planned, values)
     if hooks.on_step_start:
         fire(hooks.on_step_start, run)
     ranks = 1 if team is None else team.comm.world_size
     total = (sum(planned) or None) if planned is not None and (ranks > 1 or len(planned) > 1) else None
     if run.moves_batches or hooks.on_batch_start or hooks.map_batch:
         window = prepared(run, window)
-    values: dict[str, Any] = {}
-    run.open_step = planned, values
     shares: dict[str, float] = {}  # of the window, for each value: some batches may not give it
     moved: tuple[str, ...] = ()
     may_skip = run.nonfinite == "skip"
@@ -323,7 +323,7 @@ def end_epoch(run: Run, stage: Stage) -> None:
             scheduler.step(run.metrics, run.validated_at)
     fire(run.hooks.on_epoch_end, run)
     if run.team is not None:
-        run.team.pulse.settle(run)
+        run.team.end_epoch(run, stage)
     for saver in run.savers:  # a mean over the epoch is a new value to judge by, as a validation is
         if saver.due(run, validated=validates or (saver.monitor or "").startswith("train/")):
             save(run, saver)

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from loopwright.data import DataModule, as_source, as_sources, data_of, opened, samples
 from loopwright.errors import SettingError, choose
 from loopwright.metrics import Meters, check_metrics
-from loopwright.optim import as_schedulers, match_names
+from loopwright.optim import as_schedulers, match_names, settings_of
 from loopwright.parallel import is_shard
 from loopwright.progress import Duration, Every
 from loopwright.stages import needs_closure
-from loopwright.state import Phase, Run, Stage
+from loopwright.state import Comm, Phase, Run, Stage
 
 __all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count", "trainable_flags"]
 
@@ -82,6 +82,7 @@ def assemble(
     validate_every: str | int | Duration,
     weight: Callable[[Any], float] | None,
     key: int,
+    comm: Comm,
     previous: Run | None,
     run: Run,
 ) -> Parts:
@@ -90,7 +91,7 @@ def assemble(
     A task goes on with the optimizers and schedulers of its ``previous`` run.
     """
     if isinstance(train, DataModule):
-        module, train = train, opened(train, "train")
+        module, train = train, opened(train, "train", comm)
         valid = data_of(module, "valid") if valid is None else valid
     models = run.models
     if run.team is not None:
@@ -293,7 +294,7 @@ def _resolved_stage(stage: Stage) -> dict[str, Any]:
     phases = {
         phase.name: {
             "every": phase.every, "clip_norm": phase.clip_norm,
-            "schedules": [type(s.torch) for s in (*phase.step_schedulers, *phase.epoch_schedulers)],
+            "schedules": [settings_of(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)],
         } for phase in stage.phases
     }  # fmt: skip
     return {

@@ -84,11 +84,10 @@ def source_archive() -> tuple[bytes, int, list[str]]:
 
 @cache
 def framework_archive() -> bytes:
-    """A zip of this package's own source where no release stands for it: it is imported from a working copy."""
+    """A zip of this package's own source, whole, wherever it is imported from: no version tells a development one."""
     package = Path(__file__).parent
-    if {"site-packages", "dist-packages"} & set(package.parts):
-        return b""
-    return _pack({f"{package.name}/{p.relative_to(package).as_posix()}": p for p in sorted(package.rglob("*.py"))})[0]
+    own = {f"{package.name}/{p.relative_to(package).as_posix()}": p for p in sorted(package.rglob("*.py"))}
+    return _zip({name: path.read_bytes() for name, path in own.items()})
 
 
 @cache
@@ -133,21 +132,26 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _pack(own: dict[str, Path]) -> tuple[bytes, int, list[str]]:
-    ignored, left_out, packed, total = _ignored(list(own)), list[str](), 0, 0
+    ignored, left_out, packed, total = _ignored(list(own)), list[str](), dict[str, bytes](), 0
+    for name, path in own.items():
+        size = path.stat().st_size
+        if size > FILE_LIMIT or total + size > TOTAL_LIMIT or name in ignored or _is_secret(name):
+            left_out.append(name)
+            continue
+        text = path.read_bytes()
+        if _SECRETS.search(text.decode("utf-8", "replace")):
+            left_out.append(name)
+            continue
+        packed[name], total = text, total + size
+    return (_zip(packed) if packed else b""), len(packed), left_out
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, path in own.items():
-            size = path.stat().st_size
-            if size > FILE_LIMIT or total + size > TOTAL_LIMIT or name in ignored or _is_secret(name):
-                left_out.append(name)
-                continue
-            text = path.read_bytes()
-            if _SECRETS.search(text.decode("utf-8", "replace")):
-                left_out.append(name)
-                continue
+        for name, text in files.items():
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
-            packed, total = packed + 1, total + size
-    return (buffer.getvalue() if packed else b""), packed, left_out
+    return buffer.getvalue()
 
 
 def _is_secret(name: str) -> bool:

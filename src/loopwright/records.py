@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loopwright.errors import LoopwrightWarning, SettingError
+from loopwright.errors import HookError, LoopwrightWarning, SettingError
 from loopwright.state import Run, Stage
 
-__all__ = ["close_loggers", "learning_rates", "log_epoch", "log_train", "log_values", "start_loggers"]
+__all__ = ["check_logger", "close_loggers", "learning_rates", "log_epoch", "log_train", "log_values", "start_loggers"]
 
 
 def log_values(run: Run, values: Mapping[str, float], kind: str) -> None:
@@ -23,6 +24,24 @@ def log_values(run: Run, values: Mapping[str, float], kind: str) -> None:
             logger.log(run.progress, values, kind)
         except Exception as error:
             _note(run, logger, "log", error).records += 1
+
+
+def check_logger(logger: Any) -> None:
+    """Raise SettingError for what is no logger, HookError for one whose methods do not take what they are given."""
+    if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
+        raise SettingError(f"loggers=[{logger!r}]: expected objects with log(), such as lw.CSVLogger()")
+    for method, given in (("log", ("progress", "values", "kind")), ("start", ("run",)), ("close", ("status",))):
+        try:
+            signature = inspect.signature(getattr(logger, method))
+        except (AttributeError, TypeError, ValueError):  # only log is required; what is built in tells no signature
+            continue
+        try:
+            signature.bind(*given)
+        except TypeError:
+            raise HookError(
+                f"{type(logger).__name__}.{method}{signature} has the wrong parameters; write: "
+                f"def {method}(self, {', '.join(given)})"
+            ) from None
 
 
 @dataclass(slots=True)

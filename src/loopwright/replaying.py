@@ -18,8 +18,9 @@ import torch
 
 from loopwright import rng
 from loopwright.checkpoint import Contents, read, snapshot
+from loopwright.checkpoint.places import Place, Remote, as_place
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
-from loopwright.events import Callback
+from loopwright.events import Callback, describe
 from loopwright.state import Progress, Run, Stage
 from loopwright.trainer import Trainer
 
@@ -36,8 +37,7 @@ class Replay:
     says what could differ, and why.
 
     >>> print(Replay(ValueError("bad"), "ValueError: bad", True, True, {"loss": 0.5}, {"loss": 0.5}))
-    then    ValueError: bad
-    now     ValueError: bad
+    error   ValueError: bad
     values  the same bits: then {'loss': 0.5}, now {'loss': 0.5}
     the error was reproduced
     """
@@ -53,8 +53,9 @@ class Replay:
     def __str__(self) -> str:
         now = "nothing was raised" if self.error is None else f"{type(self.error).__name__}: {self.error}"
         bits = {True: "the same bits", False: "other bits", None: "none were measured before the error"}
+        told = [f"error   {self.expected}"] if self.same_error else [f"then    {self.expected}", f"now     {now}"]
         lines = [
-            f"then    {self.expected}", f"now     {now}",
+            *told,
             f"values  {bits[self.same_values]}: then {self.saved_values}, now {self.values}",
             *(f"note    {limit}" for limit in self.limits),
             "the error was reproduced" if self.same_error else "the error was not reproduced",
@@ -77,8 +78,8 @@ def replay(
     come. Nothing in the capsule is executed. Bits are the same on the same kind of device with the same torch; on
     another device the error is, as a rule. Global random generators are left as they were.
 
-    Raises CheckpointError for what is damaged, no capsule, or does not fit ``task``, and where its batches were left
-    out.
+    Raises SettingError for what is no path, and CheckpointError for what is damaged, no capsule, or does not fit
+    ``task``, and where its batches were left out.
 
     >>> def make():
     ...     net = torch.nn.Linear(1, 1)
@@ -94,7 +95,7 @@ def replay(
     >>> path.name, found.same_error, found.same_values
     ('step-00000003-NonFiniteError', True, True)
     """
-    data = read(path)
+    data = read(_capsule_at(path))
     if data.info.get("kind") != "capsule":
         raise CheckpointError(f"{path} is a checkpoint, not a crash capsule; go on from it with fit(..., resume=path)")
     if data.state["window"] is None or any(one["batch"] is None for one in data.state["window"]):
@@ -121,6 +122,23 @@ def replay(
     if again.run is None and error is not None:  # it did not come to the step
         raise error
     return _compared(data, error, again, trainer)
+
+
+def _capsule_at(path: Any) -> Place:
+    """Raises for a path that cannot be a capsule; that of a run tells which capsules are in it."""
+    if not isinstance(path, (str, Path, Remote)):
+        raise SettingError(
+            f"the first argument of replay is {describe(path)}; expected the folder of a crash capsule, as in "
+            "lw.replay('runs/digits/20260101-120000-abc123/capsules/step-00000003-ValueError', task)"
+        )
+    place = as_place(path)
+    if isinstance(place, Path) and (place / "run.json").is_file():
+        found = sorted((place / "capsules").glob("*/manifest.json"), key=lambda file: file.stat().st_mtime)
+        if not found:
+            raise CheckpointError(f"{path} is a run, and it has no crash capsule: none of its steps has failed")
+        listed = "".join(f"\n  lw.replay({str(file.parent)!r}, task)" for file in reversed(found))
+        raise CheckpointError(f"{path} is a run; give one of its crash capsules, the newest first:{listed}")
+    return place
 
 
 def _compared(data: Contents, error: Exception | None, again: _Again, trainer: Trainer) -> Replay:
@@ -226,5 +244,5 @@ def replay_command(path: str | Path, spec: str) -> int:
     found = replay(path, make())
     if found.error is not None:
         traceback.print_exception(found.error)
-    print(found)
+    print(str(found).removeprefix(f"error   {found.expected}\n"))  # the traceback has ended with it
     return 0 if found.same_error and found.same_values is not False else 1

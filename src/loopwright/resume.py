@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,7 @@ from loopwright.checkpoint.manifest import parse
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.data import Schema, changes, fingerprint
 from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
+from loopwright.events import fire
 from loopwright.folder import hold, newest_folder
 from loopwright.stages import nothing_left, reopen
 from loopwright.state import Comm, Run, has_state
@@ -107,7 +109,12 @@ class Point:
         self._open(run)
 
     def end(self, run: Run) -> None:
-        """Leave ``run`` as it ended, with its weights."""
+        """Leave ``run`` as it ended, with its weights.
+
+        A callback may make in ``on_fit_start`` what its state goes into; those that remember nothing are not called.
+        """
+        kept = snapshot.remembering(run, self.data)
+        fire(tuple(h for h in run.hooks.on_fit_start if any(getattr(h, "__self__", None) is c for c in kept)), run)
         snapshot.restore(run, self.data)
         for saver in run.savers:
             saver.end(run)
@@ -182,6 +189,9 @@ def _find(wanted: Resume, root: str | Path | None, label: str, elsewhere: Sequen
         places = ([] if owner is None else [owner / "checkpoints"]) + list(elsewhere)
     else:
         path = as_place(wanted.path)
+        words = ("approximate", "auto", "weights")
+        if isinstance(wanted.path, str) and get_close_matches(wanted.path.lower(), words, n=1) and not path.exists():
+            raise SettingError(f"resume={wanted.path!r} is no path, and no known word. {choose(wanted.path, words)}")
         if (path / "manifest.json").is_file():
             own = _owner(path.parent) if root is not None and newest(path.parent) == path else None
             return Point(read(path, mesh), wanted.how, own, auto)

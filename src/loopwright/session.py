@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import nn
 
 from loopwright import rng
 from loopwright.data.plan import seed_from
-from loopwright.errors import LoopwrightWarning
+from loopwright.errors import LoopwrightError, LoopwrightWarning
 from loopwright.folder import close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.optim import set_trainable
+from loopwright.parallel import watched
 from loopwright.prepare import resolved
 from loopwright.records import close_loggers, start_loggers
 from loopwright.stages import chooses_parameters, nothing_left, reopen
@@ -52,7 +54,8 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         for handler in run.handlers:
             handler.start(run)
         start_loggers(run)
-        with closing_all(s for stage in run.stages for s in (stage.source, *stage.valid.values())):
+        sources = [s for stage in run.stages for s in (stage.source, *stage.valid.values())]
+        with closing_all(sources), watched(run, partial(_abandon, run)):
             yield
         if run.interrupted:  # a signal that came after the last step has nothing to interrupt
             run.status = "done" if run.stage is None else "interrupted"
@@ -74,6 +77,12 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         finally:
             if lock is not None:
                 lock.close()
+
+
+def _abandon(run: Run, told: str) -> None:
+    """Close the folder of a run whose process is about to be ended, since another rank has failed."""
+    if run.folder is not None and not run.comm.rank:
+        close_folder(run.folder, "failed", error=LoopwrightError(told), metrics=run.metrics)
 
 
 @contextmanager
@@ -104,7 +113,10 @@ def _close(run: Run, error: BaseException | None) -> None:
     finally:  # where warnings are errors
         if run.folder is not None and not run.comm.rank:
             progress = run.progress._asdict() | {"waited": run.waited}
-            close_folder(run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact)
+            ranks = {} if run.team is None else {"ranks": run.team.needs}
+            close_folder(
+                run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact, **ranks
+            )
     if first is not None and first is not error:
         raise first
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,6 +304,7 @@ class Run:
     handlers: list[Any] = field(default_factory=list)
     log_every: Every = field(default_factory=lambda: Every("50 steps"))
     lost: dict[int, Any] = field(default_factory=dict)  # of a logger that fails: what was lost
+    window: Iterable[Any] = ()  # the batches of the open step, as the source gives them
     open_step: tuple[list[float] | None, dict[str, Any]] = (None, {})  # planned weights, values so far
     ended: bool = False  # all is trained, validated and recorded; what is left is to save it
     changes: list[tuple[str, Any]] = field(default_factory=list)

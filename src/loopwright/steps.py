@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, repeat
 from typing import Any
@@ -217,15 +218,21 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
 
     ``loss`` is None on a rank that had no batch.
     """
-    grads = [grad for p in phase.parameters() if (grad := p.grad) is not None]
-    shared = any(map(is_shard, grads))
+    grads = [
+        grad
+        for optimizer in phase.moved
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if (grad := p.grad) is not None
+    ]
+    shared = "torch.distributed.tensor" in sys.modules and any(map(is_shard, grads))  # no call for nothing
     if shared:
         grads = [local(grad) for grad in grads]
-    bad = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
-    bad = bad or any_nonfinite(grads, loss)  # a rank may have had no batch
+    found = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
+    found = found or any_nonfinite(grads, loss)
     if run.team is not None and (shared or run.nonfinite == "skip"):
-        bad = run.team.comm.any(bad)
-    if not bad:
+        found = run.team.comm.any(found)
+    if not found:
         run.skips_in_row = 0
         return False
     run.skips_in_row += 1
@@ -246,9 +253,9 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         else ""
     )
     raise NonFiniteError(
-        f"phase {phase.name!r} has a loss of {math.nan if loss is None else float(loss):g} at step {run.progress.step + 1}{where}{rule}. The "
-        f"parameters "
-        "are those of before this step. Look for a learning rate too high, log or division of 0, or bad input; "
+        f"phase {phase.name!r} has a loss of {math.nan if loss is None else float(loss):g} at step "
+        f"{run.progress.step + 1}{where}{rule}. The parameters are those of before this step. Look for a learning "
+        "rate too high, log or division of 0, or bad input; "
         'nonfinite="skip" leaves such steps out, nonfinite=None trains on'
     )
 

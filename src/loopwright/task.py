@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopwright.errors import SettingError, StepOutputError, choose
+from loopwright.errors import SettingError, StepOutputError, choose, elsewhere
 from loopwright.events import describe
 from loopwright.state import Phase, has_state
+from loopwright.text import with_article
 
 __all__ = ["StepTask", "Supervised", "Task"]
 
@@ -103,6 +104,7 @@ class Supervised(Task):
     ['loss', 'preds', 'target']
     """
 
+    @elsewhere(criterion="loss", loss_fn="loss", lr_scheduler="schedule", scheduler="schedule")
     def __init__(
         self,
         module: nn.Module,
@@ -284,17 +286,24 @@ class StepTask:
     def __init__(self, step: Callable[[Any, Any], Any], state: Mapping[str, Any] | None = None) -> None:
         if not callable(step):
             raise SettingError(f"step={step!r} cannot be called; pass a function step(run, batch)")
+        if state is not None and not isinstance(state, Mapping):
+            raise SettingError(
+                f"state={describe(state)}: expected a dict of the objects that checkpoints keep, by name, such as "
+                'state={"net": net, "opt": opt}'
+            )
         self.step, self.state = step, dict(state or {})
-        unnamed = "what its step function keeps was not named: run(..., state={...}), or state={} if that is nothing"
+        unnamed = (
+            "state= was not given, so that a checkpoint holds nothing of what the step function changes: name it, "
+            'trainer.run(step, data, state={"net": net, "opt": opt}), or say that there is nothing, state={}'
+        )
         self.inexact = [unnamed] if state is None else []
         self.run: Any = None
         for name, obj in self.state.items():
             pair = isinstance(obj, tuple) and len(obj) == 2 and all(callable(part) for part in obj)
             if not pair and not has_state(obj):
                 raise SettingError(
-                    f"state[{name!r}] is a {type(obj).__name__}, which has no state_dict; pass a pair of functions "
-                    f"instead: "
-                    f"state={{{name!r}: (get, set)}}, where set(get()) puts the object back"
+                    f"state[{name!r}] is {with_article(type(obj).__name__)}, which has no state_dict; pass a pair "
+                    f"of functions instead: state={{{name!r}: (get, set)}}, where set(get()) puts the object back"
                 )
 
     def validation_step(self, batch: Any) -> Any:

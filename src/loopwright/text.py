@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["format_count", "format_time", "format_value"]
+__all__ = ["format_count", "format_time", "format_value", "with_article"]
 
 
 def format_value(value: float | None) -> str:
@@ -45,3 +45,12 @@ def format_count(number: float) -> str:
     ('12,345', '0.5')
     """
     return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"
+
+
+def with_article(noun: str) -> str:
+    """A noun with its article, as it is spoken in most cases.
+
+    >>> with_article("list"), with_article("int"), with_article("OrderedDict")
+    ('a list', 'an int', 'an OrderedDict')
+    """
+    return f"{'an' if noun[:1].lower() in tuple('aeio') else 'a'} {noun}"

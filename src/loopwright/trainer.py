@@ -15,7 +15,7 @@ from loopwright import loop
 from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
 from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
-from loopwright.errors import LoopwrightError, SettingError, choose
+from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
 from loopwright.events import Callback, Hooks, check_callback
 from loopwright.explain import explain
 from loopwright.handlers import Event, Filter, Handler
@@ -23,10 +23,11 @@ from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
 from loopwright.loggers import JSONLLogger
 from loopwright.metrics import check_metrics
-from loopwright.parallel import Single, check_strategy, pick_precision, pick_team
+from loopwright.parallel import Single, check_strategy, pick_precision, pick_team, watched
 from loopwright.plan import Plan, make_plan
 from loopwright.prepare import Parts, assemble, measured_by, move_task, trainable_flags
 from loopwright.progress import Duration, Every
+from loopwright.records import check_logger
 from loopwright.resume import Point, Resume, find_point
 from loopwright.session import closing_all, go_on, session
 from loopwright.stages import inexact
@@ -60,6 +61,13 @@ class Trainer:
     2
     """
 
+    @elsewhere(
+        max_epochs="epochs", num_epochs="epochs", max_steps="steps", max_time="time", accelerator="device",
+        accumulate_grad_batches="accumulate", gradient_accumulation_steps="accumulate", gradient_clip_val="clip_norm",
+        max_grad_norm="clip_norm", logger="loggers", default_root_dir="folder", output_dir="folder", logdir="folder",
+        enable_progress_bar="progress", verbose="progress", enable_checkpointing="checkpoint",
+        check_val_every_n_epoch="validate_every", val_check_interval="validate_every", log_every_n_steps="log_every",
+    )  # fmt: skip
     def __init__(
         self,
         epochs: float | None = None,
@@ -124,8 +132,9 @@ class Trainer:
                     "checkpoint=... needs a folder to write to; leave folder=None out, or checkpoint=False"
                 )
         for logger in self.loggers or ():
-            if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
-                raise SettingError(f"loggers=[{logger!r}]: expected objects with log(), such as lw.CSVLogger()")
+            check_logger(logger)
+        if not isinstance(capsule, bool):
+            raise SettingError(f"capsule={capsule!r}: expected True or False; lw.Capsule(...) goes among the callbacks")
         if not isinstance(progress, (bool, Callback)):
             raise SettingError(f"progress={progress!r}: expected True, False or a callback such as lw.ProgressBar()")
         for callback in self.callbacks:
@@ -186,8 +195,9 @@ class Trainer:
         dataset that uses the global generators in this process. The same task fitted again goes on to the new total.
 
         ``resume="auto"`` goes on with the newest checkpoint of the newest run of this name, to the same bits as if it
-        had never stopped; where there is none, training begins; where it had ended, nothing is done. ``resume=path``
-        goes on from a checkpoint or a run; ``lw.Resume`` says more.
+        had never stopped; where there is none, training begins; where it had ended, it comes back as it was, what
+        callbacks remember too, and nothing else is done. ``resume=path`` goes on from a checkpoint or a run;
+        ``lw.Resume`` says more.
 
         Raises PlanError, before any work starts, with everything that cannot work, and CheckpointError for a
         checkpoint that is damaged, does not fit, or could not go on exactly.
@@ -241,10 +251,10 @@ class Trainer:
         """
         run = self._bare(_checked(task))
         run.schema = _schema_of(task)
-        source = as_source(opened(data, "predict"), train=False, key=self._key())
+        source = as_source(opened(data, "predict", run.comm), train=False, key=self._key())
         if run.team is not None:
             source = _begin_evaluation(run, {"": source})[""]
-        with closing_all([source]):
+        with closing_all([source]), watched(run):
             return joined(loop.predict(run, source, task.predict_step))
 
     def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
@@ -304,7 +314,7 @@ class Trainer:
             parts = assemble(
                 task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
                 clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key,
-                previous=previous, run=run,
+                comm=run.comm, previous=previous, run=run,
             )  # fmt: skip
         except BaseException:
             if run.team is not None:
@@ -388,10 +398,10 @@ class Trainer:
         run.schema = _schema_of(task)
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = task.test_step if kind == "test" else task.validation_step
-        sources = as_sources(opened(data, kind), self._key())
+        sources = as_sources(opened(data, kind, run.comm), self._key())
         if run.team is not None:
             sources = _begin_evaluation(run, sources)
-        with closing_all(sources.values()):
+        with closing_all(sources.values()), watched(run):
             return loop.evaluate(run, sources, step, weight or samples, kind=kind)
 
 

@@ -139,7 +139,9 @@ def test_nan_alone_is_never_the_best() -> None:
     assert kept(run) == steps(9)
 
 
+@pytest.mark.capability("IG-09")
 def test_the_best_holds_the_weights_of_its_step() -> None:
+    """The best by a score of the validation is kept, with the weights that it had then."""
     weights: list[torch.Tensor] = []
     scores = [0.1, 0.9, 0.2]
     saver = lw.Checkpoint("1 day", monitor="valid/score")

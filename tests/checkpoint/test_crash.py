@@ -19,11 +19,19 @@ def crash(*arguments: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [["--keep", "1"], ["--keep", "2", "--background"]], ids=["sync", "async"])
-def test_after_any_operation_of_a_save_the_newest_checkpoint_is_good_and_nothing_is_left_over(mode: list[str]) -> None:
-    found = crash("prefixes", "--stride", "7", *mode)
+@pytest.mark.capability("B-26")
+@pytest.mark.parametrize(
+    ("least", "mode"),
+    [(100, ["--keep", "1", "--stride", "1"]), (15, ["--keep", "2", "--stride", "7", "--background"])],
+    ids=["sync", "async"],
+)
+def test_after_any_operation_of_a_save_the_newest_checkpoint_is_good_and_nothing_is_left_over(
+    least: int, mode: list[str]
+) -> None:
+    """A run that ends before any operation of a save, or in the middle of a write, leaves a valid newest one."""
+    found = crash("prefixes", *mode)
     assert found["failures"] == {}
-    assert found["count"] >= 15
+    assert found["count"] >= least
 
 
 @pytest.mark.slow

@@ -45,8 +45,10 @@ def numbers(texts: list[str]) -> torch.Tensor:
     return torch.tensor([float.fromhex(text) for text in texts], dtype=torch.float64).to(torch.float32)
 
 
+@pytest.mark.capability("B-26")
 @golden
 def test_a_golden_checkpoint_is_read_to_the_very_values_that_its_run_had(folder: Path) -> None:
+    """Checkpoints of every release and format are read by this one."""
     path, expected = parts(folder)
     data = read(path)
     assert set(data.files) == {"model"}
@@ -83,6 +85,7 @@ def test_a_golden_checkpoint_is_small(folder: Path) -> None:
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 50_000
 
 
+@pytest.mark.capability("B-26")
 def test_each_release_leaves_a_golden_checkpoint() -> None:
     assert lw.__version__ in [folder.name for folder in GOLDEN] or "dev" in lw.__version__, (
         "write it with: python tools/golden.py"

@@ -275,6 +275,6 @@ def test_what_cannot_be_saved_is_found_before_the_first_save() -> None:
     with pytest.raises(CheckpointError) as caught:
         snapshot.check(run)
     assert str(caught.value) == (
-        "state['queue'] is a object, which has no state_dict and load_state_dict; give an object that has them, or two "
-        "functions: state={'queue': (get, set)}"
+        "state['queue'] is an object, which has no state_dict and load_state_dict; give an object that has them, or "
+        "two functions: state={'queue': (get, set)}"
     )

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import loopwright as lw
 from loopwright.checkpoint import delete, find, index, list_checkpoints, newest, read, sweep, verify, write, write_index
+from loopwright.checkpoint.migrations import FORMAT
 from loopwright.errors import CheckpointError
 
 
@@ -97,6 +101,41 @@ def test_the_model_file_can_be_read_without_loopwright() -> None:
     assert torch.equal(again.out.weight, tied.out.weight)
 
 
+ALONE = """
+import json, sys
+from pathlib import Path
+for name in ("loopwright", "torch"):
+    sys.modules[name] = None  # an import of it fails
+from safetensors.numpy import load_file
+path = Path(sys.argv[1])
+manifest, state = (json.loads((path / name).read_text()) for name in ("manifest.json", "state.json"))
+info = manifest["info"]
+tensors = {name: value.tolist() for name, value in load_file(path / "model.safetensors").items()}
+moments = load_file(path / "optimizer.safetensors")
+print(json.dumps([
+    manifest["format"], sorted(manifest["files"]), info["step"], info["epoch"], tensors,
+    sorted(value.shape for value in moments.values()),
+]))
+"""
+
+
+@pytest.mark.capability("B-26")
+def test_a_checkpoint_tells_what_it_is_without_the_framework_and_without_the_classes_of_its_user() -> None:
+    """What a run has saved is safetensors and JSON with a format number, and is read with neither of us imported."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+    run = lw.Trainer(epochs=2, progress=False).fit(task, [(torch.ones(4, 2), torch.ones(4, 1))] * 3)
+    path = newest(run.folder / "checkpoints")  # type: ignore[operator]
+    done = subprocess.run([sys.executable, "-c", ALONE, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    number, files, step, epoch, tensors, shapes = json.loads(done.stdout)
+    assert (number, step, epoch) == (FORMAT, 6, 2)
+    assert files == ["model.safetensors", "optimizer.safetensors", "state.json", "state.safetensors"]
+    assert tensors == {name: value.tolist() for name, value in net.state_dict().items()}
+    assert shapes == [[1], [1, 3], [3], [3, 2]]
+
+
 def test_models_without_tensors_and_names_of_any_kind_can_be_stored() -> None:
     files = {"model": {}, "model.a/b": {"w": torch.ones(1)}, "model.é ~": {"x.y": torch.zeros(1)}}
     data = read(write(Path("c/a"), files, None, {}))
@@ -141,7 +180,7 @@ def test_nothing_else_is_ever_replaced(what: str) -> None:
 
 
 def test_an_unknown_type_leaves_nothing_behind() -> None:
-    with pytest.raises(CheckpointError, match=r"^x\[1\] is a object"):
+    with pytest.raises(CheckpointError, match=r"^x\[1\] is an object"):
         write(Path("c/a"), {}, {"x": [1, object()]}, {})
     assert not Path("c").exists()
 

@@ -34,7 +34,9 @@ def test_all_weights_and_buffers_are_loaded_to_the_bit() -> None:
     assert str(report) == "checkpoints/step-00000001: 9 of 9 tensors fit"
 
 
+@pytest.mark.capability("B-26")
 def test_only_what_a_pattern_names_is_touched() -> None:
+    """A part of a model is loaded by a pattern of names."""
     source, target = net(10, seed=1), net(3, seed=2)
     head = bits(target["head"])[0]
     report = lw.load_weights(target, saved(source), only="encoder.*")
@@ -70,6 +72,7 @@ def test_what_fits_is_loaded_when_asked_for() -> None:
     )
 
 
+@pytest.mark.capability("B-26")
 @pytest.mark.parametrize("rename", [{"encoder.": "0."}, lambda name: name.replace("encoder.", "0.")])
 def test_names_are_given_other_beginnings(rename: object) -> None:
     source = net(seed=1)

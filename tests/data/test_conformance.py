@@ -410,8 +410,10 @@ def chosen_points(points: list[tuple[int, int]], kind: Kind) -> list[tuple[int, 
     return points if kind.source is not TorchLoader or not kind.workers else few
 
 
+@pytest.mark.capability("IG-19")
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_split_point_resumes_exactly(kind: Kind) -> None:
+    """Loaders of every kind go on inside an epoch with the same samples and draws, with and without workers."""
     seed_everything()
     whole: list[Any] = []
     snapshots: dict[Any, Any] = {}

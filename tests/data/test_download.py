@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import http.server
 import io
 import lzma
+import os
 import random
 import shutil
 import stat
@@ -116,6 +118,10 @@ def test_a_file_is_downloaded_and_unpacked_once_to_a_place_that_can_be_chosen(
         assert everything(path) == {"readme": "read me", "train/one": "1", "train/two": "2"}
         assert path.name == "digits"
         assert path.is_relative_to(tmp_path / "here")
+    (path / "train/one").write_text("changed by hand")
+    (path / "readme").unlink()
+    path = fetch(url, digest, folder=tmp_path / "here")  # what is unpacked is not unpacked again
+    assert everything(path) == {"train/one": "changed by hand", "train/two": "2"}
     assert server.asked == ["/sets/digits.zip"]
     monkeypatch.setenv("LOOPWRIGHT_DATA", str(tmp_path / "there"))
     assert fetch(url, digest).is_relative_to(tmp_path / "there")
@@ -149,6 +155,72 @@ def test_file_urls_are_fetched_too(tmp_path: Path) -> None:
     source.write_text("a b")
     path = fetch(source.as_uri(), folder=tmp_path / "copy")
     assert (path.name, path.read_text()) == ("names.txt", "a b")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_this_machine_that_has_changed_is_fetched_anew(tmp_path: Path, packed: bool) -> None:
+    source = tmp_path / ("set.csv.gz" if packed else "set.csv")
+    for text in ("old", "new and longer", "new and shorte"):
+        source.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        paths = [fetch(source.as_uri(), folder=tmp_path / "copy") for _ in range(2)]
+        assert paths[0] == paths[1]
+        assert paths[0].read_text() == text
+    source.unlink()
+    with pytest.raises(DataError, match=r"cannot fetch file:.*set\.csv.*No such file"):
+        fetch(source.as_uri(), folder=tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("url", "mend"),
+    [
+        (Path("/data/a.zip"), "path.resolve().as_uri() for a file of this machine"),
+        (b"https://example.org/a.zip", "'https://example.org/digits.zip'"),
+        (None, "'https://example.org/digits.zip'"),
+    ],
+)
+def test_what_is_no_text_is_no_url(url: Any, mend: str) -> None:
+    with pytest.raises(SettingError) as error:
+        fetch(url)
+    assert str(error.value) == f"cannot fetch {url!r}, which is no text; expected a URL, such as {mend}"
+
+
+def test_an_archive_that_cannot_be_unpacked_is_not_kept(tmp_path: Path) -> None:
+    source = tmp_path / "set.zip"
+    good = zipped(a="1")
+    source.write_bytes(b"<html>please log in</html>".ljust(len(good)))
+    stamp = source.stat()
+    with pytest.raises(DataError, match=r"cannot unpack .*It is damaged, or no archive") as error:
+        fetch(source.as_uri(), folder=tmp_path / "copy")
+    assert everything(tmp_path / "copy") == {}
+    assert error.value.__notes__ == [
+        f"[loopwright] {next((tmp_path / 'copy').iterdir()) / 'set.zip'} was deleted: the next call fetches it anew"
+    ]
+    source.write_bytes(good)
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert everything(fetch(source.as_uri(), folder=tmp_path / "copy")) == {"a": "1"}
+
+
+def test_an_archive_that_is_as_asked_for_is_kept_though_it_cannot_be_unpacked(server: Server, tmp_path: Path) -> None:
+    url, digest = serve(server, "/a.zip", b"no zip")
+    for _ in range(2):
+        with pytest.raises(DataError, match="It is damaged, or no archive"):
+            fetch(url, digest, folder=tmp_path)
+    assert len(server.asked) == 1
+
+
+def test_a_full_disk_does_not_cost_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "set.zip"
+    source.write_bytes(zipped(a="1"))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unpack._Budget, "copy", full)
+        with pytest.raises(DataError, match=r"cannot unpack .*No space left on device$"):
+            fetch(source.as_uri(), folder=tmp_path / "copy")
+    place = next((tmp_path / "copy").iterdir())
+    assert [path.name for path in place.iterdir()] == ["set.zip"]
 
 
 def test_another_content_than_asked_for_names_both_hashes_and_leaves_nothing(server: Server, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+import loopwright as lw
 from loopwright.data import Blocks, BucketSampler, Loader, WeightedSampler, as_source
 from loopwright.data.generators import get_globals
 from loopwright.errors import DataError
+from tiny import trainer
 
 N = 23
 
@@ -280,6 +284,63 @@ class Pids(Numbers):
         return os.getpid()
 
 
+class Files(Dataset[Any]):
+    """A file a sample, in four formats; each notes who has read it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths: list[Path] = []
+        for i in range(8):
+            values = [float(i), float(i + 1), float(i + 2)]
+            path = folder / f"{i}.{('csv', 'json', 'npy', 'pgm')[i % 4]}"
+            if path.suffix == ".npy":
+                np.save(path, np.array(values))
+            else:
+                texts = {".csv": ",".join(map(str, values)), ".json": json.dumps({"values": values})}
+                pixels = b"P5 3 1 255\n" + bytes(int(value) for value in values)
+                path.write_bytes(texts[path.suffix].encode() if path.suffix in texts else pixels)
+            self.paths.append(path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Tensor:
+        path = self.paths[i]
+        data = path.read_bytes()
+        if path.suffix == ".csv":
+            values: Any = [float(cell) for cell in data.split(b",")]
+        elif path.suffix == ".json":
+            values = json.loads(data)["values"]
+        elif path.suffix == ".npy":
+            values = np.load(path)
+        else:
+            values = list(data.partition(b"\n")[2])
+        path.with_suffix(".reader").write_text(str(os.getpid()))
+        return torch.as_tensor(values, dtype=torch.float32)
+
+
+@pytest.mark.capability("PT-06")
+@pytest.mark.parametrize("kind", [Loader, DataLoader])
+def test_any_format_becomes_tensors_in_processes_that_read_ahead_of_the_training(kind: Any, tmp_path: Path) -> None:
+    """A Dataset turns files of any format into tensors, and workers have the next batch ready during a step."""
+    files = Files(tmp_path)
+    data = Loader(files, 2, workers=2) if kind is Loader else DataLoader(files, 2, num_workers=2)
+    seen: list[Tensor] = []
+
+    def step(run: lw.Run, batch: Tensor) -> None:
+        seen.append(batch)
+        end = time.monotonic() + 60
+        following = [path.with_suffix(".reader") for path in files.paths[2 * len(seen) : 2 * len(seen) + 2]]
+        while not all(path.exists() for path in following):  # this process does nothing else meanwhile
+            assert time.monotonic() < end, "the next batch is not being read during the step"
+            time.sleep(0.001)
+
+    trainer(epochs=1).run(step, data)
+    assert torch.equal(torch.cat(seen), torch.arange(8.0)[:, None] + torch.arange(3.0))
+    readers = {int(path.with_suffix(".reader").read_text()) for path in files.paths}
+    assert len(readers) == 2
+    assert os.getpid() not in readers
+
+
 def test_an_epoch_left_early_and_two_passes_at_once_keep_their_batches() -> None:
     source = Loader(Noisy(), 4, shuffle=True, seed=0, workers=2)
     whole = [list(Loader(Noisy(), 4, shuffle=True, seed=0).at(epoch, 0)) for epoch in range(2)]
@@ -331,9 +392,8 @@ def test_a_failing_sample_is_named_with_its_batch_and_epoch(workers: int) -> Non
     source = Loader(Bad(), 4, workers=workers)
     with pytest.raises(KeyError) as error:
         list(source.at(1, 2))
-    told = "\n".join([str(error.value), *getattr(error.value, "__notes__", [])])
     batch = "[loopwright] while fetching batch 4 of epoch 2, dataset indices [12, 13, 14, 15]"
-    assert f"{batch}; it was dataset[13] that raised" in told
+    assert error.value.__notes__ == [f"{batch}; it was dataset[13] that raised"]
     assert multiprocessing.active_children() == []
 
 

@@ -181,6 +181,10 @@ def test_sources_of_equal_length_are_shuffled_apart_and_a_source_that_begins_aga
         (lambda: Mix({"a": [1]}, until="lats"), "until='lats'; Known: 'all', 'first', 'longest'."),
         (lambda: Mix({"a": [1]}, weights={"b": 1}), "weights has 'b', which is no source. Known: 'a'."),
         (lambda: Mix({"a": [1], "b": [1]}, weights={"a": 1}), "weights of 'b' is None; expected a positive number"),
+        (
+            lambda: Mix({"a": [1], "b": [1]}, weights=[1, 3]),
+            'weights=[1, 3]; expected a positive number for each source by name: {"a": 1, "b": 2}',
+        ),
         (lambda: Mix({"a": [1]}, weights={"a": 0.0}), "weights of 'a' is 0.0; expected a positive number for each"),
     ],
 )
@@ -188,6 +192,17 @@ def test_settings_that_cannot_be_are_refused(make: Callable[[], Any], says: str)
     with pytest.raises(SettingError) as error:
         make()
     assert says in str(error.value)
+
+
+def test_a_source_that_is_empty_is_named() -> None:
+    for empty in ([], torch.zeros(0, 2)):
+        with pytest.raises(DataError, match=r"^the source 'b' of Mix: there is not one batch in the data"):
+            list(Mix({"a": [1], "b": empty}))
+
+
+def test_a_mix_shows_what_it_is() -> None:
+    mixed = Mix({"a": [1], "b": [2]}, weights={"a": 1, "b": 2}, until="all")
+    assert repr(mixed) == "Mix(a, b, weights={'a': 1, 'b': 2}, until='all', seed=None, tag=False)"
 
 
 def test_one_source_in_two_places_is_refused_and_a_shared_generator_is_no_exact_resume() -> None:

@@ -65,6 +65,17 @@ def test_balanced_classes_come_equally_often(labels: Any) -> None:
         assert np.abs(share - 1 / 3).max() < 4 * np.sqrt(2 / 9 / 30_000)
 
 
+@pytest.mark.parametrize("labels", [[0.5, 1.0], torch.tensor([0.5, 1.0]), pd.Series([0.5, 1.0])])
+def test_measured_values_are_no_classes(labels: Any) -> None:
+    with pytest.raises(DataError) as error:
+        WeightedSampler.balanced(labels)
+    assert str(error.value) == (
+        "labels[0] is 0.5; expected a class for each sample, a name or a whole number. Of measured values make classes "
+        "first: numpy.digitize(values, edges)"
+    )
+    assert WeightedSampler.balanced([0.0, 1.0, 1.0]).weights.tolist() == [1.0, 0.5, 0.5]
+
+
 @pytest.mark.parametrize("weights", [[0, 0], [1, -1], [1, float("nan")], [1, float("inf")]])
 def test_weights_that_are_none_are_refused(weights: Any) -> None:
     with pytest.raises(DataError, match="weights must be finite numbers >= 0, one of them at least above 0"):
@@ -191,6 +202,27 @@ def test_what_the_sampler_decides_cannot_be_given_as_well(others: Any) -> None:
         f"Loader({name}={value!r}) cannot be used with sampler=WeightedSampler(2 weights, batch_size=64, samples=2), "
         "which makes the batches. Leave it out here; a batch size is an argument of the sampler"
     )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "says"),
+    [
+        ([3, -2, 5], "lengths[1] is -2"),
+        ([3, 2.5], "lengths[1] is 2.5"),
+        ([float("nan"), 1], "lengths[0] is nan"),
+        (torch.tensor([1.0, torch.inf]), "lengths[1] is inf"),
+    ],
+)
+def test_a_length_that_is_no_whole_number_is_refused(lengths: Any, says: str) -> None:
+    with pytest.raises(DataError) as error:
+        BucketSampler(lengths, 2)
+    assert str(error.value) == f"{says}; expected a whole number from 0 for each sample"
+
+
+def test_lengths_may_be_whole_numbers_of_any_dtype_and_0() -> None:
+    wanted = rows(BucketSampler([3, 0, 5, 5], tokens=10))
+    assert rows(BucketSampler(np.array([3.0, 0.0, 5.0, 5.0]), tokens=10)) == wanted
+    assert rows(BucketSampler(torch.tensor([3, 0, 5, 5], dtype=torch.uint8), tokens=10)) == wanted
 
 
 def test_a_sampler_for_other_data_and_one_of_torch_are_refused() -> None:

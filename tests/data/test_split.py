@@ -159,6 +159,8 @@ class Stream(IterableDataset[int]):
             SettingError,
             "stratify and groups cannot be kept at the same",
         ),
+        (np.arange(2), {"stratify": [1, np.nan]}, DataError, r"stratify\[1\] is nan; expected a class for each sample"),
+        (np.arange(2), {"stratify": [1, 0.25]}, DataError, r"stratify\[1\] is 0\.25; expected a class for each sample"),
         (np.arange(9), {"stratify": [0, 1]}, SettingError, r"stratify has shape \(2,\); expected one entry a sample"),
         (np.arange(3), {"groups": [1, 1, 1]}, DataError, "all samples are of one group"),
         (np.arange(3), {"by_time": [1, 1, 1]}, DataError, "as early as all others"),

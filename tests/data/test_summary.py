@@ -208,6 +208,23 @@ def test_values_that_are_seldom_meant_are_noted() -> None:
         "[0] is float64, and models are float32: convert it once, with .float() or astype('float32')",
         "[0] has values that are not finite; a loss computed from them is NaN",
     ]
+    assert str(told).endswith("\n\nNo error found; 2 notes above.")
+
+
+@pytest.mark.parametrize(
+    ("make", "title"),
+    [
+        (list, "a list of 0 ready batches"),
+        (lambda: lambda: iter(()), "a function that gives ready batches"),
+    ],
+)
+def test_data_without_a_batch_is_a_problem(make: Callable[[], Any], title: str) -> None:
+    told = summary(make())
+    assert [step.title for step in told.steps] == [title]
+    assert str(told).endswith(
+        "\n\nPROBLEM: there is not one batch in it\nTO MEND IT: check the path, the filter or the split that the data "
+        "comes from"
+    )
 
 
 class Stream(IterableDataset[Any]):

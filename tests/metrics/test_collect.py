@@ -387,7 +387,7 @@ def test_only_metrics_that_draw_pay_for_it() -> None:
          "a metric cannot be named 'loss': the mean of what steps return as 'loss' is logged so"),
         ({"accuracy": max}, "metric 'accuracy' is a builtin_function_or_method: expected an object with update, "
          "compute and reset, such as those of loopwright.metrics and torchmetrics"),
-        ({"a": On(3, "x")}, "metric 'a' is a int: expected an object with update, "
+        ({"a": On(3, "x")}, "metric 'a' is an int: expected an object with update, "
          "compute and reset, such as those of loopwright.metrics and torchmetrics"),
     ],
 )  # fmt: skip

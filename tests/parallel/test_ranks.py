@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cases_of_ranks
 import pytest
+
+import cases_of_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -5,5 +5,6 @@ from loopwright.callbacks.checkpoint import Checkpoint
 from loopwright.callbacks.displays import display_mode
 from loopwright.callbacks.early_stopping import EarlyStopping
 from loopwright.callbacks.progress import ProgressBar
+from loopwright.callbacks.requeue import Requeue
 
-__all__ = ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "display_mode"]
+__all__ = ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue", "display_mode"]

@@ -18,6 +18,7 @@ from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.events import Callback
 from loopwright.parallel import is_shard
 from loopwright.state import Progress, Run, StepResult
+from loopwright.text import with_article
 
 __all__ = ["Capsule"]
 
@@ -27,6 +28,7 @@ _IN_STEP = (
     "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
 )  # fmt: skip
 _PARTS = {"optimizers": "the optimizer states", "weights": "the weights", "window": "the batches"}  # in this order
+_READS = 16  # as long as no step draws, the random state is read in so many steps, and then in each 16th of an epoch
 _FETCHING = "[loopwright] while fetching"
 
 
@@ -46,7 +48,8 @@ class Capsule(Callback):
     What it cannot bring back: draws from Python's or NumPy's generator in a step (their state is taken when the error
     comes), what a step has changed in place in its batch, statistics of batch norm as they were before the forward
     (they do not enter it), other buffers that change, beyond 1 MB, and weights that have moved when the
-    error comes (in a later phase, or inside of ``optimizer.step``). The manifest names what it knows of it.
+    error comes (in a later phase, or inside of ``optimizer.step``); draws of torch that began a few steps before, late
+    in an epoch of a run that had drawn nothing. The manifest names what it knows of it.
 
     Reads: batches, weights. Changes: nothing. Stops: no. Raises SettingError for a size that is none, and without a
     folder to write to.
@@ -59,6 +62,7 @@ class Capsule(Callback):
         self.max_size, self.folder = max_size, folder
         self.max_bytes = _bytes(max_size)
         self.last: Any = None  # the path of the last capsule
+        self._cuda = False
         self._forget()
 
     def _forget(self) -> None:
@@ -69,22 +73,46 @@ class Capsule(Callback):
         self._buffers: list[Tensor] = []
         self._skipped: int | None = 0
         self._in_row = 0
+        # to read torch's random state takes 15 us: where nobody draws, a step has that of a step before. As a rule it
+        # shows in the first steps who draws; where it did not, the limits of the capsule say so
+        self._random: dict[str, Tensor] = {}
+        self._reads, self._draws, self._reused = 0, self._cuda, False
 
     def on_fit_start(self, run: Run) -> None:
         if self.folder is None and run.folder is None:
             raise SettingError("Capsule needs a folder to write to: Trainer(folder='runs'), or Capsule(folder=...)")
-        self._forget()
         self._cuda = run.device.type == "cuda"
+        self._forget()
         self._skipped, self._moving = run.skipped, _moving(run)
+        if run.team is None and all(stage.accumulate == 1 for stage in run.stages):
+            # on_step_start sees all: two hooks less in each step
+            for name in ("on_batch_start", "on_step_end"):
+                own = getattr(self, name)
+                setattr(run.hooks, name, tuple(hook for hook in getattr(run.hooks, name) if hook != own))
+
+    def on_step_start(self, run: Run) -> None:
+        self._begin(run)
+        if self._open[0] is None:  # a single batch, which is fetched by now: nobody has drawn since
+            (batch,), p = run.window, run.progress
+            self._reused = not (self._draws or self._reads < _READS or p.batch % _READS == 0)
+            if not self._reused:
+                before, self._random = self._random, self._read(run)
+                self._reads += 1
+                if p.batch and before and not self._draws:  # an epoch may begin with a draw: that of its order
+                    self._draws = not torch.equal(before["torch"], self._random["torch"])
+            self._note(batch, self._random)
 
     def on_batch_start(self, run: Run, batch: Any) -> None:
-        if self._at is not run.progress:
-            self._begin(run)
+        if self._open[0] is not None:
+            self._note(batch, self._read(run))
+
+    def _read(self, run: Run) -> dict[str, Tensor]:
+        cuda = {"cuda": torch.cuda.get_rng_state(run.device)} if self._cuda else {}
+        return {"torch": torch.default_generator.get_state(), **cuda}
+
+    def _note(self, batch: Any, random: dict[str, Tensor]) -> None:
         kind = type(batch)
-        state = {"torch": torch.get_rng_state()}
-        if self._cuda:
-            state["cuda"] = torch.cuda.get_rng_state(run.device)
-        self._window.append((batch.copy() if kind is dict or kind is list else batch, state))
+        self._window.append((batch.copy() if kind is dict or kind is list else batch, random))
 
     def _begin(self, run: Run) -> None:
         """A new step; if the one before was skipped, all of it is still here."""
@@ -96,7 +124,8 @@ class Capsule(Callback):
                 warnings.warn(f"no capsule of the skipped step: {error}", LoopwrightWarning, stacklevel=2)
         self._at, self._open, self._in_row = run.progress, run.open_step, run.skips_in_row
         self._window.clear()
-        self._buffers = [owner[name].clone() for owner, name in self._moving]  # type: ignore[union-attr]
+        if self._moving:
+            self._buffers = [owner[name].clone() for owner, name in self._moving]  # type: ignore[union-attr]
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         self._window.clear()  # a batch is not held while the next one is fetched
@@ -127,6 +156,10 @@ class Capsule(Callback):
             limits.append(
                 "if it was not the first phase of the step that failed, weights are those after the phases before it"
             )
+        if self._reused and not torch.equal(self._random["torch"], torch.default_generator.get_state()):
+            limits.append(
+                f"torch's random state was read up to {_READS - 1} steps before: until then no step had drawn"
+            )
         state: dict[str, Any] = {
             "window": [{"batch": _kept(batch, f"batch {i + 1}", limits), "rng": r}
                        for i, (batch, r) in enumerate(self._window)],
@@ -148,7 +181,8 @@ class Capsule(Callback):
                          "deterministic": bool(run.settings.get("deterministic"))},
             "conditions": snapshot.conditions(run), "limits": limits,
         }  # fmt: skip
-        self.last = write(root / "capsules" / f"step-{self._at.step + 1:08d}-{name}", files, state, about)
+        rank = f"-rank{run.comm.rank}" if run.comm.rank else ""  # several may fail at once
+        self.last = write(root / "capsules" / f"step-{self._at.step + 1:08d}-{name}{rank}", files, state, about)
 
     def _models(self, run: Run, limits: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
         """Tensors of the models as they were before the step, and what else their state_dicts hold."""
@@ -237,7 +271,7 @@ def _kept(value: Any, where: str, limits: list[str]) -> Any:
     try:
         check(value)
     except CheckpointError:
-        limits.append(f"{where} was left out: it is a {kind.__module__}.{kind.__qualname__}")
+        limits.append(f"{where} was left out: it is {with_article(f'{kind.__module__}.{kind.__qualname__}')}")
         return None
     return value
 

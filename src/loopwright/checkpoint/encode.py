@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from loopwright.errors import CheckpointError
 from loopwright.parallel import is_shard, local
+from loopwright.text import with_article
 
 __all__ = ["check", "encode"]
 
@@ -119,7 +120,7 @@ class _Encoder:
             return {TAG: "tensor", "name": self._keep(tensor.detach(), where)}
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             raise CheckpointError(
-                f"{where} is a {_described(tensor)}, which cannot be saved; "
+                f"{where} is {with_article(_described(tensor))}, which cannot be saved; "
                 "convert it to a plain tensor in state_dict()"
             )
         tensor = tensor.detach()
@@ -189,7 +190,9 @@ def _refusal(value: Any, where: str) -> CheckpointError:
         fix = "return its state_dict() instead"
     else:
         fix = "return numbers, strings, tensors, and lists, tuples, sets and dicts of them"
-    return CheckpointError(f"{where or 'the state'} is a {shown}{dtype}, which cannot be saved in a checkpoint; {fix}")
+    return CheckpointError(
+        f"{where or 'the state'} is {with_article(shown)}{dtype}, which cannot be saved in a checkpoint; {fix}"
+    )
 
 
 def _set(name: str) -> Callable[[_Encoder, Any, str, int], Any]:

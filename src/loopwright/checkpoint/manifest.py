@@ -20,6 +20,7 @@ from loopwright import __version__
 from loopwright.checkpoint.migrations import FORMAT, migrate_manifest
 from loopwright.checkpoint.places import Place
 from loopwright.errors import CheckpointError
+from loopwright.text import with_article
 
 __all__ = ["FILE", "FORMAT", "NAME", "parse", "peek", "render"]
 
@@ -94,7 +95,7 @@ def _load(file: Place) -> tuple[dict[str, Any], bytes]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(manifest, dict):
-        raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
+        raise ValueError(f"it holds {with_article(type(manifest).__name__)}, not an object")
     return manifest, text
 
 

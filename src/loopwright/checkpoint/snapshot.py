@@ -24,9 +24,10 @@ from loopwright.handlers import Handler
 from loopwright.parallel import like
 from loopwright.progress import Progress
 from loopwright.state import Run, Stage, has_state
+from loopwright.text import with_article
 
 __all__ = [
-    "check", "check_fit", "conditions", "info", "own", "progress", "recipe", "restore",
+    "check", "check_fit", "conditions", "info", "own", "progress", "recipe", "remembering", "restore",
     "restore_loggers", "restore_models", "shared_out", "take",
 ]  # fmt: skip
 
@@ -168,7 +169,8 @@ def restore(run: Run, data: Contents) -> None:
     try:
         _load_models(run, data)
         for name, optimizer in run.optimizers.items():
-            optimizer.load_state_dict(_held(optimizer, state["optimizers"][name]))
+            saved = state["optimizers"][name]
+            optimizer.load_state_dict(_held(optimizer, saved) if shared_out(run) else saved)
             if state["progress"]["step"]:
                 has_stepped(optimizer)
         _load_parts(run, state)
@@ -241,6 +243,11 @@ def run_groups(run: Run) -> dict[str, dict[str, Any]]:
     if len(run.models) == 1:
         return {"model": next(iter(run.models.values())).state_dict()}
     return {f"model.{name}": model.state_dict() for name, model in run.models.items()}
+
+
+def remembering(run: Run, data: Contents) -> list[Any]:
+    """The callbacks of ``run`` for which a checkpoint holds what they remember."""
+    return [callback for callback, _ in _matched(run.callbacks, data.state["callbacks"])]
 
 
 def _models(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
@@ -392,8 +399,8 @@ def _given(name: str, obj: Any) -> Any:
     if has_state(obj):
         return obj.state_dict()
     raise CheckpointError(
-        f"state[{name!r}] is a {_kind(obj)}, which has no state_dict and load_state_dict; give an object that has "
-        f"them, or two functions: state={{{name!r}: (get, set)}}"
+        f"state[{name!r}] is {with_article(_kind(obj))}, which has no state_dict and load_state_dict; give an "
+        f"object that has them, or two functions: state={{{name!r}: (get, set)}}"
     )
 
 

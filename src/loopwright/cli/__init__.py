@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     runs = _add(commands, "runs", _runs, "list the runs in a folder, the newest first")
     runs.add_argument("folder", nargs="?", default="runs", type=Path, help="where the runs are (default: runs)")
 
+    _add_launch(_add(commands, "launch", _launch, "start a script in several processes, through torchrun"))
+
     checkpoints = _add(commands, "checkpoints", None, "list, show, verify and prune the checkpoints of a run")
     _add_checkpoints(checkpoints.add_subparsers(metavar="COMMAND", title="commands"))
 
@@ -69,6 +71,26 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("capsule", type=Path, metavar="CAPSULE", help="the folder that the failed run wrote")
     replay.add_argument("--task", required=True, metavar="MODULE:FUNCTION", help="what makes the task of that run")
     return parser
+
+
+def _add_launch(launch: argparse.ArgumentParser) -> None:
+    launch.usage = (
+        "loopwright launch --nproc N [--nodes N --node-rank R --address HOST:PORT] [--restarts K] [--dry-run] "
+        "-- train.py [ARGUMENT ...]"
+    )
+    launch.add_argument("--nproc", type=int, required=True, metavar="N", help="processes on this machine")
+    launch.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; type the command on each of them")
+    launch.add_argument("--node-rank", type=int, metavar="R", help="which machine this is: 0, 1, ...")
+    launch.add_argument("--address", metavar="HOST:PORT", help="where they meet: a free port on machine 0")
+    launch.add_argument(
+        "--restarts", type=int, default=0, metavar="K",
+        help='start all processes anew after a failure, up to K times; with fit(resume="auto") they go on',
+    )  # fmt: skip
+    launch.add_argument("--dry-run", action="store_true", help="print what would be run")
+    launch.add_argument(
+        "program", nargs=argparse.REMAINDER, metavar="-- train.py",
+        help="a script, or -m and a module, with its arguments",
+    )  # fmt: skip
 
 
 def _add_checkpoints(commands: Any) -> None:
@@ -118,6 +140,15 @@ def _runs(args: Any) -> int:
     from loopwright.cli.runs import print_runs
 
     return print_runs(args.folder)
+
+
+def _launch(args: Any) -> int:
+    from loopwright.cli.launch import launch
+
+    return launch(
+        args.program, nproc=args.nproc, nodes=args.nodes, node_rank=args.node_rank, address=args.address,
+        restarts=args.restarts, dry=args.dry_run,
+    )  # fmt: skip
 
 
 def _ls(args: Any) -> int:

@@ -17,9 +17,10 @@ def print_imported(source: Path, dest: str, *, key: str | None, prefix: str) -> 
     info, tensors = data.info, data.files["model"]
     size = format_size(sum(t.numel() * t.element_size() for t in tensors.values()))
     place = f" from {info['weights_at']!r}" if info["weights_at"] else ""
-    print(safe(f"{dest}: {len(tensors)} tensors{place}, {size}"))
+    print(safe(f"{dest}: {len(tensors)} tensor{'s' * (len(tensors) != 1)}{place}, {size}"))
     counts = [f"{name} {info[name]}" for name in ("epoch", "step") if info[name] is not None]
-    counts += [f"{len(info['settings'])} settings"] if info["settings"] else []
+    number = len(info["settings"])
+    counts += [f"{number} setting{'s' * (number != 1)}"] if number else []
     if counts:
         print(safe(f"also kept: {', '.join(counts)}"))
     if info["left_out"]:

@@ -32,15 +32,28 @@ def checkpoints_at(path: Place) -> list[Place]:
 
 def _runs_in(path: Place) -> list[Place]:
     """The runs in a folder, the newest last: their names begin with the time."""
-    runs = [place for place in (path.iterdir() if path.is_dir() else ()) if (place / _RUN).is_file()]
+    runs = [place for place in _entries(path) if (place / _RUN).is_file()]
     return sorted(runs, key=lambda run: run.name)
+
+
+def _entries(path: Place) -> list[Place]:
+    try:
+        return list(path.iterdir()) if path.is_dir() else []
+    except OSError:  # it may not be read
+        return []
+
+
+def _has_runs(path: Place) -> bool:
+    """True for a run, a checkpoint, a folder of either, and a folder of such folders, as ``runs`` is."""
+    own = (path / _RUN).is_file() or (path / NAME).is_file()
+    return own or bool(list_checkpoints(path) or _runs_in(path)) or any(map(_runs_in, _entries(path)))
 
 
 def _nothing_at(path: Place) -> str:
     if not path.exists():
-        beside = [place.name for place in path.parent.iterdir()] if path.parent.is_dir() else []
-        return f"{path} does not exist. {choose(path.name, beside)}"
-    below = sorted(place.name for place in path.iterdir() if _runs_in(place)) if path.is_dir() else []
+        beside = [place.name for place in _entries(path.parent) if _has_runs(place)]
+        return f"{path} does not exist" + (f". {choose(path.name, beside)}" if beside else "")
+    below = sorted(place.name for place in _entries(path) if _runs_in(place))
     hint = f". It holds runs named {', '.join(below)}: give {path / below[0]}" if below else ""
     return f"{path} is no run and no checkpoint{hint}"
 

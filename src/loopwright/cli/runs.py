@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 from loopwright import __version__
 from loopwright.cli.tables import safe
@@ -30,7 +31,7 @@ def print_environment() -> int:
 
 
 def print_runs(folder: Path) -> int:
-    """The runs below ``folder``, the newest first, with status and metrics."""
+    """The runs below ``folder``, the newest first, with status, what ended those that failed, and metrics."""
     files = (path for path in folder.glob("*/*/run.json") if path.is_file())
     found = sorted(files, key=lambda path: path.parent.name, reverse=True)
     if not found:
@@ -39,9 +40,20 @@ def print_runs(folder: Path) -> int:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             metrics = dict(record.get("metrics") or {})
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
+            shown = [f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))]
+            line = "  ".join([f"{record.get('status', '?')!s:<11}", *_end_of(record), *shown])
         except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             print(f"{safe(str(path.parent))}  unreadable run.json")
             continue
-        print(safe(f"{path.parent}  {record.get('status', '?')!s:<11} {shown}"))
+        print(safe(f"{path.parent}  {line}"))
     return 0
+
+
+def _end_of(record: dict[str, Any]) -> list[str]:
+    """What ended a run too early, and where; empty for one that runs or is done."""
+    error, progress = record.get("error"), record.get("progress")
+    if not isinstance(error, dict):
+        return []
+    step = f"after step {progress.get('step')}: " if isinstance(progress, dict) else ""
+    text = f"{error.get('type')}: {error.get('message')}".removesuffix(": ").partition("\n")[0]
+    return [f"{step}{text[:100]}{'...' * (len(text) > 100)}"]

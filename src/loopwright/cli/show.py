@@ -168,5 +168,9 @@ def _lines(settings: Any, indent: str = "") -> Iterator[str]:
         if isinstance(value, dict) and value:
             yield f"{indent}{name}:"
             yield from _lines(value, indent + "  ")
+        elif isinstance(value, list) and any(isinstance(one, dict) and one for one in value):
+            yield f"{indent}{name}:"
+            for one in value:
+                yield from (f"{indent}{'  ' if i else '- '}{line}" for i, line in enumerate(_lines(one)))
         else:
             yield f"{indent}{name}: {value if isinstance(value, str) else format_any(value)}"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loopwright.text import format_count, format_value
+from loopwright.text import format_count, format_value, with_article
 
 __all__ = ["format_any", "format_size", "format_written", "plain", "safe", "table"]
 
@@ -68,7 +68,7 @@ def format_any(value: Any) -> str:
     try:
         text = format_value(value) if value is None or isinstance(value, float) else str(value)
     except ValueError:  # a number with more digits than Python writes is in it
-        text = f"a {type(value).__name__}"
+        text = with_article(type(value).__name__)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

@@ -1,6 +1,7 @@
 """Data as batches in a known order: adapters for what users have, our own loader, and what the loop asks of a batch."""
 
 from loopwright.data.batch import move, samples
+from loopwright.data.download import fetch
 from loopwright.data.fingerprint import changes, fingerprint
 from loopwright.data.gather import Gather
 from loopwright.data.iterated import Iterated
@@ -16,8 +17,6 @@ from loopwright.data.sources import as_source, as_sources
 from loopwright.data.split import folds, train_valid_split
 from loopwright.data.summary import summary
 from loopwright.data.torch_loader import TorchLoader
-
-from loopwright.data.download import fetch  # isort: skip - last: the module fetch, which gets samples, took the name
 
 __all__ = [
     "BatchSampler",

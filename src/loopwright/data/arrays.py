@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack
 
 from loopwright.errors import DataError
 
-__all__ = ["as_tensors", "is_array", "pick", "shared_length"]
+__all__ = ["as_tensors", "check_classes", "is_array", "pick", "shared_length"]
 
 
 def is_array(data: object) -> bool:
@@ -133,6 +133,17 @@ def shared_length(data: Any) -> int:
             "ready batches must be given as a list"
         )
     return next(iter(lengths.values()))
+
+
+def check_classes(labels: Any, name: str) -> None:
+    """Raise DataError for labels that are measured and not classes: floats that are no whole numbers."""
+    column = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    odd = np.flatnonzero(column != np.floor(column)).tolist() if column.dtype.kind == "f" else []
+    if odd:
+        raise DataError(
+            f"{name}[{odd[0]}] is {column.flat[odd[0]]:g}; expected a class for each sample, a name or a whole number. "
+            "Of measured values make classes first: numpy.digitize(values, edges)"
+        )
 
 
 def pick(data: Any, rows: Tensor) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
 
 from loopwright.data.unpack import stem_of, unpack
 from loopwright.errors import DataError, SettingError
@@ -34,10 +35,11 @@ def fetch(url: str, sha256: str | None = None, *, folder: str | Path | None = No
     ``folder``; without it below the environment variable LOOPWRIGHT_DATA, or else below ~/.cache/loopwright.
 
     With ``sha256`` (64 hex digits) the content is verified, also when it was there already. Without it only https and
-    file URLs are taken, http is not. Processes may fetch the same file at the same time. No archive can write
-    outside its folder, make links, or grow beyond a gigabyte and 100 times its size. Progress of big files is written
-    to stderr. Raises DataError if the file cannot be had, or is not what was asked for, and SettingError for a URL or
-    a hash that cannot be used.
+    file URLs are taken, http is not; a file of this machine that has changed is fetched anew, and an archive that
+    cannot be unpacked is deleted, so that the next call fetches it again. Processes may fetch the same file at the same
+    time. No archive can write outside its folder, make links, or grow beyond a gigabyte and 100 times its size.
+    Progress of big files is written to stderr. Raises DataError if the file cannot be had, or is not what was asked
+    for, and SettingError for a URL or a hash that cannot be used.
 
     >>> import pathlib, tempfile
     >>> source = pathlib.Path(tempfile.mkdtemp()) / "words.txt"
@@ -50,7 +52,8 @@ def fetch(url: str, sha256: str | None = None, *, folder: str | Path | None = No
     sha256 = sha256 and sha256.lower()
     _check_scheme(url, sha256)
     name = _name(url)
-    own = f"{stem_of(name) or name}-{hashlib.sha256(f'{url} {sha256}'.encode()).hexdigest()[:8]}"
+    identity = f"{url} {sha256}{_stamp(url) if sha256 is None else ''}"
+    own = f"{stem_of(name) or name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     place = _root(folder) / own
     file, target = place / name, place / (stem_of(name) or name)
     wants = extract and stem_of(name) is not None
@@ -59,7 +62,16 @@ def fetch(url: str, sha256: str | None = None, *, folder: str | Path | None = No
     if not file.exists() or (sha256 is not None and _hash(file) != sha256):
         place.mkdir(parents=True, exist_ok=True)
         _download(url, sha256, file)
-    return unpack(file, target) if wants else file
+    if not wants:
+        return file
+    try:
+        return unpack(file, target)
+    except DataError as error:
+        ours = getattr(error.__cause__, "errno", None) is not None  # a full disk, a permission
+        if sha256 is None and not ours:  # what was asked for by its hash would only come again
+            file.unlink(missing_ok=True)
+            error.add_note(f"[loopwright] {file} was deleted: the next call fetches it anew")
+        raise
 
 
 def _root(folder: str | Path | None) -> Path:
@@ -68,7 +80,22 @@ def _root(folder: str | Path | None) -> Path:
     return Path(folder).expanduser()
 
 
+def _stamp(url: str) -> str:
+    """Of a file of this machine, size and time: another version of it is another file, with a place of its own."""
+    if urlsplit(url).scheme != "file":
+        return ""
+    try:
+        found = os.stat(url2pathname(urlsplit(url).path))
+    except OSError:
+        return ""  # fetching it says why
+    return f" {found.st_size} {found.st_mtime_ns}"
+
+
 def _check_scheme(url: str, sha256: str | None) -> None:
+    if not isinstance(url, str):
+        path = isinstance(url, os.PathLike)
+        mend = "path.resolve().as_uri() for a file of this machine" if path else "'https://example.org/digits.zip'"
+        raise SettingError(f"cannot fetch {url!r}, which is no text; expected a URL, such as {mend}")
     scheme = urlsplit(url).scheme
     if scheme == "http" and sha256 is None:
         raise SettingError(
@@ -76,7 +103,10 @@ def _check_scheme(url: str, sha256: str | None) -> None:
             "say what it must be: fetch(url, sha256=...)"
         )
     if scheme not in ("https", "http", "file"):
-        raise SettingError(f"cannot fetch {url!r}; expected a URL that begins with https:// or file://")
+        raise SettingError(
+            f"cannot fetch {url!r}; expected a URL that begins with https:// or file://. Of a file of this machine: "
+            "fetch(pathlib.Path(...).resolve().as_uri())"
+        )
 
 
 def _name(url: str) -> str:

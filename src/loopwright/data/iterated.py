@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from loopwright import rng
 from loopwright._compat import has_ended, stop_workers
 from loopwright.data.batch import samples
-from loopwright.data.fetch import add_fetch_note
+from loopwright.data.fetching import add_fetch_note
 from loopwright.data.generators import Streams, get_globals, set_globals
 from loopwright.data.plan import check_state
 from loopwright.errors import DataError

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopwright.data.fetch import place_of
+from loopwright.data.fetching import keep_fetch_note, place_of
 from loopwright.data.generators import Streams
 from loopwright.data.plan import Blocks, Plan, Planned, check_state, order_of
 from loopwright.data.readers import reader_of
 from loopwright.data.samplers import BatchSampler
 from loopwright.data.share import Cut, Part
 from loopwright.data.workers import Watch, Workers
-from loopwright.errors import DataError, SettingError
+from loopwright.errors import DataError, SettingError, elsewhere
 
 __all__ = ["Loader"]
 
@@ -50,6 +50,10 @@ class Loader:
     3
     """
 
+    @elsewhere(
+        num_workers="workers", collate_fn="collate", prefetch_factor="prefetch", batch_sampler="sampler",
+        generator="seed", bs="batch_size",
+    )  # fmt: skip
     def __init__(
         self,
         data: Any,
@@ -191,7 +195,8 @@ class Loader:
             else:
                 self._idle.append(workers)
             raise
-        except BaseException:
+        except BaseException as error:
+            keep_fetch_note(error)
             workers.close()
             raise
         self._idle.append(workers)

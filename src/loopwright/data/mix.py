@@ -68,18 +68,30 @@ class Mix:
     def as_source(self, *, train: bool, key: int) -> Mixed:
         """What ``fit`` and the evaluations read."""
         key = key if self.seed is None else self.seed
-        read = {name: as_source(data, train=train, key=_hash(key, name)) for name, data in self.sources.items()}
+        read: dict[str, Source] = {}
+        for name, data in self.sources.items():
+            try:
+                read[name] = as_source(data, train=train, key=_hash(key, name))
+            except DataError as error:
+                raise DataError(f"the source {name!r} of Mix: {error}") from error
         return Mixed(self, read, key)
 
     def __iter__(self) -> Iterator[Any]:
         self._passes += 1
         return self.as_source(train=True, key=torch.initial_seed()).at(self._passes - 1, 0)
 
+    def __repr__(self) -> str:
+        names = ("weights", "until", "seed", "tag")
+        return f"Mix({', '.join(self.sources)}, {', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
     def fingerprint(self) -> dict[str, Any]:
         return {"kind": "Mix", "sources": {name: fingerprint(data) for name, data in self.sources.items()}}
 
 
-def _check_weights(weights: Mapping[str, float], sources: Mapping[str, Any]) -> None:
+def _check_weights(weights: Any, sources: Mapping[str, Any]) -> None:
+    if not isinstance(weights, Mapping):
+        named = ", ".join(f'"{name}": {number}' for number, name in enumerate(sources, 1))
+        raise SettingError(f"weights={weights!r}; expected a positive number for each source by name: {{{named}}}")
     for name in [*weights, *sources]:
         if name not in sources:
             raise SettingError(f"weights has {name!r}, which is no source. {choose(name, sources)}")

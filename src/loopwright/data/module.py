@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loopwright.errors import DataError, SettingError, choose
+from loopwright.state import Comm
 
 __all__ = ["DataModule", "data_of", "opened"]
 
@@ -51,11 +52,11 @@ class DataModule:
         return None
 
 
-def opened(data: Any, kind: str) -> Any:
-    """``data`` itself, or that of a DataModule, which is prepared and set up for it."""
+def opened(data: Any, kind: str, comm: Comm) -> Any:
+    """``data`` itself, or that of a DataModule, which rank 0 prepares and every rank sets up for it."""
     if not isinstance(data, DataModule):
         return data
-    data.prepare_data()
+    comm.first(data.prepare_data)
     data.setup()
     return data_of(data, kind)
 

@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from loopwright.data.fetch import Indices
+from loopwright.data.fetching import Indices
 from loopwright.data.generators import Streams, get_globals
 from loopwright.data.share import Cut, Part
 from loopwright.errors import DataError

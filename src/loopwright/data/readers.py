@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
 
 from loopwright.data.arrays import as_tensors, is_array, pick, shared_length
-from loopwright.data.fetch import Indices, add_fetch_note, fetch_samples
+from loopwright.data.fetching import Indices, add_fetch_note, fetch_samples
 from loopwright.data.gather import has_plain_rows, rows_of
 from loopwright.data.generators import Streams, kept
 from loopwright.data.plan import seed_from
 from loopwright.errors import DataError, SettingError
+from loopwright.text import with_article
 
 __all__ = ["Rows", "RowsAsSamples", "Samples", "reader_of", "takes_rng"]
 
@@ -266,7 +267,7 @@ def takes_rng(transform: Callable[..., Any]) -> bool:
 
 def _kind(data: Any) -> str:
     if isinstance(data, (list, tuple)) and data:
-        return f"a {type(data).__name__} of {type(data[0]).__name__}"
+        return f"{with_article(type(data).__name__)} of {type(data[0]).__name__}"
     return f"an empty {type(data).__name__}" if isinstance(data, (list, tuple, Mapping)) and not data else repr(data)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopwright.data.arrays import as_tensors
+from loopwright.data.arrays import as_tensors, check_classes
 from loopwright.data.plan import Plan, Planned, seed_from, shuffled
 from loopwright.errors import DataError, SettingError
 
@@ -65,9 +65,12 @@ class WeightedSampler:
     def balanced(cls, labels: Any, batch_size: int = 64, *, samples: int | None = None) -> WeightedSampler:
         """Every class equally often, whatever its share of the data; ``labels``: the class of each sample.
 
+        A class is a name or a whole number; raises DataError for other numbers.
+
         >>> WeightedSampler.balanced(["cat", "dog", "dog"]).weights.tolist()
         [1.0, 0.5, 0.5]
         """
+        check_classes(labels, "labels")
         values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         _, found, counts = np.unique(values, return_inverse=True, return_counts=True)
         return cls(torch.from_numpy(1.0 / counts[found]), batch_size, samples=samples)
@@ -90,8 +93,8 @@ class BucketSampler:
     most ``batch_size`` samples; with ``tokens`` also at most that many tokens with its padding:
     ``samples * longest sample <= tokens``.
 
-    Raises SettingError if neither limit is given or a number is below 1, DataError for a sample that is longer than
-    ``tokens``.
+    Raises SettingError if neither limit is given or a number is below 1, DataError for a length that is no whole
+    number from 0, and for a sample that is longer than ``tokens``.
 
     >>> sampler = BucketSampler([5, 1, 4, 1, 5, 9, 2, 6], tokens=12, buckets=4)
     >>> sorted(len(batch) for batch in sampler.batches(0, key=1))
@@ -103,7 +106,7 @@ class BucketSampler:
     ) -> None:
         if batch_size is None and tokens is None:
             raise SettingError("BucketSampler needs a limit: batch_size=... samples, or tokens=... a batch, or both")
-        self.lengths = _column(lengths, "lengths")
+        self.lengths = _whole(_column(lengths, "lengths"))
         self.length = len(self.lengths)
         self.batch_size = None if batch_size is None else _at_least_1("batch_size", batch_size)
         self.tokens = None if tokens is None else _at_least_1("tokens", tokens)
@@ -150,6 +153,14 @@ def _column(values: Any, name: str) -> Tensor:
     if column.dim() != 1 or not len(column):
         raise DataError(f"{name} has shape {tuple(column.shape)}; expected one number for each sample")
     return column
+
+
+def _whole(lengths: Tensor) -> Tensor:
+    wrong = ~((lengths >= 0) & (lengths == lengths.trunc()) & lengths.isfinite())
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise DataError(f"lengths[{first}] is {lengths[first].item()}; expected a whole number from 0 for each sample")
+    return lengths.long()
 
 
 def _at_least_1(name: str, value: Any) -> int:

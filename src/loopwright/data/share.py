@@ -1,4 +1,4 @@
-"""Which part of each batch this rank reads: a slice of it in training, every so many-th whole batch in evaluation."""
+"""Which part of each batch a rank reads: a slice of it in training, every so many-th whole batch in evaluation."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset
 
-from loopwright.data.arrays import is_array
+from loopwright.data.arrays import check_classes, is_array
 from loopwright.data.plan import shuffled
 from loopwright.errors import DataError, SettingError
 
@@ -32,7 +32,8 @@ def train_valid_split(
     ``valid`` is a share or a number of samples: m = round(share * n), at least 1 and at most n - 1. Which samples it
     takes depends on ``seed`` and n and on nothing else, and never on the global generators.
 
-    - ``stratify``, one label a sample: every class gives its share, to the nearest whole number; m in all.
+    - ``stratify``, one class a sample (a name or a whole number): every class gives its share, to the nearest whole
+      number; m in all.
     - ``groups``, one name a sample: no group is in both parts; whole groups, in shuffled order, as long as m is not
       exceeded, and at least the smallest.
     - ``by_time``, one time a sample, or True for data in order of time: the latest m, and what is as late as the
@@ -139,6 +140,8 @@ def _latest(times: Any, n: int, m: int) -> Index:
 
 def _codes(labels: Any, n: int, name: str) -> Index:
     """The labels numbered from 0."""
+    if name == "stratify":
+        check_classes(labels, name)
     return cast(Index, np.unique(_column(labels, n, name), return_inverse=True)[1])
 
 

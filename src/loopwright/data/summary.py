@@ -16,17 +16,19 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from loopwright import rng
 from loopwright.data.arrays import as_tensors, is_array, pick, shared_length
 from loopwright.data.diagnosis import diagnose
-from loopwright.data.fetch import fetch_samples
+from loopwright.data.fetching import fetch_samples
 from loopwright.data.generators import Streams, kept
 from loopwright.data.loader import Loader
 from loopwright.data.sources import as_source
 from loopwright.data.words import count, parts_of
 from loopwright.errors import LoopwrightError
+from loopwright.text import with_article
 
 __all__ = ["Step", "Summary", "summary"]
 
 _ROLES = ("transform", "target_transform", "transforms")  # where datasets keep what they apply to a sample
 _BATCH = 64
+_NONE = object()
 
 
 @dataclass(slots=True)
@@ -40,7 +42,7 @@ class Step:
 
 @dataclass(slots=True)
 class Summary:
-    """What ``summary`` found; ``print`` it. ``problem`` and ``fix`` are None where all went well."""
+    """What ``summary`` found; ``print`` it. ``problem`` is None where all went well, ``fix`` also where it tells."""
 
     name: str
     steps: list[Step] = field(default_factory=list)
@@ -66,7 +68,10 @@ class Summary:
     __repr__ = __str__
 
     def _end(self) -> list[str]:
-        return [f"PROBLEM: {self.problem}", f"TO MEND IT: {self.fix}"] if self.problem else ["No problem found."]
+        if self.problem:
+            return [f"PROBLEM: {self.problem}", *([f"TO MEND IT: {self.fix}"] if self.fix else [])]
+        odd = f"; {count(len(self.notes), 'note')} above" if self.notes else ""
+        return [f"No error found{odd}." if odd else "No problem found."]
 
 
 def summary(data: Any) -> Summary:
@@ -141,9 +146,14 @@ class _Walk:
         return self._ready(iter(data), f"{_name(data)} gives ready batches; batch 0 is")
 
     def _ready(self, batches: Iterator[Any], title: str) -> None:
-        first = next(batches, None)
+        first = next(batches, _NONE)
         if hasattr(batches, "close"):
             batches.close()
+        if first is _NONE:
+            self.told.steps.append(Step(title.partition(";")[0].removesuffix(" is")))
+            self._stop(
+                "there is not one batch in it", "check the path, the filter or the split that the data comes from"
+            )
         self._tell(title, first)
 
     def _own(self, loader: Loader) -> None:
@@ -310,7 +320,7 @@ def _tell_epoch(told: Summary, data: Any) -> None:
     try:
         source = as_source(data, train=False, key=0)
     except LoopwrightError as error:
-        told.problem, told.fix = str(error), "see above"
+        told.problem = str(error)  # which says what to do
         return
     loader = data if isinstance(data, (DataLoader, Loader)) else getattr(source, "loader", source)
     told.batches, told.exact = source.batches, source.exact
@@ -356,7 +366,7 @@ def _name(one: Any) -> str:
     if isinstance(one, DataLoader):
         return f"{type(one).__name__} of {_name(one.dataset)}"
     if is_array(one) and isinstance(one, (tuple, list, Mapping)):
-        return f"a {type(one).__name__} of arrays"
+        return f"{with_article(type(one).__name__)} of arrays"
     return str(getattr(one, "__qualname__", type(one).__name__))
 
 

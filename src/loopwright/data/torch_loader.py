@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from loopwright import rng
 from loopwright._compat import begin_workers, copy_loader, stop_workers
-from loopwright.data.fetch import add_fetch_note, place_of
+from loopwright.data.fetching import add_fetch_note, place_of
 from loopwright.data.generators import Streams
 from loopwright.data.order import Order
 from loopwright.data.plan import Plan, check_state
@@ -72,6 +72,11 @@ class TorchLoader:
         self._order.cut = cut
         if self.workers:
             self._start.rank = cut.rank
+
+    @property
+    def digest(self) -> int:
+        """Stands for the indices that were read in the open epoch, of all ranks together."""
+        return self._order.digest
 
     @property
     def batches(self) -> int | None:
@@ -241,11 +246,11 @@ class TorchLoader:
                         if moved is not None:
                             self._states[worker] = moved
                     if order.cut is not None:
-                        for item in order.parts(item):
+                        for part in order.parts(item):
                             batch += 1
                             self._at = (epoch, batch)
-                            yield item
-                        del item
+                            yield part
+                        del item, part
                         continue
                     order.used()
                     batch += 1

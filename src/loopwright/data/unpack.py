@@ -69,7 +69,8 @@ def unpack(file: Path, target: Path) -> Path:
     except DataError:  # a ValueError
         raise
     except _BROKEN as error:
-        raise DataError(f"cannot unpack {file}: {error}. It may be damaged: delete it and fetch it again") from error
+        own = getattr(error, "errno", None) is not None  # of the disk, or a permission; no fault of the archive
+        raise DataError(f"cannot unpack {file}: {error}{'' if own else '. It is damaged, or no archive'}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target

@@ -8,6 +8,7 @@ from typing import Any
 
 from loopwright.errors import SettingError
 from loopwright.metrics.select import On
+from loopwright.text import with_article
 
 __all__ = ["check_metrics", "fresh", "unwrapped"]
 
@@ -39,8 +40,8 @@ def check_metrics(metrics: Any) -> dict[str, Any]:
             raise SettingError(f"metric {name!r} is the class {inner.__name__}: write {inner.__name__}()")
         if not _is_metric(inner):
             raise SettingError(
-                f"metric {name!r} is a {type(inner).__name__}: expected an object with update, compute and reset, such "
-                "as those of loopwright.metrics and torchmetrics"
+                f"metric {name!r} is {with_article(type(inner).__name__)}: expected an object with update, compute and "
+                "reset, such as those of loopwright.metrics and torchmetrics"
             )
         if not isinstance(inputs, tuple) or not inputs or not all(isinstance(key, str) for key in inputs):
             raise SettingError(

@@ -147,7 +147,7 @@ class Meters:
     # ------------------------------------------------------------------------------------------ several ranks
 
     def cut(self) -> dict[str, Any]:
-        """What has been taken in since the last cut, which is forgotten; None for torchmetrics', which join themselves."""
+        """What was taken in since the last cut, which is forgotten; None for torchmetrics', which join themselves."""
         states: dict[str, Any] = {}
         for name in self._fed:
             metric, states[name] = unwrapped(self.metrics[name])[0], None

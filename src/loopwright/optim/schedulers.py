@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 
 from loopwright.errors import SettingError, choose
 
-__all__ = ["Scheduler", "as_schedulers", "per_step"]
+__all__ = ["Scheduler", "as_schedulers", "per_step", "settings_of"]
 
 
 class Scheduler:
@@ -68,6 +69,31 @@ class Scheduler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.torch.load_state_dict(dict(state["torch"]))
         self._seen = state["seen"]
+
+
+def settings_of(scheduler: Scheduler) -> dict[str, Any]:
+    """When it is stepped, what it looks at, and what it was made with, as far as torch keeps that.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    >>> settings_of(Scheduler(torch.optim.lr_scheduler.StepLR(optimizer, 2)))
+    {'class': <class 'torch.optim.lr_scheduler.StepLR'>, 'every': 'epoch', 'step_size': 2, 'gamma': 0.1}
+    """
+    looks = {"monitor": scheduler.monitor or scheduler.default_monitor} if scheduler.plateau else {}
+    return {"class": type(scheduler.torch), "every": scheduler.every, **looks, **_made_with(scheduler.torch)}
+
+
+def _made_with(scheduler: Any) -> dict[str, Any]:
+    """Arguments by name: an attribute of that name, of its plural, or a value that was put into the optimizer."""
+    found: dict[str, Any] = {}
+    held = {**scheduler.optimizer.param_groups[0], **vars(scheduler)}
+    for name in inspect.signature(type(scheduler)).parameters:
+        kept = next((key for key in (name, f"_{name}", f"{name}s") if key in held), None)
+        if kept is not None and name not in ("optimizer", "last_epoch"):
+            value = held[kept]
+            nested = isinstance(value, (list, tuple)) and any(isinstance(one, LRScheduler) for one in value)
+            found[name] = [{"class": type(one), **_made_with(one)} for one in value] if nested else value
+    return found
 
 
 def per_step(scheduler: Any) -> Scheduler:

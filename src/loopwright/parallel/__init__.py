@@ -4,12 +4,36 @@ from loopwright.parallel.comm import Ranks, Single
 from loopwright.parallel.ddp import DDP
 from loopwright.parallel.device import pick_device
 from loopwright.parallel.fsdp import FSDP
+from loopwright.parallel.join import join, local_device
 from loopwright.parallel.pick import check_strategy, pick_team
 from loopwright.parallel.precision import Autocast, Plain, pick_precision
 from loopwright.parallel.shards import is_shard, like, local, region, shard_of, whole
-from loopwright.parallel.team import Spare, Team
+from loopwright.parallel.team import Spare, Team, watched
+from loopwright.parallel.world import World, check_world, find_world
 
 __all__ = [
-    "Autocast", "DDP", "FSDP", "Plain", "Ranks", "Single", "Spare", "Team", "check_strategy", "is_shard", "like",
-    "local", "pick_device", "pick_precision", "pick_team", "region", "shard_of", "whole",
-]  # fmt: skip
+    "DDP",
+    "FSDP",
+    "Autocast",
+    "Plain",
+    "Ranks",
+    "Single",
+    "Spare",
+    "Team",
+    "World",
+    "check_strategy",
+    "check_world",
+    "find_world",
+    "is_shard",
+    "join",
+    "like",
+    "local",
+    "local_device",
+    "pick_device",
+    "pick_precision",
+    "pick_team",
+    "region",
+    "shard_of",
+    "watched",
+    "whole",
+]

@@ -109,7 +109,7 @@ class Ranks:
 
 
 def _on_cpu(value: Any) -> Any:
-    """``value`` with the tensors in its dicts, lists and tuples on the CPU: on another rank they would take a device."""
+    """``value`` with the tensors in it on the CPU: elsewhere they would take a device of the rank that gets them."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ class DDP:
     objectives do not wait for each other's gradients, ``state_dict`` keys stay, and your module is not wrapped. Of an
     accumulation window only the last backward communicates. ``find_unused=True`` allows for steps that do not reach
     all parameters, and costs a walk through the graph at each step; without it such a step is an error that names
-    them. ``options`` go to DistributedDataParallel (``bucket_cap_mb``, ``gradient_as_bucket_view``, ...).
+    them. A rank that fails, dies or hangs ends all of them within ``timeout`` seconds. ``options`` go to
+    DistributedDataParallel (``bucket_cap_mb``, ``gradient_as_bucket_view``, ...).
 
     Raises SettingError for options that Loopwright sets itself.
 
@@ -35,12 +37,14 @@ class DDP:
 
     name = "ddp"
 
-    def __init__(self, *, find_unused: bool = False, **options: Any) -> None:
+    def __init__(self, *, find_unused: bool = False, timeout: float = 30.0, **options: Any) -> None:
         own = {"find_unused_parameters", "module", "device_ids", "output_device", "process_group", "init_sync"}
         taken = sorted(own & options.keys())
         if taken:
             raise SettingError(f"DDP({taken[0]}=...) is set by Loopwright; leave it out (find_unused=True is ours)")
-        self.find_unused, self.options = find_unused, options
+        if not timeout > 0:
+            raise SettingError(f"DDP(timeout={timeout!r}); expected a number of seconds above 0")
+        self.find_unused, self.timeout, self.options = find_unused, timeout, options
 
     def begin_stage(self, run: Run, stage: Stage) -> dict[str, Synced]:
         """Let the phases of ``stage`` synchronise the parameters that train now; each by its name."""
@@ -76,10 +80,14 @@ class Synced:
         self.phase, self.step, self.ddp, self.names = phase, phase.step, ddp, names
         self.moves = _trained(phase)
         self.last = True
+        self.seconds = 0.0  # in forward, where this rank waits for nobody
 
     def __call__(self, batch: Any) -> Any:
+        began = perf_counter()
         with nullcontext() if self.last else self.ddp.no_sync():
-            return self.ddp(batch)
+            output = self.ddp(batch)
+        self.seconds += perf_counter() - began
+        return output
 
     @property
     def stale(self) -> bool:
@@ -114,16 +122,17 @@ class _Part(nn.Module):
 
     def __init__(self, step: Callable[[Any], Any], parameters: Iterable[Any], buffers: Iterable[Tensor]) -> None:
         super().__init__()
-        object.__setattr__(self, "step", step)  # it may be a module, which is not ours to hold
+        self.__dict__["_step"] = step  # it may be a module, which is not ours to hold
         self.own = nn.ParameterList(parameters)
         for number, buffer in enumerate(buffers):
             self.register_buffer(str(number), buffer)
 
+    _step: Callable[[Any], Any]
+
     def forward(self, batch: Any) -> Any:
         if batch is _NOTHING:
-            zeros: Tensor = sum(p.flatten()[:0].sum() for p in self.own)  # type: ignore[assignment]
-            return zeros
-        return self.step(batch)
+            return sum(p.flatten()[:0].sum() for p in self.own)  # with a gradient of zeros, whatever is in p
+        return self._step(batch)
 
 
 def _trained(phase: Phase) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from loopwright.errors import SettingError
 from loopwright.parallel.world import World
@@ -21,8 +24,8 @@ def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
     What is on the CPU goes over gloo, also on an accelerator, whose device of this process is chosen first. A world of
     one process gets a group as well. ``timeout_s`` bounds the wait for the other processes, and each collective.
 
-    The group is left at the exit of the process. One that the user has made is used as it is, and left by the same
-    rule. The environment is read (a restart of torchrun gives another port) and not changed.
+    The group is left when the process ends in order. One that the user has made is used as it is, and theirs to leave.
+    No variable of the environment is changed.
 
     Raises SettingError if the group at hand cannot send what is on ``device_type``, or other processes are in it.
     """
@@ -37,21 +40,29 @@ def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
         torch.accelerator.set_device_index(device)
         backend = f"cpu:gloo,{device_type}:{_backend(device_type)}"
     timeout = timedelta(seconds=timeout_s)
-    if world.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device)
-    else:
-        if world.address is None or world.port is None:
-            raise SettingError(
-                f"nothing says where the {world.world_size} processes meet. Start them with torchrun, or set "
-                "MASTER_ADDR and MASTER_PORT"
-            )
-        host = f"[{world.address}]" if ":" in world.address else world.address
-        dist.init_process_group(
-            backend, init_method=f"tcp://{host}:{world.port}", rank=world.rank, world_size=world.world_size,
-            timeout=timeout, device_id=device,
-        )  # fmt: skip
+    dist.init_process_group(
+        backend, store=_meeting(world, timeout), rank=world.rank, world_size=world.world_size, timeout=timeout,
+        device_id=device,
+    )  # fmt: skip
     atexit.unregister(_leave)  # a group that was left and made again is left once
     atexit.register(_leave)
+
+
+def _meeting(world: World, timeout: timedelta) -> Any:
+    """Where the processes tell each other their addresses."""
+    if world.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    if world.address is None or world.port is None:
+        raise SettingError(
+            f"nothing says where the {world.world_size} processes meet. Start them with torchrun, or set MASTER_ADDR "
+            "and MASTER_PORT"
+        )
+    host = f"[{world.address}]" if ":" in world.address else world.address
+    met = rendezvous(f"tcp://{host}:{world.port}", world.rank, world.world_size, timeout=timeout)
+    # the agent of torchrun keeps its store over restarts, with the addresses of those that have died in it; agents on
+    # several machines do not count alike, hence the variable that `loopwright launch` sets for them
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world.nodes == 1 else "0"
+    return dist.PrefixStore(f"loopwright/{again}", next(met)[0])  # type: ignore[attr-defined]
 
 
 def local_device(world: World, device_type: str) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from loopwright.parallel.comm import Ranks
+from loopwright.parallel.watch import Watch
 from loopwright.state import SIGNALS, Run
 
 __all__ = ["Pulse"]
@@ -27,10 +28,13 @@ class Pulse:
     def __init__(self, comm: Ranks) -> None:
         self.comm = comm
         self.asked: str | None = None  # by this rank
+        self.watch: Watch | None = None  # which is told where training stands
         self._sent: tuple[torch.Tensor, Any] | None = None
 
     def beat(self, run: Run) -> float:
         """Seconds of the run, the same on all ranks. Called once a step by all of them."""
+        if self.watch is not None:
+            self.watch.step = run.progress.step
         before, self._sent = self._sent, self._send(run)
         return run.progress.seconds if before is None else self._take(run, before)
 

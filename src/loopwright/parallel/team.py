@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
@@ -12,18 +14,20 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from loopwright import rng
-from loopwright.errors import SettingError
+from loopwright.errors import DataError, LoopwrightWarning, SettingError
 from loopwright.history import Sums
 from loopwright.parallel.comm import Ranks
 from loopwright.parallel.pulse import Pulse
 from loopwright.parallel.shards import is_shard
+from loopwright.parallel.watch import Watch
 from loopwright.state import Phase, Run, Source, Stage, Strategy
 
-__all__ = ["Spare", "Team"]
+__all__ = ["Spare", "Team", "watched"]
 
 _STEERING = (
     "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
 )  # fmt: skip
+_SLOW, _SOON_S = 0.2, 30.0  # of all time, lost by one rank; the first seconds tell nothing
 _GONE: Any = object()
 
 
@@ -49,6 +53,8 @@ class Team:
         self.steered = False  # some hook may skip batches or steps, on this rank only
         self._synced: Mapping[str, Any] = {}
         self._count, self.weight, self._done = 0, 0.0, False
+        self.needs: list[dict[str, float]] = []  # seconds that each rank has waited for data, and spent in forward
+        self._told = False
         self.batch = 0  # number of the whole batch that this rank evaluates
         # where parameters are shared out, every rank takes part in every forward and backward
         self.fills = bool(getattr(strategy, "shards", False))
@@ -95,6 +101,39 @@ class Team:
             return _after(first, batches)
 
         return at
+
+    def end_epoch(self, run: Run, stage: Stage) -> None:
+        """Stop together, if any rank wants to. Raises DataError if the ranks have not read the same order."""
+        source: Any = stage.source
+        while hasattr(source, "source"):
+            source = source.source
+        if len(set(self.comm.gather(getattr(source, "digest", None)))) > 1:
+            raise DataError(
+                f"in epoch {run.progress.epoch} each rank has read an order of its own: its sampler depends on more "
+                "than the global random generators and set_epoch. Seed it alike on all ranks, or use "
+                "lw.Loader(dataset, shuffle=True)"
+            )
+        own = run.waited, sum(synced.seconds for synced in self._synced.values())
+        self.needs = [{"waited": waited, "forward": forward} for waited, forward in self.comm.gather(own)]
+        if self.comm.rank == 0:
+            self._name_the_slow(run)
+        self.pulse.settle(run)
+
+    def _name_the_slow(self, run: Run) -> None:
+        """Warn once of a rank for which all others wait."""
+        sums = [sum(one.values()) for one in self.needs]
+        slowest, usual = max(sums), sorted(sums)[(len(sums) - 1) // 2]
+        if self._told or slowest - usual < _SLOW * max(run.progress.seconds, _SOON_S):
+            return
+        self._told, rank = True, sums.index(slowest)
+        one = self.needs[rank]
+        warnings.warn(
+            f"rank {rank} is slow: in {run.progress.seconds:.3g} s it has waited {one['waited']:.3g} s for data and "
+            f"needed {one['forward']:.3g} s for forward passes, {slowest - usual:.3g} s more than others, who wait for "
+            "it at each step. Look at its disk, its other processes and its clock rate; run.json lists all ranks",
+            LoopwrightWarning,
+            stacklevel=2,
+        )
 
     # --------------------------------------------------------------------------------------------- a stage
 
@@ -210,6 +249,15 @@ class Team:
         """What all ranks have of their whole batches, each with its number, in the order of the batches."""
         found = [one for ranks in self.comm.gather(mine) for one in ranks]
         return [one for _, one in sorted(found, key=itemgetter(0))]
+
+
+def watched(run: Run, on_abort: Callable[[str], object] | None = None) -> AbstractContextManager[Any]:
+    """Around what the ranks do together: one that fails, dies or hangs ends all of them, with words."""
+    if run.team is None:
+        return nullcontext()
+    timeout = getattr(run.team.strategy, "timeout", 30.0)
+    run.team.pulse.watch = watch = Watch(run.comm.rank, run.comm.world_size, timeout=timeout, on_abort=on_abort)
+    return watch
 
 
 def _after(first: Any, batches: Iterator[Any]) -> Iterator[Any]:

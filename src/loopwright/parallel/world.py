@@ -104,7 +104,9 @@ def check_world(world: World, devices: int | str, nodes: int | str) -> None:
         here = "1 machine takes" if world.nodes == 1 else f"{world.nodes} machines take"
         again = f"`loopwright launch --nproc {n} --nodes {nodes} --node-rank 0 --address HOST:29500 -- train.py`"
         how = f"with {again}, on the others with --node-rank 1 and so on" if nodes != 1 else "alone"
-        raise SettingError(f"nodes={nodes}, but {here} part. Start it {how}; or leave nodes out to take what was started")
+        raise SettingError(
+            f"nodes={nodes}, but {here} part. Start it {how}; or leave nodes out to take what was started"
+        )
     if devices not in ("auto", world.local_world_size):
         n = world.local_world_size
         here = "1 process was" if n == 1 else f"{n} processes were"
@@ -219,7 +221,9 @@ def first_host(nodes: str) -> str:
 
 def _meeting(environ: Mapping[str, str], *, local: bool = False) -> tuple[str | None, int | None]:
     """Where rank 0 is met: what the user or torchrun set, else the first machine of the job and a port of its own."""
-    listed = next((environ[n] for n in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST") if n in environ), "")
+    listed = next(
+        (environ[n] for n in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST") if n in environ), ""
+    )
     address = environ.get("MASTER_ADDR") or (_LOCALHOST if local else first_host(listed) if listed else None)
     if "MASTER_PORT" in environ:
         port = _number(environ, "MASTER_PORT")

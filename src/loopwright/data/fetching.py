@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Indices", "add_fetch_note", "fetch_samples", "place_of"]
+__all__ = ["Indices", "add_fetch_note", "fetch_samples", "keep_fetch_note", "place_of"]
+
+
+_BEGIN = "[loopwright] while fetching "
 
 
 class Indices(list[Any]):
@@ -41,11 +44,18 @@ def fetch_samples(dataset: Any, indices: list[Any]) -> Any:
 
 def add_fetch_note(error: BaseException, epoch: int, batch: int, indices: Any = None) -> None:
     """Note on ``error`` where in the data it happened; ``epoch`` and ``batch`` are completed units."""
-    note = f"[loopwright] while fetching {place_of(epoch, batch, indices)}"
+    note = f"{_BEGIN}{place_of(epoch, batch, indices)}"
     culprit = indices.open() if isinstance(indices, Indices) else None
     if culprit is not None:
         note += f"; it was dataset[{culprit!r}] that raised"
     error.add_note(note)
+
+
+def keep_fetch_note(error: BaseException) -> None:
+    """Note on ``error`` what was noted on it in a worker: torch hands it on as text, and not as a note."""
+    for line in str(error).splitlines():
+        if line.startswith(_BEGIN):
+            error.add_note(line)
 
 
 def place_of(epoch: int, batch: int, indices: Any = None) -> str:

@@ -1,0 +1,201 @@
+"""Where a thread stands, whether it has moved, and whether a process lives: seen from beside, at no cost to it."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import platform
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Literal, NamedTuple
+
+import torch
+
+__all__ = ["Process", "Stand", "Still", "place_of", "stand", "state_of", "this_process"]
+
+_OURS = str(Path(__file__).parents[1])
+_TORCH = str(Path(torch.__file__).parent)
+_STDLIB = str(Path(os.__file__).parent)
+# of torch, where a thread that does not run waits for other ranks; its checkpoints wait for files
+_WAITS = tuple(os.path.join(_TORCH, *part) for part in (("distributed",), ("autograd",), ("nn", "parallel")))
+_WRITES = os.path.join(_TORCH, "distributed", "checkpoint")
+
+Line = tuple[CodeType, int]
+
+
+class Stand(NamedTuple):
+    """Where a thread stands.
+
+    ``place`` is for people. ``waits`` names the call that waits for other ranks, such as ``all_reduce`` or
+    ``backward``; "" if it does something else. ``path`` is equal on two ranks that stand in the same line and came
+    there by the same lines.
+    """
+
+    place: str
+    waits: str
+    path: int
+
+
+class Process(NamedTuple):
+    """A process, in words that another one on the same machine can check."""
+
+    machine: str  # start of the kernel and namespace of the process numbers; "" where that cannot be known
+    name: str
+    pid: int
+    began: str
+
+
+class Still:
+    """For how long a thread has not run at all, told by its CPU clock. Made in that thread, read in any other.
+
+    A thread that waits in gloo, in a lock or in a read does not run; one that waits for a GPU does, for it polls.
+    Where threads have no such clock (macOS), nothing is ever still.
+    """
+
+    def __init__(self) -> None:
+        clock = getattr(time, "pthread_getcpuclockid", None)
+        self._clock = clock(threading.get_ident()) if clock is not None else None
+        self._ran, self.seconds = -1, 0.0
+
+    def look(self, elapsed: float) -> float:
+        """The seconds for which it has been seen to stand still, ``elapsed`` after the last look."""
+        if self._clock is not None:
+            ran = time.clock_gettime_ns(self._clock)
+            self.seconds = self.seconds + elapsed if ran == self._ran else 0.0
+            self._ran = ran
+        return self.seconds
+
+
+def stand(thread: int) -> Stand:
+    """Where the thread of that ``threading.get_ident()`` stands now; frames of torch and Python are left out.
+
+    >>> stand(threading.get_ident()).waits
+    ''
+    """
+    frame = sys._current_frames().get(thread)
+    lines = list(_lines(frame))
+    ours = [i for i, (code, _) in enumerate(lines) if _kind(code.co_filename) == "ours"]
+    # below the line that calls our outermost function, ranks may have been started in different ways
+    walked = lines[: ours[-1] + 2] if ours else lines
+    path = 0
+    for code, number in walked:
+        if _kind(code.co_filename) not in ("torch", "python"):
+            path = zlib.crc32(f"{os.path.basename(code.co_filename)}:{number}".encode(), path)
+    return Stand(_place(lines), _waits(lines), path)
+
+
+def place_of(error: BaseException) -> str:
+    """Where ``error`` was raised, as far in as the user's code or ours goes.
+
+    >>> try:
+    ...     raise ValueError
+    ... except ValueError as error:
+    ...     place_of(error).split(":")[1]
+    '2 in <module>'
+    """
+    trace, lines = error.__traceback__, []
+    while trace is not None:
+        lines.append((trace.tb_frame.f_code, trace.tb_lineno))
+        trace = trace.tb_next
+    return _place(lines[::-1])
+
+
+def _lines(frame: FrameType | None) -> Iterator[Line]:
+    """From the innermost frame outwards."""
+    while frame is not None:
+        yield frame.f_code, frame.f_lineno or 0
+        frame = frame.f_back
+
+
+def _place(lines: Iterable[Line]) -> str:
+    """``train.py:41 in main``; code of a package is followed by the line of the user's that called it."""
+    shown = ""
+    for code, number in lines:
+        kind = _kind(code.co_filename)
+        if kind == "user":
+            return f"{shown}, called from {_at(code, number)}" if shown else _at(code, number)
+        if kind in ("ours", "package") and not shown:
+            shown = _at(code, number)
+    return shown or "an unknown place"
+
+
+def _at(code: CodeType, number: int) -> str:
+    path = Path(code.co_filename)
+    shown = str(path) if _kind(code.co_filename) == "user" else "/".join(path.parts[-2:])
+    return f"{shown.removeprefix(os.path.join(_cwd(), ''))}:{number} in {code.co_name}"
+
+
+def _cwd() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return os.sep
+
+
+def _waits(lines: list[Line]) -> str:
+    if not lines:
+        return ""
+    (code, number), *_ = lines
+    name = code.co_filename
+    if not name.startswith(_TORCH):  # a call of C stands in the line that makes it; Python's own have frames
+        return "wait" if ".wait(" in linecache.getline(name, number) else ""
+    if not name.startswith(_WAITS) or name.startswith(_WRITES):
+        return ""
+    called = code.co_name
+    for code, _ in lines:  # the outermost of them is what was called
+        if not code.co_filename.startswith(_TORCH):
+            break
+        if code.co_filename.startswith(_WAITS) and code.co_name != "wrapper" and not code.co_name.startswith("_"):
+            called = code.co_name
+    return called
+
+
+@cache
+def _kind(name: str) -> Literal["ours", "torch", "python", "package", "user"]:
+    if name.startswith(_OURS + os.sep):
+        return "ours"
+    if name.startswith(_TORCH + os.sep):
+        return "torch"
+    if "site-packages" in name or "dist-packages" in name:  # before Python's: they may lie inside of it
+        return "package"
+    return "python" if name.startswith((_STDLIB, "<frozen")) else "user"
+
+
+def this_process() -> Process:
+    """The calling process."""
+    began = _stat(os.getpid())[1] if _machine() else ""
+    return Process(_machine(), platform.node(), os.getpid(), began)
+
+
+@cache
+def _machine() -> str:
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{kernel} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return ""
+
+
+def state_of(process: Process) -> Literal["runs", "stopped", "traced", "gone", "unknown"]:
+    """What the kernel says of a process: stopped by a signal, or held by a debugger; "unknown" for another machine."""
+    if not process.machine or process.machine != _machine():
+        return "unknown"
+    try:
+        state, began = _stat(process.pid)
+    except (OSError, IndexError):
+        return "gone"
+    if began != process.began or state in "ZX":  # its number was given away, or only its status is left
+        return "gone"
+    return "stopped" if state == "T" else "traced" if state == "t" else "runs"
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """State and start time of a process; its name, in parentheses, may hold anything."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]

@@ -1,0 +1,192 @@
+"""What ended a run of several ranks, judged from what each of them has told and what the kernel says of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from loopwright.parallel.standing import Process
+
+__all__ = ["Report", "Seen", "Verdict", "ended", "judge", "unreachable"]
+
+
+class Report(NamedTuple):
+    """What a rank tells of itself, every beat."""
+
+    beat: int
+    step: int
+    place: str
+    waits: str  # the call in which it waits for others, or ""
+    path: int
+    still: float  # seconds for which its training thread has not run
+    error: str | None = None
+    trace: str = ""
+    lost: bool = False  # the error came of another's end: gloo's "Connection closed by peer" and the like
+    left: bool = False  # its training is over; nothing is expected of it any more
+    heard: bool = False  # it knows the verdict, or that rank 0 has left
+
+    def pack(self) -> str:
+        return json.dumps(self)
+
+    @classmethod
+    def unpack(cls, text: str) -> Report:
+        """
+        >>> mine = Report(1, 120, "train.py:41 in main", "", 0, 0.0)
+        >>> Report.unpack(mine.pack()) == mine
+        True
+        """
+        return cls(*json.loads(text))
+
+
+@dataclass
+class Seen:
+    """A rank as another one sees it. ``silent``: seconds since its last beat; ``lost``: since its lost connection."""
+
+    process: Process
+    report: Report | None = None
+    silent: float = 0.0
+    lost: float = 0.0
+    state: str = "runs"  # its process, as state_of tells
+
+
+class Verdict(NamedTuple):
+    """What ended the run: ``text`` is one line, ``more`` what rank 0 prints below it. ``rank`` None: no single one."""
+
+    rank: int | None
+    text: str
+    more: str = ""
+    silent: Process | None = None  # what does not end by itself if it is stopped
+
+    def pack(self) -> str:
+        return json.dumps(self)
+
+    @classmethod
+    def unpack(cls, text: str) -> Verdict:
+        verdict = cls(*json.loads(text))
+        return verdict._replace(silent=Process(*verdict.silent) if verdict.silent is not None else None)
+
+
+def judge(seen: Mapping[int, Seen], *, patience: float, beat: float) -> Verdict | None:
+    """What rank 0 makes of all ranks; None while nothing is wrong.
+
+    A cause goes before what followed from it: an error of a rank's own, then a rank that is gone or silent, then an
+    error that looks as if another rank had caused it (after some beats in which the cause could have shown itself),
+    then a deadlock.
+    """
+    return _failed(seen) or ended(seen, patience=patience) or _lost(seen, 4 * beat) or _locked(seen, patience, 4 * beat)
+
+
+def ended(seen: Mapping[int, Seen], *, patience: float) -> Verdict | None:
+    """A rank that is gone without a word, or silent for ``patience`` seconds.
+
+    One that is silent but runs, as far as the kernel of this machine knows, is alive: something in it holds Python's
+    lock, such as one long call of a C library.
+    """
+    for rank, one in seen.items():
+        report = one.report
+        if report is not None and (report.left or report.error is not None):
+            continue
+        if one.state == "gone":
+            return Verdict(rank, f"rank {rank} ended without a word, killed or crashed{_last(one)}")
+        if one.silent >= patience and one.state != "runs":
+            why = {"stopped": ": its process was stopped by a signal", "traced": ": a debugger holds its process"}
+            text = f"rank {rank} has not been heard of for {one.silent:.0f} s{why.get(one.state, '')}{_last(one)}"
+            return Verdict(rank, text, silent=one.process)
+    return None
+
+
+def unreachable(zero: Seen, reason: str) -> Verdict | None:
+    """What another rank makes of it when the store, which lives in rank 0, does not answer; None if rank 0 has left."""
+    if zero.report is not None and zero.report.error is not None:
+        return _failed({0: zero}) or _lost({0: zero}, 0.0)
+    if zero.report is not None and zero.report.left:
+        return None
+    how = "ended without a word, killed or crashed" if zero.state == "gone" else f"cannot be reached ({reason})"
+    return Verdict(0, f"rank 0 {how}{_last(zero)}")
+
+
+def _failed(seen: Mapping[int, Seen]) -> Verdict | None:
+    for rank, one in seen.items():
+        report = one.report
+        if report is not None and report.error is not None and not report.lost:
+            return Verdict(rank, _failure(rank, report), report.trace)
+    return None
+
+
+def _lost(seen: Mapping[int, Seen], wait: float) -> Verdict | None:
+    """A rank that lost its connection, when no cause has shown itself: those that are quiet are named as well."""
+    for rank, one in seen.items():
+        report = one.report
+        if report is None or report.error is None or one.lost < wait:
+            continue
+        quiet = {
+            r: other for r, other in seen.items()
+            if r != rank and other.silent >= wait > 0 and not (other.report and other.report.left)
+        }  # fmt: skip
+        for r, other in quiet.items():
+            text = f"rank {r} has not been heard of for {other.silent:.0f} s{_last(other)}; {_failure(rank, report)}"
+            return Verdict(r, text, report.trace)
+        return Verdict(rank, _failure(rank, report), report.trace)
+    return None
+
+
+def _locked(seen: Mapping[int, Seen], patience: float, fresh: float) -> Verdict | None:
+    """All that have not left wait for others, none has moved for ``patience``, and not all stand in one place.
+
+    All in one place is no deadlock of ours: a network that hangs, or is slow. The time-out of torch is for that.
+    """
+    waiting: dict[tuple[int, int, str], list[int]] = {}
+    left: list[int] = []
+    for rank, one in seen.items():
+        report = one.report
+        if report is not None and report.left:
+            left.append(rank)
+        elif report is None or not report.waits or report.still < patience or one.silent >= fresh:
+            return None
+        else:
+            waiting.setdefault((report.step, report.path, report.waits), []).append(rank)
+    if len(waiting) + bool(left) < 2:
+        return None
+    lines = []
+    for ranks in [*waiting.values(), *([left] if left else [])]:
+        report = seen[ranks[0]].report
+        assert report is not None
+        where = "has left training" if report.left else f"waits in {report.waits}, {report.place}"
+        lines.append(f"  {_ranks(ranks)}: step {report.step}, {where}")
+    told = "; ".join(line.strip() for line in lines)
+    advice = (
+        "A collective (all_reduce, barrier, the backward of a model over ranks, a value that is reduced) must be "
+        "called by all ranks in the same order; look for an `if rank == 0:` around one of these lines"
+    )
+    if len(lines) > 4:  # one line must stay one
+        told = f"{'; '.join(line.strip() for line in lines[:4])}; ..."
+    return Verdict(None, f"deadlock: no rank has moved for {patience:.0f} s. {told}", "\n".join([*lines, advice]))
+
+
+def _failure(rank: int, report: Report) -> str:
+    return f"rank {rank} failed at step {report.step}, {report.place}: {report.error}"
+
+
+def _last(one: Seen) -> str:
+    process, report = f"process {one.process.pid} on {one.process.name}", one.report
+    if report is None:
+        return f" ({process})"
+    waits = f", waiting in {report.waits}" if report.waits else ""
+    return f" (last at step {report.step}, {report.place}{waits}; {process})"
+
+
+def _ranks(ranks: list[int]) -> str:
+    """
+    >>> _ranks([1]), _ranks([0, 2, 3, 4])
+    ('rank 1', 'ranks 0, 2-4')
+    """
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    shown = ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"

@@ -1,0 +1,297 @@
+"""A watch over the ranks of a run: when one fails, dies, is stopped or waits alone, all end, and say why."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from loopwright.parallel.standing import Still, place_of, stand, state_of, this_process
+from loopwright.parallel.verdict import Report, Seen, Verdict, ended, judge, unreachable
+
+__all__ = ["Watch"]
+
+_BEATS = 30  # in a timeout, and at least one a second
+_PATIENCE, _GRACE, _CLEANING = 0.5, 0.1, 0.1  # parts of the timeout; the rest is for news to spread and Python to end
+_CAUSED_ELSEWHERE = re.compile(
+    r"gloo|nccl|c10d|connection (was )?(closed|reset|refused)|broken pipe|socket|timed out|no route", re.I
+)
+
+
+class Watch:
+    """Ends all ranks within ``timeout`` seconds of one that raises, dies, is stopped or calls a collective alone.
+
+    Used around training, by every rank, after ``init_process_group``; ``step`` is written by the loop and costs no
+    more than that. Two threads in each rank tell rank 0 every second where the training thread stands, and hear what it
+    makes of it; the reports travel through a store of their own, which lives in rank 0. What is wrong is printed
+    once by each rank, by rank 0 in full: which rank, at which step, in which line, with its error. The training thread
+    may leave by an exception of its own; one that still waits after a moment is ended with its process, status 1, after
+    ``on_abort(text)`` was called in another thread; it must not wait for other ranks.
+
+    Waiting is no error: ranks may wait for hours while another one saves, reads or validates. A rank is silent if its
+    process does not run. On another machine, one that is stopped cannot be told from one in which a call of C holds
+    Python's lock: there, none may for more than half of ``timeout``. A deadlock is noticed where a thread that waits
+    does not run: with gloo on Linux, and not with NCCL, which has a time-out of its own.
+
+    >>> with Watch(0, 1) as watch:  # a single rank has nobody to wait for
+    ...     watch.step = 1
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, *, timeout: float = 30.0, on_abort: Callable[[str], object] | None = None
+    ) -> None:
+        self.rank, self.world_size, self.timeout, self.on_abort = rank, world_size, timeout, on_abort
+        self.step = 0
+        self.verdict: Verdict | None = None
+        self.beat = min(1.0, timeout / _BEATS)
+        self._seen: dict[int, Seen] = {}  # all ranks, if this is rank 0; rank 0 otherwise
+        self._error: dict[str, Any] = {}  # fields of the report
+        self._failed_at: float | None = None
+        self._unreachable = ""
+        self._asked = self._answered = 0
+        self._threads: list[threading.Thread] = []
+        self._said = False
+        self._left, self._known, self._over = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._told = threading.Event(), threading.Event()
+
+    # ------------------------------------------------------------------------------------------ the training thread
+
+    def start(self) -> Self:
+        """Begin to watch, in the thread that trains. All ranks must call it: they are told where the store is."""
+        if self.world_size == 1:
+            return self
+        self._thread, self._still = threading.get_ident(), Still()
+        store = self._open_store()
+        self._threads = [
+            threading.Thread(target=self._report, args=(store,), name="loopwright report", daemon=True),
+            threading.Thread(target=self._watch, name="loopwright watch", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self._end)  # a thread that comes back from C++ while Python ends would crash the process
+        return self
+
+    def _open_store(self) -> Any:
+        """A store of the watch's own, in rank 0: that of the process group may be gone when it is needed."""
+        make: Any = dist.TCPStore  # type: ignore[attr-defined]
+        how = {"wait_for_workers": False, "timeout": timedelta(seconds=60)}
+        store: Any = None
+        mine = this_process()
+        address = os.environ.get("MASTER_ADDR") or mine.name
+        if self.rank == 0:
+            store = make("localhost", 0, is_master=True, **how)
+            store.multi_set([*map(str, range(self.world_size)), "verdict"], [""] * (self.world_size + 1))
+        there: list[Any] = [None] * self.world_size
+        dist.all_gather_object(there, (mine, address, store.port if store is not None else 0))
+        for rank, (process, *_) in enumerate(there[: self.world_size if self.rank == 0 else 1]):
+            self._seen[rank] = Seen(process)
+        if store is not None:
+            return store
+        host, address, port = there[0]
+        return make("localhost" if host.machine == mine.machine != "" else address, port, **how)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks of an error of this one; to be called first thing when training raises.
+
+        An error that came of another rank's end ("Connection closed by peer") gets a note that names that rank.
+        """
+        if not self._threads or self._error or self._left.is_set():
+            return
+        text = str(error)
+        lost = isinstance(error, RuntimeError) and _CAUSED_ELSEWHERE.search(text) is not None
+        self._failed_at = time.monotonic()
+        self._error = {
+            "error": f"{type(error).__name__}: {text}"[:2000], "lost": lost, "place": place_of(error),
+            "trace": "".join(traceback.format_exception(error))[-8000:],
+        }  # fmt: skip
+        self._tell()
+        if lost:  # a moment for the cause to be known
+            self._known.wait(_PATIENCE * self.timeout)
+        verdict = self.verdict
+        if verdict is not None and verdict.rank != self.rank:
+            error.add_note(f"[loopwright] {verdict.text}")
+        else:
+            self._say(f"rank {self.rank} failed at step {self.step}, {self._error['place']}: {self._error['error']}")
+
+    def stop(self) -> None:
+        """This rank's training is over: it does not count as dead from now on. Rank 0 sees to it that all know."""
+        if not self._threads or self._left.is_set():
+            return
+        self._left.set()
+        began = time.monotonic()
+        self._tell()
+        while self.rank == 0 and not all(map(_knows, self._seen.values())):
+            bad = self.verdict is not None or bool(self._error)  # then some may never answer
+            if time.monotonic() - began > (5 * self.beat if bad else _PATIENCE * self.timeout):
+                break
+            self._wake.set()
+            time.sleep(min(0.02, self.beat))
+        if self.rank != 0 or self._all_left():  # else rank 0 watches the others for as long as its process lives
+            self._end()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.fail(error)
+        self.stop()
+
+    def _tell(self) -> None:
+        """Have the state of this rank sent now, and wait until it is."""
+        until = time.monotonic() + _PATIENCE * self.timeout
+        self._asked += 1
+        self._wake.set()
+        while self._answered < self._asked and self._threads[0].is_alive() and time.monotonic() < until:
+            self._told.wait(self.beat)
+            self._told.clear()
+
+    def _end(self) -> None:
+        self._over.set()
+        self._wake.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(4 * self.beat)
+        atexit.unregister(self._end)
+
+    # ------------------------------------------------------------------------------------------ the thread that reports
+
+    def _report(self, store: Any) -> None:
+        """Send and fetch reports, every beat. The only one that uses the store: a call may never come back."""
+        keys = [*map(str, self._seen), "verdict"]
+        beat, posted, before = 0, False, time.monotonic()
+        while not self._over.is_set():
+            beat, now = beat + 1, time.monotonic()
+            asked, left = self._asked, self._left.is_set()  # in this order: what was asked for is in the report
+            at = stand(self._thread)
+            still = self._still.look(min(now - before, 2 * self.beat))
+            before = now
+            zero = self._seen[0].report
+            known = self.verdict is not None
+            heard = known or (zero is not None and zero.left and zero.error is None)
+            fields: dict[str, Any] = {"place": at.place, "left": left, "heard": heard} | self._error
+            mine = Report(beat, self.step, waits=at.waits, path=at.path, still=still, **fields)
+            # before the reports are read: one that is gone may have said that it left
+            states = [state_of(one.process) for one in self._seen.values()]
+            if self.rank != 0 and states[0] == "gone":
+                self._unreachable = "its process has ended"  # a call would fail as well, with pages of C++ on stderr
+                break
+            try:
+                store.set(str(self.rank), mine.pack())
+                if self.rank != 0 and (left or known):
+                    break  # there is no more to tell, and rank 0 may go now
+                if self.rank == 0 and self.verdict is not None and not posted:
+                    store.set("verdict", self.verdict.pack())
+                    posted = True
+                *reports, verdict = store.multi_get(keys)
+            except RuntimeError as error:  # torch's errors of the network are
+                self._unreachable = str(error).partition("\n")[0] or type(error).__name__
+                break
+            for one, state, text in zip(self._seen.values(), states, reports, strict=True):
+                one.report = Report.unpack(text.decode()) if text else None
+                one.state = state
+            if verdict and self.verdict is None:
+                self.verdict = Verdict.unpack(verdict.decode())
+            self._answered = asked
+            self._told.set()
+            self._wake.wait(self.beat)
+            self._wake.clear()
+        self._told.set()
+
+    # ------------------------------------------------------------------------------------------ the thread that judges
+
+    def _watch(self) -> None:
+        beats, before = dict.fromkeys(self._seen, 0), time.monotonic()
+        while not self._over.wait(self.beat):
+            now = time.monotonic()
+            # time in which this process was stopped itself does not count against others
+            elapsed, before = min(now - before, 2 * self.beat), now
+            for rank, one in self._seen.items():
+                report = one.report
+                one.silent += elapsed
+                if report is not None:
+                    if report.beat != beats[rank]:
+                        one.silent, beats[rank] = 0.0, report.beat
+                    one.lost += elapsed if report.lost else 0.0
+                if self.rank != 0:  # the store may not answer: it is in that process
+                    one.state = state_of(one.process)
+            verdict = self.verdict or self._judge()
+            if verdict is not None:
+                self.verdict = verdict
+                self._known.set()
+                self._wake.set()
+                self._conclude(verdict)
+                return
+            if self._unreachable or (self._left.is_set() and self._all_left()):
+                break  # rank 0 has left, or all have
+        self._over.set()
+
+    def _judge(self) -> Verdict | None:
+        if self._left.is_set() and self.rank != 0:
+            return None
+        patience = _PATIENCE * self.timeout
+        if self._unreachable:
+            return unreachable(self._seen[0], self._unreachable)
+        if self.rank == 0:
+            return judge(self._seen, patience=patience, beat=self.beat)
+        return ended(self._seen, patience=patience)
+
+    def _all_left(self) -> bool:
+        return all(
+            (one.report is not None and one.report.left) or state_of(one.process) == "gone"
+            for one in self._seen.values()
+        )
+
+    def _conclude(self, verdict: Verdict) -> None:
+        """Say it, give the training thread a moment to leave by itself, clean up and end the process."""
+        if verdict.rank != self.rank:
+            mine = "" if self._left.is_set() else f"rank {self.rank} ends at step {self.step}: "
+            more = f"\n{verdict.more.rstrip()}" if self.rank == 0 and verdict.more else ""
+            _within(self.beat, lambda: self._say(f"{mine}{verdict.text}{more}"))
+        if verdict.silent is not None and state_of(verdict.silent) == "stopped":
+            with suppress(OSError):  # what is stopped cannot end by itself; those who wait for it now get an error
+                os.kill(verdict.silent.pid, signal.SIGKILL)
+        until = time.monotonic() + _GRACE * self.timeout
+        while not self._left.wait(self.beat):
+            if self._failed_at is not None:  # it is on its way out: saving what it can, closing files
+                until = max(until, self._failed_at + _PATIENCE * self.timeout)
+            if time.monotonic() >= until:
+                break
+        else:
+            return
+        if self.on_abort is not None:
+            _within(_CLEANING * self.timeout, self.on_abort, verdict.text)
+        _within(self.beat, sys.stdout.flush)
+        os._exit(1)
+
+    def _say(self, text: str) -> None:
+        if not self._said:
+            self._said = True
+            print(f"[loopwright] {text}", file=sys.stderr, flush=True)
+
+
+def _knows(one: Seen) -> bool:
+    """Whether a rank needs rank 0 no more: it has left or heard, or will never hear."""
+    report = one.report
+    return (report is not None and (report.left or report.heard)) or state_of(one.process) == "gone"
+
+
+def _within(seconds: float, call: Callable[..., object], *args: object) -> None:
+    """Call it in a thread of its own, and go on if it hangs."""
+    thread = threading.Thread(target=call, args=args, daemon=True)
+    thread.start()
+    thread.join(seconds)

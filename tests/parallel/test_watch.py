@@ -1,0 +1,62 @@
+"""Real ranks, forked: what is done to one of them ends all, in time and with a reason; waiting ends none."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from loopwright.parallel.watch import Watch
+
+ROOT = str(Path(__file__).resolve().parents[2])
+if ROOT not in sys.path:  # the harness is a folder of scripts beside the tests
+    sys.path.append(ROOT)
+
+from reliability.ranks import GOES_ON, injected  # noqa: E402
+
+TIMEOUT, PROMISE = 4.0, 30.0  # of the watch; and of the test, for a machine that is busy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "world_size", "rank"),
+    [
+        ("raise", 2, 1),
+        ("raise", 4, 0),
+        ("raise in backward", 2, 0),
+        ("kill", 2, 0),
+        ("kill", 4, 1),
+        ("stop", 4, 1),
+        ("stop", 2, 0),
+        ("barrier alone", 2, 1),
+        ("gather alone", 4, 0),
+        ("leaves early", 2, 1),
+    ],
+)
+def test_what_ends_one_rank_ends_all_and_each_names_the_rank_the_step_and_the_line(
+    kind: str, world_size: int, rank: int
+) -> None:
+    outcome = injected(kind, world_size, rank, timeout=TIMEOUT, within=PROMISE)
+    assert outcome.problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "rank"), [(kind, i % 2) for i, kind in enumerate(GOES_ON)])
+def test_a_slow_rank_a_pause_of_all_an_early_end_and_a_second_fit_are_no_alarm(kind: str, rank: int) -> None:
+    outcome = injected(kind, 2, rank, timeout=TIMEOUT)
+    assert outcome.problems == []
+
+
+def test_a_single_rank_has_nothing_to_watch() -> None:
+    before = threading.active_count()
+    with Watch(0, 1) as watch:
+        watch.step = 3
+        assert threading.active_count() == before
+
+
+def test_an_error_of_a_single_rank_is_left_as_it_is() -> None:
+    with pytest.raises(ValueError, match="mine") as caught, Watch(0, 1):
+        raise ValueError("mine")
+    assert not hasattr(caught.value, "__notes__")
