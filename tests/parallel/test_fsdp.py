@@ -50,15 +50,17 @@ def once(folder: Path, name: str, strategy: str, world: int, script: Any, *args:
     """Run a script with so many ranks; several test processes share one run."""
     with open(folder / f"{name}.lock", "w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
-        if (folder / f"{name}.done").exists():
+        done = folder / f"{name}.done"
+        if done.exists():
+            assert not done.read_text(), done.read_text()
             return
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command = [sys.executable, *(launcher if world > 1 else []), script.__file__, *args]
         given = {} if strategy == "alone" else {"STRATEGY": strategy}
         environ = os.environ | {"OMP_NUM_THREADS": "1"} | given
         found = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=280)
+        done.write_text(found.stderr[-4000:] if found.returncode else "")
         assert found.returncode == 0, found.stderr[-4000:]
-        (folder / f"{name}.done").touch()
 
 
 @pytest.fixture

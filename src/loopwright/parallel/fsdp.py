@@ -142,6 +142,7 @@ class Sharded:
     """A phase whose gradients are reduced in the backward of the last batch of its window."""
 
     stale = False
+    seconds = 0.0  # of forwards, which wait for the other ranks here: they would tell nothing of this one
 
     def __init__(self, phase: Phase, run: Run, wrapped: Sequence[Any]) -> None:
         self.phase, self.run, self.wrapped = phase, run, wrapped
