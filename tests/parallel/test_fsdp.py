@@ -224,7 +224,7 @@ def test_a_checkpoint_in_pieces_is_read_by_one_process_and_by_torch(result: Run,
     assert sorted(p.name for p in written.iterdir()) == [
         "manifest.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors",
         "optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors", "optimizer.safetensors",
-        "state.json", "state.safetensors",
+        "state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors", "state.json", "state.safetensors",
     ]  # fmt: skip
     verify(written)
     module = cases_of_shards.Net(0.0)
@@ -320,6 +320,7 @@ def test_with_one_process_nothing_is_shared_out() -> None:
         (lambda: lw.FSDP(blocks=3), "blocks=3"),  # type: ignore[arg-type]
         (lambda: lw.FSDP(blocks=("a", nn.Linear(1, 1))), "expected patterns of module names"),  # type: ignore[arg-type]
         (lambda: lw.FSDP(precision="fp8"), "FSDP(precision='fp8') is unknown"),
+        (lambda: lw.FSDP(timeout=0), "FSDP(timeout=0); expected a number of seconds above 0"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(make: Callable[[], Any], text: str) -> None:

@@ -33,7 +33,8 @@ class FSDP:
     The optimizer must be made of the parts: give a factory, or make it in ``configure_optimizers``. ``models`` hold
     DTensors during the fit (``p.full_tensor()`` is the whole one, which all ranks must ask for together). When the fit
     ends they are whole, plain parameters on every rank again, the same objects as before; with ``gather=False`` they
-    stay as they are, for models that fit into no single device. With one process nothing is sharded.
+    stay as they are, for models that fit into no single device. With one process nothing is sharded. A rank that fails,
+    dies or hangs ends all of them within ``timeout`` seconds.
 
     Raises SettingError for a pattern or class that matches no module, and for options that cannot be used.
     ``torch.distributed.fsdp.fully_shard`` does the work: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
@@ -53,6 +54,7 @@ class FSDP:
         reshard_after_forward: bool = True,
         offload: bool = False,
         gather: bool = True,
+        timeout: float = 30.0,
     ) -> None:
         self.blocks = tuple(blocks) if isinstance(blocks, (list, tuple)) else (blocks,)
         for one in self.blocks:
@@ -63,7 +65,9 @@ class FSDP:
         if isinstance(precision, str) and precision != "bf16":
             raise SettingError(f"FSDP(precision={precision!r}) is unknown. {choose(precision, ['bf16'])}")
         self.precision, self.reshard_after_forward = precision, reshard_after_forward
-        self.offload, self.gather = offload, gather
+        if not timeout > 0:
+            raise SettingError(f"FSDP(timeout={timeout!r}); expected a number of seconds above 0")
+        self.offload, self.gather, self.timeout = offload, gather, timeout
         self._mesh: Any = None
 
     def mesh(self, device: torch.device, size: int) -> Any:
