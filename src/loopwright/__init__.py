@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
     from loopwright.optim import Scheduler, per_step
     from loopwright.parallel.ddp import DDP
+    from loopwright.parallel.fsdp import FSDP
     from loopwright.parallel.launch import launch
     from loopwright.replaying import Replay, replay
     from loopwright.resume import Resume
@@ -58,6 +59,7 @@ _HOMES = {
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "per_step"],
     "parallel.ddp": ["DDP"],
+    "parallel.fsdp": ["FSDP"],
     "parallel.launch": ["launch"],
     "replaying": ["Replay", "replay"],
     "resume": ["Resume"],
@@ -79,6 +81,7 @@ __all__ = [
     "Duration",
     "EarlyStopping",
     "Event",
+    "FSDP",
     "History",
     "HookError",
     "JSONLLogger",

@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.data import DataLoader
@@ -31,8 +31,10 @@ __all__ = [
     "lost_workers",
     "may_alias",
     "overflowed",
+    "renew_dtypes",
     "stop_workers",
     "take_step",
+    "unwrap",
 ]
 
 
@@ -223,3 +225,46 @@ def take_step(optimizer: Optimizer) -> None:
         optimizer.step()
     else:
         step.__wrapped__(optimizer)
+
+
+def unwrap(module: nn.Module) -> None:
+    """Undo what ``torch.distributed.fsdp.fully_shard`` did to ``module``, but for its parameters.
+
+    Its class, its hooks and the attributes that torch has added; torch itself has no way back.
+    """
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for name in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+        module.__dict__.pop(name, None)
+    if not isinstance(module, FSDPModule):
+        return
+    state: Any = module._get_fsdp_state()
+    handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
+    for group in _groups(state):
+        handles += group._module_to_pre_save_state_dict_hook_handle.values()
+        handles += group._module_to_pre_load_state_dict_hook_handle.values()
+        handles += [parameter._post_load_hook_handle for parameter in group.fsdp_params]
+    for handle in handles:
+        handle.remove()
+    for name in [name for name in module.__dict__ if name.startswith("__composable_api_")]:
+        del module.__dict__[name]
+    _module_state_mapping.pop(module, None)
+    module.__class__ = type(module).__mro__[2]  # FSDP<its class>, FSDPModule, its class
+
+
+def renew_dtypes(modules: Iterable[nn.Module]) -> None:
+    """Let FSDP look again at which parameters train: it does so once, and fails for those that were all frozen then."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            for group in _groups(module._get_fsdp_state()):
+                group._init_mp_dtypes()
+
+
+def _groups(state: Any) -> list[Any]:
+    """Of an FSDP state: a list since torch 2.12, one or none before."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []

@@ -18,6 +18,7 @@ from loopwright.errors import DataError, SkipStep, StopEpoch
 from loopwright.events import add_place, end_early, fire, fold, hook_name
 from loopwright.history import Series
 from loopwright.out_of_memory import add_memory
+from loopwright.parallel import whole
 from loopwright.records import log_epoch, log_train, log_values
 from loopwright.stages import apply_changes, begin_stage, end_stage, inexact, is_over
 from loopwright.state import OWED, Progress, Run, Source, Stage, StepResult
@@ -212,7 +213,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
         if total is not None and seen != total:  # batches were skipped or changed: the mean is over what is left
             rescale(phase, total / seen)
         if phase.clip_norm is not None:
-            norm = clip_grad_norm_(phase.parameters(), phase.clip_norm)
+            norm = whole(clip_grad_norm_(phase.parameters(), phase.clip_norm))
         try:
             if hooks.on_grads_ready and not phase.closure:
                 fire(hooks.on_grads_ready, run, phase, norm)
@@ -382,6 +383,8 @@ def evaluate(
                     mine.append((team.batch, (found, weigh(batch), meters and meters.cut())))
                 if hooks.on_eval_batch_end:
                     fire(hooks.on_eval_batch_end, run, output, batch)
+            if team is not None:
+                team.keep_up(run, step)
             for found, weight, state in team.in_order(mine) if team is not None else ():
                 series.add(found, weight)
                 if meters is not None:
@@ -415,5 +418,7 @@ def predict(run: Run, source: Source, step: Callable[[Any], Any]) -> list[Any]:
             outputs.append(move(output, torch.device("cpu")))
             if run.team is not None:
                 outputs[-1] = run.team.batch, outputs[-1]
+        if run.team is not None:
+            run.team.keep_up(run, step)
         fire(hooks.on_predict_end, run)
     return outputs if run.team is None else run.team.in_order(outputs)

@@ -16,6 +16,7 @@ from loopwright.data import DataModule, as_source, as_sources, data_of, opened, 
 from loopwright.errors import SettingError, choose
 from loopwright.metrics import Meters, check_metrics
 from loopwright.optim import as_schedulers, match_names, settings_of
+from loopwright.parallel import is_shard
 from loopwright.progress import Duration, Every
 from loopwright.stages import needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
@@ -34,6 +35,8 @@ class Parts:
     shared: dict[str, Optimizer] = field(default_factory=dict)  # those that no stage brought with it
     kept: Mapping[str, Optimizer] = field(default_factory=dict)  # all those of the run before
     found: list[tuple[Optimizer, list[dict[str, Any]]]] = field(default_factory=list)
+    label: str = ""  # what the folder of the run is called
+    undo_shards: Callable[[], None] = lambda: None  # of models that were shared out over ranks
 
     def note(self, optimizer: Optimizer) -> None:
         """Remember the settings of ``optimizer`` before a schedule is made for it, which may set learning rates."""
@@ -51,7 +54,11 @@ class Parts:
             raise
 
     def undo(self) -> None:
-        """Give the optimizers the settings back that they came with, for a run that does not take place."""
+        """Give the optimizers the settings back that they came with, for a run that does not take place.
+
+        Models are whole again.
+        """
+        self.undo_shards()
         for optimizer, groups in reversed(self.found):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 for added in group.keys() - settings.keys() - {"params"}:
@@ -75,17 +82,22 @@ def assemble(
     validate_every: str | int | Duration,
     weight: Callable[[Any], float] | None,
     key: int,
-    device: torch.device,
     comm: Comm,
     holds: torch.dtype | None,
     previous: Run | None,
+    run: Run,
 ) -> Parts:
-    """Resolve all that training needs; a task goes on with the optimizers and schedulers of its ``previous`` run."""
+    """Resolve all that training needs for ``run``, whose models are on their device.
+
+    A task goes on with the optimizers and schedulers of its ``previous`` run.
+    """
     if isinstance(train, DataModule):
         module, train = train, opened(train, "train", comm)
         valid = data_of(module, "valid") if valid is None else valid
-    models = task.models()
-    converted = move_task(task, models, device, holds)
+    models = run.models
+    converted = move_task(task, models, run.device, holds)
+    if run.team is not None:
+        run.team.shard(run, previous.optimizers.values() if previous is not None else ())
     metrics = check_metrics(task.configure_metrics())
     old = previous.stages if previous is not None else []
     if previous is None:
@@ -150,6 +162,7 @@ def _named(found: Any) -> dict[str, tuple[Any, Any]]:
 def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None) -> Optimizer:
     """An instance as it is; a factory is called with the trainable parameters of the task."""
     if isinstance(optimizer, Optimizer):
+        _check_moved(optimizer, task, name)
         return optimizer
     if not callable(optimizer):
         raise SettingError(
@@ -165,6 +178,21 @@ def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None) -> Op
             f"the factory of optimizer {name!r} returned {type(made).__name__}; it must return a torch optimizer"
         )
     return made
+
+
+def _check_moved(optimizer: Optimizer, task: Any, name: str) -> None:
+    """Refuse an optimizer that was made before the parameters were shared out: it would move what nobody uses."""
+    models = task.models().values()
+    if not any(is_shard(p) for model in models for p in model.parameters()):
+        return
+    if any(is_shard(p) for group in optimizer.param_groups for p in group["params"]):
+        return
+    kind = type(optimizer).__name__
+    raise SettingError(
+        f"the optimizer {name!r} was made before FSDP shared out the parameters. Give a function that makes it: "
+        f"optimizer=lambda params: torch.optim.{kind}(params, lr={optimizer.defaults.get('lr')}), or make it in "
+        "configure_optimizers of an lw.Task"
+    )
 
 
 def _stage(

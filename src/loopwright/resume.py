@@ -150,9 +150,12 @@ class Point:
 
 
 def find_point(
-    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = (), comm: Comm
-) -> Point | None:
+    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = (), comm: Comm,
+    mesh: Any = None,
+) -> Point | None:  # fmt: skip
     """The checkpoint that ``wanted`` means for a run called ``label`` in ``root``, read; None to begin anew.
+
+    ``mesh``: of the ranks, where parameters are shared out over them: each reads its part.
 
     ``elsewhere``: other folders in which savers of this run write. A damaged checkpoint is passed over with a warning
     when an older good one of the same run is there. Raises CheckpointError when there is none, and SettingError when
@@ -164,17 +167,17 @@ def find_point(
 
     def look() -> tuple[Any, ...] | None:
         nonlocal point
-        point = _find(wanted, root, label, elsewhere)
+        point = _find(wanted, root, label, elsewhere, mesh)
         return None if point is None else (point.data.path, point.folder)
 
     found = comm.first(look)
     if found is not None and comm.rank:  # what rank 0 has found
         path, folder = found
-        return Point(read(path), wanted.how, folder, wanted.path == "auto")
+        point = Point(read(path, mesh), wanted.how, folder, wanted.path == "auto")
     return point
 
 
-def _find(wanted: Resume, root: str | Path | None, label: str, elsewhere: Sequence[Place]) -> Point | None:
+def _find(wanted: Resume, root: str | Path | None, label: str, elsewhere: Sequence[Place], mesh: Any) -> Point | None:
     auto = wanted.path == "auto"
     if auto:
         if root is None and not elsewhere:
@@ -191,13 +194,13 @@ def _find(wanted: Resume, root: str | Path | None, label: str, elsewhere: Sequen
             raise SettingError(f"resume={wanted.path!r} is no path, and no known word. {choose(wanted.path, words)}")
         if (path / "manifest.json").is_file():
             own = _owner(path.parent) if root is not None and newest(path.parent) == path else None
-            return Point(read(path), wanted.how, own, auto)
+            return Point(read(path, mesh), wanted.how, own, auto)
         places = [find(path).parent]
         owner = _owner(places[0])
     if owner is not None and wanted.how != "weights":
         with hold(owner):  # what is being written there is not ours to sweep
             sweep(owner / "checkpoints")
-    found = [data for place in places if (data := _newest_good(place)) is not None]
+    found = [data for place in places if (data := _newest_good(place, mesh)) is not None]
     if not found:
         return None
     return Point(max(found, key=lambda data: data.info["step"]), wanted.how, owner if root is not None else None, auto)
@@ -209,13 +212,13 @@ def _owner(folder: Place) -> Path | None:
     return owner if isinstance(owner, Path) and (owner / "run.json").is_file() else None
 
 
-def _newest_good(folder: Place) -> Contents | None:
+def _newest_good(folder: Place, mesh: Any) -> Contents | None:
     """The newest checkpoint in ``folder`` that can be read; None where there is none at all."""
     bad, data = list[str](), None
     for path in reversed(list_checkpoints(folder)):
         try:
             if data is None:
-                data = read(path)
+                data = read(path, mesh)
             else:
                 parse(path)  # one whose manifest is damaged has lost its place in the order, and may be newer
         except CheckpointError as error:

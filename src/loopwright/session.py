@@ -69,7 +69,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         if deterministic:
             torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         if run.team is not None:
-            run.team.end(run)
+            run.team.end(run, failed=error is not None)
         if chooses_parameters(run):
             set_trainable(run.task, run.trainable)
         try:

@@ -145,7 +145,8 @@ class Strategy(Protocol):
     def begin_stage(self, run: Run, stage: Stage) -> Mapping[str, Any]:
         """Change the steps of the stage's phases so that their gradients are joined; what does it, by phase.
 
-        Each has ``last`` (set before the last batch of a window), ``flush()`` and ``check()``.
+        Each has ``last`` (set before the last batch of a window), ``stale``, ``seconds``, ``flush()`` and ``check()``.
+        A strategy with ``shards = True`` shares the parameters out as well: see ``FSDP`` for what it has besides.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, repeat
 from typing import Any
@@ -16,6 +17,7 @@ from loopwright.data import move, schema_of
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
 from loopwright.out_of_memory import add_memory
+from loopwright.parallel import Spare, is_shard, local
 from loopwright.state import Phase, Run, Stage
 
 __all__ = [
@@ -86,12 +88,13 @@ def _shared(stage: Stage, parts: Iterator[Any], sizes: Iterator[int] | None, tea
     while True:
         if sizes is not None:
             planned = [float(size) for size in islice(sizes, n)]
-            count = sum(team.has_part(int(size)) for size in planned)
-            window: Iterable[Any] = (part.batch for part in islice(parts, len(planned)) if part.batch is not None)
+            count = len(planned) if team.fills else sum(team.has_part(int(size)) for size in planned)
+            window: Iterable[Any] = (_own(part) for part in islice(parts, len(planned)) if part.batch is not None)
         else:
             held = list(islice(parts, n))
-            mine = [0.0 if part.batch is None else stage.weight(part.batch) for part in held]
-            window = [part.batch for part, weight in zip(held, mine, strict=True) if weight]  # no token, no loss
+            mine = [0.0 if part.batch is None or part.spare else stage.weight(part.batch) for part in held]
+            window = [part.batch if weight else Spare(part.batch)  # no token, no loss
+                      for part, weight in zip(held, mine, strict=True) if weight or team.fills]  # fmt: skip
             count = len(window)
             planned = [float(part.size) for part in held] if stage.counts_samples else team.comm.sums(mine)
         if not planned:
@@ -100,20 +103,39 @@ def _shared(stage: Stage, parts: Iterator[Any], sizes: Iterator[int] | None, tea
         yield window, None if n == 1 and stage.counts_samples and team.even(planned[0]) else planned
 
 
+def _own(part: Any) -> Any:
+    return Spare(part.batch) if part.spare else part.batch
+
+
 def prepared(run: Run, window: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a window on the device, as the hooks want them; those skipped are left out."""
-    hooks = run.hooks
+    """The batches of a window on the device, as the hooks want them; those skipped are left out.
+
+    Where parameters are shared out, ranks need one another for each batch: what is skipped here becomes a spare one,
+    and what a hook raises to end the window is raised after its last batch.
+    """
+    hooks, fills = run.hooks, run.team is not None and run.team.fills
+    ends: SkipStep | StopEpoch | None = None
     for batch in window:
+        spare = isinstance(batch, Spare) or ends is not None
+        batch = batch.batch if isinstance(batch, Spare) else batch
         if run.moves_batches:
             batch = move(batch, run.device, run.precision.holds)
         try:
-            if hooks.on_batch_start:
+            if hooks.on_batch_start and not spare:
                 fire(hooks.on_batch_start, run, batch)
-            if hooks.map_batch:
+            if hooks.map_batch and ends is None:
                 batch = fold(hooks.map_batch, run, batch)
         except SkipBatch:
-            continue
-        yield batch
+            if not fills:
+                continue
+            spare = True
+        except (SkipStep, StopEpoch) as raised:
+            if not fills:
+                raise
+            ends, spare = raised, True
+        yield Spare(batch) if spare else batch
+    if ends is not None:
+        raise ends
 
 
 def zero_grad(optimizer: Optimizer) -> None:
@@ -207,9 +229,12 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         for p in group["params"]
         if (grad := p.grad) is not None
     ]
+    shared = "torch.distributed.tensor" in sys.modules and any(map(is_shard, grads))  # no call for nothing
+    if shared:
+        grads = [local(grad) for grad in grads]
     found = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
     found = found or any_nonfinite(grads, loss)
-    if run.team is not None and run.nonfinite == "skip":
+    if run.team is not None and (shared or run.nonfinite == "skip"):
         found = run.team.comm.any(found)
     if not found:
         run.skips_in_row = 0
@@ -223,7 +248,7 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         names.get(id(p), "a parameter")
         for p in phase.parameters()
         if p.grad is not None
-        and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else p.grad).all())
+        and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else local(p.grad)).all())
     ]
     where = f"; gradients not finite: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}" if bad else ""
     rule = (

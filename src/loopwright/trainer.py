@@ -274,8 +274,10 @@ class Trainer:
             run, parts, _ = self._prepare(task, train, valid, stages, None)
         except LoopwrightError as error:
             return Plan(problems=[str(error)])
-        parts.undo()
-        return make_plan(run)
+        try:
+            return make_plan(run)
+        finally:
+            parts.undo()
 
     def explain(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> str:
         """The flat loop of this very run, with each callback and handler in its place, as text to print."""
@@ -312,17 +314,26 @@ class Trainer:
                 "both the Trainer and the stages say how long to train; leave epochs, steps and time out of the Trainer"
             )
         elsewhere = [as_place(saver.folder) for saver in self._savers() if getattr(saver, "folder", None) is not None]
-        run = self._bare(task, moves=False)
+        run, label = self._bare(task, moves=False), self._label(task)
         point = None
         if resume is not None:
-            point = find_point(resume, self.folder, self._label(task), elsewhere=elsewhere, comm=run.comm)
+            mesh = None if run.team is None else run.team.sharing(run.device)
+            point = find_point(resume, self.folder, label, elsewhere=elsewhere, comm=run.comm, mesh=mesh)
         previous: Run | None = getattr(task, "_run", None) if point is None else None
         key = run.comm.broadcast(self._key()) if point is None or point.key is None else point.key
-        parts = assemble(
-            task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
-            clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key, device=run.device,
-            comm=run.comm, holds=run.precision.holds, previous=previous,
-        )  # fmt: skip
+        try:
+            parts = assemble(
+                task, train, valid, list(stages) if stages else None, until=self.until, accumulate=self.accumulate,
+                clip_norm=self.clip_norm, validate_every=self.validate_every, weight=weight, key=key,
+                comm=run.comm, holds=run.precision.holds, previous=previous, run=run,
+            )  # fmt: skip
+        except BaseException:
+            if run.team is not None:
+                run.team.undo()
+            raise
+        parts.label = label
+        if run.team is not None:
+            parts.undo_shards = run.team.undo
         _share_out(run, parts.stages)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
         run.settings = {**self.settings, "key": key}
@@ -352,12 +363,13 @@ class Trainer:
             if not point.finished(run):
                 return True
             point.end(run)
+            if run.team is not None:
+                run.team.end(run)
             return False
 
     @contextmanager
     def _session(self, run: Run, parts: Parts) -> Iterator[None]:
-        label = self._label(run.task)
-        around = session(run, seed=self.seed, root=self.folder, label=label, deterministic=self.deterministic)
+        around = session(run, seed=self.seed, root=self.folder, label=parts.label, deterministic=self.deterministic)
         with parts.undone_unless_begun(run), watch_signals(run), around:
             yield
 
@@ -429,16 +441,19 @@ def joined(outputs: list[Any]) -> Any:
 def _share_out(run: Run, stages: Sequence[Stage]) -> None:
     """Let this rank read its part of the data: a slice of each batch, or every so many-th batch in evaluation."""
     if run.team is not None:
-        rank, world = run.comm.rank, run.comm.world_size
+        train, valid = _cut(run), _cut(run, whole=True)
         for stage in stages:
-            stage.source = shared(stage.source, Cut(rank, world))
-            stage.valid = {name: shared(one, Cut(rank, world, whole=True)) for name, one in stage.valid.items()}
+            stage.source = shared(stage.source, train)
+            stage.valid = {name: shared(one, valid) for name, one in stage.valid.items()}
+
+
+def _cut(run: Run, *, whole: bool = False) -> Cut:
+    return Cut(run.comm.rank, run.comm.world_size, whole, run.team.fills)
 
 
 def _begin_evaluation(run: Run, sources: Mapping[str, Any]) -> dict[str, Any]:
     run.team.begin(run)
-    cut = Cut(run.comm.rank, run.comm.world_size, whole=True)
-    return {name: shared(source, cut) for name, source in sources.items()}
+    return {name: shared(source, _cut(run, whole=True)) for name, source in sources.items()}
 
 
 def _checked(task: Any) -> Any:

@@ -32,14 +32,20 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
         try:
             for batch in batches:
                 n += 1
+                spare = False
                 if run.team is not None:
-                    run.team.batch, batch = n, batch.batch
+                    run.team.batch, (batch, _, spare) = n, batch
                     if batch is None:
                         continue  # another rank has it
                 if not compared and run.schema is not None:
                     compared = True
                     _compare(run.schema, batch, kind)
-                yield move(batch, run.device, run.precision.holds) if run.moves_batches else batch
+                batch = move(batch, run.device, run.precision.holds) if run.moves_batches else batch
+                if run.team is not None and run.team.fills:
+                    run.team.spare = batch
+                if not spare:
+                    yield batch
+                batch = None  # or two would be held while the next one is fetched
         except Exception as error:
             error.add_note(f"[loopwright] in {kind}, batch {n}")
             raise

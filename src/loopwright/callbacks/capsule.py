@@ -16,6 +16,7 @@ from loopwright import rng
 from loopwright.checkpoint import check, encode, snapshot, write
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.events import Callback
+from loopwright.parallel import is_shard
 from loopwright.state import Progress, Run, StepResult, has_state
 from loopwright.text import with_article
 
@@ -192,6 +193,9 @@ class Capsule(Callback):
         extras: dict[str, dict[str, Any]] = {}
         for (group, _), model in zip(snapshot.run_groups(run).items(), run.models.values(), strict=True):
             for key, value in model.state_dict(keep_vars=True).items():
+                if is_shard(value):
+                    limits.append(f"{key} was left out: it is shared out over the ranks")
+                    continue
                 plain = isinstance(value, Tensor) and value.layout == torch.strided
                 (files if plain else extras).setdefault(group, {})[key] = before.get(id(value), value)
             files.setdefault(group, {})

@@ -14,6 +14,7 @@ from loopwright.checkpoint.background import Copies, in_background
 from loopwright.checkpoint.manifest import NAME
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.shelf import monitored
+from loopwright.checkpoint.together import write_together
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError, choose
 from loopwright.events import fire
 from loopwright.monitor import direction
@@ -96,6 +97,11 @@ class Checkpoint:
         """
         if run.folder is None and self.folder is None:
             raise SettingError("Checkpoint needs a folder to write to: Trainer(folder='runs')")
+        if self.async_save and snapshot.shared_out(run):
+            raise SettingError(
+                "Checkpoint(async_save=True) cannot be used with FSDP, where all ranks write together; leave it out. "
+                "Each rank writes its part, which takes a part of the time"
+            )
         snapshot.check(run)
         self._every.start(run.progress, run.stage.source.batches if run.stage is not None else None)
         self._saved, self._validated = None, False
@@ -146,8 +152,10 @@ class Checkpoint:
         the writing has begun.
         """
         ranks = run.comm.gather(snapshot.own(run))[1:] if run.comm.world_size > 1 else []
-        if run.comm.rank:  # rank 0 writes; if it cannot, it ends the run
+        if run.comm.rank and not snapshot.shared_out(run):  # rank 0 writes; if it cannot, it ends the run
             return None if self.async_save else self._folder(run) / f"step-{run.progress.step:08d}"
+        if snapshot.shared_out(run):
+            return self._save_together(run, ranks)
         state = (run.progress._replace(seconds=0.0), dict(run.metrics), len(run.history), run.validated_at)
         if state == self._saved and self._writing is not None:
             return None
@@ -184,20 +192,50 @@ class Checkpoint:
         self._saved = state
         return path
 
+    def _save_together(self, run: Run, ranks: list[Any]) -> Place | None:
+        """Every rank writes what it holds; rank 0 says whether there is anything to write, and knows what is kept."""
+        folder, rank = self._folder(run), run.comm.rank
+        path = folder / f"step-{run.progress.step:08d}"
+        state = (run.progress._replace(seconds=0.0), dict(run.metrics), len(run.history), run.validated_at)
+        others = [s for s in run.savers if isinstance(s, Checkpoint) and s is not self and s._folder(run) == folder]
+        value, about, written = None, dict[str, Any](), False
+        if not rank:
+            value = self._rank_here(run, path)
+            written = any(o._saved == state for o in others) and (
+                value is None or monitored(path, self.monitor) is not None
+            )
+            monitors = [saver._monitors(run, path) for saver in (self, *others) if saver.monitor is not None]
+            about = snapshot.info(run)
+            about |= (monitors[0] if monitors else {}) | ({"others": monitors[1:]} if monitors[1:] else {})
+        old = run.comm.broadcast((state == self._saved and self.last, written))
+        if old[0]:
+            return old[0]  # type: ignore[no-any-return]
+        try:
+            if not old[1]:
+                packed = Packed.of(*snapshot.take(run, ranks), about, shards=True)
+                write_together(packed, path, run.comm)
+            if not rank:
+                self._landed(path, value, others)
+        except (CheckpointError, OSError) as error:
+            self._failed(run.progress.step, error)
+            return None
+        finally:
+            self._validated = False
+        self._saved = state
+        return path
+
     def end(self, run: Run) -> None:
         """Wait for what is being written; with ``restore="best"`` put the best weights into the models."""
         self.finish(run)
         if self.restore and not run.interrupted:
-            if not run.comm.rank:
-                self._restore(run)
+            ranks = {path: monitored(path, self.monitor) for path in list_checkpoints(self._folder(run))}
+            known = {path: rank for path, rank in ranks.items() if rank is not None}
+            best = run.comm.broadcast(min(known, key=lambda path: known[path]) if known else None)
+            shares = snapshot.shared_out(run)
+            if best is not None and (shares or not run.comm.rank):
+                snapshot.restore_models(run, read(best, run.team.sharing(run.device) if shares else None))
             if run.team is not None:
                 run.team.follow(run, parameters=True)
-
-    def _restore(self, run: Run) -> None:
-        ranks = {path: monitored(path, self.monitor) for path in list_checkpoints(self._folder(run))}
-        known = {path: rank for path, rank in ranks.items() if rank is not None}
-        if known:
-            snapshot.restore_models(run, read(min(known, key=lambda path: known[path])))
 
     def finish(self, run: Run) -> None:
         """Wait for what is being written in the background, if anything is; what went wrong is raised here.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwright.errors import CheckpointError
+from loopwright.parallel import is_shard, local
 from loopwright.text import with_article
 
 __all__ = ["check", "encode"]
@@ -30,30 +31,32 @@ NUMPY_KINDS = "biufcSUMm"  # no objects, no records: they may hold anything
 _JSON_INT = 2**63  # larger ones as hexadecimal: decimal text of huge numbers is refused by Python itself
 
 
-def encode(value: Any, where: str = "") -> tuple[Any, dict[str, Tensor]]:
+def encode(value: Any, where: str = "", *, shards: bool = False) -> tuple[Any, dict[str, Tensor]]:
     """``value`` as JSON data, and its tensors by name; ``where`` is its own name in errors and tensor names.
 
     The tensors are detached but not copied: write them, or clone them, before the state changes. Tensors that
     are the same memory are named once and stay tied. Sparse COO tensors are coalesced, parameters become
     plain tensors, numpy arrays are kept as their bytes, the device is not kept. Subclasses are refused, since
-    what they add would be lost. Raises CheckpointError naming the path of a value of unknown type.
+    what they add would be lost. DTensors are refused as well, unless ``shards`` says that all ranks write together.
+    Raises CheckpointError naming the path of a value of unknown type.
 
     >>> encode({"best": float("inf"), "shape": (2, 3)})
     ({'best': {'@': 'float', 'v': 'inf'}, 'shape': {'@': 'tuple', 'v': [2, 3]}}, {})
     """
-    encoder = _Encoder()
+    encoder = _Encoder(shards)
     return encoder.encode(value, where, 0), encoder.tensors
 
 
-def check(value: Any, where: str = "") -> None:
+def check(value: Any, where: str = "", *, shards: bool = False) -> None:
     """Raise CheckpointError naming the path of the first value that cannot be saved; keeps nothing."""
-    encode(value, where)
+    encode(value, where, shards=shards)
 
 
 class _Encoder:
     """Collects the tensors met on the way down."""
 
-    def __init__(self) -> None:
+    def __init__(self, shards: bool) -> None:
+        self.shards = shards
         self.tensors: dict[str, Tensor] = {}
         self._seen: dict[Any, str] = {}
 
@@ -113,6 +116,8 @@ class _Encoder:
         return {TAG: "defaultdict", "factory": name, "v": self.pairs(value, where, depth)}
 
     def _tensor(self, tensor: Tensor, where: str) -> Any:
+        if self.shards and is_shard(tensor):
+            return {TAG: "tensor", "name": self._keep(tensor.detach(), where)}
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             raise CheckpointError(
                 f"{where} is {with_article(_described(tensor))}, which cannot be saved; "
@@ -156,6 +161,7 @@ class _Encoder:
 
 def same_memory(tensor: Tensor) -> Any:
     """A key that two tensors share when they are the same elements in memory; None for an empty one."""
+    tensor = local(tensor)
     if not tensor.numel():
         return None
     view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())

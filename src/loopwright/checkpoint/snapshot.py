@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from loopwright import __version__, rng
 from loopwright._compat import has_stepped
@@ -20,13 +21,14 @@ from loopwright.data import fingerprint
 from loopwright.data.plan import seed_from
 from loopwright.errors import CheckpointError, choose
 from loopwright.handlers import Handler
+from loopwright.parallel import like
 from loopwright.progress import Progress
 from loopwright.state import Run, Stage, has_state
 from loopwright.text import with_article
 
 __all__ = [
     "check", "check_fit", "conditions", "info", "own", "progress", "recipe", "remembering", "restore",
-    "restore_loggers", "restore_models", "take",
+    "restore_loggers", "restore_models", "shared_out", "take",
 ]  # fmt: skip
 
 _COUNTERS = ("skipped", "skips_in_row", "validated_at")
@@ -75,12 +77,18 @@ def own(run: Run) -> dict[str, Any]:
 
 def check(run: Run) -> None:
     """Raise CheckpointError naming what in ``run`` cannot be saved; for the start of ``fit``."""
+    shards = shared_out(run)
     for name in ("callbacks", *_WATCHERS):
         for obj in getattr(run, name):
             if has_state(obj):
-                check_value(obj.state_dict(), f"{_kind(obj)}.state_dict()")
+                check_value(obj.state_dict(), f"{_kind(obj)}.state_dict()", shards=shards)
     files, state = take(run)
-    check_value([files, state])
+    check_value([files, state], shards=shards)
+
+
+def shared_out(run: Run) -> bool:
+    """True if parameters are shared out over ranks, so that all of them write a checkpoint together."""
+    return run.team is not None and bool(run.team.fills)
 
 
 def info(run: Run) -> dict[str, Any]:
@@ -147,10 +155,11 @@ def conditions(run: Run) -> dict[str, Any]:
     """What else the bits depend on: the version of torch, and the hardware that computes."""
     cpu = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     version = ".".join(str(torch.__version__).split(".")[:2])
+    ranks = {"ranks": run.comm.world_size, "parameters shared out": shared_out(run)}
     if run.device.type == "cpu":
-        return {"torch": version, "device": "cpu", **cpu, "ranks": run.comm.world_size}
+        return {"torch": version, "device": "cpu", **cpu, **ranks}
     names = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
-    return {"torch": version, "device": names, "ranks": run.comm.world_size}
+    return {"torch": version, "device": names, **ranks}
 
 
 def restore(run: Run, data: Contents) -> None:
@@ -166,7 +175,8 @@ def restore(run: Run, data: Contents) -> None:
     try:
         _load_models(run, data)
         for name, optimizer in run.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            saved = state["optimizers"][name]
+            optimizer.load_state_dict(_held(optimizer, saved) if shared_out(run) else saved)
             if state["progress"]["step"]:
                 has_stepped(optimizer)
         _load_parts(run, state)
@@ -263,9 +273,28 @@ def _models(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str,
 def _load_models(run: Run, data: Contents) -> None:
     for (group, own), model in zip(run_groups(run).items(), run.models.values(), strict=True):
         # into the model's own dict, which carries the versions of its modules
-        own.update(data.files[group])
+        own.update({key: like(own.get(key), value) for key, value in data.files[group].items()})
         own.update(data.state["models"].get(group, {}))
         model.load_state_dict(own)
+
+
+def _held(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer, as it is to be held of each parameter: cut where that is, whole where it is not."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    own = dict(zip(numbers, parameters, strict=True))
+    state = {
+        number: {key: like(own[number], value) for key, value in kept.items()} if number in own else kept
+        for number, kept in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def _alike(own: Any, saved: Any) -> Any:
+    """What an object remembers, held as it has it now under the same keys: averages of parameters cut as these are."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        return {key: _alike(own.get(key), value) for key, value in saved.items()}
+    return like(own, saved)
 
 
 def _stage(run: Run, stage: Stage) -> dict[str, Any]:
@@ -290,7 +319,7 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
         _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
     for name in ("callbacks", "handlers", "savers"):
         for obj, saved in _matched(getattr(run, name), state[name]):
-            obj.load_state_dict(saved)
+            obj.load_state_dict(_alike(obj.state_dict(), saved) if shared_out(run) else saved)
     for name, obj in _user(run):
         (obj[1] if isinstance(obj, tuple) else obj.load_state_dict)(state["user"][name])
     run.history.load_state_dict(state["history"])

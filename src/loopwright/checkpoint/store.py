@@ -18,6 +18,7 @@ from loopwright.checkpoint import manifest as manifests
 from loopwright.checkpoint.decode import decode
 from loopwright.checkpoint.encode import encode
 from loopwright.checkpoint.migrations import migrate_state
+from loopwright.checkpoint.pieces import File, joined, plan, wanted
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.publish import publish
 from loopwright.checkpoint.shelf import list_checkpoints, order
@@ -38,7 +39,8 @@ class Packed:
     """What goes into a checkpoint: the state and ``info`` as plain data, and all tensors by group and name.
 
     The plain data are a copy; the tensors are those of the run until ``Copies.of`` has made them one too. Raises
-    CheckpointError for a value of unknown type, and for a group that cannot name a file.
+    CheckpointError for a value of unknown type, and for a group that cannot name a file. ``shards``: there may be
+    DTensors, which all ranks write together.
     """
 
     groups: dict[str, dict[str, Tensor]]
@@ -46,8 +48,10 @@ class Packed:
     info: Any
 
     @classmethod
-    def of(cls, files: Mapping[str, Mapping[str, Tensor]], state: Any, info: Mapping[str, Any]) -> Packed:
-        plain, tensors = encode(state)
+    def of(
+        cls, files: Mapping[str, Mapping[str, Tensor]], state: Any, info: Mapping[str, Any], *, shards: bool = False
+    ) -> Packed:
+        plain, tensors = encode(state, shards=shards)
         groups = {name: dict(named) for name, named in files.items()}
         for name in _OURS:
             mine = {k: t for k, t in tensors.items() if k.startswith("optimizers") == (name == "optimizer")}
@@ -79,9 +83,9 @@ class Packed:
         folder = as_place(folder)
         try:
             if isinstance(folder, Path):
-                self._need_space(folder)
+                self.need_space(folder)
             number = max((order(p) for p in list_checkpoints(folder.parent)), default=0) + 1
-            publish(folder, lambda place, mark: self._fill(place, mark, number))
+            publish(folder, lambda place, mark: self.fill(place, mark, number, plan(self.groups, mark=mark)))
         except CheckpointError:
             raise
         except Exception as error:  # the libraries behind URLs raise errors of their own
@@ -90,25 +94,22 @@ class Packed:
             ) from error
         return folder
 
-    def _fill(self, folder: Place, mark: str, number: int) -> None:
-        entries: dict[str, dict[str, Any]] = {}
-        digests: dict[str, Any] = {}
+    def fill(self, folder: Place, mark: str, number: int, files: list[File], others: Entries = dict) -> None:
+        """Write ``files``, the state and the manifest, which names those that ``others`` have written as well."""
         with Writer(folder) as out:
+            name = STATE.replace(".", f"{mark}.")
             with out.hashing():
-                for group, named in self.groups.items():
-                    file, laid = _file(group, mark), layout(named)
-                    digests[file] = out.write(file, laid.parts(), size=laid.size)
-                    entries[file] = {"group": group, "size": laid.size, **laid.notes}
-                name = STATE.replace(".", f"{mark}.")
+                entries, digests = _begun(out, files)
                 digests[name] = out.write(name, [(memoryview(self.state), False)], size=len(self.state))
-                entries[name] = {"size": len(self.state)}
+            entries[name] = {"size": len(self.state)}
             for file, digest in digests.items():
                 entries[file]["sha256"] = digest.hexdigest()
+            entries |= others()
             text = manifests.render({"format": manifests.FORMAT, "order": number, "info": self.info, "files": entries})
             out.write(manifests.NAME, [(memoryview(text), False)], size=len(text))
             out.sync_folder()
 
-    def _need_space(self, folder: Path) -> None:
+    def need_space(self, folder: Path) -> None:
         """Better no checkpoint than half of one, and a full disk for everybody."""
         needed = len(self.state) + sum(layout(named).size for named in self.groups.values()) + (1 << 16)
         above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -121,8 +122,40 @@ class Packed:
             )
 
 
-def _file(group: str, mark: str = "") -> str:
-    return f"{quote(group, safe='')}{mark}.safetensors"
+Entries = Callable[[], dict[str, dict[str, Any]]]
+"""What the manifest says of files, by name."""
+
+
+def write_files(folder: Place, files: list[File]) -> dict[str, dict[str, Any]]:
+    """Write ``files`` alone, and return what the manifest is to say of them, once they are on disk."""
+    with Writer(folder) as out:
+        with out.hashing():
+            entries, digests = _begun(out, files)
+        for name, digest in digests.items():
+            entries[name]["sha256"] = digest.hexdigest()
+        out.sync_folder()
+    return entries
+
+
+def _begun(out: Writer, files: list[File]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Write ``files``; their entries, and their digests, which are complete after ``out.hashing``."""
+    entries: dict[str, dict[str, Any]] = {}
+    digests: dict[str, Any] = {}
+    for file in files:
+        pieces = {} if file.shards is None else {"shards": file.shards}
+        laid = layout(file.tensors, None if file.shards is None else _offsets(file))
+        digests[file.name] = out.write(file.name, laid.parts(), size=laid.size)
+        entries[file.name] = {"group": file.group, "size": laid.size, **pieces, **laid.notes}
+    return entries, digests
+
+
+def _offsets(file: File) -> dict[str, list[int]]:
+    notes = file.shards or {}
+    return {name: [n["start"] if d == n["dim"] else 0 for d in range(len(n["shape"]))] for name, n in notes.items()}
+
+
+def _file(group: str) -> str:
+    return f"{quote(group, safe='')}.safetensors"
 
 
 def write(folder: Place | str, files: Mapping[str, Mapping[str, Tensor]], state: Any, info: Mapping[str, Any]) -> Place:
@@ -153,8 +186,11 @@ class Contents:
     files: dict[str, dict[str, Tensor]]
 
 
-def read(path: Place | str) -> Contents:
+def read(path: Place | str, mesh: Any = None) -> Contents:
     """The contents of a checkpoint, all on the CPU, after its sizes and checksums have been verified.
+
+    With the ``mesh`` of ranks that share parameters out, tensors that were written in pieces are DTensors, and a rank
+    reads the files that it needs; the first one verifies all.
 
     Reads tensors and plain data only; nothing in it is executed. Raises CheckpointError that names the bad
     file, the checksum expected and found, and the newest good checkpoint beside it.
@@ -163,11 +199,9 @@ def read(path: Place | str) -> Contents:
     try:
         manifest = manifests.parse(path)
         entries = manifest["files"]
-        loads: dict[str, _Load] = {
-            name: _load_tensors if "group" in entry else _load_state for name, entry in entries.items()
-        }
-        found = _each(path, entries, loads)
-        files = {entry["group"]: found.pop(name) for name, entry in entries.items() if "group" in entry}
+        found = _each(path, entries, {name: load for name in entries if (load := _load_of(entries[name], mesh))})
+        files = _grouped(entries, found, mesh)
+        found = {name: found[name] for name, entry in entries.items() if "group" not in entry}
         if len(found) != 1:
             raise CheckpointError(f"{path / manifests.NAME} names {len(found)} files for the state, not one")
         ((file, plain),) = found.items()
@@ -179,6 +213,29 @@ def read(path: Place | str) -> Contents:
         return Contents(path, decode(manifest["info"], {}), state, files)
     except Exception as error:
         raise _bad(path, error) from error
+
+
+def _load_of(entry: dict[str, Any], mesh: Any) -> _Load | None:
+    """What is done with a file; None for pieces that other ranks of ``mesh`` need, and not this one."""
+    if "group" not in entry:
+        return _load_state
+    if "shards" in entry and not wanted(entry["shards"], mesh):
+        return _load_nothing if mesh.get_local_rank() == 0 else None
+    return _load_tensors
+
+
+def _grouped(entries: dict[str, dict[str, Any]], found: dict[str, Any], mesh: Any) -> dict[str, dict[str, Tensor]]:
+    """The tensors that were loaded from files, by group: pieces are put together."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    pieces: dict[str, list[tuple[Any, Any]]] = {}
+    for name, entry in entries.items():
+        if "shards" in entry and "group" in entry:
+            pieces.setdefault(entry["group"], []).append((entry["shards"], found.pop(name, None)))
+        elif "group" in entry:
+            groups.setdefault(entry["group"], {}).update(found.pop(name))
+    for group, parts in pieces.items():
+        groups.setdefault(group, {}).update(joined(parts, mesh))
+    return groups
 
 
 def verify(path: Place | str) -> dict[str, Any]:
@@ -212,7 +269,7 @@ def _load_nothing(file: Hashed, entry: dict[str, Any]) -> None:
 def _each(path: Place, entries: dict[str, dict[str, Any]], loads: dict[str, _Load]) -> dict[str, Any]:
     """What is loaded from each file, several at a time; the error of the first one that is bad."""
     with ThreadPoolExecutor(_READERS) as threads:
-        found = {name: threads.submit(_checked, path / name, entry, loads[name]) for name, entry in entries.items()}
+        found = {name: threads.submit(_checked, path / name, entries[name], load) for name, load in loads.items()}
     return {name: future.result() for name, future in found.items()}
 
 

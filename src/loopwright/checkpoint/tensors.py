@@ -61,12 +61,12 @@ class Layout:
         yield memoryview(gathered), True
 
 
-def layout(tensors: Mapping[str, Tensor]) -> Layout:
+def layout(tensors: Mapping[str, Tensor], offsets: Mapping[str, list[int]] | None = None) -> Layout:
     """How ``tensors`` are to be written; reads none of their values.
 
     ``notes["aliases"]`` maps names to the stored name whose memory they share. ``notes["tensors"]`` has the
     stride of dense tensors in another order than row by row (channels_last), and dtype and shape of those
-    kept as raw bytes.
+    kept as raw bytes. ``offsets``: where in the whole tensors these begin, if they are pieces.
     """
     aliases: dict[str, str] = {}
     details: dict[str, dict[str, Any]] = {}
@@ -79,7 +79,10 @@ def layout(tensors: Mapping[str, Tensor]) -> Layout:
             details[name] = detail
     stored = [(name, tensor) for name, tensor in tensors.items() if name not in aliases]
     stored.sort(key=lambda pair: -pair[1].element_size())  # so that each begins at a multiple of its element size
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **aliases}}  # as safetensors.torch.load_model reads it
+    metadata = {"format": "pt", **aliases}  # as safetensors.torch.load_model reads it
+    if offsets is not None:  # as torch.distributed.checkpoint's HuggingFaceStorageReader does
+        metadata["DCP_SHARDING_INFO"] = json.dumps({name: {"saved_offsets": at} for name, at in offsets.items()})
+    entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in stored:
         start, end = end, end + tensor.numel() * tensor.element_size()

@@ -22,6 +22,7 @@ _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Ra
 _DEPTH, _WIDTH = 6, 32  # how deep and how wide objects are searched for generators
 _LEAVES = (torch.Tensor, np.ndarray, type, str, bytes, int, float, Optimizer, type(None))
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Tensor, nn.Parameter))
+_OF_TORCH = "__composable_api_"  # what FSDP and the like keep on a module: no generator of the user's
 _OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: children are modules themselves, hooks are not ours
 
 
@@ -71,7 +72,7 @@ def find_on_modules(modules: Iterable[nn.Module]) -> list[Any]:
         f"{i}.{name}": value
         for i, module in enumerate(modules)
         for name, value in vars(module).items()
-        if name not in _OF_MODULES and type(value) not in _PLAIN
+        if name not in _OF_MODULES and type(value) not in _PLAIN and not name.startswith(_OF_TORCH)
     }
     return list(find_generators(roots).values()) if roots else []
 

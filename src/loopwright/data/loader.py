@@ -161,7 +161,7 @@ class Loader:
         try:
             for number, indices in self._indices(epoch, batch):
                 mine = self.cut.rows(indices, number)
-                yield Part(None if mine is None else next(batches), len(indices))
+                yield self.cut.given(None if mine is None else next(batches), len(indices), number)
         finally:
             batches.close()  # type: ignore[attr-defined]
 

@@ -118,7 +118,7 @@ class Order:
                 continue
             self.pending.popleft()
             if isinstance(index, (list, tuple)) or self.cut.whole:
-                yield Part(None if self.cut.rows(index, number) is None else item, _length(index))
+                yield self.cut.given(item, _length(index), number)
             else:
                 yield self.cut.part(item, number)
             return

@@ -20,17 +20,22 @@ __all__ = ["Cut", "Part", "shared"]
 
 
 class Part(NamedTuple):
-    """What a rank has of a batch: ``batch`` is None where that is nothing; ``size`` samples are in the whole batch."""
+    """What a rank has of a batch: ``batch`` is None where that is nothing; ``size`` samples are in the whole batch.
+
+    ``spare``: the batch is not its own, but something to compute on while the others do.
+    """
 
     batch: Any
     size: int
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The part of ``rank`` among ``world`` ranks: a contiguous slice, or with ``whole`` every ``world``-th batch.
 
-    Slices differ by one sample at most; those of a batch smaller than ``world`` are empty for some ranks.
+    Slices differ by one sample at most; those of a batch smaller than ``world`` are empty for some ranks. ``fills``
+    gives these a sample that others have as well; of whole batches each rank gets one of the first at least.
 
     >>> [Cut(rank, 3).rows([10, 11, 12, 13], number=0) for rank in range(3)]
     [[10], [11], [12, 13]]
@@ -41,25 +46,39 @@ class Cut:
     rank: int
     world: int
     whole: bool = False
+    fills: bool = False
 
     def bounds(self, size: int) -> tuple[int, int]:
         """First and one past the last position of this rank's slice of a batch of ``size``."""
         return size * self.rank // self.world, size * (self.rank + 1) // self.world
 
+    def has(self, size: int, number: int) -> bool:
+        """True if this rank has a part of its own in batch ``number``, of ``size`` samples."""
+        low, high = self.bounds(size)
+        return number % self.world == self.rank if self.whole else high > low
+
     def rows(self, indices: Any, number: int) -> Any:
-        """This rank's part of the ``indices`` of batch ``number``; None if it has none."""
+        """What this rank reads of the ``indices`` of batch ``number``; None if that is nothing."""
         if self.whole:
-            return indices if number % self.world == self.rank else None
+            mine = self.has(0, number) or (self.fills and number == 0)
+            return indices if mine else None
         low, high = self.bounds(len(indices))
-        return indices[low:high] if high > low else None
+        return indices[low:high] if high > low else indices[:1] if self.fills else None
+
+    def given(self, item: Any, size: int, number: int) -> Part:
+        """What was read of batch ``number``, None for nothing, as a part."""
+        mine = self.has(size, number)
+        return Part(item if mine or self.fills else None, size, item is not None and not mine and self.fills)
 
     def part(self, batch: Any, number: int) -> Part:
         """This rank's part of a batch that was read whole. Raises DataError where it cannot be sliced."""
         if self.whole:
-            return Part(batch if number % self.world == self.rank else None, 0)
+            return self.given(None if self.rows((), number) is None else batch, 0, number)
         size = samples(batch)
         low, high = self.bounds(size)
-        return Part(_sliced(batch, low, high, size) if high > low else None, size)
+        if high == low and self.fills and size:
+            low, high = 0, 1
+        return self.given(_sliced(batch, low, high, size) if high > low else None, size, number)
 
 
 def shared(source: Source, cut: Cut) -> Source:

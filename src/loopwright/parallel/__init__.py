@@ -3,28 +3,38 @@
 from loopwright.parallel.comm import Ranks, Single
 from loopwright.parallel.ddp import DDP
 from loopwright.parallel.device import pick_device
+from loopwright.parallel.fsdp import FSDP
 from loopwright.parallel.join import join, local_device
 from loopwright.parallel.pick import check_strategy, pick_team
 from loopwright.parallel.precision import Autocast, Plain, Scaled, pick_precision
-from loopwright.parallel.team import Team, watched
+from loopwright.parallel.shards import is_shard, like, local, region, shard_of, whole
+from loopwright.parallel.team import Spare, Team, watched
 from loopwright.parallel.world import World, check_world, find_world
 
 __all__ = [
     "DDP",
+    "FSDP",
     "Autocast",
     "Plain",
     "Ranks",
     "Scaled",
     "Single",
+    "Spare",
     "Team",
     "World",
     "check_strategy",
     "check_world",
     "find_world",
+    "is_shard",
     "join",
+    "like",
+    "local",
     "local_device",
     "pick_device",
     "pick_precision",
     "pick_team",
+    "region",
+    "shard_of",
     "watched",
+    "whole",
 ]

@@ -10,6 +10,7 @@ from loopwright.errors import SettingError, choose
 from loopwright.parallel.comm import Ranks
 from loopwright.parallel.ddp import DDP
 from loopwright.parallel.device import pick_device
+from loopwright.parallel.fsdp import FSDP
 from loopwright.parallel.join import join, local_device
 from loopwright.parallel.team import Team
 from loopwright.parallel.world import check_world, find_world
@@ -17,7 +18,7 @@ from loopwright.state import Strategy
 
 __all__ = ["check_strategy", "pick_team"]
 
-_STRATEGIES = {"auto": DDP, "ddp": DDP, "single": None}
+_STRATEGIES: dict[str, Any] = {"auto": DDP, "ddp": DDP, "fsdp": FSDP, "single": None}
 
 
 def check_strategy(strategy: str | Strategy) -> None:
@@ -27,7 +28,8 @@ def check_strategy(strategy: str | Strategy) -> None:
             raise SettingError(f"strategy={strategy!r} is unknown. {choose(strategy, _STRATEGIES)}")
     elif isinstance(strategy, type) or not callable(getattr(strategy, "begin_stage", None)):
         raise SettingError(
-            f"strategy={strategy!r}: expected 'auto', 'ddp', 'single' or an object such as lw.DDP(find_unused=True)"
+            f"strategy={strategy!r}: expected 'auto', 'ddp', 'fsdp', 'single' or an object such as "
+            "lw.DDP(find_unused=True)"
         )
 
 
@@ -55,5 +57,5 @@ def pick_team(
                 f"device={picked.type!r}, and each takes its own"
             )
         picked = own
-    made: Any = _STRATEGIES[strategy]() if isinstance(strategy, str) else strategy  # type: ignore[misc]
+    made: Any = _STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
     return picked, Team(Ranks(), made)

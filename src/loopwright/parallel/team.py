@@ -5,25 +5,37 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
 
 from loopwright import rng
 from loopwright.errors import DataError, LoopwrightWarning, SettingError
 from loopwright.history import Sums
 from loopwright.parallel.comm import Ranks
 from loopwright.parallel.pulse import Pulse
+from loopwright.parallel.shards import is_shard
 from loopwright.parallel.watch import Watch
 from loopwright.state import Phase, Run, Source, Stage, Strategy
 
-__all__ = ["Team", "watched"]
+__all__ = ["Spare", "Team", "watched"]
 
 _STEERING = (
     "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
 )  # fmt: skip
 _SLOW, _SOON_S = 0.2, 30.0  # of all time, lost by one rank; the first seconds tell nothing
 _GONE: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """A batch of which this rank has no part: it goes along with the others, and nothing of it counts."""
+
+    batch: Any
 
 
 class Team:
@@ -44,6 +56,35 @@ class Team:
         self.needs: list[dict[str, float]] = []  # seconds that each rank has waited for data, and spent in forward
         self._told = False
         self.batch = 0  # number of the whole batch that this rank evaluates
+        # where parameters are shared out, every rank takes part in every forward and backward
+        self.fills = bool(getattr(strategy, "shards", False))
+        self.spare: Any = None  # what this rank computes on while it evaluates nothing
+        self.spread: Any = None
+        self.mesh: Any = None
+
+    def sharing(self, device: torch.device) -> Any:
+        """The ranks as a mesh, where parameters are shared out over them; None elsewhere. All ranks together."""
+        if self.fills and self.mesh is None:
+            self.mesh = self.strategy.mesh(device, self.size)  # type: ignore[attr-defined]
+        return self.mesh
+
+    def shard(self, run: Run, optimizers: Iterable[Any] = ()) -> None:
+        """Let this rank keep its part of each parameter, before optimizers are made."""
+        if not self.fills:
+            return
+        from loopwright.parallel.spread import Spread
+
+        strategy: Any = self.strategy
+        mesh, models = self.sharing(run.device), run.models
+        for model in models.values():
+            self.comm.broadcast_tensors(p for p in model.parameters() if not is_shard(p) and not is_lazy(p))
+        self.spread = Spread(models.values(), optimizers, lambda: strategy.shard(run.task, models, mesh))
+
+    def undo(self) -> None:
+        """The fit does not take place: models and optimizers are what they were."""
+        if self.spread is not None:
+            self.spread.undo()
+        self.spread = None
 
     # --------------------------------------------------------------------------------------------- data
 
@@ -105,16 +146,27 @@ class Team:
             if meters is not None:
                 meters.check_ranks()
 
-    def end(self, run: Run) -> None:
-        """Give the phases their own steps back; torch's DistributedDataParallel lets go of the parameters."""
+    def end(self, run: Run, *, failed: bool = False) -> None:
+        """Give the phases their own steps back, and the models their whole parameters.
+
+        After an error, which the other ranks may not have met, nobody waits for them: where training had begun, models
+        stay in parts.
+        """
         for synced in self._synced.values():
-            synced.end()
+            if hasattr(synced, "end"):
+                synced.end()
         self._synced = {}
+        if self.spread is not None and failed and not self.spread.begun:
+            self.spread.undo()
+        elif self.spread is not None and not failed and self.strategy.gather:  # type: ignore[attr-defined]
+            self.spread.gather(run.optimizers.values())
+        self.spread = None
 
     def follow(self, run: Run, *, parameters: bool = False) -> None:
         """Take the buffers of rank 0, such as the statistics of batch norm, and if asked for its parameters."""
         for model in run.models.values():
-            self.comm.broadcast_tensors(chain(model.parameters(), model.buffers()) if parameters else model.buffers())
+            tensors = chain(model.parameters(), model.buffers()) if parameters else model.buffers()
+            self.comm.broadcast_tensors(tensor for tensor in tensors if not is_shard(tensor))
 
     def begin_stage(self, run: Run, stage: Stage) -> None:
         """Join the gradients of the parameters that train in ``stage``."""
@@ -124,6 +176,8 @@ class Team:
                 f"phase {closures[0]!r} has an optimizer that calls its step back (LBFGS), which several ranks cannot "
                 "do in step; train it with one process"
             )
+        if self.spread is not None:
+            self.spread.begin()
         self._synced = self.strategy.begin_stage(run, stage)
 
     # --------------------------------------------------------------------------------------------- a step
@@ -151,7 +205,12 @@ class Team:
             last = number == self._count
             if synced is not None:
                 synced.last = last
-            yield batch
+                if self.fills and self._count > 1:
+                    synced.held = None if last else batch.batch if isinstance(batch, Spare) else batch
+            if not isinstance(batch, Spare):
+                yield batch
+            elif synced is not None:
+                synced.idle(batch.batch)
             self._done |= last
 
     def join(self, run: Run, phase: Phase, seen: float, skips: bool, ends: bool) -> tuple[float, bool, bool]:
@@ -165,6 +224,15 @@ class Team:
         if total and not skips and phase.name in self._synced:
             self._synced[phase.name].check()
         return total, skips, ends
+
+    # --------------------------------------------------------------------------------------------- evaluation
+
+    def keep_up(self, run: Run, step: Callable[[Any], Any]) -> None:
+        """All is evaluated here; where other ranks have one more batch, take part in its forward."""
+        if self.fills and self.comm.rank >= self.batch % self.size > 0:
+            with run.precision.autocast(run.device):
+                step(self.spare)
+        self.spare = None
 
     # --------------------------------------------------------------------------------------------- values
 
