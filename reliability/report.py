@@ -45,7 +45,13 @@ ROWS: dict[str, tuple[str, str, int]] = {
         "nothing executed or imported, errors of ours only, at most a second each",
         0,
     ),
-    "F1": ("SIGTERM, SIGINT, SIGUSR1 in nine phases, five times", "saved and left within a step and a save", 135),
+    "F1": (
+        "SIGTERM, SIGINT, SIGUSR1 to a process group in nine phases of training, at five moments of each",
+        "left with the status of the signal (143, 130, 138); after it at most one step ended and at most one save "
+        "began; the newest checkpoint is whole and of the last step; gone on from, all is equal in bits to a run that "
+        "was left alone",
+        135,
+    ),
     "Cost": ("what it costs", "see below", 0),
 }
 INTRO = """# Reliability
@@ -114,13 +120,14 @@ def _variants(rows: dict[str, Any]) -> str:
 
 def _details(rows: dict[str, Any]) -> str:
     lines = []
-    for name in ("R2", "R3", "D1", "D1 async", "D4", "S"):
+    for name in ("R2", "R3", "D1", "D1 async", "D4", "S", "F1"):
         row = rows.get(name)
         if row is None:
             continue
         extra = {k: v for k, v in row.items() if k not in ("count", "failures", "about", "seed", "seconds")}
         shown = "; ".join(f"{k}: {_shown(v)}" for k, v in extra.items())
-        lines.append(f"- {name} (seed {row['seed']}, {row['seconds']:,.0f} s): {shown}")
+        seed = f"seed {row['seed']}, " if "seed" in row else ""
+        lines.append(f"- {name} ({seed}{row['seconds']:,.0f} s): {shown}")
         lines += [f"  - failed: {where}: {_short(what)}" for where, what in list(row["failures"].items())[:10]]
     for where, what in list(rows.get("R1", {}).get("failures", {}).items())[:20]:
         lines.append(f"- R1 failed: {where}: {_short(what)}")
