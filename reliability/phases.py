@@ -119,15 +119,17 @@ class Looks(lw.Callback):
 
 
 class Noted(lw.Checkpoint):
-    """Notes when saves begin."""
+    """Notes when saves began that wrote something."""
 
     def __init__(self, every: str) -> None:
         super().__init__(every)
         self.begun = list[float]()
 
     def save(self, run: lw.Run) -> Any:
-        self.begun.append(time.monotonic())
-        return super().save(run)
+        began, before = time.monotonic(), self.last
+        path = super().save(run)
+        self.begun += [began] if path != before else []
+        return path
 
 
 class Closes(lw.JSONLLogger):
