@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ STATE = "state.json"
 _OURS = ("optimizer", "state")  # groups of the tensors found in the state
 _STATE_SIZE = 1 << 28  # bytes of JSON that are read; what is large belongs into tensors
 _READERS = 4  # files that are read at the same time
+_LARGE = 1 << 22  # bytes of a group from which on it may become several files
+_PARTS = 4  # files of a group at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +54,20 @@ class Packed:
         groups = {name: dict(named) for name, named in files.items()}
         for name in _OURS:
             mine = {k: t for k, t in tensors.items() if k.startswith("optimizers") == (name == "optimizer")}
-            if mine and name in groups:
-                raise CheckpointError(f"the group name {name!r} is used for the tensors of the state; choose another")
+            if mine and (taken := [group for group in files if re.fullmatch(rf"{name}(-\d+)?", group, re.IGNORECASE)]):
+                raise CheckpointError(
+                    f"the group name {taken[0]!r} is used for the tensors of the state; choose another"
+                )
             groups |= {name: mine} if mine else {}
-        taken: set[str] = set()
+        known: set[str] = set()
         for group in groups:
             if not manifests.FILE.fullmatch(_file(group)):
                 raise CheckpointError(f"{group!r} cannot name a group of tensors; begin with a letter or a digit")
-            if _file(group).lower() in taken:
+            if _file(group).lower() in known:
                 raise CheckpointError(
                     f"the group {group!r} differs from another in upper and lower case only; rename one"
                 )
-            taken.add(_file(group).lower())
+            known.add(_file(group).lower())
         about, kept = encode(dict(info), "info")
         if kept:
             raise CheckpointError(f"info holds plain data only, and {next(iter(kept))} is a tensor; use float(...)")
@@ -95,8 +100,8 @@ class Packed:
         digests: dict[str, Any] = {}
         with Writer(folder) as out:
             with out.hashing():
-                for group, named in self.groups.items():
-                    file, laid = _file(group, mark), layout(named)
+                for name, group, named in self._files():
+                    file, laid = _file(name, mark), layout(named)
                     digests[file] = out.write(file, laid.parts(), size=laid.size)
                     entries[file] = {"group": group, "size": laid.size, **laid.notes}
                 name = STATE.replace(".", f"{mark}.")
@@ -107,6 +112,25 @@ class Packed:
             text = manifests.render({"format": manifests.FORMAT, "order": number, "info": self.info, "files": entries})
             out.write(manifests.NAME, [(memoryview(text), False)], size=len(text))
             out.sync_folder()
+
+    def _files(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+        """Name, group and tensors of each file.
+
+        The moments of an optimizer are cut into files about as large as the weights: to hash a file is work for one
+        core, and takes longer than to write it. The weights stay one file, which other programs read.
+        """
+        sizes = {group: sum(t.nbytes for t in named.values()) for group, named in self.groups.items()}
+        weights = max((size for group, size in sizes.items() if group not in _OURS), default=0)
+        for group, named in self.groups.items():
+            split = group in _OURS and weights and sizes[group] >= _LARGE
+            count = min(_PARTS, max(1, round(sizes[group] / weights))) if split else 1
+            parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+            seen = 0
+            for name, tensor in named.items():
+                parts[min(count - 1, seen * count // (sizes[group] or 1))][name] = tensor
+                seen += tensor.nbytes
+            for number, part in enumerate(parts, 1):
+                yield group if number == 1 else f"{group}-{number}", group, part
 
     def _need_space(self, folder: Path) -> None:
         """Better no checkpoint than half of one, and a full disk for everybody."""
@@ -130,8 +154,9 @@ def write(folder: Place | str, files: Mapping[str, Mapping[str, Tensor]], state:
 
     ``folder``: a path, or a URL that fsspec knows. ``files``: tensors by group; the group ``model`` becomes
     ``model.safetensors`` with the same keys. ``state``: what ``encode`` takes; tensors below its key ``optimizers`` go
-    to ``optimizer.safetensors``, others to ``state.safetensors``. ``info``: plain data for the manifest. An older
-    checkpoint of that name is replaced. Raises CheckpointError if it cannot be written (the disk is full, ``folder``
+    to ``optimizer.safetensors``, others to ``state.safetensors``, and where they are larger than the weights to
+    ``optimizer-2.safetensors`` as well. ``info``: plain data for the manifest. An older checkpoint of that name is
+    replaced. Raises CheckpointError if it cannot be written (the disk is full, ``folder``
     is something else, a value has an unknown type); what was there before is there still.
 
     >>> import torch
@@ -167,7 +192,10 @@ def read(path: Place | str) -> Contents:
             name: _load_tensors if "group" in entry else _load_state for name, entry in entries.items()
         }
         found = _each(path, entries, loads)
-        files = {entry["group"]: found.pop(name) for name, entry in entries.items() if "group" in entry}
+        files: dict[str, dict[str, Tensor]] = {}
+        for name, entry in entries.items():
+            if "group" in entry:
+                files.setdefault(entry["group"], {}).update(found.pop(name))
         if len(found) != 1:
             raise CheckpointError(f"{path / manifests.NAME} names {len(found)} files for the state, not one")
         ((file, plain),) = found.items()
