@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -163,7 +163,8 @@ def _load_state(sampler: Any, state: Any) -> None:
 
 def _raw(index: Any) -> bytes:
     """Bytes that stand for the indices of a batch, the same in every process."""
+    indices = index if isinstance(index, (list, tuple)) else [index]
     try:
-        return array("q", index if isinstance(index, (list, tuple)) else [index]).tobytes()
-    except (TypeError, OverflowError):
+        return struct.pack(f"{len(indices)}q", *indices)
+    except (TypeError, struct.error):
         return repr(index).encode()  # keys that are not integers
