@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def waits(folder: str, phase: str, nth: int, workers: int, result: str, resume: 
     The process leads a group of its own, as a command in a terminal does.
     """
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a harness in the background has it ignored
     seed_all(7)
     place = Place(phase, nth)
     looks, saver, found = Looks(place), Noted("2 steps"), dict[str, Any]()
