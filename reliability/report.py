@@ -65,8 +65,8 @@ LIMITS = """## What is not covered
 One process on a CPU: no GPU, no mixed precision, no `torch.compile`, no second rank. Kills are kills of the process,
 not of the machine: what the page cache holds survives them, and no row tells what a power loss does. R1, R2, R3 and D4
 keep their files in memory where there is `/dev/shm`, D1 on the disk of the temporary folder. R1 takes a new trainer,
-net (of another seed), data and random state for each resume, in one process; R2 and R3 are processes of their own,
-forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits are promised for the
+net (of another seed), data and random state for each resume, in one process; R2, R3, D1 and F1 are processes of their
+own, forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits are promised for the
 same versions, instructions and number of threads; a resume under others is refused.
 """
 
