@@ -78,15 +78,18 @@ def load() -> dict[str, Any]:
 
 def about(quick: bool) -> dict[str, Any]:
     """Conditions under which a row was run."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    commit = _git("describe", "--always", "--exclude", "*")
+    changed = _git("status", "--porcelain", "--", "src", "reliability")  # the results themselves may have changed
     return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"), "sample": quick, "commit": git.stdout.strip(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"), "sample": quick, "commit": f"{commit}-dirty" if changed else commit,
         "loopwright": loopwright.__version__, "torch": str(torch.__version__), "numpy": np.__version__,
         "python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def save(rows: dict[str, Any]) -> None:
