@@ -66,8 +66,8 @@ One process on a CPU: no GPU, no mixed precision, no `torch.compile`, no second 
 not of the machine: what the page cache holds survives them, and no row tells what a power loss does. R1, R2, R3 and D4
 keep their files in memory where there is `/dev/shm`, D1 on the disk of the temporary folder. R1 takes a new trainer,
 net (of another seed), data and random state for each resume, in one process; R2, R3, D1 and F1 are processes of their
-own, forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits are promised for the
-same versions, instructions and number of threads; a resume under others is refused.
+own, forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits are promised for
+the same versions, instructions and number of threads; a resume under others is refused.
 """
 
 
@@ -78,10 +78,10 @@ def load() -> dict[str, Any]:
 
 def about(quick: bool) -> dict[str, Any]:
     """Conditions under which a row was run."""
-    commit = _git("describe", "--always", "--exclude", "*")
-    changed = _git("status", "--porcelain", "--", "src", "reliability")  # the results themselves may have changed
+    changed = _git("status", "--porcelain", "--", "src", "reliability")  # not the results, which each row changes
+    commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"), "sample": quick, "commit": f"{commit}-dirty" if changed else commit,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"), "sample": quick, "commit": commit,
         "loopwright": loopwright.__version__, "torch": str(torch.__version__), "numpy": np.__version__,
         "python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 1),
