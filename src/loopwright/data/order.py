@@ -24,6 +24,7 @@ from loopwright.state import has_state
 __all__ = ["Order"]
 
 _KNOWN = {BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler}
+_GATHERED = 1024  # indices that are digested at a time: one by one it takes ten times as long
 _WATCHED = 4  # batches of an unknown sampler during which the generators are compared
 
 
@@ -47,7 +48,7 @@ class Order:
     def reset(self) -> None:
         """Forget what is on its way: a new epoch begins."""
         self.pending: deque[Any] = deque()
-        self.digest = 0
+        self._digest, self._taken = 0, list[Any]()
         self.made: dict[str, Any] | None = None  # the generators when torch draws the seed of new workers
         self._note: dict[str, Any] = {}
         self._next: Callable[[], Iterator[Any]] | None = None  # in place of opening the sampler
@@ -75,27 +76,45 @@ class Order:
         yield from self._follow(indices, watched)
 
     def _follow(self, indices: Iterator[Any], watched: int = 0) -> Iterator[Any]:
-        number = 0
-        while True:
-            before = get_globals() if 0 < number < watched else None  # the first may draw the whole order
+        for number in range(watched):
+            before = get_globals() if number else None  # the first may draw the whole order
             try:
                 index = next(indices)
             except StopIteration:
                 return
             if before is not None and get_globals() != before:
                 self.draws = True
-            if self.mark and type(index) is list:
-                index = Indices(index)
-            self.pending.append(index)
-            number += 1
-            yield index
+            yield self._sent(index)
+        for index in indices:
+            yield self._sent(index)
+
+    def _sent(self, index: Any) -> Any:
+        if self.mark and type(index) is list:
+            index = Indices(index)
+        self.pending.append(index)
+        return index
 
     def used(self) -> None:
         """A batch has arrived: its indices are no longer on their way."""
-        self.digest = zlib.crc32(_raw(self.pending.popleft()), self.digest)
+        self._take(self.pending.popleft())
+
+    def _take(self, index: Any) -> None:
+        if isinstance(index, (list, tuple)):
+            self._taken += index  # not kept themselves: a sampler may fill one list again and again
+            if len(self._taken) < _GATHERED:
+                return
+        else:
+            self._taken.append(index)
+        self._fold()
+
+    def _fold(self) -> int:
+        """The digest of all that was taken; it does not depend on how much was folded at a time."""
+        self._digest = zlib.crc32(_raw(self._taken), self._digest)
+        self._taken.clear()
+        return self._digest
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._note, "digest": None if self.draws else self.digest, "now": _state_of(self.sampler)}
+        return {**self._note, "digest": None if self.draws else self._fold(), "now": _state_of(self.sampler)}
 
     def seek(self, state: Mapping[str, Any], batch: int) -> Iterator[Any]:
         """The indices after the first ``batch`` batches, from the sampler run again from its noted start.
@@ -111,10 +130,10 @@ class Order:
         self.streams.set(state["started"])
         for number in range(batch):
             try:
-                self.digest = zlib.crc32(_raw(next(indices)), self.digest)
+                self._take(next(indices))
             except StopIteration:
                 self._refuse(f"ended after {number} batches, before the {batch} of the saved position")
-        if state["digest"] not in (None, self.digest):
+        if state["digest"] not in (None, self._fold()):
             self._refuse(f"gave other indices for the first {batch} batches than in the saved run")
         return self._follow(indices)
 
@@ -161,10 +180,11 @@ def _load_state(sampler: Any, state: Any) -> None:
         _load_state(sampler.sampler, state)
 
 
-def _raw(index: Any) -> bytes:
-    """Bytes that stand for the indices of a batch, the same in every process."""
-    indices = index if isinstance(index, (list, tuple)) else [index]
+def _raw(indices: list[Any]) -> bytes:
+    """Bytes that stand for indices, the same in every process."""
     try:
         return struct.pack(f"{len(indices)}q", *indices)
-    except (TypeError, struct.error):
-        return repr(index).encode()  # keys that are not integers
+    except (TypeError, struct.error):  # keys that are not integers
+        if len(indices) == 1:
+            return repr(indices[0]).encode()
+        return b"".join(_raw([index]) for index in indices)
