@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import loopwright as lw
+from reliability.phases import waits
 from reliability.server import say
 from reliability.trial import NAME, digests, observe, seed_all, train
 from reliability.variants import EXTRAS, VARIANTS
@@ -80,4 +81,4 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-JOBS: dict[str, Callable[..., None]] = {"variant": variant, "saving": saving}
+JOBS: dict[str, Callable[..., None]] = {"variant": variant, "saving": saving, "waits": waits}

@@ -45,7 +45,13 @@ ROWS: dict[str, tuple[str, str, int]] = {
         "nothing executed or imported, errors of ours only, at most a second each",
         0,
     ),
-    "F1": ("SIGTERM, SIGINT, SIGUSR1 in nine phases, five times", "saved and left within a step and a save", 135),
+    "F1": (
+        "SIGTERM, SIGINT, SIGUSR1 to a process group in nine phases of training, at five moments of each",
+        "left with the status of the signal (143, 130, 138); after it at most one step ended and at most one save "
+        "began; the newest checkpoint is whole and of the last step; gone on from, all is equal in bits to a run that "
+        "was left alone",
+        135,
+    ),
     "Cost": ("what it costs", "see below", 0),
 }
 INTRO = """# Reliability
@@ -59,9 +65,9 @@ LIMITS = """## What is not covered
 One process on a CPU: no GPU, no mixed precision, no `torch.compile`, no second rank. Kills are kills of the process,
 not of the machine: what the page cache holds survives them, and no row tells what a power loss does. R1, R2, R3 and D4
 keep their files in memory where there is `/dev/shm`, D1 on the disk of the temporary folder. R1 takes a new trainer,
-net (of another seed), data and random state for each resume, in one process; R2 and R3 are processes of their own,
-forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits are promised for the
-same versions, instructions and number of threads; a resume under others is refused.
+net (of another seed), data and random state for each resume, in one process; R2, R3, D1 and F1 are processes of their
+own, forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits are promised for
+the same versions, instructions and number of threads; a resume under others is refused.
 """
 
 
@@ -72,15 +78,18 @@ def load() -> dict[str, Any]:
 
 def about(quick: bool) -> dict[str, Any]:
     """Conditions under which a row was run."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    changed = _git("status", "--porcelain", "--", "src", "reliability")  # not the results, which each row changes
+    commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"), "sample": quick, "commit": git.stdout.strip(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"), "sample": quick, "commit": commit,
         "loopwright": loopwright.__version__, "torch": str(torch.__version__), "numpy": np.__version__,
         "python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def save(rows: dict[str, Any]) -> None:
@@ -114,13 +123,14 @@ def _variants(rows: dict[str, Any]) -> str:
 
 def _details(rows: dict[str, Any]) -> str:
     lines = []
-    for name in ("R2", "R3", "D1", "D1 async", "D4", "S"):
+    for name in ("R2", "R3", "D1", "D1 async", "D4", "S", "F1"):
         row = rows.get(name)
         if row is None:
             continue
         extra = {k: v for k, v in row.items() if k not in ("count", "failures", "about", "seed", "seconds")}
         shown = "; ".join(f"{k}: {_shown(v)}" for k, v in extra.items())
-        lines.append(f"- {name} (seed {row['seed']}, {row['seconds']:,.0f} s): {shown}")
+        seed = f"seed {row['seed']}, " if "seed" in row else ""
+        lines.append(f"- {name} ({seed}{row['seconds']:,.0f} s): {shown}")
         lines += [f"  - failed: {where}: {_short(what)}" for where, what in list(row["failures"].items())[:10]]
     for where, what in list(rows.get("R1", {}).get("failures", {}).items())[:20]:
         lines.append(f"- R1 failed: {where}: {_short(what)}")

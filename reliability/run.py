@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reliability import cost, damage, hostile, kills, report, resume, saves
+from reliability import cost, damage, hostile, kills, report, resume, saves, signals
 from reliability.server import Server
 from reliability.variants import EXTRAS, STEPS, VARIANTS
 
@@ -34,27 +33,20 @@ def _r1(quick: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _killed(what: Callable[..., dict[str, Any]], *arguments: Any, **settings: Any) -> dict[str, Any]:
+def _served(what: Callable[..., dict[str, Any]], *arguments: Any, **settings: Any) -> dict[str, Any]:
     with Server() as server:
         return what(server, *arguments, **settings)
 
 
-def _f1(quick: bool) -> dict[str, Any] | None:
-    if importlib.util.find_spec("reliability.signals") is None:
-        return None
-    found: dict[str, Any] = importlib.import_module("reliability.signals").run(quick=quick)
-    return found
-
-
-RUN: dict[str, Callable[[bool], dict[str, Any] | None]] = {
+RUN: dict[str, Callable[[bool], dict[str, Any]]] = {
     "R1": _r1,
     "D4": lambda quick: damage.run(0.05 if quick else 1.0),
-    "D1": lambda quick: _killed(saves.run, 6 if quick else 250),
-    "D1 async": lambda quick: _killed(saves.run, 6 if quick else 250, background=True),
-    "R2": lambda quick: _killed(kills.chains, 8 if quick else 200, (1, 1), seed=11),
-    "R3": lambda quick: _killed(kills.chains, 2 if quick else 50, (3, 10), seed=13),
+    "D1": lambda quick: _served(saves.run, 6 if quick else 250),
+    "D1 async": lambda quick: _served(saves.run, 6 if quick else 250, background=True),
+    "R2": lambda quick: _served(kills.chains, 8 if quick else 200, (1, 1), seed=11),
+    "R3": lambda quick: _served(kills.chains, 2 if quick else 50, (3, 10), seed=13),
     "S": lambda quick: hostile.run(0.03 if quick else 1.0),
-    "F1": _f1,
+    "F1": lambda quick: _served(signals.run, signals.SAMPLE if quick else signals.CASES),
     "Cost": lambda quick: cost.run(quick=quick),
 }
 
@@ -72,9 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.rows or RUN:
         began = time.perf_counter()
         found = RUN[name](options.quick)
-        if found is None:
-            _say(name, "is not there yet", {})
-            continue
         found.setdefault("seconds", round(time.perf_counter() - began, 1))
         rows = report.load()  # of other processes too
         rows[name] = {**found, "about": report.about(options.quick)}

@@ -6,6 +6,7 @@ is told the exit status. Messages of the child come between the two.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +57,50 @@ class Server:
         It is killed ``kill_after`` seconds after it began, or after it said something for the ``until``-th time.
         Raises RuntimeError if it failed.
         """
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"job": job, **arguments}) + "\n")
-        self.process.stdin.flush()
-        pid = self._hear("pid")
+        pid = self._start(job, arguments)
         began = time.perf_counter()
         if kill_after is not None:
             for _ in range(until):
                 self._hear("said")
             time.sleep(kill_after)
             os.kill(pid, signal.SIGKILL)  # an ended child waits for its status to be read: the id is still its own
-            self._tell("reap")
-        else:
-            self._tell("reap")
-        status = self._hear("status")
+        status = self._status()
         if status == -signal.SIGKILL:
             return None
         if status != 0:
-            self.said.seek(0)
-            raise RuntimeError(f"{job} {arguments} ended with status {status}: {self.said.read()[-800:]}")
+            raise RuntimeError(f"{job} {arguments} ended with status {status}: {self._errors()[-800:]}")
         return time.perf_counter() - began
 
-    def _tell(self, text: str) -> None:
+    def interrupt(self, job: str, number: signal.Signals, **arguments: Any) -> tuple[int, float, str]:
+        """Run a job that leads a process group, and send ``number`` to the group when it has said something.
+
+        Its exit status, the time (``time.monotonic``) when the signal was sent, and its errors.
+        """
+        pid = self._start(job, arguments)
+        self._hear("said")
+        sent = time.monotonic()
+        with suppress(ProcessLookupError):  # it never came to the point, and says so
+            os.killpg(pid, number)
+        return self._status(), sent, self._errors()
+
+    def _start(self, job: str, arguments: dict[str, Any]) -> int:
+        self._before = os.fstat(self.said.fileno()).st_size
+        self._tell({"job": job, **arguments})
+        pid: int = self._hear("pid")
+        return pid
+
+    def _status(self) -> int:
+        self._tell("reap")
+        status: int = self._hear("status")
+        return status
+
+    def _errors(self) -> str:
+        """What the last child has written on its standard error."""
+        return os.pread(self.said.fileno(), 1 << 20, self._before).decode(errors="replace")
+
+    def _tell(self, request: Any) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(text) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
 
 
@@ -96,27 +118,34 @@ def serve() -> None:
         getattr(lw, name)
     with tempfile.TemporaryDirectory() as place:
         open_folder(place, "warm", settings={}, seed=0)  # lists the installed packages
+    gc.collect()
+    gc.freeze()  # a forked process that ends would look through all of it
     print("ready 1", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            code = 1
-            try:
-                os.close(0)
-                JOBS[request.pop("job")](**request)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        print(f"pid {pid}", flush=True)
+            _end_with(JOBS[request.pop("job")], request)
         sys.stdin.readline()
         _, status = os.waitpid(pid, 0)
         print(f"status {os.waitstatus_to_exitcode(status)}", flush=True)
 
 
+def _end_with(job: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Do the job in the forked process, which ends as a script does: with the status of what was raised."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    _line("pid", os.getpid())  # before all that it says
+    try:
+        job(**arguments)
+    finally:
+        say(0)  # nobody waits for what it has not come to
+    sys.exit()
+
+
 def say(number: int) -> None:
-    """From within a job: one line to the harness, in one write."""
-    os.write(1, f"said {number}\n".encode())
+    """From within a job: one line to the harness."""
+    _line("said", number)
+
+
+def _line(kind: str, number: int) -> None:
+    os.write(1, f"{kind} {number}\n".encode())  # in one write, so that lines of several processes stay whole

@@ -1,157 +1,35 @@
-"""Real processes that are sent a real signal in a chosen phase of training, and what must be true of each afterwards.
+"""F1: real processes that are sent a real signal in a chosen phase of training, and what must then be true of each.
 
-``signals_x_phases(count)`` goes through all of them: 3 signals in 9 phases, ``count`` times. The test suite takes a
-sample. A child says on its standard output that it is in the phase, and stays there until the signal has come.
+It goes to the whole process group, as from a terminal. The exit status is that of the signal. The newest checkpoint is
+whole and stands where the run stopped; after the signal at most one step ended and at most one save began. A fit that
+goes on from there ends as one that was left alone.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-
-import loopwright as lw
 from loopwright.checkpoint import list_checkpoints, read
-from loopwright.loggers import read_jsonl
+from reliability.phases import PHASES
+from reliability.server import Server
+from reliability.trial import NAME
 
-SIGNALS = {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 143, signal.SIGUSR1: 138}  # and how the process leaves
-PHASES = ("fetch", "forward", "backward", "step", "callback", "validation", "saving", "resuming", "teardown")
-BATCHES, EPOCHS = 4, 3
-PLACE = 5  # calls of a phase until the one that waits: in the second epoch, where one has that many
-
-
-class Place:
-    """Where a child waits for its signal."""
-
-    def __init__(self, phase: str) -> None:
-        self.phase, self.calls, self.run = phase, 0, None
-        self.at = {"fetch": 1, "resuming": 1, "teardown": 1}.get(phase, PLACE)
-
-    def here(self, phase: str) -> None:
-        self.calls += phase == self.phase
-        if phase != self.phase or self.calls != self.at:
-            return
-        worker = torch.utils.data.get_worker_info() is not None
-        print("ready", flush=True)
-        for _ in range(20 if worker else 6000):  # a worker cannot see what its main process knows
-            time.sleep(0.01)
-            if self.run is not None and self.run.stop_reason and not worker:
-                return
+SIGNALS = {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 143, signal.SIGUSR1: 138}  # a shell shows the first as 130
+NTH = (5, 1, 2, 4, 7)  # the call of the phase that waits, in one repeat after the other
+CASES = [(number, phase, nth) for nth in NTH for number in SIGNALS for phase in PHASES]
+SAMPLE = [(list(SIGNALS)[i % 3], phase, NTH[i % 5]) for i, phase in enumerate(PHASES)]
+LIMIT_S = 5.0  # a process that takes longer hangs, however busy the machine is: a step and a save take milliseconds
 
 
-class Slow(Dataset[Any]):
-    """Where a signal comes while a worker reads."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    def __len__(self) -> int:
-        return BATCHES * 2
-
-    def __getitem__(self, i: int) -> Tensor:
-        if i == PLACE:
-            self.place.here("fetch")
-        return torch.full((3,), float(i)) + torch.rand(3)
-
-
-class Backward(torch.autograd.Function):
-    """Waits in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Place) -> Tensor:
-        ctx.place = place
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.place.here("backward")
-        return grad, None
-
-
-class Waits(lw.Task):
-    """A task with dropout and batch norm that waits in its steps."""
-
-    def __init__(self, place: Place) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
-        self.__dict__["place"] = place
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        self.place.run = self._run
-        self.place.here("forward")
-        return Backward.apply(self.net(batch).pow(2).mean(), self.place)  # type: ignore[no-any-return]
-
-    def validation_step(self, batch: Tensor) -> Tensor:
-        self.place.here("validation")
-        return self.net(batch).mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        place = self.place
-
-        class Waiting(torch.optim.SGD):
-            def step(self, closure: Any = None) -> Any:
-                place.here("step")
-                return super().step(closure)
-
-        return Waiting(self.parameters(), lr=0.05, momentum=0.9)
-
-
-class Looks(lw.Callback):
-    """Waits in a hook, and while its state is saved or put back."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    def on_fit_start(self, run: lw.Run) -> None:
-        self.place.run = run
-
-    def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
-        self.place.here("callback")
-
-    def state_dict(self) -> dict[str, Any]:
-        self.place.here("saving")
-        return {"seen": 1}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.place.here("resuming")
-
-
-class Closes(lw.JSONLLogger):
-    """Waits while it is closed."""
-
-    def __init__(self, place: Place) -> None:
-        super().__init__()
-        self.place = place
-
-    def close(self, status: str) -> None:
-        super().close(status)
-        if status == "done":
-            self.place.here("teardown")
-
-
-def go(folder: Path, phase: str, *, workers: int, resume: str | None = None) -> lw.Run:
-    """Train to the end, or until a signal comes in ``phase``."""
-    place = Place(phase)
-    train = DataLoader(Slow(place), batch_size=2, shuffle=True, num_workers=workers)
-    trainer = lw.Trainer(
-        epochs=EPOCHS, folder=folder, name="x", progress=False, callbacks=[Looks(place)], loggers=[Closes(place)],
-        checkpoint=lw.Checkpoint("2 steps"), log_every=3, seed=3, validate_every="2 steps",
-    )  # fmt: skip
-    return trainer.fit(Waits(place), train, [torch.ones(2, 3)] * 3, resume=resume)
+Case = tuple[signal.Signals, str, int]
 
 
 @dataclass
@@ -160,104 +38,89 @@ class Outcome:
 
     signal: str
     phase: str
-    seconds: float
+    nth: int
+    seconds: float = 0.0  # from the signal until fit had saved and was left
     problems: list[str] = field(default_factory=list)
 
 
-def run(*, quick: bool) -> dict[str, Any]:
-    """The row F1 of the reliability table: all signals in all phases five times, or once."""
-    outcomes = list(signals_x_phases(1 if quick else 5))
-    failures = {f"{o.signal} in {o.phase}, number {i}": o.problems for i, o in enumerate(outcomes, 1) if o.problems}
+def run(server: Server, cases: Sequence[Case] = CASES, *, say: Any = None) -> dict[str, Any]:
+    """Go through ``cases``, one after the other."""
+    outcomes, began = list[Outcome](), time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        expected = {workers: _alone(server, workers, place) for workers in (0, 1)}
+        for number, case in enumerate(cases):
+            outcomes.append(signalled(server, *case, place / f"{number}", expected))
+            if say is not None:
+                say(outcomes[-1])
     slowest = max(outcomes, key=lambda outcome: outcome.seconds)
-    shown = {"signal": slowest.signal, "phase": slowest.phase, "seconds": round(slowest.seconds, 2)}
-    return {"count": len(outcomes), "failures": failures, "slowest": shown}
+    return {
+        "count": len(outcomes),
+        "failures": {f"{o.signal} in {o.phase}, call {o.nth}": o.problems for o in outcomes if o.problems},
+        "ms from the signal until saved and left, median": round(statistics.median(o.seconds for o in outcomes) * 1e3),
+        "slowest": f"{slowest.seconds * 1e3:.0f} ms, {slowest.signal} in {slowest.phase}",
+        "seconds": round(time.perf_counter() - began, 1),
+    }
 
 
-def signals_x_phases(count: int = 5) -> Iterator[Outcome]:
-    """Every signal in every phase, ``count`` times: 27 x ``count`` outcomes, one after the other."""
-    for _ in range(count):
-        for number in SIGNALS:
-            for phase in PHASES:
-                with tempfile.TemporaryDirectory() as folder:
-                    yield signalled(number, phase, Path(folder))
+def signalled(
+    server: Server, number: signal.Signals, phase: str, nth: int, place: Path, expected: dict[int, Any]
+) -> Outcome:
+    """Send ``number`` to a new process in call ``nth`` of ``phase``, look at what it leaves in ``place``, and go on.
 
-
-def signalled(number: signal.Signals, phase: str, folder: Path) -> Outcome:
-    """Send ``number`` to a new process while it is in ``phase``, and look at what it leaves in ``folder``.
-
-    The signal goes to the whole process group, as from a terminal. What must be true: the exit status is that of the
-    signal; the newest checkpoint is whole and stands where the run stopped, at most one step later; a fit that goes on
-    from it ends with the weights, the losses and the records of a run that was left alone.
+    ``expected``: the digests of a run that was left alone, by number of workers.
     """
+    place.mkdir()
+    outcome, workers, result = Outcome(number.name, phase, nth), _workers(phase), place / "result.json"
+    job: dict[str, Any] = {"folder": str(place), "workers": workers, "result": str(result), "nth": nth}
     if phase == "resuming":
-        child(signal.SIGTERM, "callback", folder)
-    code, seconds, err = child(number, phase, folder)
-    outcome = Outcome(signal.Signals(number).name, phase, seconds)
-    problems = outcome.problems
-    if code != SIGNALS[number]:
-        problems.append(f"left with {code}, not {SIGNALS[number]}: {err[-1500:]}")
-    (record,) = (json.loads(file.read_text()) for file in folder.glob("x/*/run.json"))
-    expected = "done" if phase == "teardown" else "interrupted"
-    if record["status"] != expected:
-        problems.append(f"status {record['status']!r}, not {expected!r}")
-    (run_folder,) = folder.glob("x/*")
-    checkpoints, stopped = list_checkpoints(run_folder / "checkpoints"), record["progress"]["step"]
-    saved = read(checkpoints[-1]).info["step"] if checkpoints else None
-    if saved != stopped:
-        problems.append(f"the newest checkpoint is of step {saved}, and the run stopped after step {stopped}")
-    if problems:
+        server.interrupt("waits", signal.SIGTERM, **job, phase="callback")
+        job["resume"] = "auto"
+    code, sent, text = server.interrupt("waits", number, **job, phase=phase)
+    outcome.problems += _ended(code, time.monotonic() - sent, SIGNALS[number], text)
+    if not result.exists():
         return outcome
-    workers = _workers(phase)
-    run, alone = go(folder, "none", workers=workers, resume="auto"), _alone(workers)
-    if not all(torch.equal(a, b) for a, b in zip(_bits(run), alone[0], strict=True)):
-        problems.append("gone on, it ends with other weights or losses than a run that was left alone")
-    if (found := _records(run_folder)) != alone[1]:
-        problems.append(f"gone on, it has other records: {found} instead of {alone[1]}")
+    times = json.loads(result.read_text())
+    outcome.seconds = times["left"] - sent
+    late = {name: sum(1 for moment in times[name] if moment > sent) for name in ("steps ended", "saves begun")}
+    outcome.problems += [f"{count} {name} after the signal" for name, count in late.items() if count > 1]
+    outcome.problems += _left(place / NAME, "done" if phase == "teardown" else "interrupted")
+    try:
+        server.run("waits", **job | {"resume": "auto"}, phase="none")
+    except RuntimeError as error:
+        outcome.problems.append(str(error))
+    else:
+        found = json.loads(result.read_text())["digests"]
+        odd = [name for name, digest in expected[workers].items() if found[name] != digest]
+        outcome.problems += [f"gone on, it ends with other {', '.join(odd)} than a run left alone"] if odd else []
     return outcome
 
 
-def child(number: signal.Signals, phase: str, folder: Path) -> tuple[int, float, str]:
-    """Exit status, seconds from the signal to the end, and standard error of a process signalled in ``phase``."""
-    resume = "auto" if phase == "resuming" else ""
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(folder), phase, resume], start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    told = process.stdout.readline()
-    sent = time.monotonic()
-    if told == "ready\n":
-        os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=120)
-    return process.returncode, time.monotonic() - sent, err if told else f"never came to {phase}: {err}"
+def _ended(code: int, seconds: float, expected: int, text: str) -> list[str]:
+    problems = [] if code == expected else [f"left with {code}, not {expected}: {text[-1500:]}"]
+    return problems + ([f"left {seconds:.1f} s after the signal"] if seconds > LIMIT_S else [])
+
+
+def _left(folder: Path, expected: str) -> list[str]:
+    """What is wrong with the folder of a run that was stopped."""
+    (file,) = folder.glob("*/run.json")
+    record = json.loads(file.read_text())
+    problems = [] if record["status"] == expected else [f"status {record['status']!r}, not {expected!r}"]
+    checkpoints, stopped = list_checkpoints(file.parent / "checkpoints"), record["progress"]["step"]
+    saved = read(checkpoints[-1]).info["step"] if checkpoints else None
+    if saved != stopped:
+        problems.append(f"the newest checkpoint is of step {saved}, and the run stopped after step {stopped}")
+    return problems
+
+
+def _alone(server: Server, workers: int, place: Path) -> dict[str, str]:
+    """The digests of a run that nothing disturbs."""
+    result = place / f"{workers}.json"
+    folder = place / f"alone {workers}"
+    server.run("waits", folder=str(folder), phase="none", nth=0, workers=workers, result=str(result))
+    digests: dict[str, str] = json.loads(result.read_text())["digests"]
+    return digests
 
 
 def _workers(phase: str) -> int:
     return 1 if phase == "fetch" else 0  # a signal to the group reaches the worker as well
-
-
-@cache
-def _alone(workers: int) -> tuple[list[Tensor], list[Any]]:
-    """Bits and records of a run that nothing disturbs."""
-    with tempfile.TemporaryDirectory() as name:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            run = go(Path(name), "none", workers=workers)
-            return _bits(run), _records(next(Path(name).glob("x/*")))
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _bits(run: lw.Run) -> list[Tensor]:
-    losses = torch.tensor(list(run.history.losses["loss"]), dtype=torch.float64)
-    return [*(value.clone() for value in run.models["model"].state_dict().values()), losses]
-
-
-def _records(folder: Path) -> list[Any]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_jsonl(folder / "metrics.jsonl")]
-
-
-if __name__ == "__main__":
-    folder, phase, resume = sys.argv[1:]
-    go(Path(folder), phase, workers=_workers(phase), resume=resume or None)

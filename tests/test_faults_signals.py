@@ -1,39 +1,17 @@
-"""Real signals in real processes; `make reliability` goes through all of them, this is a sample."""
+"""Signals during a fit; real processes are sent them in tests/test_reliability.py and by `make reliability`."""
 
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import loopwright as lw
 from tiny import acts, line, pairs, sgd_task, trainer
 
-ROOT = str(Path(__file__).resolve().parents[1])
-if ROOT not in sys.path:  # the harness is a folder of scripts beside the tests
-    sys.path.append(ROOT)
-
-from reliability.signals import PHASES, SIGNALS, signalled  # noqa: E402
-
 DATA = pairs([1.0], [2.0], [3.0], [4.0])
-ALL = list(SIGNALS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "phase"), [(ALL[i % 3], phase) for i, phase in enumerate(PHASES)])
-def test_a_signal_in_any_phase_saves_leaves_and_can_be_gone_on_from(
-    number: signal.Signals, phase: str, tmp_path: Path
-) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the child: other counts give other bits
-    try:
-        assert signalled(number, phase, tmp_path).problems == []
-    finally:
-        torch.set_num_threads(threads)
 
 
 def raises(number: int, after: int) -> Any:

@@ -16,7 +16,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:  # the harness is a folder of scripts beside the tests
     sys.path.append(ROOT)
 
-from reliability import damage, kills, resume, saves  # noqa: E402
+from reliability import damage, kills, resume, saves, signals  # noqa: E402
 from reliability.server import Server  # noqa: E402
 from reliability.trial import audit, differences, observe, train  # noqa: E402
 from reliability.variants import STEPS, VARIANTS  # noqa: E402
@@ -59,6 +59,13 @@ def test_a_kill_while_saving_loses_at_most_one_interval_and_leaves_nothing(serve
     found = saves.run(server, 2, background=background)
     assert found["failures"] == {}
     assert found["count"] == 2
+
+
+@pytest.mark.slow
+def test_a_signal_in_any_phase_saves_leaves_and_can_be_gone_on_from(server: Server) -> None:
+    found = signals.run(server, signals.SAMPLE)
+    assert found["failures"] == {}
+    assert found["count"] == 9
 
 
 @pytest.mark.slow

@@ -151,10 +151,26 @@ def test_group_names_that_cannot_be_told_apart_are_refused() -> None:
         ({".hidden": one}, "'.hidden' cannot name a group of tensors"),
         ({"": one}, "'' cannot name a group of tensors"),
         ({"optimizer": one}, "the group name 'optimizer' is used for the tensors of the state"),
+        ({"optimizer-2": one}, "the group name 'optimizer-2' is used for the tensors of the state"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             write(Path("c/a"), files, {"optimizers": torch.ones(1)}, {})
     assert not Path("c").exists()
+
+
+@pytest.mark.parametrize(("moments", "parts"), [(0, 0), (1, 1), (2, 2), (3, 3), (9, 4)])
+def test_moments_come_in_files_about_as_large_as_the_weights(moments: int, parts: int) -> None:
+    many = [torch.full((100_000,), float(i)) for i in range(12)]  # 4.8 MB
+    state = {i: {"step": torch.tensor(7.0), **{f"m{k}": t + k for k in range(moments)}} for i, t in enumerate(many)}
+    path = write(Path("c/a"), {"model": dict(zip("abcdefghijkl", many, strict=True))}, {"optimizers": state}, {})
+    sizes = [file.stat().st_size for file in sorted(path.glob("optimizer*"))]
+    assert len(sizes) == max(1, parts)
+    assert [file.name for file in path.glob("model*")] == ["model.safetensors"]
+    if parts > 1:
+        assert max(sizes) - min(sizes) < 1_000_000
+    found = read(path).state["optimizers"]
+    assert all(torch.equal(found[i][name], t) for i, values in state.items() for name, t in values.items())
+    assert verify(path)["files"].keys() == {file.name for file in path.iterdir()} - {"manifest.json"}
 
 
 def test_the_manifest_takes_no_tensors() -> None:

@@ -62,7 +62,16 @@ def sources() -> dict[str, Any]:
 
 def whole(make: Any, epoch: int, batch: int = 0) -> list[Any]:
     torch.manual_seed(epoch)
-    return list(as_source(make(), train=True, key=3).at(epoch, batch))
+    source = as_source(make(), train=True, key=3)
+    batches = list(source.at(epoch, batch))
+    close(source)
+    return batches
+
+
+def close(source: Any) -> None:
+    """Workers of our loader live on."""
+    if hasattr(source, "close"):
+        source.close()
 
 
 def flat(batches: list[Any]) -> list[Any]:
@@ -84,9 +93,7 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one_process(kind: str, world:
         assert [part.size for part in parts] == [len(samples) for samples in expected]
         mine = [[] if part.batch is None else flat([part.batch])[0] for part in parts]
         found = mine if found is None else [one + more for one, more in zip(found, mine, strict=True)]
-        close = getattr(source, "close", None)
-        if close is not None:
-            close()
+        close(source)
     assert found == expected
 
 
@@ -96,7 +103,9 @@ def test_in_evaluation_whole_batches_go_round(kind: str) -> None:
     expected = flat(whole(make, 0))
     for rank in range(3):
         torch.manual_seed(0)
-        parts = list(shared(as_source(make(), train=True, key=3), Cut(rank, 3, whole=True)).at(0, 0))
+        source = shared(as_source(make(), train=True, key=3), Cut(rank, 3, whole=True))
+        parts = list(source.at(0, 0))
+        close(source)
         found = [None if part.batch is None else flat([part.batch])[0] for part in parts]
         assert found == [one if number % 3 == rank else None for number, one in enumerate(expected)]
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
@@ -34,6 +35,16 @@ class Broken(Dataset[Any]):
         if i == 7:
             raise KeyError("no such file")
         return torch.tensor(i)
+
+
+class Keyed(Dataset[Any]):
+    """Samples by number or by name."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.samples[key if isinstance(key, str) else int(key)]
 
 
 class BrokenMany(Broken):
@@ -182,6 +193,31 @@ def test_a_sampler_that_draws_index_by_index_is_named_in_exact() -> None:
     fresh = TorchLoader(DataLoader(range(6), 2, sampler=Draws()))  # type: ignore[arg-type]
     fresh.load_state_dict(source.state_dict())
     assert len(list(fresh.at(0, 2))) == 1  # goes on, approximately
+
+
+@pytest.mark.parametrize("form", [list, tuple, torch.tensor, np.array, lambda indices: [str(i) for i in indices]])
+def test_a_batch_sampler_may_name_its_samples_in_any_form(form: Any) -> None:
+    data = {key: torch.tensor(int(key)) for key in [*range(20), *map(str, range(20))]}
+
+    def source(numbers: list[list[int]]) -> TorchLoader:
+        return TorchLoader(DataLoader(Keyed(data), batch_sampler=list(map(form, numbers))))  # type: ignore[arg-type]
+
+    numbers = [[3, 1], [19, 0, 7], [2]]
+    first = source(numbers)
+    batches = first.at(0, 0)
+    assert next(batches).tolist() == [3, 1]
+    state = first.state_dict()
+    assert next(batches).tolist() == [19, 0, 7]
+    unasked = source(numbers)
+    list(islice(unasked.at(0, 0), 2))
+    assert unasked.state_dict()["order"]["digest"] == first.state_dict()["order"]["digest"]  # however often it is asked
+    again = source(numbers)
+    again.load_state_dict(state)
+    assert [batch.tolist() for batch in again.at(0, 1)] == [[19, 0, 7], [2]]
+    other = source([[1, 3], *numbers[1:]])
+    other.load_state_dict(state)
+    with pytest.raises(DataError, match="gave other indices for the first 1 batches"):
+        next(other.at(0, 1))
 
 
 def test_batches_out_of_order_are_named_in_exact() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ STATE = "state.json"
 _OURS = ("optimizer", "state")  # groups of the tensors found in the state
 _STATE_SIZE = 1 << 28  # bytes of JSON that are read; what is large belongs into tensors
 _READERS = 4  # files that are read at the same time
+_LARGE = 1 << 22  # bytes of a group from which on it may become several files
+_PARTS = 4  # files of a group at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +58,20 @@ class Packed:
         groups = {name: dict(named) for name, named in files.items()}
         for name in _OURS:
             mine = {k: t for k, t in tensors.items() if k.startswith("optimizers") == (name == "optimizer")}
-            if mine and name in groups:
-                raise CheckpointError(f"the group name {name!r} is used for the tensors of the state; choose another")
+            if mine and (taken := [group for group in files if re.fullmatch(rf"{name}(-\d+)?", group, re.IGNORECASE)]):
+                raise CheckpointError(
+                    f"the group name {taken[0]!r} is used for the tensors of the state; choose another"
+                )
             groups |= {name: mine} if mine else {}
-        taken: set[str] = set()
+        known: set[str] = set()
         for group in groups:
             if not manifests.FILE.fullmatch(_file(group)):
                 raise CheckpointError(f"{group!r} cannot name a group of tensors; begin with a letter or a digit")
-            if _file(group).lower() in taken:
+            if _file(group).lower() in known:
                 raise CheckpointError(
                     f"the group {group!r} differs from another in upper and lower case only; rename one"
                 )
-            taken.add(_file(group).lower())
+            known.add(_file(group).lower())
         about, kept = encode(dict(info), "info")
         if kept:
             raise CheckpointError(f"info holds plain data only, and {next(iter(kept))} is a tensor; use float(...)")
@@ -85,7 +90,7 @@ class Packed:
             if isinstance(folder, Path):
                 self.need_space(folder)
             number = max((order(p) for p in list_checkpoints(folder.parent)), default=0) + 1
-            publish(folder, lambda place, mark: self.fill(place, mark, number, plan(self.groups, mark=mark)))
+            publish(folder, lambda place, mark: self.fill(place, mark, number, _several(plan(self.groups, mark=mark))))
         except CheckpointError:
             raise
         except Exception as error:  # the libraries behind URLs raise errors of their own
@@ -149,6 +154,29 @@ def _begun(out: Writer, files: list[File]) -> tuple[dict[str, dict[str, Any]], d
     return entries, digests
 
 
+def _several(files: list[File]) -> list[File]:
+    """The same tensors, the moments of an optimizer cut into files about as large as the weights.
+
+    To hash a file is work for one core, and takes longer than to write it. The weights stay one file, which other
+    programs read.
+    """
+    sizes = [sum(tensor.nbytes for tensor in file.tensors.values()) for file in files]
+    weights = max((size for file, size in zip(files, sizes, strict=True) if file.group not in _OURS), default=0)
+    found = []
+    for file, size in zip(files, sizes, strict=True):
+        split = file.group in _OURS and file.shards is None and weights and size >= _LARGE
+        count = min(_PARTS, max(1, round(size / weights))) if split else 1
+        parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        seen = 0
+        for name, tensor in file.tensors.items():
+            parts[min(count - 1, seen * count // (size or 1))][name] = tensor
+            seen += tensor.nbytes
+        for number, part in enumerate(parts, 1):
+            name = file.name if number == 1 else file.name.replace(file.group, f"{file.group}-{number}", 1)
+            found.append(file._replace(name=name, tensors=part))
+    return found
+
+
 def _offsets(file: File) -> dict[str, list[int]]:
     notes = file.shards or {}
     return {name: [n["start"] if d == n["dim"] else 0 for d in range(len(n["shape"]))] for name, n in notes.items()}
@@ -163,8 +191,9 @@ def write(folder: Place | str, files: Mapping[str, Mapping[str, Tensor]], state:
 
     ``folder``: a path, or a URL that fsspec knows. ``files``: tensors by group; the group ``model`` becomes
     ``model.safetensors`` with the same keys. ``state``: what ``encode`` takes; tensors below its key ``optimizers`` go
-    to ``optimizer.safetensors``, others to ``state.safetensors``. ``info``: plain data for the manifest. An older
-    checkpoint of that name is replaced. Raises CheckpointError if it cannot be written (the disk is full, ``folder``
+    to ``optimizer.safetensors``, others to ``state.safetensors``, and where they are larger than the weights to
+    ``optimizer-2.safetensors`` as well. ``info``: plain data for the manifest. An older checkpoint of that name is
+    replaced. Raises CheckpointError if it cannot be written (the disk is full, ``folder``
     is something else, a value has an unknown type); what was there before is there still.
 
     >>> import torch

@@ -23,8 +23,10 @@ class Indices(list[Any]):
     3
     """
 
+    __slots__ = ("iterator",)  # one is made for each batch
+
     def __iter__(self) -> Iterator[Any]:
-        self.iterator = super().__iter__()
+        self.iterator = list.__iter__(self)
         return self.iterator
 
     def open(self) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ from loopwright.state import has_state
 __all__ = ["Order"]
 
 _KNOWN = {BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler}
+_GATHERED = 1024  # indices that are digested at a time: one by one it takes ten times as long
 _WATCHED = 4  # batches of an unknown sampler during which the generators are compared
 
 
@@ -50,7 +51,7 @@ class Order:
         """Forget what is on its way: a new epoch begins."""
         self.pending: deque[Any] = deque()
         self.whole: deque[tuple[int, Any]] = deque()  # the same of all ranks, with the number of the batch
-        self.digest = 0
+        self._digest, self._taken = 0, list[Any]()
         self.made: dict[str, Any] | None = None  # the generators when torch draws the seed of new workers
         self._note: dict[str, Any] = {}
         self._next: Callable[[], Iterator[Any]] | None = None  # in place of opening the sampler
@@ -78,30 +79,42 @@ class Order:
         yield from self._follow(indices, watched)
 
     def _follow(self, indices: Iterator[Any], watched: int = 0, given: int = 0) -> Iterator[Any]:
-        number = 0
-        while True:
-            before = get_globals() if 0 < number < watched else None  # the first may draw the whole order
+        for number in range(watched):
+            before = get_globals() if number else None  # the first may draw the whole order
             try:
                 index = next(indices)
             except StopIteration:
                 return
             if before is not None and get_globals() != before:
                 self.draws = True
-            number += 1
-            if self.cut is not None:
-                self.whole.append((given + number - 1, index))
-                index = _part(index, self.cut, given + number - 1)
-                if index is None:
-                    continue
-            if self.mark and type(index) is list:
-                index = Indices(index)
-            self.pending.append(index)
-            yield index
+            if self.cut is None:
+                yield self._sent(index)
+            else:
+                yield from self._shared(index, given + number)
+        if self.cut is None:
+            for index in indices:
+                yield self._sent(index)
+            return
+        for number, index in enumerate(indices, given + watched):
+            yield from self._shared(index, number)
+
+    def _shared(self, index: Any, number: int) -> Iterator[Any]:
+        """This rank's part of a batch, if it has any."""
+        assert self.cut is not None
+        self.whole.append((number, index))
+        mine = _part(index, self.cut, number)
+        if mine is not None:
+            yield self._sent(mine)
+
+    def _sent(self, index: Any) -> Any:
+        if self.mark and type(index) is list:
+            index = Indices(index)
+        self.pending.append(index)
+        return index
 
     def used(self) -> None:
         """A batch has arrived: its indices are no longer on their way."""
-        index = self.pending.popleft()
-        self.digest = zlib.crc32(_raw(index), self.digest)
+        self._take(self.pending.popleft())
 
     def parts(self, item: Any = None, *, ended: bool = False) -> Iterator[Part]:
         """With several ranks: ``item`` has arrived, after batches that this one leaves out; or the data has ended."""
@@ -112,7 +125,7 @@ class Order:
             if ended and not left_out:
                 return
             self.whole.popleft()
-            self.digest = zlib.crc32(_raw(index), self.digest)
+            self._take(index)
             if left_out:
                 yield Part(None, 0)
                 continue
@@ -123,8 +136,28 @@ class Order:
                 yield self.cut.part(item, number)
             return
 
+    @property
+    def digest(self) -> int:
+        """Stands for all indices that have been used in this epoch."""
+        return self._fold()
+
+    def _take(self, index: Any) -> None:
+        if isinstance(index, (list, tuple)):
+            self._taken += index  # not kept themselves: a sampler may fill one list again and again
+            if len(self._taken) < _GATHERED:
+                return
+        else:
+            self._taken.append(index)
+        self._fold()
+
+    def _fold(self) -> int:
+        """The digest of all that was taken; it does not depend on how much was folded at a time."""
+        self._digest = zlib.crc32(_raw(self._taken), self._digest)
+        self._taken.clear()
+        return self._digest
+
     def state_dict(self) -> dict[str, Any]:
-        return {**self._note, "digest": None if self.draws else self.digest, "now": _state_of(self.sampler)}
+        return {**self._note, "digest": None if self.draws else self._fold(), "now": _state_of(self.sampler)}
 
     def seek(self, state: Mapping[str, Any], batch: int) -> Iterator[Any]:
         """The indices after the first ``batch`` batches, from the sampler run again from its noted start.
@@ -140,10 +173,10 @@ class Order:
         self.streams.set(state["started"])
         for number in range(batch):
             try:
-                self.digest = zlib.crc32(_raw(next(indices)), self.digest)
+                self._take(next(indices))
             except StopIteration:
                 self._refuse(f"ended after {number} batches, before the {batch} of the saved position")
-        if state["digest"] not in (None, self.digest):
+        if state["digest"] not in (None, self._fold()):
             self._refuse(f"gave other indices for the first {batch} batches than in the saved run")
         return self._follow(indices, given=batch)
 
@@ -202,9 +235,11 @@ def _part(index: Any, cut: Cut, number: int) -> Any:
     return index[:1] if mine is None and not cut.whole else mine
 
 
-def _raw(index: Any) -> bytes:
-    """Bytes that stand for the indices of a batch, the same in every process."""
+def _raw(indices: list[Any]) -> bytes:
+    """Bytes that stand for indices, the same in every process."""
     try:
-        return array("q", index if isinstance(index, (list, tuple)) else [index]).tobytes()
-    except (TypeError, OverflowError):
-        return repr(index).encode()  # keys that are not integers
+        return struct.pack(f"{len(indices)}q", *indices)
+    except (TypeError, struct.error):  # keys that are not integers
+        if len(indices) == 1:
+            return repr(indices[0]).encode()
+        return b"".join(_raw([index]) for index in indices)
