@@ -16,12 +16,14 @@ from loopwright.data import Schema, changes, fingerprint
 from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
 from loopwright.events import fire
 from loopwright.folder import hold, newest_folder
+from loopwright.parallel import Single
 from loopwright.stages import nothing_left, reopen
 from loopwright.state import Comm, Run, has_state
 
 __all__ = ["Point", "Resume", "find_point"]
 
 How = Literal["exact", "approximate", "weights"]
+_ALONE: Comm = Single()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +152,8 @@ class Point:
 
 
 def find_point(
-    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = (), comm: Comm,
-    mesh: Any = None,
+    wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = (),
+    comm: Comm = _ALONE, mesh: Any = None,
 ) -> Point | None:  # fmt: skip
     """The checkpoint that ``wanted`` means for a run called ``label`` in ``root``, read; None to begin anew.
 

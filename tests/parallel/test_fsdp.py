@@ -20,6 +20,7 @@ import cases_of_ranks
 import cases_of_shards
 import cases_of_tensor_parallel
 import loopwright as lw
+import ranked
 from loopwright.checkpoint import list_checkpoints, read, verify
 from loopwright.checkpoint.pieces import joined, plan
 from loopwright.data import Cut
@@ -54,8 +55,8 @@ def once(folder: Path, name: str, strategy: str, world: int, script: Any, *args:
         if done.exists():
             assert not done.read_text(), done.read_text()
             return
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        command = [sys.executable, *(launcher if world > 1 else []), script.__file__, *args]
+        launcher = [ranked.__file__, str(world)] if world > 1 else []
+        command = [sys.executable, *launcher, script.__file__, *args]
         given = {} if strategy == "alone" else {"STRATEGY": strategy}
         environ = os.environ | {"OMP_NUM_THREADS": "1"} | given
         found = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=280)

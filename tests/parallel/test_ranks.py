@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import cases_of_ranks
+import ranked
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +25,8 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     with open(lock, "w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         if not out.exists():
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-            command = [sys.executable, *(launcher if world > 1 else []), cases_of_ranks.__file__, str(out)]
+            launcher = [ranked.__file__, str(world)] if world > 1 else []
+            command = [sys.executable, *launcher, cases_of_ranks.__file__, str(out)]
             found = subprocess.run(
                 command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
             )
