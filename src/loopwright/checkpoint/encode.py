@@ -85,6 +85,8 @@ class _Encoder:
         raise _refusal(value, where)
 
     def items(self, values: Any, where: str, depth: int) -> list[Any]:
+        if set(map(type, values)) == {int} and min(values) >= -_JSON_INT and max(values) < _JSON_INT:
+            return list(values)  # 624 of them are the state of Python's generator
         return [self.encode(v, f"{where}[{i}]", depth) for i, v in enumerate(values)]
 
     def pairs(self, value: Mapping[Any, Any], where: str, depth: int) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ __all__ = ["Hashed", "Writer", "sync"]
 
 _CHUNK = 1 << 20
 _THREAD = 1 << 20  # bytes from which on it is worth the start of a thread to hash them
+_HELD = 1 << 23  # bytes made for a write that may wait for their digest
 _SYNCING = 8  # files that are synced at the same time: they share the commits of the disk's journal
 
 
@@ -59,6 +61,7 @@ class Writer:
 
     def __init__(self, folder: Place) -> None:
         self._folder, self._hashing, self._synced = folder, ExitStack(), list[Future[None]]()
+        self._held: deque[tuple[int, Future[None]]] = deque()
         self._syncing = ThreadPoolExecutor(_SYNCING) if isinstance(folder, Path) else None
 
     def __enter__(self) -> Writer:
@@ -79,21 +82,22 @@ class Writer:
     def write(self, name: str, parts: Iterable[tuple[memoryview, bool]], *, size: int) -> Any:
         """Write a new file of ``size`` bytes; the sha256 object that has seen all of it after ``hashing``.
 
-        A part comes with True where its memory was made for this; it is let go before the next one is made.
+        A part comes with True where its memory was made for this; it is let go before many more are made.
         """
         digest = hashlib.sha256()
         hashing = self._hashing.enter_context(ThreadPoolExecutor(1)) if size >= _THREAD else None
         out = (self._folder / name).open("wb" if self._syncing is None else "xb")
         try:
             for part, made in parts:
-                waiting = None
                 if hashing is None:
                     digest.update(part)
+                elif made:
+                    self._held.append((len(part), hashing.submit(digest.update, part)))
                 else:
-                    waiting = hashing.submit(digest.update, part)
+                    hashing.submit(digest.update, part)
                 out.write(part)
-                if made and waiting is not None:
-                    waiting.result()
+                while sum(size for size, _ in self._held) > _HELD:
+                    self._held.popleft()[1].result()
             out.flush()
         except BaseException:
             out.close()
