@@ -50,7 +50,7 @@ reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4"
 	@$(BIN)/python -m reliability.run $(QUICK) $(ROWS)
 
 capabilities: $(READY) ## run the suite and write docs/capabilities.md from the tests that pass
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --capabilities build/capabilities.json
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --capabilities=build/capabilities.json
 	@$(BIN)/python tools/capabilities.py build/capabilities.json docs/capabilities.md
 
 clean: ## remove caches and builds; environments and runs stay
