@@ -155,7 +155,7 @@ def test_the_next_file_is_written_while_the_digest_of_the_one_before_is_not_done
 
     class Waits:
         def update(self, data: memoryview) -> None:
-            seen.append(written.wait(20))
+            seen.append(written.wait(3))
 
     monkeypatch.setattr(streams, "hashlib", SimpleNamespace(sha256=Waits))
     large, small = memoryview(bytes(streams._THREAD)), memoryview(bytes(1))
