@@ -9,7 +9,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -17,7 +19,19 @@ import torch
 from torch import nn
 
 import loopwright as lw
-from loopwright.checkpoint import delete, find, index, list_checkpoints, newest, read, sweep, verify, write, write_index
+from loopwright.checkpoint import (
+    delete,
+    find,
+    index,
+    list_checkpoints,
+    newest,
+    read,
+    streams,
+    sweep,
+    verify,
+    write,
+    write_index,
+)
 from loopwright.checkpoint.migrations import FORMAT
 from loopwright.errors import CheckpointError
 
@@ -171,6 +185,24 @@ def test_moments_come_in_files_about_as_large_as_the_weights(moments: int, parts
     found = read(path).state["optimizers"]
     assert all(torch.equal(found[i][name], t) for i, values in state.items() for name, t in values.items())
     assert verify(path)["files"].keys() == {file.name for file in path.iterdir()} - {"manifest.json"}
+
+
+def test_the_next_file_is_written_while_the_digest_of_the_one_before_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, seen = threading.Event(), list[bool]()
+
+    class Waits:
+        def update(self, data: memoryview) -> None:
+            seen.append(written.wait(3))
+
+    monkeypatch.setattr(streams, "hashlib", SimpleNamespace(sha256=Waits))
+    large, small = memoryview(bytes(streams._THREAD)), memoryview(bytes(1))
+    with streams.Writer(tmp_path) as out, out.hashing():
+        for name in ("one", "two"):
+            out.write(name, [(small, True), (large, False), (small, True)], size=len(large) + 2)
+        written.set()
+    assert seen == [True] * 6
 
 
 def test_the_manifest_takes_no_tensors() -> None:
