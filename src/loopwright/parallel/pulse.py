@@ -23,9 +23,9 @@ class Pulse:
 
     A message tells the seconds of rank 0 and what each rank wants; it is taken when the next one is sent, so that
     nobody waits. One is sent each step where hooks of the user may ask to stop within an epoch: with several ranks
-    ``run.request_stop`` takes effect a step later than with one. Where only signals and clocks can, one is sent every
-    0.1 s, or 16 steps if that is less. ``progress.seconds``, on which durations and intervals depend, is that of
-    rank 0; between two messages all ranks make the same guess of it.
+    ``run.request_stop`` takes effect one or two steps later than with one. Where only signals and clocks can, one is
+    sent every 0.1 s, or 16 steps if that is less. ``progress.seconds``, on which durations and intervals depend, is
+    that of rank 0; between two messages all ranks make the same guess of it.
     """
 
     def __init__(self, comm: Ranks) -> None:
