@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopwright import data, metrics
+    from loopwright import data, metrics, schedules
     from loopwright.activations import checkpoint_activations
     from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
@@ -117,11 +117,12 @@ __all__ = [
     "metrics",
     "per_step",
     "replay",
+    "schedules",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "metrics"):
+    if name in ("data", "metrics", "schedules"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,6 +46,7 @@ def make_plan(run: Run) -> Plan:
         plan.problems += check(run)
     for stage in run.stages:
         plan.facts.append(_describe(stage))
+        plan.facts += [f"  {type(s.optimizer).__name__}: {s!r}" for s in stage.scheduled]
     count = sum(_size(p) for model in run.models.values() for p in model.parameters())
     moved = {id(p): p for s in run.stages for ph in s.phases for p in ph.parameters() if p.requires_grad}
     plan.facts.append(f"parameters: {count:,}, of which {sum(map(_size, moved.values())):,} are trained")
