@@ -56,12 +56,13 @@ def test_a_stage_bounded_by_time_goes_from_the_start_to_the_end_of_its_schedule(
 
 
 def test_a_step_that_is_dropped_counts_as_done_where_epochs_are_counted() -> None:
-    skip = acts(on_backward_end=lambda run, *_: next(turns) or skip_step())
-    turns = itertools.cycle([True, False])
+    turns = itertools.cycle([False, True])
 
-    def skip_step() -> None:
-        raise lw.SkipStep
+    def every_other(run: lw.Run, *_: Any) -> None:
+        if next(turns):
+            raise lw.SkipStep
 
+    skip = acts(on_backward_end=every_other)
     seen: list[float] = []
     run = trainer(epochs=2, callbacks=[skip, watch(seen, "lr")]).fit(sgd_task(line(), schedule=linear(0, 8)), BATCHES)
     assert run.progress.step == 4
@@ -192,7 +193,7 @@ def test_a_stage_has_its_own_schedule_and_the_next_one_the_values_that_the_optim
     ]
     note = acts(
         on_step_start=lambda run: seen.append(tuple(sgd.param_groups[0][k] for k in ("lr", "momentum", "weight_decay")))
-    )  # type: ignore[arg-type]  # noqa: E501
+    )  # type: ignore[arg-type]
     trainer(callbacks=[note], nonfinite=None).fit(task, BATCHES, stages=stages)
     assert seen[:4] == [(4.0 - k, 0.75, 0) for k in range(4)]
     assert seen[4:8] == [(0.25, 0.5, float(k)) for k in range(4)]
@@ -293,16 +294,12 @@ def parts(*, accumulate: int = 1) -> tuple[lw.Supervised, Any, list[lw.Stage]]:
     task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.AdamW(groups), schedule=one_cycle())
     stages = [
         lw.Stage("first", until="6 steps", accumulate=accumulate),
-        lw.Stage("second", until="1 epoch", schedule={"lr": concat([scaled_free(), 0.01]), "weight_decay": cosine(0, 1)}),
+        lw.Stage("second", until="1 epoch", schedule={"lr": concat([cosine(0.1, 0.05), 0.01]), "weight_decay": 0.5}),
     ]  # fmt: skip
     return task, loader(40, batch_size=8, shuffle=True), stages
 
 
-def scaled_free() -> Any:
-    return linear(0.1, 0.05)
-
-
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     pass
 
 
@@ -327,9 +324,8 @@ def test_resumed_at_any_step_a_scheduled_run_ends_with_the_same_bits(tmp_path: P
         run = fit(tmp_path / str(stop), None, "auto")
         assert run.resumed_from is not None
         assert equal(run.models["model"], whole.models["model"]), stop
-        assert (
-            run.optimizers["main"].state_dict()["param_groups"] == whole.optimizers["main"].state_dict()["param_groups"]
-        )
+        ends = [one.optimizers["main"].state_dict()["param_groups"] for one in (run, whole)]
+        assert ends[0] == ends[1]
 
 
 def test_another_length_or_schedule_is_refused_since_the_bits_would_be_others(tmp_path: Path) -> None:
@@ -341,7 +337,7 @@ def test_another_length_or_schedule_is_refused_since_the_bits_would_be_others(tm
     with pytest.raises(lw.CheckpointError, match=r"over 1 epoch'\] and is \['\{lr: .*over 2 epochs'\]"):
         fit(2, cosine(1.0, 0.0), "auto")
     with pytest.raises(lw.CheckpointError, match="cosine"):
-        fit(1, linear(1.0, 0.0), lw.Resume(how="exact")) if False else fit(2, linear(1.0, 0.0), "auto")
+        fit(2, linear(1.0, 0.0), "auto")
     assert fit(2, cosine(1.0, 0.0), "approximate").progress.step == 8
 
 

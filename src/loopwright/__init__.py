@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopwright import data, metrics, schedules
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
+    from loopwright.callbacks import Anneal, Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from loopwright.handlers import Event
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
-    from loopwright.optim import Scheduler, per_step
+    from loopwright.optim import Scheduler, groups, per_step
     from loopwright.parallel.ddp import DDP
     from loopwright.parallel.fsdp import FSDP
     from loopwright.parallel.launch import launch
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
+    "callbacks": ["Anneal", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -57,7 +57,7 @@ _HOMES = {
     "handlers": ["Event"],
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
-    "optim": ["Scheduler", "per_step"],
+    "optim": ["Scheduler", "groups", "per_step"],
     "parallel.ddp": ["DDP"],
     "parallel.fsdp": ["FSDP"],
     "parallel.launch": ["launch"],
@@ -70,6 +70,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Anneal",
     "CSVLogger",
     "Callback",
     "Capsule",
@@ -112,6 +113,7 @@ __all__ = [
     "Trainer",
     "checkpoint_activations",
     "data",
+    "groups",
     "launch",
     "load_weights",
     "metrics",

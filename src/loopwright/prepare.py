@@ -21,7 +21,7 @@ from loopwright.progress import Duration, Every, Whole
 from loopwright.stages import needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
 
-__all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count", "trainable_flags"]
+__all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count"]
 
 
 @dataclass(slots=True)
@@ -377,8 +377,3 @@ def _resolved_data(source: Any) -> dict[str, Any]:
     known = ("batch_size", "shuffle", "drop_last", "seed", "sampler", "workers", "num_workers", "collate_fn")
     settings = {name: getattr(loader, name) for name in known if hasattr(loader, name)}
     return {"class": type(loader), **settings, "batches": source.batches, "dataset": type(data)}
-
-
-def trainable_flags(task: Any) -> dict[str, bool]:
-    """``requires_grad`` of each parameter as the user set it."""
-    return {n: p.requires_grad for n, p in task.named_parameters()} if isinstance(task, nn.Module) else {}
