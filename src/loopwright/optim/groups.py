@@ -86,10 +86,10 @@ def _taken(settings: Mapping[Patterns, Any], names: Mapping[str, nn.Parameter]) 
         twice += [f"{name} (by {taken[name]!r} and {pattern!r})" for name in names if name in mine and name in taken]
         taken |= dict.fromkeys(mine, pattern)
     if twice:
-        raise SettingError(f"{len(twice)} parameters are taken twice: {_some(twice)}; make the patterns narrower")
+        raise SettingError(f"taken by two patterns: {_some(twice)}; make them narrower")
     left = [name for name in names if name not in taken]
     if left:
-        raise SettingError(f"{len(left)} parameters are left over: {_some(left)}; add a pattern, or '*' for the rest")
+        raise SettingError(f"left over by all patterns: {_some(left)}; add one, or '*' for the rest")
     return taken
 
 
