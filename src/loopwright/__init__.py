@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         StopEpoch,
     )
     from loopwright.events import Callback
+    from loopwright.finders import batch_size_find, lr_find
+    from loopwright.fine_tuning import fine_tune
     from loopwright.handlers import Event
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
@@ -54,6 +56,8 @@ _HOMES = {
         "SettingError", "SkipBatch", "SkipStep", "StepOutputError", "StopEpoch",
     ],
     "events": ["Callback"],
+    "finders": ["batch_size_find", "lr_find"],
+    "fine_tuning": ["fine_tune"],
     "handlers": ["Event"],
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
@@ -111,11 +115,14 @@ __all__ = [
     "TableLogger",
     "Task",
     "Trainer",
+    "batch_size_find",
     "checkpoint_activations",
     "data",
+    "fine_tune",
     "groups",
     "launch",
     "load_weights",
+    "lr_find",
     "metrics",
     "per_step",
     "replay",
