@@ -137,11 +137,11 @@ def test_steep_is_where_a_smooth_fall_is_steepest() -> None:
     assert fall.steep == fall.lrs[60]
 
 
-def test_valley_is_the_middle_of_the_longest_fall() -> None:
-    flat_fall_rise = curve(lambda k: 1.0 if k < 30 else 1 - (k - 30) / 50 if k <= 70 else 0.2 + (k - 70) / 10)
-    assert flat_fall_rise.valley == flat_fall_rise.lrs[(30 + 70) // 2]
-    noisy = curve(lambda k: 1.0 if k < 30 else 1 - (k - 30) / 50 + 0.5 * (k % 10 == 5) if k <= 70 else 2 + k)
-    assert abs(noisy.lrs.index(noisy.valley) - 50) <= 2  # bumps are stepped over
+def test_valley_is_half_way_down_the_longest_fall() -> None:
+    fall = curve(lambda k: 1.0 if k < 30 else 1 - (k - 30) / 50 if k <= 70 else 0.2 + (k - 70) / 10)
+    assert fall.valley == fall.lrs[70 - 41 + 41 // 3 + 41 // 6]  # 41 losses, from 30 to 70
+    bumps = curve(lambda k: 1.0 if k < 30 else 1 - (k - 30) / 50 + 0.5 * (k % 10 == 5) if k <= 70 else 2 + k)
+    assert bumps.valley == bumps.lrs[70 - 37 + 37 // 3 + 37 // 6]  # four bumps are stepped over
 
 
 def test_slide_is_before_the_explosion() -> None:
@@ -161,16 +161,14 @@ def _slope(k: int) -> float:
 def test_the_longest_fall_is_that_of_a_search_over_all(seed: int) -> None:
     values = random.Random(seed).sample(range(1000), 12)
     falls = [
-        (len(chosen), -chosen[-1], chosen[0])  # of several as long, the one that ends first, and of these begins last
+        (len(chosen), -chosen[-1])  # of several as long, the one that ends first
         for mask in range(1, 1 << 12)
         if (chosen := [i for i in range(12) if mask >> i & 1])
         and all(values[a] > values[b] for a, b in pairwise(chosen))
     ]
-    _, end, begin = max(falls)
-    found = LRCurve(
-        [float(i) for i in range(1, 19)], [0.0, *map(float, values), *[0.0] * 5]
-    )  # judged are 12 in between
-    assert found.valley == found.lrs[1 + (begin - end) // 2]
+    n, end = max(falls)
+    found = LRCurve([float(i) for i in range(1, 19)], [0.0, *map(float, values), *[0.0] * 5])  # 12 are judged
+    assert found.valley == found.lrs[1 - end - n + n // 3 + n // 6]
 
 
 def test_the_losses_are_smoothed_as_a_corrected_moving_average() -> None:

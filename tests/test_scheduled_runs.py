@@ -117,6 +117,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.capability("IG-11")
 def test_any_hyper_parameter_of_any_optimizer_equals_the_loop_by_hand_bit_for_bit(case: str) -> None:
     make, schedule, values = CASES[case]
     batches = list(loader(40, batch_size=5))

@@ -76,6 +76,7 @@ def of_torch(make: Callable[[Any], Any], key: str = "lr", lr: float = 0.5) -> li
     ],
     ids=["cosine", "linear", "polynomial", "exponential", "step", "restarts", "cyclic", "warm-up and cosine"],
 )
+@pytest.mark.capability("IG-11")
 def test_the_values_are_those_of_torch_where_the_definitions_coincide(ours: Schedule, torchs: Any) -> None:
     expected = of_torch(torchs)[:TOTAL]  # what a restart does at the very end is another matter
     assert [ours(k / TOTAL) for k in range(TOTAL)] == pytest.approx(expected, abs=1e-12, rel=1e-12)
@@ -157,6 +158,7 @@ def test_a_shape_goes_one_way_and_stays_between_its_ends(shape: Any, at: list[fl
 
 
 @given(st.lists(shapes, min_size=1, max_size=5), fractions, st.data())
+@pytest.mark.capability("IG-11")
 def test_a_concatenation_is_each_of_its_parts_in_turn(parts: list[Any], fraction: float, data: Any) -> None:
     bounds = sorted(data.draw(st.lists(st.floats(0.01, 0.99), min_size=len(parts) - 1, max_size=len(parts) - 1)))
     whole = concat(parts, bounds)
@@ -168,6 +170,7 @@ def test_a_concatenation_is_each_of_its_parts_in_turn(parts: list[Any], fraction
 
 
 @given(shapes, st.floats(0.01, 0.99), numbers)
+@pytest.mark.capability("IG-11")
 def test_a_warm_up_joins_without_a_jump(shape: Any, over: float, start: float) -> None:
     warm = warmup(shape, over, start=start)
     step = 1e-9

@@ -60,6 +60,8 @@ def fine_tune(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise SettingError(f"{name}={value!r}: expected a positive number")
     patterns = (head,) if isinstance(head, str) else tuple(head)
+    if "*" in patterns:
+        raise SettingError("head='*' leaves no body to freeze; name the head, such as head='fc.*', or use trainer.fit")
     last = patterns if len(patterns) > 1 else patterns[0]
     made = groups(module, [*layers, last], lr=(lr / spread, lr), no_decay=True)
     first, then = one_cycle(1.0, rise=0.99), one_cycle(0.5, rise=0.3, div=5.0)  # times the rate of each group

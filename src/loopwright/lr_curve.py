@@ -35,20 +35,18 @@ class LRCurve:
 
     @property
     def valley(self) -> float:
-        """The middle of the longest fall: of the longest sequence of losses, not all side by side, that only falls.
+        """Half-way down the longest fall: the longest sequence of losses, not all side by side, that only falls.
 
+        Half-way is as many steps before its end as half of its losses, so that a plateau before it does not count.
         Source: the learning rate finder of ArcGIS's API for Python, as fastai has it (``valley``).
         """
         lrs, losses = self._judged()
-        length = np.ones(len(losses), dtype=int)
-        first = np.arange(len(losses))  # where the longest fall to each loss begins
+        length = np.ones(len(losses), dtype=int)  # of the longest fall to each loss
         for i in range(1, len(losses)):
-            higher = np.flatnonzero(losses[:i] > losses[i])
-            if len(higher):
-                best = max(higher, key=lambda j: (length[j], first[j]))  # of several, the one that begins last
-                length[i], first[i] = length[best] + 1, first[best]
-        last = int(np.argmax(length))
-        return float(lrs[(first[last] + last) // 2])
+            higher = length[:i][losses[:i] > losses[i]]
+            length[i] += higher.max() if len(higher) else 0
+        last, n = int(np.argmax(length)), int(length.max())
+        return float(lrs[last - n + n // 3 + n // 6])
 
     @property
     def steep(self) -> float:
@@ -103,7 +101,7 @@ class LRCurve:
             ax.plot(
                 lr, np.interp(np.log(lr), np.log(self.lrs), self.losses), "o", color=f"C{i}", label=f"{name} {lr:.1e}"
             )
-        low, high = min(self.losses), float(np.quantile(self.losses[: len(self.losses) // 2 + 1], 1.0))
+        low, high = min(self.losses), max(self.losses[: len(self.losses) // 2 + 1])
         ax.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))  # an explosion would flatten all else
         ax.set_xscale("log")
         ax.set_xlabel("learning rate")
