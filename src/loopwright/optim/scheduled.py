@@ -15,7 +15,7 @@ from loopwright.schedules import Schedule, as_schedule, constant, scaled
 __all__ = ["Scheduled", "is_ours"]
 
 _OWN = "initial_"  # where a group keeps the value that it came with, as torch's schedulers do for lr
-Write = Callable[[float], None]
+Place = tuple[int, str, str, bool]  # group, name in it, name of what it came with, whether it is the first of two betas
 
 
 def is_ours(schedule: Any) -> bool:
@@ -49,7 +49,7 @@ class Scheduled:
         named = schedules if isinstance(schedules, Mapping) else {"lr": schedules}
         self.schedules = {name: _as_value(one) for name, one in named.items()}
         self._resolved = {name: _map(one, self._within) for name, one in self.schedules.items()}
-        self._targets: list[tuple[Any, list[tuple[int, str]]]] = []
+        self._targets: list[tuple[Callable[[float], Any], bool, list[Place]]] = []
         self._groups = -1
         self.look()
 
@@ -78,47 +78,38 @@ class Scheduled:
         groups = self.optimizer.param_groups
         if len(groups) != self._groups:
             self.look()
-        for schedule, places in self._targets:
-            if type(schedule) is tuple:
-                value: Any = tuple(one.at(fraction) for one in schedule)
-                for i, name in places:
-                    groups[i][name] = value
-                continue
-            value = schedule.at(fraction)
-            factor = type(schedule) is scaled
-            for i, name in places:
+        for at, factor, places in self._targets:
+            value = at(fraction)
+            for i, name, own, is_first in places:
                 group = groups[i]
-                if name in group:
-                    new = value * group[_OWN + name] if factor else value
-                    if isinstance(group[name], Tensor):
-                        group[name].fill_(new)
-                    else:
-                        group[name] = new
-                else:  # the first beta in place of momentum
-                    betas = group["betas"]
-                    group["betas"] = (value * group[_OWN + "betas"][0] if factor else value, *betas[1:])
+                if is_first:  # the first beta, in place of momentum
+                    first = value * group[own][0] if factor else value
+                    group["betas"] = (first, *group["betas"][1:])
+                    continue
+                new = value * group[own] if factor else value
+                if isinstance(group[name], Tensor):
+                    group[name].fill_(new)
+                else:
+                    group[name] = new
 
     def put_back(self) -> None:
         """Give the groups the values back that they came with."""
-        for _, places in self._targets:
-            for i, name in places:
+        for _, _, places in self._targets:
+            for i, name, own, _ in places:
                 group = self.optimizer.param_groups[i]
-                name = name if name in group else "betas"
-                own = group[_OWN + name]
                 if isinstance(group[name], Tensor):
-                    group[name].fill_(own)
+                    group[name].fill_(group[own])
                 else:
-                    group[name] = own
+                    group[name] = group[own]
 
     def values(self) -> dict[str, float]:
         """What the scheduled values are now, by their names, but for ``lr``; of the first group that each sets."""
         found: dict[str, float] = {}
-        for name, (_, places) in zip(self._resolved, self._targets, strict=True):
+        for name, (_, _, places) in zip(self._resolved, self._targets, strict=True):
             if name != "lr" and places:
-                i, key = places[0]
-                group = self.optimizer.param_groups[i]
-                value = group[key] if key in group else group["betas"][0]
-                many = value if isinstance(value, (tuple, list)) else [value]
+                i, key, _, is_first = places[0]
+                value = self.optimizer.param_groups[i][key]
+                many = value[:1] if is_first else value if isinstance(value, (tuple, list)) else [value]
                 found |= {name if len(many) == 1 else f"{name}/{n}": float(one) for n, one in enumerate(many)}
         return found
 
@@ -148,8 +139,14 @@ class Scheduled:
                 self._check(name, key, groups[i])
             found[name] = [(i, key) for i in at if (i, key) not in taken]
             taken |= set(found[name])
-        self._targets = [(self._resolved[name], found[name]) for name in self._resolved]
+        self._targets = [(*_function(self._resolved[name]), [self._place(*one) for one in found[name]]) for name in
+                         self._resolved]  # fmt: skip
         self._groups = len(groups)
+
+    def _place(self, i: int, key: str) -> Place:
+        is_first = key not in self.optimizer.param_groups[i]
+        name = "betas" if is_first else key
+        return i, name, _OWN + name, is_first
 
     def _check(self, name: str, key: str, group: dict[str, Any]) -> None:
         held = key if key in group or key != "momentum" else "betas"
@@ -177,6 +174,13 @@ def _is_value(value: Any) -> bool:
     return (isinstance(value, (int, float)) and not isinstance(value, bool)) or (
         isinstance(value, Tensor) and value.dim() == 0
     )
+
+
+def _function(schedule: Any) -> tuple[Callable[[float], Any], bool]:
+    """What gives the value, and whether that is a factor."""
+    if isinstance(schedule, tuple):
+        return (lambda fraction: tuple([one.at(fraction) for one in schedule])), False
+    return (schedule.part.at, True) if isinstance(schedule, scaled) else (schedule.at, False)
 
 
 def _as_value(value: Any) -> Any:

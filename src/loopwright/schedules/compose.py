@@ -43,12 +43,17 @@ class concat(Schedule):  # noqa: N801
 
     def at(self, fraction: float) -> float:
         parts: Any = self.parts
-        if not fraction and self.bounds and self.bounds[0] != 0:  # also where a bound is a duration
+        bounds: Any = self.bounds
+        if not fraction and bounds and bounds[0] != 0:  # also where a bound is a duration
             return parts[0].at(0.0)  # type: ignore[no-any-return]
-        bounds = fractions(self.bounds or ())
-        i = bisect_right(bounds, fraction)
-        low, high = bounds[i - 1] if i else 0.0, bounds[i] if i < len(bounds) else 1.0
-        return parts[i].at((fraction - low) / (high - low) if high > low else 0.0)  # type: ignore[no-any-return]
+        try:
+            i = bisect_right(bounds, fraction)
+            low, high = bounds[i - 1] if i else 0.0, bounds[i] if i < len(bounds) else 1.0
+            part = (fraction - low) / (high - low) if high > low else 0.0
+        except TypeError:
+            fractions(bounds)  # tells which of them is none
+            raise
+        return parts[i].at(part)  # type: ignore[no-any-return]
 
     def within(self, share: Share) -> Schedule:
         bounds = [share_of(place, share) for place in self.bounds or ()]
