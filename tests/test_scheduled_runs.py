@@ -278,6 +278,11 @@ def test_everything_that_cannot_be_scheduled_is_told_by_plan() -> None:
         "'betas' of Adam is (0.9, 0.999), which the schedule constant(value=0.5) cannot set; a tuple of numbers takes "
         "a tuple of schedules"
     ]
+    adam = lw.Supervised(line(), nn.MSELoss(), torch.optim.Adam, schedule={"betas": (0.5, 0.9), "momentum": 0.5})
+    adam.optimizer = torch.optim.Adam(adam.module.parameters())
+    assert trainer(epochs=1).plan(adam, BATCHES).problems == [
+        "'momentum' and 'betas' both set the first beta here; leave one of them out"
+    ]
     with pytest.raises(lw.SettingError, match=r"^Stage 'a' has both lr= and schedule=; write schedule="):
         lw.Stage("a", until="1 epoch", lr=0.1, schedule={"lr": 0.1})
     torchs = lw.Stage("a", until="1 epoch", schedule=lambda optimizer: lr_scheduler.StepLR(optimizer, 1))
@@ -353,3 +358,20 @@ def test_a_schedule_goes_on_under_mixed_precision(precision: str) -> None:
         loader(32, batch_size=8),
     )
     assert seen[1:] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_a_step_that_failed_is_replayed_with_the_values_that_it_had(folder: Path) -> None:
+    def make() -> lw.Supervised:
+        net = line(1.0)
+        sgd = torch.optim.SGD(net.parameters(), 1.0)
+        schedule = {"lr": warmup(cosine(1.0, 0.0), "3 steps"), "weight_decay": linear(0.0, 1.0)}
+        return lw.Supervised(net, lambda preds, target: (preds / target).mean(), sgd, schedule=schedule)
+
+    data = [(torch.ones(2, 1), torch.full((2, 1), 5.0 - i)) for i in range(8)]  # divides by 0 at step 6
+    with pytest.raises(lw.NonFiniteError):
+        lw.Trainer(epochs=1, folder=folder, progress=False).fit(make(), data)
+    (path,) = folder.rglob("capsules/*")
+    seen: list[Any] = []
+    found = lw.replay(path, make(), callbacks=[acts(on_backward_end=lambda run, *_: seen.append(run.lr))])
+    assert (found.same_error, found.same_values) == (True, True)
+    assert seen == [warmup(cosine(1.0, 0.0), 3 / 8)(5 / 8)]

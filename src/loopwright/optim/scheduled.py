@@ -139,8 +139,11 @@ class Scheduled:
                 self._check(name, key, groups[i])
             found[name] = [(i, key) for i in at if (i, key) not in taken]
             taken |= set(found[name])
-        self._targets = [(*_function(self._resolved[name]), [self._place(*one) for one in found[name]]) for name in
-                         self._resolved]  # fmt: skip
+        if any((i, "betas") in taken and "momentum" not in groups[i] for i, key in taken if key == "momentum"):
+            raise SettingError("'momentum' and 'betas' both set the first beta here; leave one of them out")
+        self._targets = [
+            (*_function(one), [self._place(*place) for place in found[name]]) for name, one in self._resolved.items()
+        ]
         self._groups = len(groups)
 
     def _place(self, i: int, key: str) -> Place:
