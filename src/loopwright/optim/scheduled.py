@@ -98,9 +98,9 @@ class Scheduled:
             for i, name, own, _ in places:
                 group = self.optimizer.param_groups[i]
                 if isinstance(group[name], Tensor):
-                    group[name].fill_(group[own])
+                    group[name].fill_(group.get(own, group[name]))
                 else:
-                    group[name] = group[own]
+                    group[name] = group.get(own, group[name])
 
     def values(self) -> dict[str, float]:
         """What the scheduled values are now, by their names, but for ``lr``; of the first group that each sets."""
