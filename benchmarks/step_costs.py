@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import loopwright as lw
 import measure
-from digits import FOLDER, NOTHING, Lap, parts
+from digits import FOLDER, LR, MOMENTUM, NOTHING, Lap, parts
 from measure import Goal, Prepare, Results
 
 REPEAT = 4  # the list of batches this many times over is one epoch
@@ -65,7 +65,7 @@ def by_hand(batches: list) -> Make:
     return make
 
 
-def ours(batches: list, *, accuracy=False, extras=None, short=False, idle=0, **options) -> Make:
+def ours(batches: list, *, accuracy=False, extras=None, short=False, idle=0, schedule=None, **options) -> Make:
     """``short``: epochs of the list once, REPEAT of them in place of one; ``idle``: so many callbacks with no hook."""
     many, every = (batches, REPEAT) if short else (batches * REPEAT, 1)
 
@@ -77,7 +77,7 @@ def ours(batches: list, *, accuracy=False, extras=None, short=False, idle=0, **o
             def go():
                 metrics = {"accuracy": lw.metrics.Accuracy()} if accuracy else None
                 task = (
-                    lw.Supervised(net, loss=loss_of, optimizer=optimizer, metrics=metrics)
+                    lw.Supervised(net, loss=loss_of, optimizer=optimizer, metrics=metrics, schedule=schedule)
                     if extras is None
                     else Extra(net, loss_of, optimizer, extras)
                 )
@@ -138,6 +138,10 @@ def step_costs(options) -> Iterable[Goal]:
     yield full.extra("ours over the same step by hand, defaults", "ours", "hand", 28)
     yield off.extra("20 callbacks that override nothing, a step, nothing enabled", "idle", "ours")
     yield full.extra("20 callbacks that override nothing, a step, defaults", "idle", "ours")
+
+    cycle = lw.schedules.one_cycle(LR, momentum=(MOMENTUM, MOMENTUM, MOMENTUM))
+    race = Race(options, steps, cycle=ours(batches, schedule=cycle, **NOTHING), plain=ours(batches, **NOTHING))
+    yield race.extra("one cycle of lr and momentum, a step, nothing enabled", "cycle", "plain", 10)
 
     epochs = Race(options, steps, long=ours(batches, **on), short=ours(batches, short=True, **on)).results
     end_us = epochs.extra_us("short", "long") * steps / (REPEAT - 1)

@@ -228,6 +228,22 @@ def _stages(ledger: Ledger) -> Parts:
     return Parts(task, noisy(), tensors(9), {"epochs": None}, stages=stages, batches=0, once=False)
 
 
+@variant("schedules by group, an annealed dropout, frozen stages", EXTRAS)
+def _scheduled(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.3, batch_norm=True)
+    adam = torch.optim.AdamW(lw.groups(net, ["0.*", "*"], lr=(0.005, 0.02), no_decay=True))
+    stages = [
+        lw.Stage("head", until="1 epoch", freeze=["module.0.*", "module.1.*"]),
+        lw.Stage(
+            "all", until="2 epochs", schedule={"lr": lw.schedules.warmup(lw.schedules.cosine(0.02, 0.0), "9 steps")}
+        ),
+    ]
+    task = supervised(net, ledger, adam, schedule=lw.schedules.one_cycle(), metrics=accuracy())
+    dropout = next(name for name, module in task.named_modules() if isinstance(module, nn.Dropout))
+    anneal = lw.Anneal({f"{dropout}.p": lw.schedules.linear(0.0, 0.5)})
+    return Parts(task, noisy(), tensors(9), {"epochs": None, "callbacks": [anneal]}, stages=stages)
+
+
 @variant("a function of the user", EXTRAS)
 def _function(ledger: Ledger) -> Parts:
     net = mlp(dropout=0.2)

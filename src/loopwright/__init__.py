@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopwright import data, metrics
+    from loopwright import data, metrics, schedules
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
+    from loopwright.callbacks import Anneal, Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
         StopEpoch,
     )
     from loopwright.events import Callback
+    from loopwright.finders import batch_size_find, lr_find
+    from loopwright.fine_tuning import fine_tune
     from loopwright.handlers import Event
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
-    from loopwright.optim import Scheduler, per_step
+    from loopwright.optim import Scheduler, groups, per_step
     from loopwright.parallel.ddp import DDP
     from loopwright.parallel.fsdp import FSDP
     from loopwright.parallel.launch import launch
@@ -45,7 +47,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
+    "callbacks": ["Anneal", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -54,10 +56,12 @@ _HOMES = {
         "SettingError", "SkipBatch", "SkipStep", "StepOutputError", "StopEpoch",
     ],
     "events": ["Callback"],
+    "finders": ["batch_size_find", "lr_find"],
+    "fine_tuning": ["fine_tune"],
     "handlers": ["Event"],
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
-    "optim": ["Scheduler", "per_step"],
+    "optim": ["Scheduler", "groups", "per_step"],
     "parallel.ddp": ["DDP"],
     "parallel.fsdp": ["FSDP"],
     "parallel.launch": ["launch"],
@@ -70,6 +74,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Anneal",
     "CSVLogger",
     "Callback",
     "Capsule",
@@ -110,18 +115,23 @@ __all__ = [
     "TableLogger",
     "Task",
     "Trainer",
+    "batch_size_find",
     "checkpoint_activations",
     "data",
+    "fine_tune",
+    "groups",
     "launch",
     "load_weights",
+    "lr_find",
     "metrics",
     "per_step",
     "replay",
+    "schedules",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "metrics"):
+    if name in ("data", "metrics", "schedules"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -129,6 +129,10 @@ class Callback:
     def on_predict_end(self, run: Run) -> None:
         """A prediction is complete."""
 
+    def problems(self, run: Run) -> Iterable[str]:
+        """Why this callback cannot do its work in ``run``, each with the fix: PlanError before step 0."""
+        return ()
+
     def state_dict(self) -> dict[str, Any]:
         """What to keep in checkpoints: plain data and tensors."""
         return {}

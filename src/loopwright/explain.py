@@ -30,6 +30,8 @@ def explain(run: Run) -> str:
         put_hook(2, "on_epoch_start")
         size = "batch" if stage.accumulate == 1 else f"window of up to {stage.accumulate} batches"
         put(2, f"for each {size} of {type(stage.source).__name__}:")
+        for scheduled in stage.scheduled:
+            put(3, f"set {', '.join(scheduled.schedules)} of {type(scheduled.optimizer).__name__} by schedule")
         put_hook(3, "on_step_start")
         _steps(run, stage, put, put_hook)
         put(3, f"every {run.log_every.duration}: log train/..." + (f" to {_names(run.loggers)}" if run.loggers else ""))

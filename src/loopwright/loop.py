@@ -143,6 +143,8 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     scaler, checks = run.precision.scaler, run.nonfinite is not None or run.precision.scaler is not None
     values: dict[str, Any] = {}
     run.window, run.open_step = window, (planned, values)
+    for scheduled in stage.scheduled:
+        scheduled.set(run.fraction)
     if hooks.on_step_start:
         fire(hooks.on_step_start, run)
     ranks = 1 if team is None else team.comm.world_size

@@ -12,7 +12,7 @@ from torch import Tensor
 from loopwright.events import describe
 from loopwright.state import Run
 
-__all__ = ["add_memory"]
+__all__ = ["add_memory", "is_out_of_memory"]
 
 # the CPU allocator, and allocators of devices that raise no class of their own
 _TEXT = re.compile(r"can't allocate memory|not enough memory|out of memory", re.I)
@@ -24,11 +24,11 @@ _BEGIN = "[loopwright] memory ran out"
 
 def add_memory(error: BaseException, run: Run, batch: Any = None) -> None:
     """Where ``error`` says that memory ran out, note on it, once, what fills it and what to do."""
-    if _is_out_of_memory(error) and not any(n.startswith(_BEGIN) for n in getattr(error, "__notes__", ())):
+    if is_out_of_memory(error) and not any(n.startswith(_BEGIN) for n in getattr(error, "__notes__", ())):
         error.add_note(_note(run, batch))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """True for what torch raises where an allocation fails, and for Python's and NumPy's own MemoryError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

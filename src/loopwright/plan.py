@@ -42,10 +42,11 @@ class Plan:
 def make_plan(run: Run) -> Plan:
     """Look at a prepared run, without reading a batch."""
     plan = Plan()
-    for check in (_parameters, _schedules, _intervals, _monitors, _settings, _numbers, _compilation):
+    for check in (_parameters, _schedules, _intervals, _monitors, _settings, _numbers, _compilation, _callbacks):
         plan.problems += check(run)
     for stage in run.stages:
         plan.facts.append(_describe(stage))
+        plan.facts += [f"  {type(s.optimizer).__name__}: {s!r}" for s in stage.scheduled]
     count = sum(_size(p) for model in run.models.values() for p in model.parameters())
     moved = {id(p): p for s in run.stages for ph in s.phases for p in ph.parameters() if p.requires_grad}
     plan.facts.append(f"parameters: {count:,}, of which {sum(map(_size, moved.values())):,} are trained")
@@ -111,7 +112,7 @@ def _parameters(run: Run) -> Iterator[str]:
                 owner[id(parameter)] = ""
         seen |= set(owner)
     manual = any(not phase.moved for stage in run.stages for phase in stage.phases)
-    frozen = [_frozen(stage, own.values()) for stage in run.stages]
+    frozen = [_frozen(stage, run.trainable) for stage in run.stages]
     frozen_always = set.intersection(*frozen) if frozen else set()
     missing = [
         name
@@ -246,6 +247,12 @@ def _compilation(run: Run) -> Iterator[str]:
         yield "compile=True cannot apply to a step that does all the work; call torch.compile on what it calls itself"
     elif (problem := run.compiler.problem(run.device)) is not None:
         yield problem
+
+
+def _callbacks(run: Run) -> Iterator[str]:
+    """What callbacks themselves say that they cannot do here."""
+    for callback in run.callbacks:
+        yield from getattr(callback, "problems", lambda run: ())(run)  # one that is no lw.Callback may lack it
 
 
 def _settings(run: Run) -> Iterator[str]:

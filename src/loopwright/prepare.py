@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from loopwright.data import DataModule, as_source, as_sources, data_of, opened, samples
 from loopwright.errors import SettingError, choose
 from loopwright.metrics import Meters, check_metrics
-from loopwright.optim import as_schedulers, match_names, settings_of
+from loopwright.optim import Scheduled, as_schedulers, is_ours, match_names, settings_of
 from loopwright.parallel import is_shard
-from loopwright.progress import Duration, Every
+from loopwright.progress import Duration, Every, Whole
 from loopwright.stages import needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
 
-__all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count", "trainable_flags"]
+__all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count"]
 
 
 @dataclass(slots=True)
@@ -114,7 +114,8 @@ def assemble(
     _unique("stage", [stage.name for stage in stages or []])
     for i, stage in enumerate(stages or [base]):
         before = old[i].phases if i < len(old) else []
-        parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key, before))
+        inherited = [s for one in (*old[i : i + 1], *old) for s in one.scheduled if not s.of_stage]
+        parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key, before, inherited))
     for optimizer in parts.optimizers.values():
         _move_state(optimizer, converted=converted)
     return parts
@@ -197,7 +198,7 @@ def _check_moved(optimizer: Optimizer, task: Any, name: str) -> None:
 
 def _stage(
     stage: Stage, base: Stage, task: Any, parts: Parts, schedules: dict[str, Any], clip_norm: float | None, key: int,
-    before: list[Phase],
+    before: list[Phase], inherited: list[Scheduled],
 ) -> Stage:  # fmt: skip
     """A resolved copy of ``stage``; what it leaves out comes from ``fit``."""
     made = replace(stage)
@@ -224,8 +225,12 @@ def _stage(
         raise SettingError(f"stage {stage.name!r} has no phase to train; return at least one from phases()")
     known = {phase.name: (*phase.step_schedulers, *phase.epoch_schedulers) for phase in before}
     _unique("phase", [phase.name for phase in phases])
+    found: list[Scheduled] = []
+    if stage.schedule is not None or stage.lr is not None:  # in place of all others
+        schedules, known, inherited = {}, {}, []
+        phases = [replace(phase, schedule=None) for phase in phases]
     for phase in phases:
-        _phase(phase, optimizers, schedules, parts, clip_norm, known, alone=len(phases) == 1)
+        found += _phase(phase, optimizers, schedules, parts, clip_norm, known, inherited, alone=len(phases) == 1)
         for scheduler in phase.epoch_schedulers if made.valid else ():
             scheduler.default_monitor = "/".join(["valid", *filter(None, [next(iter(made.valid))]), "loss"])
     stepped: set[int] = set()
@@ -234,7 +239,37 @@ def _stage(
         phase.epoch_schedulers = tuple(s for s in phase.epoch_schedulers if id(s) not in stepped)
         stepped |= {id(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)}
     made.phases = phases
+    made.whole = Whole.of(made.until, made.source.batches, made.accumulate)
+    made.scheduled = _scheduled(made, found)
     return made
+
+
+def _scheduled(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
+    """What is set before every step of ``stage``: by its own schedule if it has one, else by those ``found``."""
+    given = stage.schedule if stage.lr is None else {"lr": stage.lr}
+    moved = {id(optimizer): optimizer for phase in stage.phases for optimizer in phase.moved}
+    if given is not None:
+        if not is_ours(given):
+            raise SettingError(
+                f"Stage {stage.name!r}: schedule={given!r}; expected one of lw.schedules, or a dict of them. A torch "
+                "scheduler goes with the optimizer of the stage: optimizer=(optimizer, scheduler)"
+            )
+        found = [Scheduled(optimizer, given, of_stage=True) for optimizer in moved.values()]
+    made: dict[int, Scheduled] = {}
+    torchs = [s for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
+    for one in found:
+        kind, same = type(one.optimizer).__name__, made.setdefault(id(one.optimizer), one)
+        if same.schedules != one.schedules:
+            raise SettingError(
+                f"stage {stage.name!r} has two schedules for {kind}, {same.schedules} and {one.schedules}; write one "
+                "dict of both"
+            )
+        clash = next((s.torch for s in torchs if s.torch.optimizer is one.optimizer and "lr" in one.schedules), None)
+        if clash is not None:
+            raise SettingError(
+                f"lr of {kind} is set by a schedule and by {type(clash).__name__}; leave one of them out"
+            )
+    return tuple(one.within(stage.whole) for one in made.values())
 
 
 def _unique(kind: str, names: list[str]) -> None:
@@ -249,8 +284,8 @@ def _listed(value: Any) -> list[Any]:
 
 def _phase(
     phase: Phase, optimizers: Mapping[str, Optimizer], schedules: dict[str, Any], parts: Parts,
-    clip_norm: float | None, known: Mapping[str, tuple[Any, ...]], *, alone: bool,
-) -> None:  # fmt: skip
+    clip_norm: float | None, known: Mapping[str, tuple[Any, ...]], inherited: list[Scheduled], *, alone: bool,
+) -> list[Scheduled]:  # fmt: skip
     wanted = list(optimizers) if phase.optimizers is None else phase.optimizers
     moved: list[Optimizer] = []
     named = schedules if phase.schedule is None else {}
@@ -271,6 +306,11 @@ def _phase(
             named[one] = as_schedulers(named[one], (optimizer,))  # made once, for all stages: making it sets lr
             schedulers += named[one]
     schedulers += known[phase.name] if phase.name in known else as_schedulers(phase.schedule, tuple(moved))
+    ours = [s for s in schedulers if isinstance(s, Scheduled)]
+    for optimizer in moved:
+        if not any(s.optimizer is optimizer for s in ours):
+            ours += [s for s in inherited if s.optimizer is optimizer][:1]
+    schedulers = [s for s in schedulers if not isinstance(s, Scheduled)]
     phase.moved = tuple(moved)
     phase.clip_norm = clip_norm if phase.clip_norm is None and moved else phase.clip_norm
     phase.step_schedulers = tuple(s for s in schedulers if s.every == "step")
@@ -278,6 +318,7 @@ def _phase(
     phase.prefix = "" if alone else f"{phase.name}/"
     phase.meters = Meters(parts.metrics, training=True) if parts.metrics else None
     phase.closure = any(needs_closure(optimizer) for optimizer in moved)
+    return ours
 
 
 def move_task(
@@ -319,7 +360,8 @@ def _resolved_stage(stage: Stage) -> dict[str, Any]:
     phases = {
         phase.name: {
             "every": phase.every, "clip_norm": phase.clip_norm,
-            "schedules": [settings_of(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)],
+            "schedules": [settings_of(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
+            + [s.plain() for s in stage.scheduled if s.optimizer in phase.moved],
         } for phase in stage.phases
     }  # fmt: skip
     return {
@@ -335,8 +377,3 @@ def _resolved_data(source: Any) -> dict[str, Any]:
     known = ("batch_size", "shuffle", "drop_last", "seed", "sampler", "workers", "num_workers", "collate_fn")
     settings = {name: getattr(loader, name) for name in known if hasattr(loader, name)}
     return {"class": type(loader), **settings, "batches": source.batches, "dataset": type(data)}
-
-
-def trainable_flags(task: Any) -> dict[str, bool]:
-    """``requires_grad`` of each parameter as the user set it."""
-    return {n: p.requires_grad for n, p in task.named_parameters()} if isinstance(task, nn.Module) else {}

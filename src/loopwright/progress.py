@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from loopwright.errors import SettingError, choose
 
-__all__ = ["Duration", "Every", "Progress"]
+__all__ = ["Duration", "Every", "Progress", "Whole"]
 
 
 class Progress(NamedTuple):
@@ -133,3 +134,72 @@ class Every:
             return False
         self._after(position)
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """How long a stage is: its ``ends``, of which the first one reached counts, and the steps of an epoch.
+
+    ``per_epoch``: optimizer steps in an epoch, None where the data does not tell; ``accumulate``: batches of a step.
+
+    >>> whole = Whole((Duration.parse("4 epochs"),), per_epoch=10)
+    >>> whole.share(Duration.parse("10 steps")), whole.fraction(Progress(epoch=1, batch=5), Progress())
+    (0.25, 0.375)
+    """
+
+    ends: tuple[Duration, ...]
+    per_epoch: int | None = None
+    accumulate: int = 1
+
+    @classmethod
+    def of(cls, ends: Sequence[object], batches: int | None, accumulate: object) -> Whole:
+        """Of a stage whose epochs have ``batches``; where ``accumulate`` is no number, each batch counts as a step."""
+        n = accumulate if isinstance(accumulate, int) else 1
+        known = tuple(end for end in ends if isinstance(end, Duration))
+        return cls(known, None if batches is None else -(-batches // n), n)
+
+    def fraction(self, now: Progress, start: Progress) -> float:
+        """What part of the stage is done, from 0 to 1: completed steps (samples, seconds) by their number in all.
+
+        Epochs of unknown length count when they are over.
+        """
+        done = 0.0
+        for end in self.ends:
+            unit, value, passed = end.unit, end.value, 0.0
+            if unit == "steps":
+                passed = now.step - start.step
+            elif unit == "epochs" and end.is_part:  # ends after so many steps
+                passed, value = now.step - start.step, max(1, round(value * (self.per_epoch or 1)))
+            elif unit == "epochs":
+                each = self.per_epoch or 1
+                inside = 0 if self.per_epoch is None else min(now.batch // self.accumulate, each)
+                passed, value = (now.epoch - start.epoch) * each + inside, value * each
+            elif unit == "samples":
+                passed = now.samples - start.samples
+            else:
+                passed = now.seconds - start.seconds
+            done = max(done, passed / value)
+        return min(done, 1.0)
+
+    def share(self, duration: Duration) -> float:
+        """What part of the stage ``duration`` is. Raises SettingError where it cannot be known before it is over."""
+        same = [end.value for end in self.ends if end.unit == duration.unit]
+        if same:
+            return duration.value / min(same)
+        if self.per_epoch is not None:
+            each = {"steps": 1, "epochs": self.per_epoch}
+            steps = [end.value * each[end.unit] for end in self.ends if end.unit in each]
+            if steps and duration.unit in each:
+                return duration.value * each[duration.unit] / min(steps)
+        raise SettingError(
+            f"what part '{duration}' is of a stage that lasts {self} is not known before it is over; give a fraction "
+            f"such as 0.1, or a duration in {' or '.join(sorted({end.unit for end in self.ends})) or 'its own unit'}"
+        )
+
+    @property
+    def is_known(self) -> bool:
+        """True if every step can be told what part of the stage is done: there is an end, and epochs have a length."""
+        return bool(self.ends) and (self.per_epoch is not None or all(end.unit != "epochs" for end in self.ends))
+
+    def __str__(self) -> str:
+        return " or ".join(str(end) for end in self.ends) or "until something happens"

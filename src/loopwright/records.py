@@ -148,6 +148,12 @@ def log_epoch(run: Run, stage: Stage) -> None:
 
 
 def learning_rates(run: Run) -> dict[str, float]:
-    """``lr`` of the first group of each optimizer; ``lr/<name>`` where a run has several."""
+    """``lr`` of each optimizer's first group, and what else is scheduled; ``lr/<name>`` where a run has several."""
     rates = {name: float(o.param_groups[0]["lr"]) for name, o in run.optimizers.items() if "lr" in o.param_groups[0]}
-    return {"lr": next(iter(rates.values()))} if len(rates) == 1 else {f"lr/{name}": lr for name, lr in rates.items()}
+    named = {"lr": next(iter(rates.values()))} if len(rates) == 1 else {f"lr/{n}": lr for n, lr in rates.items()}
+    for scheduled in run.stages[min(run.progress.stage, len(run.stages) - 1)].scheduled if run.stages else ():
+        of = next((f"/{name}" for name, o in run.optimizers.items() if o is scheduled.optimizer), "")
+        for name, value in scheduled.values().items():
+            key, _, rest = name.partition("/")
+            named[f"{key}{of if len(run.optimizers) > 1 else ''}{f'/{rest}' if rest else ''}"] = value
+    return named

@@ -101,19 +101,18 @@ def replay(
     if data.state["window"] is None or any(one["batch"] is None for one in data.state["window"]):
         raise CheckpointError(f"{path} cannot be replayed, it has no batch: {'; '.join(data.info['limits'])}")
     again = _Again(data, task)
-    chosen = None
-    if stages is not None:
-        stage = stages[data.info["stage_index"]]
-        chosen = [replace(stage, source=again.source, until="1 step", valid=None, validate_every=None)]
+    stage = Stage("main", until="1 step") if stages is None else stages[data.info["stage_index"]]
+    # what was scheduled is in the optimizer of the capsule: a schedule would take this step for the first one
+    stage = replace(stage, source=again.source, until="1 step", valid=None, validate_every=None, lr=None, schedule={})
     trainer = Trainer(
-        steps=None if chosen else 1, device=device, folder=None, progress=False, checkpoint=False, loggers=[],
-        callbacks=[again, *callbacks], **data.info["settings"],
+        device=device, folder=None, progress=False, checkpoint=False, loggers=[], callbacks=[again, *callbacks],
+        **data.info["settings"],
     )  # fmt: skip
     error, previous = None, task.__dict__.pop("_run", None)
     with rng.forked(), warnings.catch_warnings():
         warnings.simplefilter("ignore", LoopwrightWarning)
         try:
-            trainer.fit(task, again.source, stages=chosen)
+            trainer.fit(task, again.source, stages=[stage])
         except Exception as caught:
             error = caught
     task.__dict__["_run"] = previous

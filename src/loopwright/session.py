@@ -143,6 +143,8 @@ def go_on(run: Run, previous: Run) -> None:
     closes = False  # the open epoch ends here
     if [stage.name for stage in run.stages] != [stage.name for stage in previous.stages]:
         closes = inside
+        for scheduled in (one for stage in previous.stages for one in stage.scheduled):
+            scheduled.put_back()
         run.progress = run.progress._replace(stage=0, stage_step=0, epoch=run.progress.epoch + inside, batch=0)
         run.stage_start = run.progress
     else:

@@ -37,7 +37,13 @@ def begin_stage(run: Run, stage: Stage) -> bool:
         set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
     if run.team is not None:
         run.team.begin_stage(run, stage)
-    return p.stage_step == p.batch == 0 and p.epoch == start.epoch
+    for scheduled in stage.scheduled:
+        scheduled.look()
+    fresh = p.stage_step == p.batch == 0 and p.epoch == start.epoch
+    if fresh:
+        for scheduled in (one for each in run.stages[: p.stage] for one in each.scheduled):
+            scheduled.put_back()
+    return fresh
 
 
 def _end_of(stage: Stage, start: Progress) -> Progress:
@@ -146,6 +152,7 @@ def _replace_optimizer(run: Run, key: str, new: Any) -> None:
             )
     run.optimizers[key] = new
     for stage in run.stages:
+        stage.scheduled = tuple(s.on(new) if s.optimizer is old else s for s in stage.scheduled)
         for phase in stage.phases:
             phase.moved = tuple(new if o is old else o for o in phase.moved)
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from loopwright.errors import SettingError, choose
 from loopwright.history import History, Series
-from loopwright.progress import Duration, Every, Progress
+from loopwright.progress import Duration, Every, Progress, Whole
 
 if TYPE_CHECKING:
     import torch
@@ -186,8 +186,8 @@ class Phase:
     ``step(batch)`` returns the loss, or a dict with ``"loss"``. ``optimizers`` names those of
     ``configure_optimizers`` (or gives instances); None means all. A phase with ``optimizers=()`` moves nothing by
     itself: its step does all the work. ``every=5`` lets it run at optimizer steps 5, 10, ... of the run.
-    ``clip_norm`` bounds the 2-norm of all its gradients. ``schedule`` is a torch scheduler, or a factory
-    ``optimizer -> scheduler``.
+    ``clip_norm`` bounds the 2-norm of all its gradients. ``schedule`` is one of ``lw.schedules``, a dict of them by
+    hyper-parameter, a torch scheduler, or a factory ``optimizer -> scheduler``.
 
     >>> Phase("generator", step=lambda batch: {"loss": batch.mean()}, optimizers="gen", every=5).every
     5
@@ -229,7 +229,9 @@ class Stage:
     ``until`` is a duration counted from the start of the stage. ``source``, ``valid``, ``phases``, ``accumulate``,
     ``weight`` and ``validate_every`` left None are those of ``fit``. ``weight(batch)`` gives the samples or tokens of
     a batch. ``train`` holds name patterns (``"head.*"``) of the parameters that this stage trains, ``freeze`` of those
-    that it does not; with neither, requires_grad is left as the user set it.
+    that it does not; with neither, requires_grad is left as the user set it. ``schedule`` takes the place of all
+    others in this stage: one of ``lw.schedules``, or a dict of them by hyper-parameter; ``lr`` is that of the learning
+    rate alone, or a number. What a stage does not schedule has the value again that the optimizer came with.
 
     >>> Stage("head", until="1 epoch", train="head.*").until
     '1 epoch'
@@ -246,12 +248,20 @@ class Stage:
     optimizer: Any = None
     train: str | Sequence[str] | None = None
     freeze: str | Sequence[str] | None = None
+    lr: Any = None
+    schedule: Any = None
+    scheduled: tuple[Any, ...] = field(default=(), init=False, repr=False)  # what is set before every step
+    whole: Whole = field(default=Whole(()), init=False, repr=False)
     counts_samples: bool = field(default=True, init=False, repr=False)  # no weight function: sizes come from the plan
 
     def __post_init__(self) -> None:
         n = self.accumulate
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise SettingError(f"Stage {self.name!r}: accumulate={n!r}; expected a whole number of batches, from 1")
+        if self.lr is not None and self.schedule is not None:
+            raise SettingError(
+                f"Stage {self.name!r} has both lr= and schedule=; write schedule={{'lr': {self.lr!r}, ...}} for both"
+            )
 
 
 @dataclass(slots=True)
@@ -345,6 +355,15 @@ class Run:
         """True when all batches of the open epoch are trained on, and its end is not made: a checkpoint lies there."""
         p, stage = self.progress, self.stage
         return stage is not None and 0 < p.batch == stage.source.batches and not self.interrupted
+
+    @property
+    def fraction(self) -> float:
+        """How much of the open stage is done, from 0 to 1, in the unit of its end: for schedules of one's own.
+
+        It is k / total before step k, counted from 0. Epochs of unknown length count when they are over.
+        """
+        stage = self.stage
+        return 1.0 if stage is None else stage.whole.fraction(self.progress, self.stage_start)
 
     @property
     def lr(self) -> float | None:

@@ -24,9 +24,10 @@ from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
 from loopwright.loggers import JSONLLogger
 from loopwright.metrics import check_metrics
+from loopwright.optim import trainable_flags
 from loopwright.parallel import Single, check_strategy, pick_precision, pick_team, watched
 from loopwright.plan import Plan, make_plan
-from loopwright.prepare import Parts, assemble, measured_by, move_task, trainable_flags
+from loopwright.prepare import Parts, assemble, measured_by, move_task
 from loopwright.progress import Duration, Every
 from loopwright.records import check_logger
 from loopwright.resume import Point, Resume, find_point
@@ -340,7 +341,7 @@ class Trainer:
         run.meters["valid"] = measured_by(parts.metrics)
         run.savers, run.loggers = self._savers(), self._loggers() if run.comm.rank == 0 else []
         run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
-        run.trainable = trainable_flags(task)
+        run.trainable = trainable_flags(task) if isinstance(task, nn.Module) else {}
         if run.compiler is not None:
             for phase in (phase for stage in run.stages for phase in stage.phases):
                 phase.step = run.compiler(phase.step)

@@ -137,7 +137,8 @@ def _data(run: Run) -> dict[str, Any]:
 
 def _stage_recipe(stage: Stage) -> dict[str, Any]:
     def schedules(phase: Any) -> list[str]:
-        return [type(s.torch).__name__ for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
+        torchs = [type(s.torch).__name__ for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
+        return torchs + [repr(s) for s in stage.scheduled if s.optimizer in phase.moved]
 
     phases = {
         phase.name: {"every": phase.every, "clip_norm": phase.clip_norm, "schedules": schedules(phase)}

@@ -1,4 +1,4 @@
-"""Which parameters train: chosen by name patterns."""
+"""Which parameters train, and whose running statistics: chosen by name patterns."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from loopwright.errors import SettingError, choose
 
-__all__ = ["match_names", "set_trainable"]
+__all__ = ["match_names", "set_trainable", "trainable_flags"]
 
 
 def match_names(patterns: str | Sequence[str], names: Iterable[str], *, what: str = "parameter") -> set[str]:
@@ -29,6 +30,17 @@ def match_names(patterns: str | Sequence[str], names: Iterable[str], *, what: st
     return found
 
 
+def trainable_flags(module: nn.Module) -> dict[str, bool]:
+    """What trains as it stands: ``requires_grad`` of each parameter, and of each batch norm whether it is in train
+    mode, under the name of its ``running_mean``.
+
+    >>> trainable_flags(nn.Sequential(nn.BatchNorm1d(2, affine=False).eval()))
+    {'0.running_mean': False}
+    """
+    flags = {name: p.requires_grad for name, p in module.named_parameters()}
+    return flags | {name: norm.training for name, norm in _with_statistics(module)}
+
+
 def set_trainable(
     module: nn.Module,
     original: Mapping[str, bool],
@@ -36,16 +48,33 @@ def set_trainable(
     train: str | Sequence[str] | None = None,
     freeze: str | Sequence[str] | None = None,
 ) -> None:
-    """Set ``requires_grad``: as in ``original``, but only what ``train`` matches, and nothing that ``freeze`` matches.
+    """Let train what does in ``original``, but only what ``train`` matches, and nothing that ``freeze`` matches.
 
-    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    >>> flags = {n: p.requires_grad for n, p in net.named_parameters()}
-    >>> set_trainable(net, flags, train="1.*")
-    >>> [p.requires_grad for p in net.parameters()]
-    [False, False, True, True]
+    A batch norm whose ``running_mean`` is not to train is in eval mode: it uses its statistics, and keeps them.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    >>> flags = trainable_flags(net)
+    >>> set_trainable(net, flags, train="2.*")
+    >>> [p.requires_grad for p in net.parameters()], net[1].training
+    ([False, False, False, False, True, True], False)
     """
     chosen = None if train is None else match_names(train, original)
     frozen = set() if freeze is None else match_names(freeze, original)
+
+    def trains(name: str, now: bool) -> bool:
+        wanted = original.get(name, now) if chosen is None else name in chosen
+        return wanted and name not in frozen
+
     for name, parameter in module.named_parameters():
-        wanted = original.get(name, parameter.requires_grad) if chosen is None else name in chosen
-        parameter.requires_grad_(wanted and name not in frozen)
+        parameter.requires_grad_(trains(name, parameter.requires_grad))
+    for name, norm in _with_statistics(module):
+        norm.train(trains(name, norm.training))
+
+
+def _with_statistics(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Norms that keep running statistics, each under the name of its ``running_mean``."""
+    return [
+        (f"{path}.running_mean" if path else "running_mean", norm)
+        for path, norm in module.named_modules()
+        if isinstance(norm, _NormBase) and norm.running_mean is not None
+    ]

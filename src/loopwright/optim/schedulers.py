@@ -1,4 +1,4 @@
-"""Torch's learning-rate schedulers, unchanged, stepped at the right moment."""
+"""Torch's learning-rate schedulers, unchanged, stepped at the right moment; and what else ``schedule=`` may be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from loopwright.errors import SettingError, choose
+from loopwright.optim.scheduled import Scheduled, is_ours
 
 __all__ = ["Scheduler", "as_schedulers", "per_step", "settings_of"]
 
@@ -107,8 +108,9 @@ def per_step(scheduler: Any) -> Scheduler:
     return Scheduler(scheduler, every="step")
 
 
-def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Scheduler, ...]:
-    """Schedulers from None, a torch scheduler, a Scheduler, a factory ``optimizer -> scheduler``, or a list of these.
+def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Scheduler | Scheduled, ...]:
+    """Schedulers from None, a schedule of ours or a dict of them (for each optimizer), a torch scheduler, a Scheduler,
+    a factory ``optimizer -> scheduler``, or a list of these.
 
     Raises SettingError when a scheduler belongs to another optimizer than those given.
     """
@@ -116,10 +118,15 @@ def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Sch
         return ()
     if isinstance(schedule, (list, tuple)):
         return tuple(s for one in schedule for s in as_schedulers(one, optimizers))
+    if isinstance(schedule, Scheduled):
+        return (schedule,) if any(schedule.optimizer is optimizer for optimizer in optimizers) else ()
+    if is_ours(schedule):
+        return tuple(Scheduled(optimizer, schedule) for optimizer in optimizers)
     if not isinstance(schedule, (Scheduler, LRScheduler, ReduceLROnPlateau)):
         if not callable(schedule):
             raise SettingError(
-                f"schedule={schedule!r}: expected a torch scheduler, or a factory such as "
+                f"schedule={schedule!r}: expected one of lw.schedules, a dict such as "
+                '{"lr": lw.schedules.cosine(1e-3, 0.0)}, a torch scheduler, or a factory such as '
                 "schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)"
             )
         return tuple(s for optimizer in optimizers for s in as_schedulers(schedule(optimizer), (optimizer,)))

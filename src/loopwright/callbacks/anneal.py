@@ -1,0 +1,121 @@
+"""Any number on the task, or on another object, that follows a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from loopwright.errors import SettingError, choose
+from loopwright.events import Callback
+from loopwright.schedules import Schedule, as_schedule, constant, scaled
+from loopwright.state import Run, Stage
+from loopwright.text import with_article
+
+__all__ = ["Anneal"]
+
+
+class Anneal(Callback):
+    """Sets numbers by schedules before every step: a dropout rate, a temperature, the weight of a penalty.
+
+    ``values`` maps paths of attributes to schedules: ``"module.1.p"`` is ``task.module[1].p``. The paths begin at the
+    task, or at ``of``, such as another callback. A value is a number, or a tensor of one, which is filled in place.
+    A schedule goes over each stage anew; afterwards the values stay as they are.
+
+    Reads: run.fraction. Changes: what the paths name. Stops: no.
+
+    >>> from loopwright.schedules import linear
+    >>> Anneal({"module.1.p": linear(0.0, 0.5)})
+    Anneal({'module.1.p': linear(start=0.0, end=0.5)})
+
+    Raises SettingError for what is no schedule; ``plan`` and ``fit`` tell a path that does not lead to a number.
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, of: Any = None) -> None:
+        if not isinstance(values, Mapping) or not values or not all(isinstance(path, str) for path in values):
+            raise SettingError(
+                f"Anneal({values!r}): expected a dict such as {{'module.1.p': lw.schedules.linear(0, 0.5)}}"
+            )
+        self.values = {path: as_schedule(value) for path, value in values.items()}
+        for path, schedule in self.values.items():
+            if isinstance(schedule, scaled):
+                raise SettingError(f"{path!r}: scaled(...) is for the groups of an optimizer; leave it out here")
+        self.of = of
+        self._stage: Stage | None = None
+        self._found: list[tuple[Any, str, Schedule]] = []
+
+    def problems(self, run: Run) -> Iterator[str]:
+        for path in self.values:
+            try:
+                self._find(run, path)
+            except SettingError as error:
+                yield str(error)
+        for stage in run.stages:
+            for path, schedule in self.values.items():
+                if not stage.whole.is_known and not isinstance(schedule, constant):
+                    yield f"Anneal of {path!r} needs to know how long stage {stage.name!r} is; count it in steps"
+                    continue
+                try:
+                    schedule.within(stage.whole.share)
+                except SettingError as error:
+                    yield f"Anneal of {path!r}, stage {stage.name!r}: {error}"
+        if run.compiler is not None and self.of is None:
+            yield "Anneal changes numbers which a compiled step has built in; train with compile=False"
+
+    def on_step_start(self, run: Run) -> None:
+        if run.stage is not self._stage:
+            self._begin(run)
+        fraction = run.fraction
+        for owner, name, schedule in self._found:
+            value = getattr(owner, name)
+            if isinstance(value, Tensor):
+                value.detach().fill_(schedule.at(fraction))
+            else:
+                setattr(owner, name, schedule.at(fraction))
+
+    def on_fit_start(self, run: Run) -> None:
+        self._stage = None
+
+    def _begin(self, run: Run) -> None:
+        self._stage = stage = run.stage
+        assert stage is not None
+        self._found = [(*self._find(run, path), s.within(stage.whole.share)) for path, s in self.values.items()]
+
+    def _find(self, run: Run, path: str) -> tuple[Any, str]:
+        """The object that holds the last name of ``path``, and that name."""
+        owner: Any = run.task if self.of is None else self.of
+        *before, last = path.split(".")
+        for i, name in enumerate([*before, last]):
+            if not hasattr(owner, name):
+                at = ".".join(before[:i]) or "what the path begins at"
+                kind = with_article(type(owner).__name__)
+                raise SettingError(f"Anneal: {at}, {kind}, has no {name!r}. {choose(name, _attributes(owner))}")
+            owner = getattr(owner, name) if i < len(before) else owner
+        value = getattr(owner, last)
+        if not _is_number(value):
+            kind = with_article(type(value).__name__)
+            raise SettingError(f"Anneal: {path!r} is {kind}, no number. {choose(last, _numbers(owner))}")
+        return owner, last
+
+    def __repr__(self) -> str:
+        return f"Anneal({self.values!r}{'' if self.of is None else f', of={type(self.of).__name__}'})"
+
+
+def _attributes(owner: Any) -> list[str]:
+    """Numbers and children: what a path may go on with."""
+    children = [name for name, _ in owner.named_children()] if isinstance(owner, nn.Module) else []
+    held = [name for name, value in vars(owner).items() if hasattr(value, "__dict__") and not name.startswith("_")]
+    return [*children, *held, *_numbers(owner)]
+
+
+def _numbers(owner: Any) -> list[str]:
+    tensors = dict(owner.named_buffers(recurse=False)) if isinstance(owner, nn.Module) else {}
+    held = {**getattr(owner, "__dict__", {}), **tensors}
+    return [name for name, value in held.items() if not name.startswith("_") and _is_number(value)]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
