@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopwright import data, metrics
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
+    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, KeepBest, Plateau, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
+    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "KeepBest", "Plateau", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -85,6 +85,7 @@ __all__ = [
     "History",
     "HookError",
     "JSONLLogger",
+    "KeepBest",
     "Loader",
     "LoopwrightError",
     "LoopwrightWarning",
@@ -92,6 +93,7 @@ __all__ = [
     "NonFiniteError",
     "Phase",
     "PlanError",
+    "Plateau",
     "Progress",
     "ProgressBar",
     "Replay",

@@ -141,6 +141,7 @@ class Team:
         """All ranks begin with the weights and buffers of rank 0."""
         self.follow(run, parameters=True)
         hooks = [hook for name in _STEERING for hook in getattr(run.hooks, name)]
+        hooks += [getattr(c, name) for stage in run.stages for c in stage.callbacks for name in _STEERING]
         self.steered = any(not _is_ours(hook) for hook in hooks)
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
             if meters is not None:
