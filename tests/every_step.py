@@ -1,4 +1,4 @@
-"""A run resumed from each of its steps, by other objects and other seeds, ends with the bits of the run that was not."""
+"""A run resumed from each of its steps, by new objects and other seeds, ends with the bits of the run that was not."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ class Experiment:
 
     def run(self, folder: Path | None, *, checkpoint: Any = False, resume: Any = None) -> lw.Run:
         trainer = lw.Trainer(folder=folder, progress=False, checkpoint=checkpoint, log_every=1, **self.settings)
-        return trainer.fit(
-            self.task, self.train, self.valid, stages=self.stages, weight=self.weight, resume=resume
-        )
+        return trainer.fit(self.task, self.train, self.valid, stages=self.stages, weight=self.weight, resume=resume)
 
 
 def left(run: lw.Run) -> list[Any]:

@@ -110,7 +110,9 @@ def test_a_unit_that_nobody_counts_is_refused_at_the_start(rule: Any, weight: An
     assert says in str(later.value)
 
 
-@pytest.mark.parametrize("rule", [0, True, "4 pages", "0 samples", [], [(1, 4)], [(0, 1), (0, 2)], [(0, "x")], [4], 2.5])
+@pytest.mark.parametrize(
+    "rule", [0, True, "4 pages", "0 samples", [], [(1, 4)], [(0, 1), (0, 2)], [(0, "x")], [4], 2.5]
+)
 def test_a_rule_that_is_none_is_refused_where_it_is_given(rule: Any) -> None:
     for make in (lambda: trainer(epochs=1, accumulate=rule), lambda: lw.Stage("s", "1 epoch", accumulate=rule)):
         with pytest.raises(lw.SettingError, match="accumulate="):
@@ -118,7 +120,9 @@ def test_a_rule_that_is_none_is_refused_where_it_is_given(rule: Any) -> None:
 
 
 def test_a_function_that_returns_no_amount_is_named() -> None:
-    with pytest.raises(lw.SettingError, match=r"^accumulate='many': expected a whole number of batches, at least 1, '256"):
+    with pytest.raises(
+        lw.SettingError, match=r"^accumulate='many': expected a whole number of batches, at least 1, '256"
+    ):
         trainer(epochs=1, accumulate=lambda progress: "many").fit(sgd_task(line()), pairs([1]))
 
 

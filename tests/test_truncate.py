@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import loopwright as lw
 from every_step import Experiment, resumed_at_every_step
 from loopwright.data import chunked
-from tiny import bits, line, loader, pairs, same, seed_all, trainer
+from tiny import bits, line, pairs, same, seed_all, trainer
 
 
 class Reader(nn.Module):
@@ -213,7 +213,10 @@ def test_an_error_inside_of_a_sequence_leaves_nothing_of_it_to_the_next_fit() ->
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"accumulate": 2}, "accumulate=2 cannot apply with truncate=4"), ({"compile": True}, "compile=True cannot apply")],
+    [
+        ({"accumulate": 2}, "accumulate=2 cannot apply with truncate=4"),
+        ({"compile": True}, "compile=True cannot apply"),
+    ],
 )
 def test_what_cannot_be_together_is_refused_at_the_start(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(lw.PlanError, match=says):

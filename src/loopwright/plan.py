@@ -260,7 +260,14 @@ def _truncation(run: Run, stage: Stage) -> Iterator[str]:
 
 
 def _accumulation(run: Run, stage: Stage) -> Iterator[str]:
-    """A rule of accumulation whose unit nobody counts, or that this run cannot follow."""
+    """What a loop of the user's own does not do; a rule whose unit nobody counts, or that this run cannot follow."""
+    if stage.loop is not None:
+        for setting, given in (
+            (f"accumulate={stage.accumulate}", stage.accumulate != 1),
+            ("several processes", run.team is not None),
+        ):
+            if given:
+                yield f"{setting} cannot apply to stage {stage.name!r}, whose loop is your own: do it there"
     if isinstance(stage.accumulate, int):
         return
     if run.team is not None:

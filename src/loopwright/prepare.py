@@ -250,9 +250,9 @@ def _stage(
 def _check_stage(stage: Stage, task: Any, callbacks: list[Any]) -> None:
     """Raise for a callback that is none, or that a Trainer has to have, and for a loss that cannot take a place."""
     for callback in callbacks:
-        check_callback(callback)
         if hasattr(callback, "due"):
             raise SettingError(f"stage {stage.name!r}: a {type(callback).__name__} belongs to Trainer(checkpoint=...)")
+        check_callback(callback)
     if stage.loss is None:
         return
     if not hasattr(task, "loss"):

@@ -369,6 +369,7 @@ class Run:
     compiler: Any = None  # makes the compiled form of a step
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
     stage_end: Progress = field(default_factory=Progress)
+    reused: list[str] = field(default_factory=list)  # names of stages that were finished before, and not trained again
     stage_ended_at: int | None = None  # the step at which ``end_stage`` was asked for
     loss: Any = None  # the task's own, where stages have others
     trainable: dict[str, bool] = field(default_factory=dict)

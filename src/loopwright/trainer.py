@@ -31,6 +31,7 @@ from loopwright.prepare import Parts, assemble, measured_by, move_task, trainabl
 from loopwright.progress import Duration, Every
 from loopwright.records import check_logger
 from loopwright.resume import Point, Resume, find_point
+from loopwright.reuse import keep_stages
 from loopwright.session import closing_all, go_on, session
 from loopwright.stages import admit_callbacks, inexact
 from loopwright.state import Run, Stage
@@ -216,7 +217,7 @@ class Trainer:
         checkpoint that is damaged, does not fit, or could not go on exactly.
         """
         run, parts, point = self._prepare(task, train, valid, stages, weight, resume)
-        if self._begins(run, parts, point):
+        if self._begins(run, parts, point, stages):
             with self._session(run, parts):
                 loop.train(run)
             leave_if_interrupted(run)
@@ -356,10 +357,13 @@ class Trainer:
                 handler.take_over(old)
         return run, parts, point
 
-    def _begins(self, run: Run, parts: Parts, point: Point | None) -> bool:
+    def _begins(self, run: Run, parts: Parts, point: Point | None, stages: Sequence[Stage] | None = None) -> bool:
         """Check all that can be; False if the run has been resumed at its end, and there is nothing left to do."""
         with parts.undone_unless_begun(run):
             make_plan(run).check()
+            if (point is None or point.how == "exact") and run.progress.step == 0:
+                kept = keep_stages(run, stages, self.folder, parts.label)
+                point = kept.find(run) if kept is not None and point is None else point
             if point is None:
                 return True
             point.prepare(run)
