@@ -80,9 +80,7 @@ def test_as_many_batches_as_a_number_have_its_bits() -> None:
         assert same(fitted(same_thing), expected)
 
 
-@pytest.mark.parametrize(
-    "rule", ["9 samples", [(0, 1), (2, "9 samples"), (4, 2)], lambda p: 1 + p.epoch, "11 tokens"], ids=str
-)
+@pytest.mark.parametrize("rule", ["9 samples", [(0, 1), (2, "9 samples"), (4, 2)], lambda p: 1 + p.epoch, "11 tokens"])
 def test_a_resume_at_every_step_ends_with_the_same_bits(rule: Any, tmp_path: Path) -> None:
     def make() -> Experiment:
         net = classifier(dropout=0.3)

@@ -125,13 +125,12 @@ def adam(params: Any) -> torch.optim.Optimizer:
         {"first": {"until": ["6 epochs", lw.Plateau(patience=3)]}}, {"first": {"reuse": "second try"}},
         {"first": {"validate_every": "2 steps"}}, {"first": {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}},
     ],
-    ids=str,
 )  # fmt: skip
 def test_whatever_decides_the_first_stage_trains_all_again(changes: dict[str, Any], kept: Path) -> None:
     assert experiment(kept, changes)[1] == ALL
 
 
-@pytest.mark.parametrize("changes", [{"second": {"optimizer": sgd(0.3)}}, {"second": {"until": "8 steps"}}], ids=str)
+@pytest.mark.parametrize("changes", [{"second": {"optimizer": sgd(0.3)}}, {"second": {"until": "8 steps"}}])
 def test_a_changed_second_stage_begins_at_the_end_of_the_first(changes: dict[str, Any], kept: Path) -> None:
     run, trained = experiment(kept, changes)
     assert trained == ["second", "third"]

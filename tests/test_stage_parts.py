@@ -47,7 +47,6 @@ class Scripted(lw.Supervised):
         (lw.Plateau("valid/loss", patience=2, min_delta=0.5), 4),
         (lw.Plateau("valid/loss", mode="max", patience=3), 4),
     ],
-    ids=str,
 )
 def test_a_stage_ends_where_a_value_stays_or_its_bound_is_reached(until: Any, epochs: int) -> None:
     """9, 8, 8, 7.8, 7.8, 7.8: the best is at the fourth look; the stage after it goes on from there."""
