@@ -21,15 +21,11 @@ def ended(run: lw.Run) -> list[Any]:
 
 
 @pytest.mark.capability("CA-21")
-def test_reinforce_solves_cartpole_and_does_so_again(folder: Path) -> None:
+def test_reinforce_solves_cartpole(folder: Path) -> None:
     """REINFORCE on gymnasium's CartPole-v1 reaches its threshold of 475."""
-    runs = []
-    for seed in (1, 2):
-        seed_all(seed)  # what was drawn before does not matter: the example seeds
-        runs.append(load("reinforce").main(60, folder=folder, **QUIET))
-        assert runs[-1].metrics["valid/return"] >= 475
-        assert runs[-1].stop_reason.startswith("solved after ")
-    assert same(ended(runs[0]), ended(runs[1]))
+    run = load("reinforce").main(60, folder=folder, **QUIET)
+    assert run.metrics["valid/return"] >= 475
+    assert run.stop_reason.startswith("solved after ")
 
 
 @pytest.mark.capability("CA-32")
@@ -42,6 +38,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     settings = {**QUIET, "validate_every": f"{steps} steps", "solved": 501.0}
     whole = main(steps, folder=None, **settings)
     assert whole.exact is True
+    seed_all(9)  # what was drawn before does not matter: the example seeds
     again = main(steps, folder=None, **settings)
     assert same(ended(again), ended(whole))
     for stop in stops:

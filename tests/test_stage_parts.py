@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import loopwright as lw
-from every_step import Experiment, resumed_at_every_step
+from every_step import Experiment, left, resumed_at_every_step
+from loopwright.checkpoint import list_checkpoints, read
 from loopwright.events import HOOKS, fire
 from loopwright.loop import after_step, count, end_epoch, train_step
 from tiny import acts, bits, classifier, line, loader, mean_of_preds, pairs, recorder, same, seed_all, sgd_task, trainer
@@ -254,21 +255,21 @@ def test_without_a_number_the_last_weights_stay_and_it_is_said() -> None:
 
 
 def until_easy(run: lw.Run, stage: lw.Stage) -> None:
-    """A loop of one's own: each batch is trained on until its loss is small, three times at most."""
-    fire(run.hooks.on_epoch_start, run)
+    """A loop of one's own: each batch is trained on until its loss is small, or the steps are a multiple of three."""
+    if run.progress.batch == 0:
+        fire(run.hooks.on_epoch_start, run)
     for batch in stage.source.at(run.progress.epoch, run.progress.batch):
-        for again in (2, 1, 0):
+        easy = False
+        while not easy and run.stop_reason is None:
             result = train_step(run, stage, [batch], None)
-            last = again == 0 or float(result.values["loss"]) < 0.5
-            count(run, result, 1 if last else 0)
+            easy = float(result.values["loss"]) < 0.5 or (run.progress.step + 1) % 3 == 0
+            count(run, result, 1 if easy else 0)
             after_step(run, stage, result)
-            if last or run.stop_reason is not None:
-                break
     end_epoch(run, stage)
 
 
 @pytest.mark.capability("TB-08")
-def test_a_loop_of_ones_own_in_11_lines_keeps_every_callback_working(folder: Path) -> None:
+def test_a_loop_of_ones_own_in_10_lines_keeps_every_callback_working(folder: Path) -> None:
     """Checkpoints, early stopping, best weights, metrics, logs and every hook work under a loop that a user wrote."""
     seen: list[str] = []
     net = classifier()
@@ -292,26 +293,38 @@ def test_a_loop_of_ones_own_in_11_lines_keeps_every_callback_working(folder: Pat
     assert set(seen) == set(HOOKS) - elsewhere
 
 
+def looped(train: Any) -> Experiment:
+    net = classifier(dropout=0.2)
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.3))
+    return Experiment(task, train, stages=[lw.Stage("s", "2 epochs", loop=until_easy)])
+
+
 def test_a_loop_of_ones_own_resumes_at_the_batch_where_it_stood(tmp_path: Path) -> None:
+    dataset = loader(23, noisy=True).dataset
+    whole = resumed_at_every_step(lambda: looped(lw.Loader(dataset, 5, shuffle=True)), tmp_path)
+    assert whole.progress.step > 2 * 5
+
+
+def test_what_a_loop_of_ones_own_leaves_open_is_told_by_the_checkpoint(tmp_path: Path) -> None:
+    """A DataLoader cannot give a batch again: a checkpoint in the middle of one says so, all others are exact."""
+
     def make() -> Experiment:
-        net = classifier(dropout=0.2)
-        task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.3))
-        return Experiment(task, loader(23, batch_size=5, shuffle=True), stages=[lw.Stage("s", "2 epochs", loop=once)])
+        return looped(loader(23, noisy=True, batch_size=5, shuffle=True))
 
-    def once(run: lw.Run, stage: lw.Stage) -> None:
-        if run.progress.batch == 0:
-            fire(run.hooks.on_epoch_start, run)
-        for batch in stage.source.at(run.progress.epoch, run.progress.batch):
-            result = train_step(run, stage, [batch], None)
-            count(run, result, 1)
-            after_step(run, stage, result)
-        end_epoch(run, stage)
-
-    run = resumed_at_every_step(make, tmp_path)
     seed_all(3)
-    plain = make()
-    plain.stages = [lw.Stage("s", "2 epochs")]
-    assert same(bits(*plain.run(None).models.values()), bits(*run.models.values()))
+    whole = make().run(tmp_path / "whole", checkpoint=lw.Checkpoint("1 steps", keep=99, at_end=False))
+    expected, refused = left(whole), 0
+    assert whole.folder is not None
+    says = "the loop of stage 's' has not done with a batch that its data has given"
+    for place in list_checkpoints(whole.folder / "checkpoints"):
+        seed_all(8)
+        if read(place).info["exact"] is True:
+            assert same(left(make().run(tmp_path / "again", resume=lw.Resume(place))), expected)
+            continue
+        refused += 1
+        with pytest.raises(lw.CheckpointError, match=says):
+            make().run(tmp_path / "again", resume=lw.Resume(place))
+    assert 0 < refused == whole.progress.step - 2 * 5
 
 
 # ------------------------------------------------------------------------------------------------- Adam, and then LBFGS

@@ -207,6 +207,9 @@ def inexact(run: Run) -> list[str]:
         reasons.append("its length is bounded by time")
     if run.device.type != "cpu" and not run.settings.get("deterministic"):
         reasons.append(f"{run.device.type} without deterministic=True")
+    stage, at = run.stage, run.progress.batch
+    if stage is not None and stage.loop is not None and stage.source.state_dict().get("batch", at) != at:
+        reasons.append(f"the loop of stage {stage.name!r} has not done with a batch that its data has given")
     if run.replaced:
         reasons.append(f"objects were replaced: {', '.join(run.replaced)}")
     return list(dict.fromkeys(reasons))
