@@ -110,7 +110,7 @@ EVERY = {
 }
 
 
-@pytest.mark.capability("PL-17", "IG-17", "PL-16")
+@pytest.mark.capability("B-11", "IG-17", "PL-16", "PL-17", "SK-21")
 @pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize(("accumulate", "precision"), [(1, "fp32"), (2, "fp32"), (2, "bf16")])
 def test_a_dcgan_on_digits_has_the_bits_of_the_loop_by_hand(every: str, accumulate: int, precision: str) -> None:
@@ -123,6 +123,58 @@ def test_a_dcgan_on_digits_has_the_bits_of_the_loop_by_hand(every: str, accumula
     moved = run.progress.phase_steps
     assert moved["disc"] == run.progress.step
     assert (moved["gen"] < moved["disc"]) is (every != "each step")
+
+
+# ---------------------------------------------------------------------------------------------------- semi-supervised
+
+
+class MeanTeacher(lw.Task):
+    """Tarvainen & Valpola 2017 (arXiv:1703.01780): class -1 is no label, and the teacher follows the student."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        seed_all(6)
+        self.student, self.teacher = nn.Linear(64, 10), nn.Linear(64, 10).requires_grad_(False)
+
+    def learn(self, batch: Any) -> Tensor:
+        x, y = batch
+        preds = self.student(x + 0.1 * torch.randn_like(x))
+        known = cross_entropy(preds, y, ignore_index=-1, reduction="sum") / (y >= 0).sum().clamp(min=1)
+        return known + mse_loss(preds.softmax(1), self.teacher(x + 0.1 * torch.randn_like(x)).softmax(1))
+
+    @torch.no_grad()
+    def follow(self, batch: Any) -> None:
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 0.1)
+
+    def phases(self) -> list[lw.Phase]:
+        return [lw.Phase("learn", self.learn), lw.Phase("follow", self.follow, optimizers=())]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.student.parameters(), 0.01)
+
+
+def half_labelled() -> lw.Loader:
+    data = load_digits()
+    x, y = torch.from_numpy(data.data[:90]).float() / 16, torch.from_numpy(data.target[:90])
+    return lw.Loader((x, torch.where(torch.arange(90) % 2 == 0, y, -1)), 16, shuffle=True, seed=1)
+
+
+@pytest.mark.capability("SK-21")
+def test_a_semi_supervised_method_is_a_task_of_a_few_lines(tmp_path: Path) -> None:
+    """A mean teacher in 20 lines, two phases of which one moves no optimizer: the bits of the loop by hand."""
+    task = MeanTeacher()
+    optimizer = task.configure_optimizers()
+    for epoch in range(2):
+        for batch in half_labelled().at(epoch, 0):
+            optimizer.zero_grad()
+            task.learn(batch).backward()
+            optimizer.step()
+            task.follow(batch)
+    expected = bits(task, optimizer)
+    task = MeanTeacher()
+    run = trainer(epochs=2).fit(task, half_labelled())
+    assert same(bits(task, run.optimizers["main"]), expected)
+    resumed_at_every_step(lambda: Experiment(MeanTeacher(), half_labelled(), settings={"epochs": 1}), tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- rules

@@ -43,13 +43,20 @@ def experiment(root: Path | None, changes: dict[str, Any] | None = None, **fit: 
     changes = {} if changes is None else changes
     seed_all(3)
     net = classifier(dropout=0.3, seed=changes.get("weights", 1))
-    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), changes.get("adam", 0.01)))
+    optimizer = torch.optim.Adam(net.parameters(), changes.get("adam", 0.01))
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), optimizer, metrics={"accuracy": lw.metrics.Accuracy()})
     x, y = samples(23)
     if changes.get("data"):
         x = x + 1.0
     train = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 5, shuffle=True)
-    first: dict[str, Any] = {"until": ["6 epochs", lw.Plateau(patience=2)], "train": "module.3.*", "reuse": True}
-    second: dict[str, Any] = {"until": "7 steps", "optimizer": sgd(0.1), "reuse": True, "callbacks": [lw.KeepBest()]}
+    first: dict[str, Any] = {
+        "until": ["6 epochs", lw.Plateau(patience=2)], "train": "module.3.*", "reuse": True,
+        "callbacks": [lw.KeepBest("valid/loss")],
+    }  # fmt: skip
+    second: dict[str, Any] = {
+        "until": "7 steps", "optimizer": sgd(0.1), "reuse": True, "callbacks": [lw.KeepBest("valid/accuracy")],
+        "source": loader(17, noisy=True, batch_size=4, shuffle=True), "valid": loader(8, batch_size=8),
+    }  # fmt: skip
     third: dict[str, Any] = {"until": "1 epoch", "optimizer": sgd(0.2), "callbacks": [Extra()]}
     for stage, values in (("first", first), ("second", second), ("third", third)):
         values |= changes.get(stage, {})
@@ -178,7 +185,7 @@ def killed_at(step: int) -> lw.Callback:
 
 @pytest.mark.capability("B-12", "CA-22")
 def test_killed_in_the_second_stage_it_resumes_there(folder: Path, tmp_path: Path) -> None:
-    """Own optimizers, ends and best weights in each stage: a run that was killed in the second goes on there."""
+    """Own data, optimizer, metric and end for each stage, from the best of the one before; killed in the second."""
     whole, _ = experiment(tmp_path / "whole")
     at = next(i for i, record in enumerate(whole.history) if record["stage"] == "second")
     step = whole.history[at]["step"]
