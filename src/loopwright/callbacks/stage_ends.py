@@ -31,7 +31,7 @@ class _Watch(Callback):
         self.best: float | None = None
         self.best_step = 0
 
-    def look(self, run: Run, better: bool) -> None:
+    def _look(self, run: Run, better: bool) -> None:
         """``monitor`` has a new value, which is ``better`` than the best before or not."""
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class _Watch(Callback):
         better = improved(value, self.best, self.direction, self.min_delta)
         if better:
             self.best, self.best_step = value, run.progress.step
-        self.look(run, better)
+        self._look(run, better)
 
 
 class Plateau(_Watch):
@@ -85,7 +85,7 @@ class Plateau(_Watch):
         super()._forget()
         self.waited = 0
 
-    def look(self, run: Run, better: bool) -> None:
+    def _look(self, run: Run, better: bool) -> None:
         self.waited = 0 if better else self.waited + 1
         if self.waited >= self.patience:
             run.end_stage()
@@ -129,7 +129,7 @@ class KeepBest(_Watch):
                 "KeepBest cannot keep parameters that are shared out over ranks; use DDP, or leave it out"
             )
 
-    def look(self, run: Run, better: bool) -> None:
+    def _look(self, run: Run, better: bool) -> None:
         if better:
             self.models = {name: _copied(model.state_dict()) for name, model in run.models.items()}
 
