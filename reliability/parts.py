@@ -141,6 +141,32 @@ class Pooled(nn.Module):
         return out
 
 
+class Walks(Dataset[Any]):
+    """Sequences of 11 steps whose noise is drawn when they are read, and what they add up to."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
+        x = torch.randn(11, FEATURES)
+        return x, x.cumsum(0), i
+
+
+class Recurrent(nn.Module):
+    """An LSTM that predicts at every step; called with what it carries and returning it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.drop, self.out = nn.LSTM(FEATURES, 5, batch_first=True), nn.Dropout(0.2), nn.Linear(5, FEATURES)
+
+    def forward(self, x: Tensor, carry: Any = None) -> tuple[Tensor, Any]:
+        states, carry = self.lstm(x, carry)
+        return self.out(self.drop(states)), carry
+
+
 class Counting(nn.Module):
     """A net that knows how often it was trained: ``count`` is a buffer."""
 

@@ -25,7 +25,9 @@ from reliability.parts import (
     Noisy,
     Pooled,
     Ragged,
+    Recurrent,
     Shards,
+    Walks,
     arrays,
     mlp,
     pad,
@@ -242,6 +244,37 @@ def _scheduled(ledger: Ledger) -> Parts:
     dropout = next(name for name, module in task.named_modules() if isinstance(module, nn.Dropout))
     anneal = lw.Anneal({f"{dropout}.p": lw.schedules.linear(0.0, 0.5)})
     return Parts(task, noisy(), tensors(9), {"epochs": None, "callbacks": [anneal]}, stages=stages)
+
+
+@variant("stages with a plateau", EXTRAS)
+def _plateaus(ledger: Ledger) -> Parts:
+    net = Counting()
+    adam = torch.optim.AdamW(net.parameters(), lr=0.01)
+    task = _Watched(net, nn.CrossEntropyLoss(), adam, inputs=ledger.inputs, targets=1)
+    best, plateau = lw.KeepBest("valid/away", mode="min"), lw.Plateau("valid/away", mode="min", patience=2)
+    stages = [  # the best is after step 64, the plateau after 80
+        lw.Stage("first", until=["9 epochs", plateau], validate_every="8 steps", callbacks=[best]),
+        lw.Stage(
+            "second", until="16 steps", optimizer=lambda p: torch.optim.SGD(p, 0.05, momentum=0.9), callbacks=[Ema()]
+        ),
+    ]
+    return Parts(task, noisy(), tensors(9), {"epochs": None}, stages=stages, batches=0, once=False)
+
+
+@variant("truncated back-propagation", EXTRAS)
+def _truncated(ledger: Ledger) -> Parts:
+    net = Recurrent()
+    adam = torch.optim.Adam(net.parameters(), lr=0.01)
+    task = lw.Supervised(net, nn.MSELoss(), adam, inputs=ledger.inputs, targets=1, truncate=4)
+    return Parts(task, DataLoader(Walks(80), BATCH, shuffle=True), settings={"epochs": 2}, batches=0, once=False)
+
+
+@variant("accumulation by samples that changes", EXTRAS)
+def _by_samples(ledger: Ledger) -> Parts:
+    settings = {"epochs": None, "steps": STEPS, "accumulate": [(0, 1), (20, "12 samples"), (60, 2)]}
+    return Parts(
+        supervised(mlp(dropout=0.2), ledger, metrics=accuracy()), noisy(), None, settings, batches=0, once=False
+    )
 
 
 @variant("a function of the user", EXTRAS)

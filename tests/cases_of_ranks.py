@@ -216,6 +216,22 @@ def two_stages() -> dict[str, Any]:
     return outcome(trainer(epochs=None).fit(supervised(), data, stages=stages))
 
 
+class Ruled(Gan):
+    """The generator moves by a rule, which all ranks must follow alike though each has a loss of its own."""
+
+    def phases(self) -> list[lw.Phase]:
+        disc, gen = super().phases()
+        gen.every = lambda run: run.progress.step % 3 != 1 and bool(run.latest.get("disc/loss", 0.0) > -9.0)
+        return [disc, gen]
+
+
+@case
+def phases_by_a_rule_and_stages_with_a_plateau() -> dict[str, Any]:
+    plateau = lw.Plateau("train/disc/loss", patience=1, min_delta=0.3)
+    stages = [lw.Stage("a", ["6 epochs", plateau]), lw.Stage("b", "3 steps")]
+    return outcome(trainer(epochs=None).fit(Ruled(), DataLoader(TensorDataset(X, Y), 9, shuffle=True), stages=stages))
+
+
 @case
 def skipped_batches_of_one_rank() -> dict[str, Any]:
     """What is left out depends on the ranks: only that all agree can be compared."""

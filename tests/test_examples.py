@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SHORT = ("char_lm", "function", "gan", "handlers", "lbfgs", "plain_module", "task")
+SHORT = ("char_lm", "function", "gan", "handlers", "lbfgs", "plain_module", "reinforce", "task")
 
 
 def load(name: str) -> ModuleType:
@@ -27,7 +27,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested_here_or_is_part_of_the_demo():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHORT, "demo", "digits_report"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHORT, "demo", "digits_report", "dqn"}
 
 
 @pytest.mark.parametrize("name", SHORT)

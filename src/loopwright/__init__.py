@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopwright import data, metrics, schedules
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Anneal, Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
+    from loopwright.callbacks import Anneal, Capsule, Checkpoint, EarlyStopping, KeepBest, Plateau, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Anneal", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
+    "callbacks": ["Anneal", "Capsule", "Checkpoint", "EarlyStopping", "KeepBest", "Plateau", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -90,6 +90,7 @@ __all__ = [
     "History",
     "HookError",
     "JSONLLogger",
+    "KeepBest",
     "Loader",
     "LoopwrightError",
     "LoopwrightWarning",
@@ -97,6 +98,7 @@ __all__ = [
     "NonFiniteError",
     "Phase",
     "PlanError",
+    "Plateau",
     "Progress",
     "ProgressBar",
     "Replay",

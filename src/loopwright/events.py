@@ -143,6 +143,7 @@ class Callback:
 
 Calls = tuple[Callable[..., Any], ...]
 HOOKS = tuple(name for name in vars(Callback) if name.startswith(("on_", "map_")))
+_OF_FIT = ("on_fit_start", "on_fit_end", "on_exception")
 
 
 class Hooks:
@@ -183,10 +184,26 @@ class Hooks:
         for callback in callbacks:
             check_callback(callback)
         for hook in HOOKS:
-            base = getattr(Callback, hook)
-            found = [getattr(c, hook) for c in callbacks if getattr(type(c), hook, base) is not base]
-            found += [h.bound(hook) for h in handlers if hook in h.tests]
-            setattr(self, hook, tuple(found))
+            found = tuple(h.bound(hook) for h in handlers if hook in h.tests)
+            setattr(self, hook, _overridden(hook, callbacks) + found)
+
+    def admit(self, callbacks: Iterable[Callback]) -> None:
+        """Let the callbacks of stages know when the fit begins and ends."""
+        for hook in _OF_FIT:
+            setattr(self, hook, getattr(self, hook) + _overridden(hook, callbacks))
+
+    def exchange(self, out: Iterable[Callback], into: Iterable[Callback]) -> None:
+        """Where a stage begins: the callbacks of others are not called any more, its own are, after all that are."""
+        gone = {id(callback) for callback in out}
+        for hook in HOOKS:
+            if hook not in _OF_FIT:
+                stay = tuple(call for call in getattr(self, hook) if id(getattr(call, "__self__", None)) not in gone)
+                setattr(self, hook, stay + _overridden(hook, into))
+
+
+def _overridden(hook: str, callbacks: Iterable[Callback]) -> Calls:
+    base = getattr(Callback, hook)
+    return tuple(getattr(c, hook) for c in callbacks if getattr(type(c), hook, base) is not base)
 
 
 def check_callback(callback: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from loopwright.events import hook_name
 from loopwright.state import Run, Stage
+from loopwright.text import rule_name
 
 __all__ = ["explain"]
 
@@ -24,11 +25,13 @@ def explain(run: Run) -> str:
 
     put_hook(0, "on_fit_start")
     for stage in run.stages:
-        put(0, f"stage {stage.name!r}: until {' or '.join(map(str, stage.until))}")
+        put(0, f"stage {stage.name!r}: until {' or '.join(stage.ends)}")
         put_hook(1, "on_stage_start")
         put(1, "for each epoch:")
         put_hook(2, "on_epoch_start")
         size = "batch" if stage.accumulate == 1 else f"window of up to {stage.accumulate} batches"
+        if not isinstance(stage.accumulate, int):
+            size = f"window of {stage.accumulate}"
         put(2, f"for each {size} of {type(stage.source).__name__}:")
         for scheduled in stage.scheduled:
             put(3, f"set {', '.join(scheduled.schedules)} of {type(scheduled.optimizer).__name__} by schedule")
@@ -66,13 +69,16 @@ def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
         put_hook(4, "map_batch")
     for phase in stage.phases:
         depth = 3
-        if several or phase.every > 1:
-            put(3, f"phase {phase.name!r}" + (f", every {phase.every} steps:" if phase.every > 1 else ":"))
+        if several or phase.every != 1:
+            when = (
+                f", when {rule_name(phase.every)} says so" if callable(phase.every) else f", every {phase.every} steps"
+            )
+            put(3, f"phase {phase.name!r}{when if phase.every != 1 else ''}:")
             depth = 4
         if phase.moved and not phase.closure:
             put(depth, "set gradients to None")
         inner = depth
-        if stage.accumulate > 1:
+        if stage.accumulate != 1:
             put(depth, "for each batch of the window:")
             inner += 1
         if not several:

@@ -61,7 +61,7 @@ def train(run: Run) -> None:
                 run.validated_at = -1
                 look(run, stage, validates=bool(stage.valid))
             while (not is_over(run) and run.stop_reason is None) or run.owes_epoch_end:
-                train_epoch(run, stage)
+                (stage.loop or train_epoch)(run, stage)
             if not is_over(run):
                 break  # asked to stop inside this stage
             if stage.valid and run.validated_at != run.progress.step:
@@ -101,7 +101,7 @@ def train_epoch(run: Run, stage: Stage) -> None:
         batches = noted(run, batches)
     ended = stopped = False
     try:
-        for window, planned in windows(stage, batches, run.progress.batch, run.team):
+        for window, planned in windows(run, stage, batches):
             try:
                 result = train_step(run, stage, window, planned)
             except SkipStep:
@@ -158,7 +158,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     if len(phases) > 1:
         window, ends_epoch = held(window)
     for phase in phases:
-        if phase.every != 1 and (run.progress.step + 1) % phase.every:
+        if phase.every != 1 and not phase.is_due(run):
             continue
         for optimizer in phase.moved:
             zero_grad(optimizer)
@@ -284,6 +284,7 @@ def after_step(run: Run, stage: Stage, result: StepResult) -> bool:
     """Between two optimizer steps: log, schedule, look. True if a hook asked to end the epoch."""
     hooks, ended = run.hooks, False
     run.series.add(result.values, result.weight if run.team is None else run.team.local)
+    run.latest.update(result.values)
     if run.log_every.due(run.progress):
         log_train(run)
     for phase in stage.phases:

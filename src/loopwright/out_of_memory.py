@@ -64,7 +64,8 @@ def _note(run: Run, batch: Any) -> str:
 
 
 def _advice(run: Run) -> list[str]:
-    n = run.stage.accumulate if run.stage is not None and run.stage.accumulate else 1
+    n = run.stage.accumulate if run.stage is not None else 1
+    n = n if isinstance(n, int) else 1
     advice = [
         f"half the batch_size with Trainer(accumulate={2 * n}), which trains by the same gradients (batch norm sees "
         "the smaller batches)"

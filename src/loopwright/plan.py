@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import OneCycleLR
 
-from loopwright.errors import PlanError, choose
+from loopwright.accumulation import check_unit
+from loopwright.data import Chunks
+from loopwright.errors import PlanError, SettingError, choose
 from loopwright.optim import match_names
 from loopwright.state import Duration, Run, Stage
 from loopwright.task import Supervised, Task
@@ -65,8 +67,8 @@ def _size(parameter: Tensor) -> int:
 def _describe(stage: Stage) -> str:
     batches = stage.source.batches
     size = "an unknown number of batches" if batches is None else f"{batches} batches"
-    steps = "" if batches is None else f", {-(-batches // stage.accumulate)} steps"
-    until = " or ".join(str(one) for one in stage.until)
+    steps = "" if stage.epoch_steps is None else f", {stage.epoch_steps} steps"
+    until = " or ".join(stage.ends)
     return (
         f"stage {stage.name!r}: until {until}; an epoch is {size}{steps}; phases: "
         f"{', '.join(p.name for p in stage.phases)}"
@@ -137,14 +139,17 @@ def _frozen(stage: Stage, names: Iterable[str]) -> set[str]:
 def _schedules(run: Run) -> Iterator[str]:
     """A schedule made for another number of steps than this run takes."""
     for stage in run.stages:
-        batches, epochs = stage.source.batches, [u.value for u in stage.until if u.unit == "epochs"]
+        epochs = [u.value for u in stage.until if u.unit == "epochs"]
         steps = [int(u.value) for u in stage.until if u.unit == "steps"]
-        if batches is not None and epochs:
-            steps.append(round(min(epochs) * -(-batches // stage.accumulate)))
+        if stage.epoch_steps is not None and epochs:
+            steps.append(round(min(epochs) * stage.epoch_steps))
         for phase in stage.phases:
+            if callable(phase.every):
+                continue  # who knows how often it runs
+            every = phase.every
             for scheduler in phase.step_schedulers:
                 if isinstance(scheduler.torch, OneCycleLR) and steps:
-                    need, have = min(steps) // phase.every, scheduler.torch.total_steps
+                    need, have = min(steps) // every, scheduler.torch.total_steps
                     if need > have:
                         yield (
                             f"OneCycleLR was made for {have} steps, but phase {phase.name!r} takes {need}; "
@@ -157,7 +162,7 @@ def _schedules(run: Run) -> Iterator[str]:
                         "lw.per_step(scheduler)"
                     )
                 elif steps:
-                    yield from _once_an_epoch(scheduler, min(steps) // phase.every, stage, epochs)
+                    yield from _once_an_epoch(scheduler, min(steps) // every, stage, epochs)
 
 
 def _once_an_epoch(scheduler: Any, steps: int, stage: Stage, epochs: list[float]) -> Iterator[str]:
@@ -170,8 +175,7 @@ def _once_an_epoch(scheduler: Any, steps: int, stage: Stage, epochs: list[float]
                 f"{name} was made for {setting}={length}, the steps of this run, but is stepped once an epoch; wrap "
                 f"it, lw.per_step(scheduler), or make it with {setting}={min(epochs):g}"
             )
-    batches = stage.source.batches
-    if batches is not None and steps < batches // stage.accumulate:
+    if stage.epoch_steps is not None and steps < stage.epoch_steps:
         change = "" if scheduler.plateau else " Wrap it: lw.per_step(scheduler), or"
         yield (
             f"{name} is stepped once an epoch, but this run ends after {steps} steps, inside of its first epoch."
@@ -239,6 +243,43 @@ def _numbers(run: Run) -> Iterator[str]:
             )
 
 
+def _truncation(run: Run, stage: Stage) -> Iterator[str]:
+    """What cannot be together with truncated back-propagation through time."""
+    if not isinstance(stage.source, Chunks):
+        return
+    for setting, given in (
+        (f"accumulate={stage.accumulate}", stage.accumulate != 1),
+        ("several processes", run.team is not None),
+        ("an optimizer that calls the step back", any(phase.closure for phase in stage.phases)),
+        ("compile=True", run.compiler is not None),
+    ):
+        if given:
+            yield (
+                f"{setting} cannot apply with truncate={run.task.truncate}, where each piece of a sequence is a step "
+                "that begins with what the one before has left; leave one of the two out"
+            )
+
+
+def _accumulation(run: Run, stage: Stage) -> Iterator[str]:
+    """What a loop of the user's own does not do; a rule whose unit nobody counts, or that this run cannot follow."""
+    if stage.loop is not None:
+        for setting, given in (
+            (f"accumulate={stage.accumulate}", stage.accumulate != 1),
+            ("several processes", run.team is not None),
+        ):
+            if given:
+                yield f"{setting} cannot apply to stage {stage.name!r}, whose loop is your own: do it there"
+    if isinstance(stage.accumulate, int):
+        return
+    if run.team is not None:
+        yield f"accumulate={stage.accumulate} cannot apply to several processes; give a number of batches"
+    for unit in stage.accumulate.units:
+        try:
+            check_unit(unit, counts_samples=stage.counts_samples)
+        except SettingError as error:
+            yield str(error)
+
+
 def _compilation(run: Run) -> Iterator[str]:
     """Steps that cannot be compiled here, or at all."""
     if run.compiler is None:
@@ -272,11 +313,13 @@ def _settings(run: Run) -> Iterator[str]:
                 f"validate_every={run.settings['validate_every']!r}, but there is no validation data; pass fit(..., "
                 f"valid=loader)"
             )
+        yield from _truncation(run, stage)
+        yield from _accumulation(run, stage)
         closures = [phase for phase in stage.phases if phase.closure]
         for phase in closures:
             name = type(phase.moved[0]).__name__
             for setting, given in (
-                (f"accumulate={stage.accumulate}", stage.accumulate > 1),
+                (f"accumulate={stage.accumulate}", stage.accumulate != 1),
                 (f"clip_norm={phase.clip_norm}", phase.clip_norm is not None),
                 ("nonfinite='skip'", run.nonfinite == "skip"),
                 (f"precision={run.precision.name!r}", not run.precision.plain),

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from loopwright.data import DataModule, as_source, as_sources, data_of, opened, samples
+from loopwright.accumulation import parse_accumulate
+from loopwright.data import Chunks, DataModule, as_source, as_sources, data_of, opened, samples
 from loopwright.errors import SettingError, choose
+from loopwright.events import Callback, check_callback
 from loopwright.metrics import Meters, check_metrics
 from loopwright.optim import Scheduled, as_schedulers, is_ours, match_names, settings_of
 from loopwright.parallel import is_shard
 from loopwright.progress import Duration, Every, Whole
 from loopwright.stages import needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
+from loopwright.text import rule_name
 
 __all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count"]
 
@@ -77,7 +80,7 @@ def assemble(
     stages: list[Stage] | None,
     *,
     until: list[Duration],
-    accumulate: int,
+    accumulate: Any,
     clip_norm: float | None,
     validate_every: str | int | Duration,
     weight: Callable[[Any], float] | None,
@@ -202,10 +205,13 @@ def _stage(
 ) -> Stage:  # fmt: skip
     """A resolved copy of ``stage``; what it leaves out comes from ``fit``."""
     made = replace(stage)
-    made.until = [Duration.parse(one, unit="epochs") for one in _listed(stage.until)]
+    ends = [one for one in _listed(stage.until) if isinstance(one, Callback)]
+    made.until = [Duration.parse(one, unit="epochs") for one in _listed(stage.until) if one not in ends]
+    made.callbacks, made.ends = [*stage.callbacks, *ends], [str(one) for one in (*made.until, *ends)]
+    _check_stage(stage, task, made.callbacks)
     made.source = as_source(base.source if stage.source is None else stage.source, train=True, key=key)
     made.valid = as_sources(base.valid if stage.valid is None else stage.valid, key)
-    made.accumulate = base.accumulate if stage.accumulate is None else stage.accumulate
+    made.accumulate = parse_accumulate(base.accumulate if stage.accumulate is None else stage.accumulate)
     made.weight = stage.weight or base.weight
     made.counts_samples = made.weight is None
     made.weight = _number_of(made.weight) if made.weight else samples if isinstance(task, nn.Module) else sample_count
@@ -239,7 +245,12 @@ def _stage(
         phase.epoch_schedulers = tuple(s for s in phase.epoch_schedulers if id(s) not in stepped)
         stepped |= {id(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)}
     made.phases = phases
-    made.whole = Whole.of(made.until, made.source.batches, made.accumulate)
+    if getattr(task, "truncate", None) is not None:
+        made.source = Chunks(made.source, task.chunks)
+        for phase in phases:
+            phase.step = made.source.carrying(phase.name, phase.step)
+    steps, batches = made.epoch_steps, made.source.batches
+    made.whole = Whole(tuple(made.until), steps, batches / steps if steps and batches else 1)
     made.scheduled = _scheduled(made, found)
     return made
 
@@ -270,6 +281,25 @@ def _scheduled(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
                 f"lr of {kind} is set by a schedule and by {type(clash).__name__}; leave one of them out"
             )
     return tuple(one.within(stage.whole) for one in made.values())
+
+
+def _check_stage(stage: Stage, task: Any, callbacks: list[Any]) -> None:
+    """Raise for a callback that is none, or that a Trainer has to have, and for a loss that cannot take a place."""
+    for callback in callbacks:
+        if hasattr(callback, "due"):
+            raise SettingError(f"stage {stage.name!r}: a {type(callback).__name__} belongs to Trainer(checkpoint=...)")
+        check_callback(callback)
+    if stage.loss is None:
+        return
+    if not hasattr(task, "loss"):
+        raise SettingError(
+            f"stage {stage.name!r} has a loss, and {type(task).__name__} has none whose place it could take; "
+            "give the stage phases instead: phases=[lw.Phase('main', step)]"
+        )
+    if isinstance(stage.loss, nn.Module) and any(True for _ in stage.loss.parameters()):
+        raise SettingError(
+            f"the loss of stage {stage.name!r} has parameters, which no checkpoint would hold; make it part of the task"
+        )
 
 
 def _unique(kind: str, names: list[str]) -> None:
@@ -359,13 +389,13 @@ def _resolved_stage(stage: Stage) -> dict[str, Any]:
     valid = {name or "valid": _resolved_data(source) for name, source in stage.valid.items()}
     phases = {
         phase.name: {
-            "every": phase.every, "clip_norm": phase.clip_norm,
+            "every": rule_name(phase.every), "clip_norm": phase.clip_norm,
             "schedules": [settings_of(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
             + [s.plain() for s in stage.scheduled if s.optimizer in phase.moved],
         } for phase in stage.phases
     }  # fmt: skip
     return {
-        "until": [str(until) for until in stage.until], "accumulate": stage.accumulate, "train": stage.train,
+        "until": stage.ends, "accumulate": rule_name(stage.accumulate), "train": stage.train,
         "freeze": stage.freeze, "validate_every": str(stage.validate_every.duration), "phases": phases,
         "data": _resolved_data(stage.source), "valid": valid,
     }  # fmt: skip

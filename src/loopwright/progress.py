@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,7 +139,8 @@ class Every:
 class Whole:
     """How long a stage is: its ``ends``, of which the first one reached counts, and the steps of an epoch.
 
-    ``per_epoch``: optimizer steps in an epoch, None where the data does not tell; ``accumulate``: batches of a step.
+    ``per_epoch``: optimizer steps in an epoch, None where the data does not tell; ``accumulate``: batches of a step,
+    the mean where that changes.
 
     >>> whole = Whole((Duration.parse("4 epochs"),), per_epoch=10)
     >>> whole.share(Duration.parse("10 steps")), whole.fraction(Progress(epoch=1, batch=5), Progress())
@@ -149,14 +149,7 @@ class Whole:
 
     ends: tuple[Duration, ...]
     per_epoch: int | None = None
-    accumulate: int = 1
-
-    @classmethod
-    def of(cls, ends: Sequence[object], batches: int | None, accumulate: object) -> Whole:
-        """Of a stage whose epochs have ``batches``; where ``accumulate`` is no number, each batch counts as a step."""
-        n = accumulate if isinstance(accumulate, int) else 1
-        known = tuple(end for end in ends if isinstance(end, Duration))
-        return cls(known, None if batches is None else -(-batches // n), n)
+    accumulate: float = 1
 
     def fraction(self, now: Progress, start: Progress) -> float:
         """What part of the stage is done, from 0 to 1: completed steps (samples, seconds) by their number in all.

@@ -91,6 +91,7 @@ class Point:
                 f"fit(..., resume={again})"
             )
         run.progress, run.stage_start = snapshot.progress(self.data), snapshot.progress(self.data, "stage_start")
+        run.stage_ended_at = state["counters"].get("stage_ended_at")
         run.history.load_state_dict(state["history"])
         run.metrics.update(state["metrics"])
         run.schema = None if state["data"]["schema"] is None else Schema.from_dict(state["data"]["schema"])
@@ -127,7 +128,7 @@ class Point:
         """Open the stage that is to go on: the last one again, or one that was added to a run that had ended."""
         ended = run.progress.stage > self.data.state["stage"]["index"]
         if ended and run.stage is not None:
-            run.stage_start = run.progress
+            run.stage_start, run.stage_ended_at = run.progress, None
         reopen(run)
 
     def _reasons(self, run: Run) -> Iterator[str]:

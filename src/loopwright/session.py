@@ -72,6 +72,8 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
             run.team.end(run, failed=error is not None)
         if chooses_parameters(run):
             set_trainable(run.task, run.trainable)
+        if any(stage.loss is not None for stage in run.stages):
+            run.task.replace("loss", run.loss)
         try:
             _close(run, error)
         finally:
@@ -133,6 +135,7 @@ def go_on(run: Run, previous: Run) -> None:
     run.progress, run.history, run.series, run.metrics = (
         previous.progress, previous.history, previous.series, dict(previous.metrics),
     )  # fmt: skip
+    run.latest = dict(previous.latest)
     run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema
     run.trainable, run.validated_at = previous.trainable, previous.validated_at
     run.folder = previous.folder if _keeps_folder(run, previous) else None

@@ -10,21 +10,27 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from loopwright.data import as_source, as_sources
+from loopwright.data import Chunks, as_source, as_sources
 from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
 from loopwright.state import Progress, Run, Stage
 
 __all__ = [
-    "apply_changes", "begin_stage", "chooses_parameters", "end_stage", "inexact", "is_over", "needs_closure",
-    "nothing_left", "reopen",
+    "admit_callbacks", "apply_changes", "begin_stage", "chooses_parameters", "end_stage", "inexact", "is_over",
+    "needs_closure", "nothing_left", "reopen",
 ]  # fmt: skip
 
 
 def begin_stage(run: Run, stage: Stage) -> bool:
     """Make ``stage`` the open one: its end, intervals and trainable parameters. False if it was open before."""
     p, start, batches = run.progress, run.stage_start, stage.source.batches
-    run.stage_end = _end_of(stage, start)
+    run.stage_end = _end_of(run, stage)
+    others = [c for other in run.stages for c in other.callbacks]
+    if others:
+        run.hooks.exchange(others, stage.callbacks)
+    if any(other.loss is not None for other in run.stages):
+        loss = run.loss if stage.loss is None else stage.loss
+        run.task.replace("loss", loss.to(run.device) if isinstance(loss, nn.Module) else loss)
     run.log_every.start(p, batches)
     for handler in run.handlers:
         handler.start_stage(run, stage)
@@ -46,17 +52,34 @@ def begin_stage(run: Run, stage: Stage) -> bool:
     return fresh
 
 
-def _end_of(stage: Stage, start: Progress) -> Progress:
-    """Where a stage that began at ``start`` ends: infinity for what it does not count."""
-    batches = stage.source.batches
+def admit_callbacks(run: Run) -> None:
+    """Make the callbacks of all stages known to ``run``; each is called in its own stage only."""
+    mine = {id(c): c for stage in run.stages for c in stage.callbacks}
+    twice = next((c for c in run.callbacks if id(c) in mine), None)
+    if twice is not None:
+        raise SettingError(
+            f"one {type(twice).__name__} is among the callbacks of the Trainer and of a stage; leave it out of one"
+        )
+    run.callbacks.extend(mine.values())
+    run.hooks.admit(mine.values())
+    if any(stage.loss is not None for stage in run.stages):
+        run.loss = run.task.loss
+
+
+def _end_of(run: Run, stage: Stage) -> Progress:
+    """Where a stage ends that has begun at ``run.stage_start``: infinity for what it does not count."""
+    start, batches = run.stage_start, stage.source.batches
     end = {"epochs": inf, "steps": inf, "samples": inf, "seconds": inf}
     for until in stage.until:
         unit, value = until.unit, until.value
         if unit == "epochs" and value % 1:  # part of an epoch: so many steps
-            if batches is None:
-                raise SettingError(f"'{until}' needs data with a known number of batches; count steps instead")
-            unit, value = "steps", max(1, round(value * -(-batches // stage.accumulate)))
+            if (in_epoch := stage.epoch_steps) is None:
+                needs = "data with a known number of batches" if batches is None else "to know the steps of an epoch"
+                raise SettingError(f"'{until}' needs {needs}; count steps instead")
+            unit, value = "steps", max(1, round(value * in_epoch))
         end[unit] = min(end[unit], until.position(start) + value if unit == until.unit else start.step + value)
+    if run.stage_ended_at is not None:
+        end["steps"] = min(end["steps"], run.stage_ended_at)
     steps, samples = end["steps"], end["samples"]
     return Progress(epoch=end["epochs"], step=steps, samples=samples, seconds=end["seconds"])  # type: ignore[arg-type]
 
@@ -72,7 +95,7 @@ def nothing_left(run: Run) -> bool:
     """True when ``run`` stands at the end of its last stage."""
     if run.progress.stage + 1 < len(run.stages):
         return False
-    run.stage_end = _end_of(run.stages[-1], run.stage_start)
+    run.stage_end = _end_of(run, run.stages[-1])
     return is_over(run)
 
 
@@ -95,7 +118,7 @@ def end_stage(run: Run) -> None:
         run.series.take_epoch()  # the epoch that is left has no record of its own
     run.progress = p._replace(stage=p.stage + 1, stage_step=0, epoch=p.epoch + inside, batch=0 if inside else p.batch)
     if not last:  # the last stage may be opened again
-        run.stage_start = run.progress
+        run.stage_start, run.stage_ended_at = run.progress, None
 
 
 def apply_changes(run: Run) -> None:
@@ -177,6 +200,8 @@ def _replace_model(run: Run, kind: str, key: str, new: Any) -> None:
     for stage in run.stages:
         for phase in stage.phases:
             step = steps.get(phase.name, phase.step)
+            if phase.name in steps and isinstance(stage.source, Chunks):
+                step = stage.source.carrying(phase.name, step)
             phase.step = step if run.compiler is None else run.compiler(step)
 
 
@@ -189,6 +214,9 @@ def inexact(run: Run) -> list[str]:
         reasons.append("its length is bounded by time")
     if run.device.type != "cpu" and not run.settings.get("deterministic"):
         reasons.append(f"{run.device.type} without deterministic=True")
+    stage, at = run.stage, run.progress.batch
+    if stage is not None and stage.loop is not None and stage.source.state_dict().get("batch", at) != at:
+        reasons.append(f"the loop of stage {stage.name!r} has not done with a batch that its data has given")
     if run.replaced:
         reasons.append(f"objects were replaced: {', '.join(run.replaced)}")
     return list(dict.fromkeys(reasons))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loopwright.accumulation import parse_accumulate
 from loopwright.errors import SettingError, choose
 from loopwright.history import History, Series
 from loopwright.progress import Duration, Every, Progress, Whole
@@ -185,18 +186,23 @@ class Phase:
 
     ``step(batch)`` returns the loss, or a dict with ``"loss"``. ``optimizers`` names those of
     ``configure_optimizers`` (or gives instances); None means all. A phase with ``optimizers=()`` moves nothing by
-    itself: its step does all the work. ``every=5`` lets it run at optimizer steps 5, 10, ... of the run.
+    itself: its step does all the work. ``every=5`` lets it run at optimizer steps 5, 10, ... of the run; a function of
+    the run is asked before each step, and the phase runs where it returns True. What it may read to be the same after
+    a resume: ``run.progress``, ``run.latest`` (the latest value of each name that a step returned), ``run.metrics``.
     ``clip_norm`` bounds the 2-norm of all its gradients. ``schedule`` is one of ``lw.schedules``, a dict of them by
     hyper-parameter, a torch scheduler, or a factory ``optimizer -> scheduler``.
 
     >>> Phase("generator", step=lambda batch: {"loss": batch.mean()}, optimizers="gen", every=5).every
     5
+    >>> def clear(run):
+    ...     return run.latest.get("critic/loss", 1.0) < 0.5
+    >>> lazy = Phase("generator", step=lambda batch: {"loss": batch.mean()}, optimizers="gen", every=clear)
     """
 
     name: str
     step: Step
     optimizers: str | Optimizer | Sequence[str | Optimizer] | None = None
-    every: int = 1
+    every: int | Callable[[Run], Any] = 1
     clip_norm: float | None = None
     schedule: Any = None
     # filled in before training starts
@@ -212,10 +218,21 @@ class Phase:
             raise SettingError(
                 f"Phase {self.name!r}: step={self.step!r} cannot be called; pass a function of the batch"
             )
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise SettingError(f"Phase {self.name!r}: every={self.every!r}; expected a whole number of steps, from 1")
+        number = isinstance(self.every, int) and not isinstance(self.every, bool) and self.every >= 1
+        if not number and (isinstance(self.every, type) or not callable(self.every)):
+            raise SettingError(
+                f"Phase {self.name!r}: every={self.every!r}; expected a whole number of steps, from 1, or a function "
+                "of the run that says whether it is to run in the next step"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise SettingError(f"Phase {self.name!r}: clip_norm={self.clip_norm!r}; expected a positive number or None")
+
+    def is_due(self, run: Run) -> bool:
+        """True if this phase runs in the step that comes next; with several ranks, rank 0 says so."""
+        if isinstance(self.every, int):
+            return (run.progress.step + 1) % self.every == 0
+        due = bool(self.every(run))
+        return due if run.comm.world_size == 1 else bool(run.comm.broadcast(due))
 
     def parameters(self) -> list[Tensor]:
         """All parameters that this phase moves, as they stand in its optimizers now."""
@@ -232,6 +249,12 @@ class Stage:
     that it does not; with neither, requires_grad is left as the user set it. ``schedule`` takes the place of all
     others in this stage: one of ``lw.schedules``, or a dict of them by hyper-parameter; ``lr`` is that of the learning
     rate alone, or a number. What a stage does not schedule has the value again that the optimizer came with.
+
+    ``until`` may also be a ``Plateau``, alone or in a list with durations: whichever comes first. ``loss`` takes the
+    place of the task's own during the stage. ``callbacks`` are active in this stage only, after those of the Trainer;
+    only ``on_fit_start``, ``on_fit_end`` and ``on_exception`` reach them whatever stage is open. ``reuse=True``: where
+    a run of this name has finished this very stage before, it is not trained again; its end is loaded.
+    ``loop(run, stage)`` goes through an epoch in the place of ``loop.train_epoch``.
 
     >>> Stage("head", until="1 epoch", train="head.*").until
     '1 epoch'
@@ -252,16 +275,39 @@ class Stage:
     schedule: Any = None
     scheduled: tuple[Any, ...] = field(default=(), init=False, repr=False)  # what is set before every step
     whole: Whole = field(default=Whole(()), init=False, repr=False)
+    loss: Any = None
+    callbacks: Sequence[Any] = ()
+    reuse: bool | str = False
+    loop: Callable[[Run, Stage], None] | None = None
+    ends: list[str] = field(default_factory=list, init=False, repr=False)  # ``until`` in words
     counts_samples: bool = field(default=True, init=False, repr=False)  # no weight function: sizes come from the plan
 
     def __post_init__(self) -> None:
-        n = self.accumulate
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise SettingError(f"Stage {self.name!r}: accumulate={n!r}; expected a whole number of batches, from 1")
+        if self.accumulate is not None:
+            parse_accumulate(self.accumulate)
+        for name, kind in (("loss", self.loss), ("loop", self.loop)):
+            if kind is not None and (isinstance(kind, type) or not callable(kind)):
+                raise SettingError(f"Stage {self.name!r}: {name}={kind!r} cannot be called; pass a function")
+        if not isinstance(self.callbacks, (list, tuple)):
+            one = type(self.callbacks).__name__
+            raise SettingError(f"Stage {self.name!r}: callbacks={one}: expected a list of them, callbacks=[{one}(...)]")
+        if not isinstance(self.reuse, (bool, str)):
+            raise SettingError(
+                f"Stage {self.name!r}: reuse={self.reuse!r}; expected True, False, or a text that names a version"
+            )
         if self.lr is not None and self.schedule is not None:
             raise SettingError(
                 f"Stage {self.name!r} has both lr= and schedule=; write schedule={{'lr': {self.lr!r}, ...}} for both"
             )
+
+    @property
+    def epoch_steps(self) -> int | None:
+        """Optimizer steps of an epoch of a stage that ``fit`` has filled in; None where that is not known before."""
+        batches: int | None = self.source.batches
+        if batches is None or isinstance(self.accumulate, int):
+            return batches and -(-batches // self.accumulate)
+        sizes = self.source.sizes(0) if self.counts_samples else None
+        return None if sizes is None else self.accumulate.steps(sizes)
 
 
 @dataclass(slots=True)
@@ -285,8 +331,8 @@ class StepResult:
 class Run:
     """One execution of training: handed to every hook, returned by ``fit``.
 
-    Read anything. To change something there are three verbs: ``request_stop(reason)``, ``log(values)`` and
-    ``replace(name, obj)``.
+    Read anything. To change something there are four verbs: ``request_stop(reason)``, ``end_stage()``, ``log(values)``
+    and ``replace(name, obj)``.
     """
 
     task: Any
@@ -309,6 +355,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     stage_start: Progress = field(default_factory=Progress)
     metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each logged name
+    latest: dict[str, Any] = field(default_factory=dict)  # and of each name that a step returned, not yet averaged
     history: History = field(default_factory=History)
     series: Series = field(default_factory=Series)
     team: Any = None  # the other ranks, if there are any
@@ -332,6 +379,9 @@ class Run:
     compiler: Any = None  # makes the compiled form of a step
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
     stage_end: Progress = field(default_factory=Progress)
+    reused: list[str] = field(default_factory=list)  # names of stages that were finished before, and not trained again
+    stage_ended_at: int | None = None  # the step at which ``end_stage`` was asked for
+    loss: Any = None  # the task's own, where stages have others
     trainable: dict[str, bool] = field(default_factory=dict)
     moves_batches: bool = False
     validates_within: bool = False
@@ -394,6 +444,11 @@ class Run:
             self.stop_reason = self.stop_reason or reason
         else:
             self.team.pulse.asked = self.team.pulse.asked or reason
+
+    def end_stage(self) -> None:
+        """End the open stage at the next boundary between optimizer steps; the next one begins. On all ranks alike."""
+        self.stage_ended_at = self.progress.step
+        self.stage_end = self.stage_end._replace(step=min(self.stage_end.step, self.progress.step))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Add scalars (numbers or 0-dimensional tensors) to the next record, as the mean since the last one.

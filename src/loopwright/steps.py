@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, repeat
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loopwright._compat import any_nonfinite, has_unscaled, may_alias, overflowed, take_step
-from loopwright.data import move, schema_of
+from loopwright.accumulation import Amount, check_unit
+from loopwright.data import Chunks, move, schema_of
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold
 from loopwright.out_of_memory import add_memory
@@ -43,9 +45,10 @@ _NOTED = 8  # batches from which is learned what a batch is made of, and which o
 
 def noted(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches; what the first few are made of is kept, to be compared with what is predicted later."""
+    source = run.stage.source if run.stage is not None else None
     try:
         for batch in islice(batches, _NOTED):
-            mine = batch if run.team is None else batch.batch
+            mine = source.batch if isinstance(source, Chunks) else batch if run.team is None else batch.batch
             if mine is not None:
                 run.schema = schema_of(mine) if run.schema is None else run.schema.including(mine)
             yield batch
@@ -56,30 +59,39 @@ def noted(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
             batches.close()
 
 
-def windows(stage: Stage, batches: Iterator[Any], start: int, team: Any = None) -> Iterator[_Window]:
-    """Windows of ``stage.accumulate`` batches, each with the weights of its batches (None for single ones).
+def windows(run: Run, stage: Stage, batches: Iterator[Any]) -> Iterator[_Window]:
+    """Windows of what ``stage.accumulate`` says, each with the weights of its batches (None for single ones).
 
     Where the plan of the order tells the sizes, batches are fetched one at a time as in a hand-written loop; otherwise
     the window is read ahead, since the weight of its last batch is needed for the gradient of its first.
     """
-    n, sizes = stage.accumulate, None
+    n, sizes, team = stage.accumulate, None, run.team
     if n == 1 and team is None:
         return zip(zip(batches), repeat(None))
-    if n > 1 and len(stage.phases) == 1 and stage.counts_samples:
-        sizes = stage.source.sizes(start)
+    if n != 1 and len(stage.phases) == 1 and stage.counts_samples:
+        sizes = stage.source.sizes(run.progress.batch)
     if team is not None:
         return _shared(stage, batches, sizes, team)
-    return _held(stage, batches, n) if sizes is None else _planned(batches, sizes, n)
+    return _held(run, stage, batches) if sizes is None else _planned(run, stage, batches, sizes)
 
 
-def _planned(batches: Iterator[Any], sizes: Iterator[int], n: int) -> Iterator[tuple[Iterable[Any], list[float]]]:
-    while planned := [float(size) for size in islice(sizes, n)]:
+def _planned(run: Run, stage: Stage, batches: Iterator[Any], sizes: Iterator[int]) -> Iterator[_Window]:
+    while planned := [float(size) for size in _amount(run, stage).take(sizes, float)]:
         yield islice(batches, len(planned)), planned
 
 
-def _held(stage: Stage, batches: Iterator[Any], n: int) -> Iterator[tuple[Iterable[Any], list[float]]]:
-    while window := list(islice(batches, n)):
-        yield window, [stage.weight(batch) for batch in window]
+def _held(run: Run, stage: Stage, batches: Iterator[Any]) -> Iterator[_Window]:
+    weighed = ((batch, stage.weight(batch)) for batch in batches)
+    while held := _amount(run, stage).take(weighed, itemgetter(1)):
+        yield [batch for batch, _ in held], [weight for _, weight in held]
+
+
+def _amount(run: Run, stage: Stage) -> Amount:
+    """What the next window is to hold, from where the run stands now: the same again after a resume."""
+    n = stage.accumulate
+    amount = Amount(n, "batches") if isinstance(n, int) else n.at(run.progress)
+    check_unit(amount.unit, counts_samples=stage.counts_samples)
+    return amount
 
 
 def _shared(stage: Stage, parts: Iterator[Any], sizes: Iterator[int] | None, team: Any) -> Iterator[_Window]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loopwright.data import chunked
 from loopwright.errors import SettingError, StepOutputError, choose, elsewhere
 from loopwright.events import describe
 from loopwright.state import Phase, has_state
@@ -34,6 +35,19 @@ class Task(nn.Module):
     ...     def configure_optimizers(self):
     ...         return torch.optim.SGD(self.parameters(), lr=0.1)
     """
+
+    truncate: int | None = None
+    """Steps of a sequence through which gradients go back: truncated back-propagation through time.
+
+    Each batch is cut into pieces of so many steps along dimension 1, and each piece is an optimizer step of its own.
+    ``training_step(self, batch, carry=None)`` returns ``{"loss": ..., "carry": h}``; ``carry`` is that of the piece
+    before, detached, or None where a sequence begins. Validation sees whole sequences.
+    """
+
+    def chunks(self, batch: Any) -> Iterable[Any]:
+        """The pieces of a batch under ``truncate``; override it for data whose time is not dimension 1."""
+        assert self.truncate is not None
+        return chunked(batch, self.truncate)
 
     def training_step(self, batch: Any) -> Any:
         """The loss of a batch, or a dict with ``loss``; required unless ``phases`` is overridden."""
@@ -96,6 +110,9 @@ class Supervised(Task):
     position, by a list of these (keys are passed as keywords), or by a function of the batch. With ``targets`` alone,
     by key or position, the rest of the batch is the input.
 
+    ``truncate=10`` is truncated back-propagation through time (``Task.truncate``): the module is called as
+    ``module(input, carry)`` and returns ``(preds, carry)``, as torch's RNN, LSTM and GRU do with ``batch_first``.
+
     A step's output holds ``loss``, ``preds`` (what the module returned) and ``target``.
 
     >>> net = nn.Linear(4, 2)
@@ -115,6 +132,7 @@ class Supervised(Task):
         metrics: Mapping[str, Any] | None = None,
         inputs: Select = None,
         targets: Select = None,
+        truncate: int | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise SettingError(f"Supervised needs an nn.Module; got {describe(module)}")
@@ -124,7 +142,10 @@ class Supervised(Task):
             )
         if isinstance(loss, type):
             raise SettingError(f"loss={loss.__name__} is a class; make an instance: {loss.__name__}()")
+        if truncate is not None and (not isinstance(truncate, int) or isinstance(truncate, bool) or truncate < 1):
+            raise SettingError(f"truncate={truncate!r}: expected a whole number of steps from 1, or None")
         super().__init__()
+        self.truncate = truncate
         self.module = module
         self.loss = loss
         self.optimizer = optimizer
@@ -132,31 +153,44 @@ class Supervised(Task):
         self.metrics = dict(metrics or {})
         self.inputs, self.targets = inputs, targets
 
-    def training_step(self, batch: Any) -> dict[str, Any]:
-        """Loss, predictions and target of a batch."""
+    def training_step(self, batch: Any, carry: Any = None) -> dict[str, Any]:
+        """Loss, predictions and target of a batch; with ``truncate`` what is to be carried as well."""
         own = self.__dict__  # looked up directly: nn.Module's own look-up costs half a microsecond each time
         modules = own["_modules"]
         loss_of = modules["loss"] if "loss" in modules else own["loss"]
-        chosen = own["inputs"] is not None or own["targets"] is not None
+        chosen = own["inputs"] is not None or own["targets"] is not None or own["truncate"] is not None
         if chosen or loss_of is None or type(batch) not in (list, tuple) or len(batch) != 2:
-            return self._any_step(batch, loss_of)
+            return self._any_step(batch, loss_of, carry)
         inputs, target = batch
         preds = modules["module"](inputs)
         return {"loss": loss_of(preds, target), "preds": preds, "target": target}
 
-    def _any_step(self, batch: Any, loss_of: Callable[..., Tensor] | None) -> dict[str, Any]:
+    def _any_step(self, batch: Any, loss_of: Callable[..., Tensor] | None, carry: Any) -> dict[str, Any]:
         pick = _picker(self.inputs, "inputs")
         if pick is None and loss_of is not None and isinstance(self.targets, (str, int)):
             args, kwargs = _arguments(_without(batch, self.targets), None, has_target=False)
         else:
             args, kwargs = _arguments(batch, pick, has_target=self.targets is None)
-        preds = self.module(*args, **kwargs)
+        more = {}
+        if self.truncate is None:
+            preds = self.module(*args, **kwargs)
+        else:
+            preds, more["carry"] = self._with_carry(args, kwargs, carry)
         loss = _own_loss(preds) if loss_of is None else None
         pick_target = _picker(self.targets, "targets")
         target = _target(batch, needed=loss is None) if pick_target is None else pick_target(batch)
         if loss is None:
             loss = (loss_of or pick_loss(preds, target))(preds, target)
-        return {"loss": loss, "preds": preds, "target": target}
+        return {"loss": loss, "preds": preds, "target": target, **more}
+
+    def _with_carry(self, args: tuple[Any, ...], kwargs: dict[str, Any], carry: Any) -> tuple[Any, Any]:
+        returned = self.module(*args, carry, **kwargs)
+        if isinstance(returned, tuple) and len(returned) == 2:
+            return returned[0], returned[1]
+        raise StepOutputError(
+            f"with truncate= a module returns (preds, carry), as torch's RNN, LSTM and GRU do; "
+            f"{type(self.module).__name__} returned {describe(returned)}"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -166,7 +200,7 @@ class Supervised(Task):
         """The module's output for a batch of inputs, or of inputs and targets (which are left out)."""
         paired = isinstance(batch, (list, tuple)) and len(batch) > 1
         args, kwargs = _arguments(batch, _picker(self.inputs, "inputs"), has_target=paired)
-        return self.module(*args, **kwargs)
+        return self.module(*args, **kwargs) if self.truncate is None else self._with_carry(args, kwargs, None)[0]
 
     def configure_optimizers(self) -> Any:
         if self.optimizer is None:

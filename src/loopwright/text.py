@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-__all__ = ["format_count", "format_time", "format_value", "with_article"]
+__all__ = ["format_count", "format_time", "format_value", "rule_name", "with_article"]
 
 
 def format_value(value: float | None) -> str:
@@ -54,3 +55,12 @@ def with_article(noun: str) -> str:
     ('a list', 'an int', 'an OrderedDict')
     """
     return f"{'an' if noun[:1].lower() in tuple('aeio') else 'a'} {noun}"
+
+
+def rule_name(rule: Any) -> int | str:
+    """A number as it is, a function or another rule by its name.
+
+    >>> rule_name(5), rule_name(math.floor)
+    (5, 'floor')
+    """
+    return rule if isinstance(rule, int) else str(getattr(rule, "__qualname__", rule))

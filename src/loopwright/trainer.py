@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwright import loop
+from loopwright.accumulation import parse_accumulate
 from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
 from loopwright.compiling import Compiler, compile_options
@@ -31,8 +32,9 @@ from loopwright.prepare import Parts, assemble, measured_by, move_task
 from loopwright.progress import Duration, Every
 from loopwright.records import check_logger
 from loopwright.resume import Point, Resume, find_point
+from loopwright.reuse import keep_stages
 from loopwright.session import closing_all, go_on, session
-from loopwright.stages import inexact
+from loopwright.stages import admit_callbacks, inexact
 from loopwright.state import Run, Stage
 from loopwright.task import StepTask, Supervised, Task  # noqa: F401 - Supervised is for the doctest
 
@@ -43,7 +45,9 @@ class Trainer:
     """Settings of training; ``fit``, ``validate``, ``test``, ``predict`` and ``run`` use them on a task and data.
 
     Training lasts ``epochs``, ``steps`` or ``time`` ("10 min"), whichever is reached first. ``accumulate`` batches
-    make one optimizer step; ``clip_norm`` bounds the 2-norm of the gradients. ``callbacks`` are called in their order.
+    make one optimizer step, or so many as reach "256 samples" or "4096 tokens" (of ``fit(weight=)``); it may change:
+    ``[(0, 1), (1000, 4)]`` by steps of the stage, or a function of ``run.progress``. ``clip_norm`` bounds the 2-norm
+    of the gradients. ``callbacks`` are called in their order.
     ``loggers`` None means ``metrics.jsonl`` in the run folder, which is made under ``folder/name`` (``folder=None``
     writes nothing). ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several.
     ``capsule`` keeps a step that fails in the run folder, for ``lw.replay``; ``lw.Capsule(...)`` among the callbacks
@@ -88,7 +92,7 @@ class Trainer:
         nodes: int | str = "auto",
         strategy: Any = "auto",
         precision: Any = "fp32",
-        accumulate: int = 1,
+        accumulate: Any = 1,
         clip_norm: float | None = None,
         callbacks: Sequence[Callback] = (),
         loggers: Sequence[Any] | None = None,
@@ -108,14 +112,13 @@ class Trainer:
         limits = (("epochs", epochs, "epochs"), ("steps", steps, "steps"), ("time", time, "seconds"))
         self.until = [_limit(name, value, unit) for name, value, unit in limits if value is not None]
         self.nonfinite, self.skip_limit = _nonfinite(nonfinite)
-        if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-            raise SettingError(f"accumulate={accumulate!r}: expected a whole number of batches, at least 1")
         if clip_norm is not None and not clip_norm > 0:
             raise SettingError(f"clip_norm={clip_norm!r}: expected a positive number, or None for no clipping")
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise SettingError(f"seed={seed!r}: expected a whole number from 0, or None to leave the generators alone")
         Duration.parse(validate_every), Duration.parse(log_every)
-        self.accumulate, self.clip_norm, self.seed, self.deterministic = accumulate, clip_norm, seed, deterministic
+        self.accumulate = parse_accumulate(accumulate)
+        self.clip_norm, self.seed, self.deterministic = clip_norm, seed, deterministic
         self.validate_every, self.log_every = validate_every, log_every
         check_strategy(strategy)
         self.device, self.precision = device, precision
@@ -215,7 +218,7 @@ class Trainer:
         checkpoint that is damaged, does not fit, or could not go on exactly.
         """
         run, parts, point = self._prepare(task, train, valid, stages, weight, resume)
-        if self._begins(run, parts, point):
+        if self._begins(run, parts, point, stages):
             with self._session(run, parts):
                 loop.train(run)
             leave_if_interrupted(run)
@@ -337,6 +340,7 @@ class Trainer:
             parts.undo_shards = run.team.undo
         _share_out(run, parts.stages)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
+        admit_callbacks(run)
         run.settings = {**self.settings, "key": key}
         run.meters["valid"] = measured_by(parts.metrics)
         run.savers, run.loggers = self._savers(), self._loggers() if run.comm.rank == 0 else []
@@ -354,10 +358,13 @@ class Trainer:
                 handler.take_over(old)
         return run, parts, point
 
-    def _begins(self, run: Run, parts: Parts, point: Point | None) -> bool:
+    def _begins(self, run: Run, parts: Parts, point: Point | None, stages: Sequence[Stage] | None = None) -> bool:
         """Check all that can be; False if the run has been resumed at its end, and there is nothing left to do."""
         with parts.undone_unless_begun(run):
             make_plan(run).check()
+            if (point is None or point.how == "exact") and run.progress.step == 0:
+                kept = keep_stages(run, stages, self.folder, parts.label)
+                point = kept.find(run) if kept is not None and point is None else point
             if point is None:
                 return True
             point.prepare(run)

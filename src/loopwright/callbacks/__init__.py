@@ -7,5 +7,16 @@ from loopwright.callbacks.displays import display_mode
 from loopwright.callbacks.early_stopping import EarlyStopping
 from loopwright.callbacks.progress import ProgressBar
 from loopwright.callbacks.requeue import Requeue
+from loopwright.callbacks.stage_ends import KeepBest, Plateau
 
-__all__ = ["Anneal", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue", "display_mode"]
+__all__ = [
+    "Anneal",
+    "Capsule",
+    "Checkpoint",
+    "EarlyStopping",
+    "KeepBest",
+    "Plateau",
+    "ProgressBar",
+    "Requeue",
+    "display_mode",
+]

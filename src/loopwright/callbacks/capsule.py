@@ -174,11 +174,12 @@ class Capsule(Callback):
             "callbacks": [type(c).__qualname__ for c in run.callbacks if c is not self and _takes_part(c)],
         }  # fmt: skip
         files = self._fitting(files, state, limits)
+        n = stage.accumulate if isinstance(stage.accumulate, int) else len(planned or [1])
         about = {
             **snapshot.info(run), "kind": "capsule", "device": str(run.device), "stage_index": self._at.stage,
             "error": {"type": name, "message": None if error is None else str(error),
                       "notes": list(getattr(error, "__notes__", ())), "traceback": _traceback(error)},
-            "settings": {"accumulate": stage.accumulate, "clip_norm": run.settings.get("clip_norm"),
+            "settings": {"accumulate": n, "clip_norm": run.settings.get("clip_norm"),
                          "precision": run.precision.name, "nonfinite": _policy(run, error),
                          "deterministic": bool(run.settings.get("deterministic"))},
             "conditions": snapshot.conditions(run), "limits": limits,

@@ -69,8 +69,7 @@ def _whole(d: Duration, stage: Stage, start: Progress, at: Progress, spent: floa
         return d.value * a_step
     if d.unit == "samples":
         return d.value * spent / (at.samples - start.samples) if at.samples > start.samples else None
-    batches = stage.source.batches
-    return d.value * math.ceil(batches / (stage.accumulate or 1)) * a_step if batches else None
+    return d.value * stage.epoch_steps * a_step if stage.epoch_steps else None
 
 
 def _shortest(estimates: Iterable[float | None]) -> float | None:

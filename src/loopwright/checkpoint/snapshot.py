@@ -24,14 +24,14 @@ from loopwright.handlers import Handler
 from loopwright.parallel import like
 from loopwright.progress import Progress
 from loopwright.state import Run, Stage, has_state
-from loopwright.text import with_article
+from loopwright.text import rule_name, with_article
 
 __all__ = [
     "check", "check_fit", "conditions", "info", "own", "progress", "recipe", "remembering", "restore",
     "restore_loggers", "restore_models", "shared_out", "take",
 ]  # fmt: skip
 
-_COUNTERS = ("skipped", "skips_in_row", "validated_at")
+_COUNTERS = ("skipped", "skips_in_row", "validated_at", "stage_ended_at")
 _WATCHERS = ("handlers", "loggers", "savers")  # may differ after a resume: they change nothing in training
 
 
@@ -64,6 +64,7 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
         "series": run.series.state_dict(),  # before the history, which receives what waits in it
         "history": run.history.state_dict(),
         "metrics": dict(run.metrics),
+        "latest": dict(run.latest),
         "rng": rng.get(),
         "ranks": list(ranks),
     }
@@ -141,10 +142,10 @@ def _stage_recipe(stage: Stage) -> dict[str, Any]:
         return torchs + [repr(s) for s in stage.scheduled if s.optimizer in phase.moved]
 
     phases = {
-        phase.name: {"every": phase.every, "clip_norm": phase.clip_norm, "schedules": schedules(phase)}
+        phase.name: {"every": rule_name(phase.every), "clip_norm": phase.clip_norm, "schedules": schedules(phase)}
         for phase in stage.phases or ()
     }
-    return {"accumulate": stage.accumulate, "phases": phases}
+    return {"accumulate": rule_name(stage.accumulate), "phases": phases}
 
 
 def _is_plain(value: Any) -> bool:
@@ -311,7 +312,7 @@ def _stage(run: Run, stage: Stage) -> dict[str, Any]:
 def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
     run.progress, run.stage_start = Progress(**state["progress"]), Progress(**state["stage_start"])
     for name in _COUNTERS:
-        setattr(run, name, state["counters"][name])
+        setattr(run, name, state["counters"].get(name))
     run.replaced[:] = state["replaced"]
     precision: Any = run.precision
     if has_state(precision):  # the scale of the gradients
@@ -325,8 +326,9 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
         (obj[1] if isinstance(obj, tuple) else obj.load_state_dict)(state["user"][name])
     run.history.load_state_dict(state["history"])
     run.series.load_state_dict(state["series"])
-    run.metrics.clear()
-    run.metrics.update(state["metrics"])
+    for values, name in ((run.metrics, "metrics"), (run.latest, "latest")):
+        values.clear()
+        values.update(state.get(name, {}))
 
 
 def _load_stage(run: Run, stage: Stage, saved: Mapping[str, Any]) -> None:

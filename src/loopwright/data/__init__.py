@@ -1,6 +1,7 @@
 """Data as batches in a known order: adapters for what users have, our own loader, and what the loop asks of a batch."""
 
 from loopwright.data.batch import move, samples
+from loopwright.data.chunks import Chunks, chunked
 from loopwright.data.download import fetch
 from loopwright.data.fingerprint import changes, fingerprint
 from loopwright.data.gather import Gather
@@ -22,6 +23,7 @@ __all__ = [
     "BatchSampler",
     "Blocks",
     "BucketSampler",
+    "Chunks",
     "Cut",
     "DataModule",
     "Gather",
@@ -34,6 +36,7 @@ __all__ = [
     "as_source",
     "as_sources",
     "changes",
+    "chunked",
     "data_of",
     "epoch_length",
     "fetch",

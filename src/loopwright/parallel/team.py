@@ -141,8 +141,9 @@ class Team:
     def begin(self, run: Run) -> None:
         """All ranks begin with the weights and buffers of rank 0."""
         self.follow(run, parameters=True)
-        steering = any(not _is_ours(hook) for name in _STEERING for hook in getattr(run.hooks, name))
-        asking = any(not _is_ours(hook) for name in HOOKS for hook in getattr(run.hooks, name))
+        own = {name: [getattr(c, name) for stage in run.stages for c in stage.callbacks] for name in HOOKS}
+        users = {name: not all(map(_is_ours, (*getattr(run.hooks, name), *own[name]))) for name in HOOKS}
+        steering, asking = any(users[name] for name in _STEERING), any(users.values())
         asking = asking or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
         on_any = self.comm.sums([steering, asking])  # callbacks may differ from rank to rank
         self.steered, self.pulse.each_step = (n > 0 for n in on_any)
