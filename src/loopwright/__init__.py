@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopwright import data, metrics
+    from loopwright import data, metrics, optim
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
+    from loopwright.callbacks import EMA, SAM, SWA, Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
+    "callbacks": ["EMA", "SAM", "SWA", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -79,6 +79,7 @@ __all__ = [
     "DataError",
     "DataModule",
     "Duration",
+    "EMA",
     "EarlyStopping",
     "Event",
     "FSDP",
@@ -98,6 +99,8 @@ __all__ = [
     "Requeue",
     "Resume",
     "Run",
+    "SAM",
+    "SWA",
     "Scheduler",
     "SettingError",
     "SkipBatch",
@@ -115,13 +118,14 @@ __all__ = [
     "launch",
     "load_weights",
     "metrics",
+    "optim",
     "per_step",
     "replay",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "metrics"):
+    if name in ("data", "metrics", "optim"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

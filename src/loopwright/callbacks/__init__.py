@@ -1,10 +1,12 @@
 """Callbacks: what happens beside the loop, one file a concern."""
 
+from loopwright.callbacks.averaging import EMA, SWA
 from loopwright.callbacks.capsule import Capsule
 from loopwright.callbacks.checkpoint import Checkpoint
 from loopwright.callbacks.displays import display_mode
 from loopwright.callbacks.early_stopping import EarlyStopping
 from loopwright.callbacks.progress import ProgressBar
 from loopwright.callbacks.requeue import Requeue
+from loopwright.callbacks.sharpness import SAM
 
-__all__ = ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue", "display_mode"]
+__all__ = ["EMA", "SAM", "SWA", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue", "display_mode"]
