@@ -25,6 +25,7 @@ __all__ = ["EMA", "SWA"]
 class Average(Callback):
     """What EMA and SWA share: models averaged beside the training, shown to validation, kept in checkpoints."""
 
+    changes = ("weights",)
     every: Every
     start: Duration | None = None
     buffers = False  # averaged as well; else they are those of the model
@@ -52,37 +53,40 @@ class Average(Callback):
 
     # ------------------------------------------------------------------------------------------ the hooks
 
-    def on_fit_start(self, run: Run) -> None:
+    def problems(self, run: Run) -> Iterator[str]:
         name = type(self).__name__
         if run.team is not None and run.team.fills:
-            raise SettingError(f"{name} cannot average parameters that FSDP shares out; train with strategy='ddp'")
-        if run.team is not None and (self.buffers or self.batch_norm):
+            yield f"{name} cannot average parameters that FSDP shares out; train with strategy='ddp'"
+        elif run.team is not None and (self.buffers or self.batch_norm):
             what = "buffers=True" if self.buffers else "batch_norm=data"
-            raise SettingError(
+            yield (
                 f"{name}({what}) works in one process: each rank would have statistics of its own. Leave it out "
                 "(batch_norm=False), and call torch.optim.swa_utils.update_bn on the averaged model after the fit"
             )
-        for other in run.callbacks:
-            if isinstance(other, Average) and other is not self and other.evaluate and self.evaluate:
-                raise SettingError(
-                    f"{name} and {type(other).__name__} both show their averages to validation; give one of them "
+        for other in run.callbacks[: run.callbacks.index(self)]:
+            if isinstance(other, Average) and other.evaluate and self.evaluate:
+                yield (
+                    f"{type(other).__name__} and {name} both show their averages to validation; give one of them "
                     "evaluate=False"
                 )
         if self.replace_at_end and any(getattr(saver, "restore", None) for saver in run.savers):
-            raise SettingError(
+            yield (
                 f"{name}(replace_at_end=True) and Checkpoint(restore=...) both decide the weights after the fit; leave "
                 "one of them out"
             )
-        models = {n: m for n, m in run.models.items() if any(True for _ in m.parameters())}
-        for one in self.chosen or ():
-            if one not in models:
-                raise SettingError(f"{name}(models={one!r}): {choose(one, models)}")
-        chosen = {n: models[n] for n in (models if self.chosen is None else self.chosen)}
+        known, chosen = _averageable(run), self._chosen(run)
+        yield from (f"{name}(models={one!r}): {choose(one, known)}" for one in self.chosen or () if one not in known)
         if self.batch_norm is None and any(isinstance(m, _BatchNorm) for one in chosen.values() for m in one.modules()):
-            raise SettingError(
+            yield (
                 f"the model has batch norm, whose statistics belong to no averaged weights; say where they come from: "
                 f"{name}(batch_norm=train_loader), or batch_norm=False to keep those of the model"
             )
+
+    def _chosen(self, run: Run) -> dict[str, nn.Module]:
+        return {n: m for n, m in _averageable(run).items() if self.chosen is None or n in self.chosen}
+
+    def on_fit_start(self, run: Run) -> None:
+        chosen = self._chosen(run)
         if run.progress.step == 0 or self._sources != chosen:  # another run than the one seen before
             self._forget()
             self._sources = chosen
@@ -194,6 +198,10 @@ class Average(Callback):
         self.every.next = state["next"]
 
 
+def _averageable(run: Run) -> dict[str, nn.Module]:
+    return {name: model for name, model in run.models.items() if any(True for _ in model.parameters())}
+
+
 class EMA(Average):
     """An exponential moving average of the weights, shown to validation: ``decay * average + (1 - decay) * weights``.
 
@@ -207,7 +215,7 @@ class EMA(Average):
 
     Reads: the weights. Changes: the weights that a validation sees, and with ``replace_at_end`` those after the fit.
     Training has the bits that it has without. Stops: no.
-    Raises SettingError at the start of a fit with FSDP, and with another average that validation is to see.
+    FSDP, and another average that validation is to see, are refused before step 0.
     Source: ``torch.optim.swa_utils.AveragedModel``, after Polyak & Juditsky 1992; the warm-up is TensorFlow's.
 
     >>> EMA(0.99, every="10 steps").decay
@@ -251,7 +259,7 @@ class SWA(Average):
 
     Reads: the weights. Changes: the weights that a validation sees, and with ``replace_at_end`` those after the fit.
     Stops: no.
-    Raises SettingError as ``EMA`` does, and where ``batch_norm`` is not said.
+    What EMA refuses is refused here too, and batch norm where ``batch_norm`` is not said.
     Source: Izmailov et al. 2018 (arXiv:1803.05407).
 
     >>> str(SWA("15 epochs").every.duration)

@@ -31,13 +31,15 @@ class SAM(Callback):
     to, both gradients are clipped, which does not change the way of the first.
 
     Reads: batches and gradients. Changes: gradients. Stops: no.
-    Raises SettingError at the start of a fit with FSDP, with a gradient scaler (``precision="fp16"``), and for phases
-    that move no optimizer; optimizers that call back (LBFGS) are refused by ``plan``.
+    FSDP, a gradient scaler (``precision="fp16"``), optimizers that call back (LBFGS) and phases that move no optimizer
+    are refused before step 0.
     Source: Foret et al. 2021 (arXiv:2010.01412), algorithm 1 with p = 2; for several ranks the gradient of all of them.
 
     >>> SAM(rho=0.1).rho
     0.1
     """
+
+    changes = ("weights", "random")  # both as if it was written by hand: weights return, dropout draws again
 
     def __init__(self, rho: float = 0.05, *, phases: str | Sequence[str] | None = None) -> None:
         if not rho > 0:
@@ -46,23 +48,20 @@ class SAM(Callback):
         self.phases = [phases] if isinstance(phases, str) else phases
         self._window: list[Any] = []
 
-    def on_fit_start(self, run: Run) -> None:
-        self._window.clear()
+    def problems(self, run: Run) -> Iterator[str]:
         if run.team is not None and run.team.fills:
-            raise SettingError("SAM cannot go over the window again with FSDP; train with strategy='ddp'")
+            yield "SAM cannot go over the window again with FSDP; train with strategy='ddp'"
         if run.precision.scaler is not None:
-            raise SettingError(
+            yield (
                 f"SAM needs gradients twice a step, and a gradient scaler (precision={run.precision.name!r}) takes out "
                 "its scale once; train with precision='bf16', which needs no scaler"
             )
         phases = {phase.name: phase for stage in run.stages for phase in stage.phases}
         for name in phases if self.phases is None else self.phases:
             if name not in phases:
-                raise SettingError(f"SAM(phases={name!r}): {choose(name, phases)}")
-            if not phases[name].moved:
-                raise SettingError(
-                    f"SAM cannot apply to phase {name!r}, whose step moves its optimizers itself; do it in that step"
-                )
+                yield f"SAM(phases={name!r}): {choose(name, phases)}"
+            elif not phases[name].moved:
+                yield f"SAM cannot apply to phase {name!r}, whose step moves its optimizers itself; do it in that step"
 
     def on_step_start(self, run: Run) -> None:
         self._window.clear()  # a step that was dropped may have left some

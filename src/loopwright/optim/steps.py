@@ -147,4 +147,4 @@ def _follow(bunch: Bunch, k: int = 5, alpha: float = 0.5) -> None:
         ours = [w for w, one in zip(slow, due, strict=True) if one]
         fast = [w for w, one in zip(bunch.params, due, strict=True) if one]
         torch._foreach_lerp_(ours, fast, alpha)
-        torch._foreach_copy_(fast, ours)
+        torch._foreach_lerp_(fast, ours, 1.0)  # all the way: DTensor has no _foreach_copy_
