@@ -217,9 +217,11 @@ def test_batch_norm_is_measured_for_the_averaged_weights_by_torchs_function() ->
 @pytest.mark.parametrize("valid", [False, True])
 def test_data_for_batch_norm_that_is_shuffled_changes_nothing_in_training(valid: bool) -> None:
     plain, _ = fit(valid=valid)
+    drawn = torch.get_rng_state()
     own = loader(20, batch_size=4, shuffle=True)
-    net, _ = fit(lw.SWA("1 epoch", batch_norm=own, replace_at_end=False), valid=valid)
+    net, _ = fit(lw.SWA("1 epoch", batch_norm=own), valid=valid)
     assert same(net.state_dict(), plain.state_dict())
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_after_the_fit_the_model_has_the_average_and_its_statistics() -> None:

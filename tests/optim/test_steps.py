@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import loopwright as lw
 from loopwright.optim import Stepwise, adam, decay, lamb, lookahead, radam, sgd
+from tiny import trainer
 
 
 def gradients(n: int) -> list[Tensor]:
@@ -103,3 +105,41 @@ def test_steps_are_counted_only_where_a_function_asks() -> None:
     assert set(optimizer.state[weight]) == {"momentum_buffer"}
     descended(optimizer := Stepwise([weight], [adam]), weight, 3)
     assert optimizer.state[weight]["step"].item() == 3
+
+
+@pytest.mark.capability("CA-24")
+@pytest.mark.parametrize("name", ["adamw", "ranger"])
+def test_the_pieces_go_together(name: str) -> None:
+    """AdamW or Ranger (RAdam in Lookahead), OneCycle on rate and momentum, SWA of the last epochs: as by hand."""
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+    data = [[x[i : i + 10], (x[i : i + 10].sum(1) > 0).long()] for i in range(0, 60, 10)]
+    nets = [nn.Linear(4, 2) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    inner = torch.optim.AdamW if name == "adamw" else torch.optim.RAdam
+    by_hand = inner(nets[0].parameters(), 0.01, betas=(0.95, 0.999), weight_decay=0.0)
+    steps = [adam] if name == "adamw" else lookahead(radam)
+    ours: Any = Stepwise(nets[1].parameters(), steps, lr=0.01, betas=(0.95, 0.999))
+
+    def cycle(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=31)
+
+    schedule, averaged = cycle(by_hand), torch.optim.swa_utils.AveragedModel(nets[0])
+    slow = [p.detach().clone() for p in nets[0].parameters()]
+    for step in range(30):
+        by_hand.zero_grad()
+        inputs, target = data[step % 6]
+        nn.functional.cross_entropy(nets[0](inputs), target).backward()
+        by_hand.step()
+        if name == "ranger" and (step + 1) % 5 == 0:
+            for kept, p in zip(slow, nets[0].parameters(), strict=True):
+                p.data.copy_(kept.lerp_(p.detach(), 0.5))
+        schedule.step()
+        if step in (17, 23, 29):
+            averaged.update_parameters(nets[0])
+    swa = lw.SWA("3 epochs", replace_at_end=True)
+    task = lw.Supervised(nets[1], nn.CrossEntropyLoss(), ours, schedule=cycle)
+    run = trainer(epochs=5, callbacks=[swa]).fit(task, data, data)
+    for expected, p in zip(averaged.parameters(), nets[1].parameters(), strict=True):
+        assert torch.allclose(p, expected, atol=1e-6)
+    assert ours.param_groups[0]["lr"] == pytest.approx(by_hand.param_groups[0]["lr"])
+    assert trainer().validate(task, data)["valid/loss"] == run.metrics["valid/loss"]

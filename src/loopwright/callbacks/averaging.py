@@ -63,7 +63,9 @@ class Average(Callback):
                 f"{name}({what}) works in one process: each rank would have statistics of its own. Leave it out "
                 "(batch_norm=False), and call torch.optim.swa_utils.update_bn on the averaged model after the fit"
             )
-        for other in run.callbacks[: run.callbacks.index(self)]:
+        for other in run.callbacks:
+            if other is self:
+                break  # the second one of two says it
             if isinstance(other, Average) and other.evaluate and self.evaluate:
                 yield (
                     f"{type(other).__name__} and {name} both show their averages to validation; give one of them "

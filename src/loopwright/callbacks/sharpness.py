@@ -51,6 +51,11 @@ class SAM(Callback):
     def problems(self, run: Run) -> Iterator[str]:
         if run.team is not None and run.team.fills:
             yield "SAM cannot go over the window again with FSDP; train with strategy='ddp'"
+        if getattr(run.task, "truncate", None) is not None:
+            yield (
+                f"SAM would go over a piece of a sequence again with what its first pass has carried on "
+                f"(truncate={run.task.truncate}); leave one of the two out"
+            )
         if run.precision.scaler is not None:
             yield (
                 f"SAM needs gradients twice a step, and a gradient scaler (precision={run.precision.name!r}) takes out "
