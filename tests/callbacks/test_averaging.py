@@ -160,10 +160,12 @@ def test_warm_up_begins_with_a_smaller_decay() -> None:
 @pytest.mark.parametrize(("every", "updates"), [("1 step", 15), ("4 steps", 3), ("1 epoch", 3), ("2 epochs", 1)])
 def test_it_takes_the_weights_as_often_as_it_says(every: str, updates: int) -> None:
     ema = lw.EMA(0.9, every=every)
-    fit(ema)
+    net, _ = fit(ema)
     assert ema.updates == ema.models["model"].n_averaged.item() == updates
-    fit(ema)  # another run begins anew
-    assert ema.updates == updates
+    before = ema.models["model"].module[0].weight.clone()
+    fit(ema, net=net)  # another run begins anew
+    assert ema.updates == ema.models["model"].n_averaged.item() == updates
+    assert not torch.equal(ema.models["model"].module[0].weight, before)
 
 
 class Gan(lw.Task):

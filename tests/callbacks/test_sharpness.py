@@ -17,7 +17,7 @@ from loopwright.errors import NonFiniteError, PlanError, SettingError
 from tiny import acts, classifier, line, loader, pairs, same, samples, sgd_task, trainer
 
 
-def batches(n: int = 7) -> list[list[Tensor]]:
+def batches(n: int = 8) -> list[list[Tensor]]:
     x, y = samples(5 * n - 2)
     return [list(one) for one in zip(x.split(5), y.split(5), strict=True)]
 

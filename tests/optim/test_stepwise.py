@@ -119,7 +119,9 @@ def test_the_state_goes_to_torch_and_back(name: str, fused: bool) -> None:
     third.load_state_dict(copy.deepcopy(second.state_dict()))
     descend(a, third, range(6, 9))
     assert far(a, whole) < 1e-6
-    assert third.param_groups[0]["steps"] == first.param_groups[0]["steps"]
+    born = ours(a.parameters())
+    born.load_state_dict(theirs(b.parameters()).state_dict())
+    assert born.param_groups[0]["steps"] == first.param_groups[0]["steps"]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -176,6 +178,18 @@ def test_a_schedule_changes_its_hyper_parameters_as_those_of_torch() -> None:
             schedule.step()
         assert optimizer.param_groups[0]["betas"][0] != 0.9
     assert same(*map(weights, models))
+
+
+def test_a_function_sees_tensors_of_one_dtype_that_have_a_gradient() -> None:
+    model, seen = net(), []
+    descend(
+        model,
+        Stepwise(model.parameters(), [lambda b: seen.append([(p.dtype, len(p.shape)) for p in b.params])]),
+        range(2),
+    )
+    single, double = torch.float32, torch.float64
+    assert seen[:2] == [[(single, 1), (single, 2)], [(double, 2), (double, 1)]]
+    assert seen[2:] == [[(single, 2), (single, 1)] * 2, [(double, 2), (double, 1)]]
 
 
 def test_a_function_that_replaces_the_gradients_does_so_for_those_that_follow() -> None:

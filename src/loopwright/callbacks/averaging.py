@@ -44,7 +44,7 @@ class Average(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self.updates, self._step, self._measured = 0, -1, -1
+        self.updates, self._measured = 0, 0
         self._shown = False
         self.every.start(Progress())
 
@@ -133,9 +133,9 @@ class Average(Callback):
     # ------------------------------------------------------------------------------------------ what they do
 
     def _look(self, run: Run) -> None:
-        """Take the weights into the average, if they are due and were not taken yet."""
+        """Take the weights into the average, if they are due."""
         progress = run.progress
-        if not self.every.due(progress) or progress.step == self._step:
+        if not self.every.due(progress):
             return
         if self.start is not None and self.start.position(progress) < self.start.value:
             return
@@ -146,11 +146,11 @@ class Average(Callback):
                     "begin another fit with the new model"
                 )
             averaged.update_parameters(run.models[name])
-        self.updates, self._step = self.updates + 1, progress.step
+        self.updates += 1
 
     def _measure(self, run: Run) -> None:
         """Batch-norm statistics for the averaged weights, once for each average."""
-        if not self.batch_norm or self._measured == self.updates or not self.updates:
+        if not self.batch_norm or self._measured == self.updates:
             return
         self._measured = self.updates
         with rng.forked(), torch.no_grad():
@@ -188,16 +188,12 @@ class Average(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         models = {name: dict(averaged.state_dict()) for name, averaged in self.models.items()}
-        return {
-            "models": models, "updates": self.updates, "step": self._step, "next": self.every.next,
-            "measured": self._measured,
-        }  # fmt: skip
+        return {"models": models, "updates": self.updates, "next": self.every.next, "measured": self._measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, averaged in self.models.items():
             averaged.load_state_dict(state["models"][name])
-        self.updates, self._step, self._measured = state["updates"], state["step"], state["measured"]
-        self.every.next = state["next"]
+        self.updates, self._measured, self.every.next = state["updates"], state["measured"], state["next"]
 
 
 def _averageable(run: Run) -> dict[str, nn.Module]:
