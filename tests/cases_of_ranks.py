@@ -278,7 +278,7 @@ def averaged_weights() -> dict[str, Any]:
         return {}
     task, ema = supervised(), lw.EMA(0.9)
     run = trainer(callbacks=[ema]).fit(task, DataLoader(TensorDataset(X, Y), 16, shuffle=True), (X[:50], Y[:50]))
-    mine = [q.detach().flatten().tolist() for q in ema.models["model"].parameters()]
+    mine = [q.detach().flatten().tolist() for q in ema.averages["model"].parameters()]
     return outcome(run, average=mine, same=all(one == mine for one in run.comm.gather(mine)))
 
 

@@ -55,7 +55,7 @@ def test_ema_has_the_bits_of_torchs_averaged_model(buffers: bool) -> None:
     ema = lw.EMA(0.9, buffers=buffers)
     ours, _ = fit(ema)
     assert same(ours.state_dict(), net.state_dict())
-    assert same(ema.models["model"].state_dict(), averaged.state_dict())
+    assert same(ema.averages["model"].state_dict(), averaged.state_dict())
 
 
 def test_swa_has_the_bits_of_torchs_averaged_model() -> None:
@@ -65,14 +65,14 @@ def test_swa_has_the_bits_of_torchs_averaged_model() -> None:
     assert same(ours.state_dict(), net.state_dict())
     assert swa.updates == 4  # after the epochs 1 to 4
     _, averaged = by_hand("epoch", start=0, epochs=4)
-    assert same(swa.models["model"].state_dict(), averaged.state_dict())
+    assert same(swa.averages["model"].state_dict(), averaged.state_dict())
 
 
 def test_swa_starts_when_as_much_as_it_says_has_been_trained() -> None:
     _, averaged = by_hand("epoch", start=2, epochs=4)
     swa = lw.SWA("3 epochs", batch_norm=False)
     fit(swa, epochs=4)
-    assert same(swa.models["model"].state_dict(), averaged.state_dict())
+    assert same(swa.averages["model"].state_dict(), averaged.state_dict())
     assert swa.updates == 2
 
 
@@ -85,7 +85,9 @@ def test_watching_changes_nothing(valid: bool) -> None:
     assert same(ours.state_dict(), plain.state_dict())
     without = lw.EMA(0.9)
     fit(without, valid=False)
-    assert same(ema.models["model"].state_dict()["module.0.weight"], without.models["model"].module[0].weight.detach())
+    assert same(
+        ema.averages["model"].state_dict()["module.0.weight"], without.averages["model"].module[0].weight.detach()
+    )
 
 
 def test_validation_sees_the_average_and_training_the_weights() -> None:
@@ -95,7 +97,7 @@ def test_validation_sees_the_average_and_training_the_weights() -> None:
         on_eval_batch_end=lambda run, output, batch: seen.append(run.models["model"][0].weight.detach().clone())
     )
     net, run = fit(ema, look, epochs=2)
-    averaged = ema.models["model"].module[0].weight
+    averaged = ema.averages["model"].module[0].weight
     assert torch.equal(seen[-1], averaged)
     assert not torch.equal(net[0].weight, averaged)
     again = trainer().validate(task(net), loader(9, batch_size=4))
@@ -141,7 +143,7 @@ def test_the_models_have_the_average_after_the_fit_only_where_that_is_asked_for(
     kept, swapped = lw.EMA(0.9), lw.EMA(0.9, replace_at_end=True)
     plain, _ = fit(kept)
     net, _ = fit(swapped)
-    averaged = kept.models["model"].module
+    averaged = kept.averages["model"].module
     assert same([p.detach() for p in net.parameters()], [p.detach() for p in averaged.parameters()])
     assert not torch.equal(plain[0].weight, averaged[0].weight)
     assert torch.equal(net[1].running_mean, plain[1].running_mean)
@@ -154,18 +156,18 @@ def test_warm_up_begins_with_a_smaller_decay() -> None:
     expected = seen[0]
     for n, value in enumerate(seen[1:], 1):
         expected = expected.lerp(value, 1 - min(0.3, (1 + n) / (10 + n)))
-    assert torch.equal(ema.models["model"].module[0].bias, expected)
+    assert torch.equal(ema.averages["model"].module[0].bias, expected)
 
 
 @pytest.mark.parametrize(("every", "updates"), [("1 step", 15), ("4 steps", 3), ("1 epoch", 3), ("2 epochs", 1)])
 def test_it_takes_the_weights_as_often_as_it_says(every: str, updates: int) -> None:
     ema = lw.EMA(0.9, every=every)
     net, _ = fit(ema)
-    assert ema.updates == ema.models["model"].n_averaged.item() == updates
-    before = ema.models["model"].module[0].weight.clone()
+    assert ema.updates == ema.averages["model"].n_averaged.item() == updates
+    before = ema.averages["model"].module[0].weight.clone()
     fit(ema, net=net)  # another run begins anew
-    assert ema.updates == ema.models["model"].n_averaged.item() == updates
-    assert not torch.equal(ema.models["model"].module[0].weight, before)
+    assert ema.updates == ema.averages["model"].n_averaged.item() == updates
+    assert not torch.equal(ema.averages["model"].module[0].weight, before)
 
 
 class Gan(lw.Task):
@@ -193,9 +195,9 @@ def test_several_models_are_averaged_each_for_itself_or_some_of_them() -> None:
     both, one, gan = lw.EMA(0.5), lw.EMA(0.5, models="gen", evaluate=False), Gan()
     x, y = samples(20)
     run = trainer(epochs=2, callbacks=[both, one]).fit(gan, lw.Loader((x, y), 5), lw.Loader((x, y), 10))
-    assert set(both.models) == {"gen", "disc"}
-    assert set(one.models) == {"gen"}
-    assert same(both.models["gen"].state_dict(), one.models["gen"].state_dict())
+    assert set(both.averages) == {"gen", "disc"}
+    assert set(one.averages) == {"gen"}
+    assert same(both.averages["gen"].state_dict(), one.averages["gen"].state_dict())
     with both.applied():
         assert gan.gen(x).mean().item() == pytest.approx(run.metrics["valid/loss"], rel=1e-4)
 
@@ -209,10 +211,10 @@ def test_batch_norm_is_measured_for_the_averaged_weights_by_torchs_function() ->
     net, run = fit(swa)
     same_net, _ = fit(plain)
     assert same(net.state_dict(), same_net.state_dict())
-    expected = plain.models["model"]
+    expected = plain.averages["model"]
     update_bn(data, expected)
-    assert same(swa.models["model"].state_dict(), expected.state_dict())
-    again = trainer().validate(task(swa.models["model"].module), loader(9, batch_size=4))
+    assert same(swa.averages["model"].state_dict(), expected.state_dict())
+    again = trainer().validate(task(swa.averages["model"].module), loader(9, batch_size=4))
     assert again["valid/loss"] == run.metrics["valid/loss"]
 
 
@@ -229,7 +231,7 @@ def test_data_for_batch_norm_that_is_shuffled_changes_nothing_in_training(valid:
 def test_after_the_fit_the_model_has_the_average_and_its_statistics() -> None:
     swa = lw.SWA("1 epoch", batch_norm=loader(20, batch_size=4), replace_at_end=True)
     net, _ = fit(swa)
-    assert same(net.state_dict(), swa.models["model"].module.state_dict())
+    assert same(net.state_dict(), swa.averages["model"].module.state_dict())
     assert not net[1].running_mean.isnan().any()
 
 
@@ -280,7 +282,7 @@ def test_interrupted_in_the_validation_at_the_end_of_an_epoch_no_update_is_made_
         net, swa = classifier(batch_norm=True), lw.SWA("1 epoch", batch_norm=False)
         user = trainer(epochs=3, folder=folder, name="a", callbacks=[swa, acts(on_eval_batch_end=stop)])
         user.fit(task(net), loader(16, batch_size=4, shuffle=True), loader(9, batch_size=4), **how)
-        return copy.deepcopy([net.state_dict(), swa.state_dict()["models"], swa.updates])
+        return copy.deepcopy([net.state_dict(), swa.state_dict()["averages"], swa.updates])
 
     whole = fit(False)
     with pytest.raises(SystemExit):
@@ -296,7 +298,7 @@ def test_a_task_that_is_fitted_further_goes_on_averaging() -> None:
     what, data = task(net), loader(20, batch_size=4, shuffle=True)
     for epochs in (2, 4):
         trainer(epochs=epochs, callbacks=[ema]).fit(what, data)
-    assert same(ema.models["model"].state_dict(), whole.models["model"].state_dict())
+    assert same(ema.averages["model"].state_dict(), whole.averages["model"].state_dict())
 
 
 # ------------------------------------------------------------------------------------------ what is refused

@@ -26,27 +26,31 @@ class Average(Callback):
     """What EMA and SWA share: models averaged beside the training, shown to validation, kept in checkpoints."""
 
     changes = ("weights",)
-    every: Every
-    start: Duration | None = None
-    buffers = False  # averaged as well; else they are those of the model
-    batch_norm: Any = False  # data to compute statistics from
 
     def __init__(
         self, every: str | int | Duration, *, models: str | Sequence[str] | None, evaluate: bool, replace_at_end: bool
     ) -> None:
-        self.every = Every(every)
-        if self.every.duration.is_part or self.every.duration.unit == "seconds":
-            raise SettingError(f"{type(self).__name__}(every={every!r}): expected steps, samples or whole epochs")
-        self.chosen = [models] if isinstance(models, str) else models
+        self.every, self.models = every, models
+        self._names = [models] if isinstance(models, str) else models
+        self._every = Every(self._counted("every", every))
         self.evaluate, self.replace_at_end = evaluate, replace_at_end
-        self.models: dict[str, AveragedModel] = {}
+        self.buffers = False  # averaged as well; else they are those of the model
+        self.batch_norm: Any = False  # data to compute statistics from
+        self.averages: dict[str, AveragedModel] = {}
+        self._start: Duration | None = None
         self._sources: dict[str, nn.Module] = {}
         self._forget()
+
+    def _counted(self, name: str, given: str | int | Duration) -> Duration:
+        duration = Duration.parse(given)
+        if duration.is_part or duration.unit == "seconds":
+            raise SettingError(f"{type(self).__name__}({name}={given!r}): expected steps, samples or whole epochs")
+        return duration
 
     def _forget(self) -> None:
         self.updates, self._measured = 0, 0
         self._shown = False
-        self.every.start(Progress())
+        self._every.start(Progress())
 
     def _averaged(self, model: nn.Module) -> AveragedModel:
         raise NotImplementedError
@@ -77,7 +81,7 @@ class Average(Callback):
                 "one of them out"
             )
         known, chosen = _averageable(run), self._chosen(run)
-        yield from (f"{name}(models={one!r}): {choose(one, known)}" for one in self.chosen or () if one not in known)
+        yield from (f"{name}(models={one!r}): {choose(one, known)}" for one in self._names or () if one not in known)
         if self.batch_norm is None and any(isinstance(m, _BatchNorm) for one in chosen.values() for m in one.modules()):
             yield (
                 f"the model has batch norm, whose statistics belong to no averaged weights; say where they come from: "
@@ -85,15 +89,15 @@ class Average(Callback):
             )
 
     def _chosen(self, run: Run) -> dict[str, nn.Module]:
-        return {n: m for n, m in _averageable(run).items() if self.chosen is None or n in self.chosen}
+        return {n: m for n, m in _averageable(run).items() if self._names is None or n in self._names}
 
     def on_fit_start(self, run: Run) -> None:
         chosen = self._chosen(run)
         if run.progress.step == 0 or self._sources != chosen:  # another run than the one seen before
             self._forget()
             self._sources = chosen
-            self.models = {n: self._averaged(m) for n, m in chosen.items()}
-            for averaged in self.models.values():
+            self.averages = {n: self._averaged(m) for n, m in chosen.items()}
+            for averaged in self.averages.values():
                 averaged.requires_grad_(False)
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
@@ -135,11 +139,11 @@ class Average(Callback):
     def _look(self, run: Run) -> None:
         """Take the weights into the average, if they are due."""
         progress = run.progress
-        if not self.every.due(progress):
+        if not self._every.due(progress):
             return
-        if self.start is not None and self.start.position(progress) < self.start.value:
+        if self._start is not None and self._start.position(progress) < self._start.value:
             return
-        for name, averaged in self.models.items():
+        for name, averaged in self.averages.items():
             if run.models[name] is not self._sources[name]:
                 raise SettingError(
                     f"run.replace has changed {name!r}, and {type(self).__name__} holds averages of the one before; "
@@ -154,12 +158,12 @@ class Average(Callback):
             return
         self._measured = self.updates
         with rng.forked(), torch.no_grad():
-            for averaged in self.models.values():
+            for averaged in self.averages.values():
                 update_bn(read(run, as_source(self.batch_norm, train=False, key=0), "batch_norm"), averaged)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Tensors of the models with their averages."""
-        for name, averaged in self.models.items():
+        for name, averaged in self.averages.items():
             model = self._sources[name]
             yield from zip(model.parameters(), averaged.module.parameters(), strict=True)
             if self.buffers or self.batch_norm:
@@ -187,13 +191,13 @@ class Average(Callback):
             self._exchange()
 
     def state_dict(self) -> dict[str, Any]:
-        models = {name: dict(averaged.state_dict()) for name, averaged in self.models.items()}
-        return {"models": models, "updates": self.updates, "next": self.every.next, "measured": self._measured}
+        averages = {name: dict(averaged.state_dict()) for name, averaged in self.averages.items()}
+        return {"averages": averages, "updates": self.updates, "next": self._every.next, "measured": self._measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, averaged in self.models.items():
-            averaged.load_state_dict(state["models"][name])
-        self.updates, self._measured, self.every.next = state["updates"], state["measured"], state["next"]
+        for name, averaged in self.averages.items():
+            averaged.load_state_dict(state["averages"][name])
+        self.updates, self._measured, self._every.next = state["updates"], state["measured"], state["next"]
 
 
 def _averageable(run: Run) -> dict[str, nn.Module]:
@@ -207,7 +211,7 @@ class EMA(Average):
     with a smaller decay, ``(1 + n) / (10 + n)`` after n updates. Buffers stay those of the model, or are averaged too
     with ``buffers=True``. ``models`` names some of ``run.models``; by default all are averaged, each for itself.
     ``evaluate=False`` lets validation see the weights in training. After the fit the averages are in
-    ``ema.models[name].module``, and ``with ema.applied():`` puts them into the models for a while;
+    ``ema.averages[name].module``, and ``with ema.applied():`` puts them into the models for a while;
     ``replace_at_end=True`` leaves them there. Checkpoints hold both: the weights as the model's, the averages as this
     callback's.
 
@@ -260,7 +264,7 @@ class SWA(Average):
     What EMA refuses is refused here too, and batch norm where ``batch_norm`` is not said.
     Source: Izmailov et al. 2018 (arXiv:1803.05407).
 
-    >>> str(SWA("15 epochs").every.duration)
+    >>> SWA("15 epochs").every
     '1 epoch'
     """
 
@@ -275,9 +279,8 @@ class SWA(Average):
         replace_at_end: bool = False,
     ) -> None:
         super().__init__(every, models=models, evaluate=evaluate, replace_at_end=replace_at_end)
-        self.start, self.batch_norm = Duration.parse(start), batch_norm
-        if self.start.is_part or self.start.unit == "seconds":
-            raise SettingError(f"SWA(start={start!r}): expected steps, samples or whole epochs")
+        self.start, self.batch_norm = start, batch_norm
+        self._start = self._counted("start", start)
 
     def _averaged(self, model: nn.Module) -> AveragedModel:
         return AveragedModel(model)

@@ -44,8 +44,8 @@ class SAM(Callback):
     def __init__(self, rho: float = 0.05, *, phases: str | Sequence[str] | None = None) -> None:
         if not rho > 0:
             raise SettingError(f"SAM(rho={rho!r}): expected a positive number, such as 0.05")
-        self.rho = rho
-        self.phases = [phases] if isinstance(phases, str) else phases
+        self.rho, self.phases = rho, phases
+        self._names = [phases] if isinstance(phases, str) else phases
         self._window: list[Any] = []
 
     def problems(self, run: Run) -> Iterator[str]:
@@ -62,7 +62,7 @@ class SAM(Callback):
                 "its scale once; train with precision='bf16', which needs no scaler"
             )
         phases = {phase.name: phase for stage in run.stages for phase in stage.phases}
-        for name in phases if self.phases is None else self.phases:
+        for name in phases if self._names is None else self._names:
             if name not in phases:
                 yield f"SAM(phases={name!r}): {choose(name, phases)}"
             elif not phases[name].moved:
@@ -72,11 +72,11 @@ class SAM(Callback):
         self._window.clear()  # a step that was dropped may have left some
 
     def on_backward_end(self, run: Run, loss: Tensor, output: Any, batch: Any, phase: Phase) -> None:
-        if self.phases is None or phase.name in self.phases:
+        if self._names is None or phase.name in self._names:
             self._window.append(batch)
 
     def on_grads_ready(self, run: Run, phase: Phase, grad_norm: Tensor | None) -> None:
-        if self.phases is not None and phase.name not in self.phases:
+        if self._names is not None and phase.name not in self._names:
             return
         batches = self._window.copy()
         self._window.clear()
