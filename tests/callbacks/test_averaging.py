@@ -113,6 +113,22 @@ def test_without_evaluate_validation_sees_the_weights() -> None:
     assert run.metrics == plain.metrics
 
 
+def test_a_validation_within_the_validation_leaves_the_average_in_place() -> None:
+    """A handler may look at a model by ``trainer.validate``, whose hooks are those of the same callbacks."""
+    ema, seen = lw.EMA(0.9), []
+
+    def look(run: lw.Run, output: Any, batch: Any) -> None:
+        if run.stages:
+            before = run.models["model"][0].weight.clone()
+            trainer(callbacks=[ema]).validate(task(run.models["model"]), loader(9, batch_size=4))
+            seen.append(torch.equal(run.models["model"][0].weight, before))
+
+    net, _ = fit(ema, acts(on_eval_batch_end=look), epochs=1)
+    plain, _ = fit(epochs=1)
+    assert seen == [True] * 3
+    assert same(net.state_dict(), plain.state_dict())
+
+
 def test_a_validation_that_a_signal_cuts_short_puts_the_weights_back() -> None:
     plain, _ = fit(epochs=1)
     ema = lw.EMA(0.9)

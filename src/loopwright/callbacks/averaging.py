@@ -75,11 +75,12 @@ class Average(Callback):
                     f"{type(other).__name__} and {name} both show their averages to validation; give one of them "
                     "evaluate=False"
                 )
-        if self.replace_at_end and any(getattr(saver, "restore", None) for saver in run.savers):
-            yield (
-                f"{name}(replace_at_end=True) and Checkpoint(restore=...) both decide the weights after the fit; leave "
-                "one of them out"
-            )
+        for one in (*run.savers, *run.callbacks) if self.replace_at_end else ():
+            if getattr(one, "restore", None):
+                yield (
+                    f"{name}(replace_at_end=True) and {type(one).__name__}(restore=...) both decide the weights after "
+                    "the fit; leave one of them out"
+                )
         known, chosen = _averageable(run), self._chosen(run)
         yield from (f"{name}(models={one!r}): {choose(one, known)}" for one in self._names or () if one not in known)
         if self.batch_norm is None and any(isinstance(m, _BatchNorm) for one in chosen.values() for m in one.modules()):
@@ -111,7 +112,7 @@ class Average(Callback):
                 self._exchange()
 
     def on_validation_end(self, run: Run, values: Mapping[str, float]) -> None:
-        if self._shown:
+        if self._shown and run.stages:
             self._exchange()
 
     def on_epoch_end(self, run: Run) -> None:
@@ -210,7 +211,8 @@ class EMA(Average):
     It takes the weights at ``every`` step ("10 steps", "1 epoch"); the first ones are copied. ``warmup=True`` begins
     with a smaller decay, ``(1 + n) / (10 + n)`` after n updates. Buffers stay those of the model, or are averaged too
     with ``buffers=True``. ``models`` names some of ``run.models``; by default all are averaged, each for itself.
-    ``evaluate=False`` lets validation see the weights in training. After the fit the averages are in
+    ``evaluate=False`` lets validation see the weights in training. In ``on_validation_end`` callbacks before this one
+    see the averages, those after it the weights. After the fit the averages are in
     ``ema.averages[name].module``, and ``with ema.applied():`` puts them into the models for a while;
     ``replace_at_end=True`` leaves them there. Checkpoints hold both: the weights as the model's, the averages as this
     callback's.

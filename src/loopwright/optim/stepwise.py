@@ -62,6 +62,16 @@ class Stepwise(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_steps": self._steps}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters that are moved from now on; hyper-parameters left out are the defaults."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.is_complex():
+                raise SettingError(
+                    f"Stepwise moves real parameters; it was given a complex one of shape {list(parameter.shape)}. "
+                    "Give it to an optimizer of torch, or keep torch.view_as_real(parameter) as the parameter"
+                )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what ``closure``, if there is one, has returned as the loss."""
@@ -99,11 +109,10 @@ def _alike(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
         grad = parameter.grad
         if grad is None:
             continue
-        if grad.layout is not torch.strided or parameter.is_complex():
-            what = "a complex parameter" if parameter.is_complex() else f"a gradient of layout {grad.layout}"
+        if grad.layout is not torch.strided:
             raise SettingError(
-                f"Stepwise works on dense, real tensors; it met {what} of shape {list(parameter.shape)}. Use "
-                "sparse=False in nn.Embedding, or give this parameter to an optimizer of torch (SparseAdam, SGD)"
+                f"Stepwise works on dense gradients; that of a parameter of shape {list(parameter.shape)} is "
+                f"{grad.layout}. Use sparse=False in nn.Embedding, or give it to torch.optim.SparseAdam or SGD"
             )
         kinds.setdefault((parameter.device, parameter.dtype, type(parameter)), []).append(parameter)
     return kinds.values()
