@@ -350,3 +350,20 @@ def test_another_model_in_the_middle_of_a_run_is_refused() -> None:
     refused(
         "run.replace has changed 'model', and EMA holds averages of the one before", lw.EMA(), acts(on_step_end=change)
     )
+
+
+@pytest.mark.slow
+def test_what_several_ranks_cannot_average_alike_is_refused_at_the_start() -> None:
+    def with_ranks(average: Any, strategy: str) -> None:
+        net = classifier(batch_norm=True)
+        made = lw.Supervised(net, nn.CrossEntropyLoss(), lambda params: torch.optim.SGD(params, 0.1))
+        trainer(epochs=1, strategy=strategy, callbacks=[average]).fit(made, samples(20))
+
+    own = r"works in one process: each rank would have statistics of its own. Leave it out"
+    for average, strategy, match in (
+        (lw.EMA(), "fsdp", "EMA cannot average parameters that FSDP shares out; train with strategy='ddp'"),
+        (lw.EMA(buffers=True), "ddp", rf"EMA\(buffers=True\) {own}"),
+        (lw.SWA("1 epoch", batch_norm=samples(20)), "ddp", rf"SWA\(batch_norm=data\) {own} \(batch_norm=False\)"),
+    ):
+        with pytest.raises(SettingError, match=match):
+            lw.launch(lambda average=average, strategy=strategy: with_ranks(average, strategy), 2)

@@ -213,3 +213,13 @@ def test_what_it_cannot_do_is_refused_at_the_start() -> None:
         trainer(epochs=1, callbacks=[lw.SAM()]).run(lambda run, batch: 1.0, batches(), state={})
     with pytest.raises(SettingError, match=r"SAM\(rho=0\): expected a positive number"):
         lw.SAM(0)
+
+
+@pytest.mark.slow
+def test_parameters_that_are_shared_out_are_refused_at_the_start() -> None:
+    def fit() -> None:
+        made = lw.Supervised(classifier(), nn.CrossEntropyLoss(), lambda params: torch.optim.SGD(params, 0.1))
+        trainer(epochs=1, strategy="fsdp", callbacks=[lw.SAM()]).fit(made, samples(20))
+
+    with pytest.raises(PlanError, match="SAM cannot go over the window again with FSDP; train with strategy='ddp'"):
+        lw.launch(fit, 2)
