@@ -80,6 +80,17 @@ def test_radam_is_momentum_alone_until_the_variance_can_be_told() -> None:
         assert torch.allclose(weight.detach(), x, rtol=1e-12, atol=0) is (t < 6)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_radam_whose_variance_is_never_told_is_momentum_alone(capturable: bool) -> None:
+    """With beta2 = 0.6 the longest length is 4, for which the rectification is not defined."""
+    weight, x, m = start(), start().detach(), torch.zeros(3, 2).double()
+    for t, g in enumerate(gradients(8), 1):
+        m = 0.9 * m + 0.1 * g
+        x = x - 0.1 * m / (1 - 0.9**t)
+    optimizer = Stepwise([weight], [radam], lr=0.1, betas=(0.9, 0.6), capturable=capturable)
+    assert torch.allclose(descended(optimizer, weight, 8), x, rtol=1e-5, atol=0)
+
+
 def test_decay_is_added_to_the_gradient_or_taken_from_the_weights() -> None:
     for decoupled, expected in ((False, 2 - 0.1 * (1 + 0.5 * 2)), (True, 2 * (1 - 0.1 * 0.5) - 0.1)):
         weight = nn.Parameter(torch.tensor([2.0]))

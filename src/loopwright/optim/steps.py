@@ -87,10 +87,12 @@ def _rectified(step: Any, beta: float) -> Any:
     """The rectification times the root of ``1 - beta ** step``; 0 while the variance has no estimate."""
     longest, missing = 2 / (1 - beta) - 1, 1 - beta**step
     length = longest - 2 * step * beta**step / missing
+    if not isinstance(length, Tensor) and length <= 5:
+        return 0.0
     share = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length) * missing
     if isinstance(length, Tensor):
-        return torch.where(length > 5, share, torch.zeros_like(share)).sqrt()
-    return share**0.5 if length > 5 else 0.0
+        share = torch.where(length > 5, share, torch.zeros_like(share))
+    return share**0.5
 
 
 def lamb(
