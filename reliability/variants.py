@@ -295,4 +295,43 @@ def _function(ledger: Ledger) -> Parts:
     return Parts((step, state), noisy())
 
 
+class _Noted(lw.Callback):
+    """Notes the batches of a step that goes over them twice."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def map_batch(self, run: lw.Run, batch: Any) -> Any:
+        self.ledger.note(batch[2])
+        return batch
+
+
+@variant("sharpness-aware minimization", EXTRAS)
+def _sam(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.2, batch_norm=True)
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.AdamW(net.parameters(), 0.01), inputs=0, targets=1)
+    return Parts(task, noisy(), settings={"callbacks": [lw.SAM(), _Noted(ledger)]})
+
+
+@variant("Lookahead around RAdam, of step functions", EXTRAS)
+def _ranger(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.2)
+    steps = lw.optim.lookahead(lw.optim.decay, lw.optim.radam)
+    return Parts(supervised(net, ledger, lw.optim.Stepwise(net.parameters(), steps, lr=0.01)), noisy())
+
+
+@variant("EMA, seen by validation", EXTRAS)
+def _lw_ema(ledger: Ledger) -> Parts:
+    task = supervised(mlp(dropout=0.2, batch_norm=True), ledger, metrics=accuracy())
+    ema = lw.EMA(0.9, buffers=True, warmup=True)
+    return Parts(task, noisy(), noisy(13, batch_size=4), {"validate_every": "7 steps", "callbacks": [ema]})
+
+
+@variant("SWA, batch norm measured before each validation", EXTRAS)
+def _swa(ledger: Ledger) -> Parts:
+    task = supervised(mlp(dropout=0.2, batch_norm=True), ledger, metrics=accuracy())
+    swa = lw.SWA("1 epoch", batch_norm=noisy(25))
+    return Parts(task, noisy(), noisy(13, batch_size=4), {"callbacks": [swa]})
+
+
 __all__ = ["CLASSES", "EXTRAS", "FEATURES", "STEPS", "VARIANTS", "Make", "Parts"]

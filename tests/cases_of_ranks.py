@@ -251,6 +251,53 @@ def skipped_batches_of_one_rank() -> dict[str, Any]:
     return {"step": run.progress.step >= 10, "same": all(one == mine for one in run.comm.gather(mine))}
 
 
+def by_step_functions(*steps: Any, **hypers: Any) -> dict[str, Any]:
+    task = supervised()
+    task.optimizer = lambda params: lw.optim.Stepwise(params, steps, lr=0.01, **hypers)
+    return outcome(trainer().fit(task, DataLoader(TensorDataset(X, Y), 16, shuffle=True)))
+
+
+@case
+def step_functions() -> dict[str, Any]:
+    return by_step_functions(*lw.optim.lookahead(lw.optim.decay, lw.optim.adam), k=3, weight_decay=0.1)
+
+
+@case
+def lamb() -> dict[str, Any]:
+    return by_step_functions(lw.optim.lamb, weight_decay=0.1)
+
+
+def is_shared_out() -> bool:
+    """Parameters shared out are refused by what this is asked for; so the one that it is compared with is left out."""
+    return "STRATEGY" in os.environ
+
+
+@case
+def sharpness_aware() -> dict[str, Any]:
+    if is_shared_out():
+        return {}
+    data = DataLoader(TensorDataset(X, Y), 9, shuffle=True)
+    return trained(data, accumulate=3, clip_norm=0.5, callbacks=[lw.SAM(0.1)])
+
+
+@case
+def sharpness_aware_small_batches() -> dict[str, Any]:
+    if is_shared_out():
+        return {}
+    return trained(lw.Loader((X, Y), sampler=Windows()), accumulate=2, callbacks=[lw.SAM(0.1)])
+
+
+@case
+def averaged_weights() -> dict[str, Any]:
+    """Validation sees them; they are the same on all ranks."""
+    if is_shared_out():
+        return {}
+    task, ema = supervised(), lw.EMA(0.9)
+    run = trainer(callbacks=[ema]).fit(task, DataLoader(TensorDataset(X, Y), 16, shuffle=True), (X[:50], Y[:50]))
+    mine = [q.detach().flatten().tolist() for q in ema.averages["model"].parameters()]
+    return outcome(run, average=mine, same=all(one == mine for one in run.comm.gather(mine)))
+
+
 @case
 def stopped_early() -> dict[str, Any]:
     return trained((X, Y), epochs=20, callbacks=[lw.EarlyStopping("valid/loss", patience=1, min_delta=0.02)])

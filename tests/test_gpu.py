@@ -129,3 +129,28 @@ def test_cuda_graph_modes_of_the_compiler_are_refused() -> None:
     task = lw.Supervised(net, cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1))
     with pytest.raises(lw.PlanError, match="gives each step's output the memory of the one before"):
         trainer(epochs=1, compile={"mode": "reduce-overhead"}, device="cuda").fit(task, loader())
+
+
+@pytest.mark.parametrize("name", ["adam", "radam", "lamb", "sgd"])
+def test_a_step_of_step_functions_is_recorded_in_a_cuda_graph(name: str) -> None:
+    """With ``capturable=True`` nothing is read from the device; each replay is the next step."""
+    optim: Any = lw.optim
+    steps = optim.lookahead(optim.decay, getattr(optim, name))
+    weights = [nn.Parameter(torch.linspace(-1, 1, 8, device=CUDA)) for _ in range(2)]
+    optimizers = [optim.Stepwise([w], steps, lr=0.01, k=3, capturable=True) for w in weights]
+    for weight in weights:
+        weight.grad = torch.linspace(1, 2, 8, device=CUDA)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            optimizers[0].step()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizers[0].step()
+    for _ in range(6):
+        graph.replay()
+    for _ in range(8):
+        optimizers[1].step()
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+    assert optimizers[0].state[weights[0]]["step"].item() == 8

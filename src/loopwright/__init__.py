@@ -7,9 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopwright import data, metrics, schedules
+    from loopwright import data, metrics, optim, schedules
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Anneal, Capsule, Checkpoint, EarlyStopping, KeepBest, Plateau, ProgressBar, Requeue
+    from loopwright.callbacks import (
+        EMA,
+        SAM,
+        SWA,
+        Anneal,
+        Capsule,
+        Checkpoint,
+        EarlyStopping,
+        KeepBest,
+        Plateau,
+        ProgressBar,
+        Requeue,
+    )
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -47,7 +59,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Anneal", "Capsule", "Checkpoint", "EarlyStopping", "KeepBest", "Plateau", "ProgressBar", "Requeue"],
+    "callbacks": [
+        "Anneal", "Capsule", "Checkpoint", "EMA", "EarlyStopping", "KeepBest", "Plateau", "ProgressBar", "Requeue",
+        "SAM", "SWA",
+    ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -84,6 +99,7 @@ __all__ = [
     "DataError",
     "DataModule",
     "Duration",
+    "EMA",
     "EarlyStopping",
     "Event",
     "FSDP",
@@ -105,6 +121,8 @@ __all__ = [
     "Requeue",
     "Resume",
     "Run",
+    "SAM",
+    "SWA",
     "Scheduler",
     "SettingError",
     "SkipBatch",
@@ -126,6 +144,7 @@ __all__ = [
     "load_weights",
     "lr_find",
     "metrics",
+    "optim",
     "per_step",
     "replay",
     "schedules",
@@ -133,7 +152,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "metrics", "schedules"):
+    if name in ("data", "metrics", "optim", "schedules"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loopwright.errors import HookError, LoopwrightWarning, SkipBatch, SkipStep, StopEpoch, choose
 from loopwright.state import Phase, Run, Stage, StepResult
@@ -49,7 +49,17 @@ class Callback:
     >>> class Shout(Callback):
     ...     def on_epoch_end(self, run):
     ...         print("epoch", run.progress.epoch)
+
+    ``changes`` names what a callback changes besides what its ``map_*`` hooks return and the gradients in
+    ``on_grads_ready``: of "weights", "gradients", "values" (what it is passed), "random", "flags" and "rates".
+    ``lw.Audit`` allows that and nothing else, and ``trainer.explain(..., of=...)`` tells it.
     """
+
+    changes: ClassVar[tuple[str, ...]] = ()
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """Why this callback cannot do its work in ``run``, each with the fix: PlanError before step 0."""
+        return ()
 
     def on_fit_start(self, run: Run) -> None:
         """Training is about to begin; everything on ``run`` is ready."""
@@ -128,10 +138,6 @@ class Callback:
 
     def on_predict_end(self, run: Run) -> None:
         """A prediction is complete."""
-
-    def problems(self, run: Run) -> Iterable[str]:
-        """Why this callback cannot do its work in ``run``, each with the fix: PlanError before step 0."""
-        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """What to keep in checkpoints: plain data and tensors."""

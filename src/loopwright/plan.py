@@ -280,6 +280,12 @@ def _accumulation(run: Run, stage: Stage) -> Iterator[str]:
             yield str(error)
 
 
+def _callbacks(run: Run) -> Iterator[str]:
+    """What callbacks themselves say that they cannot do here."""
+    for callback in run.callbacks:
+        yield from getattr(callback, "problems", lambda run: ())(run)  # one that is no lw.Callback may lack it
+
+
 def _compilation(run: Run) -> Iterator[str]:
     """Steps that cannot be compiled here, or at all."""
     if run.compiler is None:
@@ -288,12 +294,6 @@ def _compilation(run: Run) -> Iterator[str]:
         yield "compile=True cannot apply to a step that does all the work; call torch.compile on what it calls itself"
     elif (problem := run.compiler.problem(run.device)) is not None:
         yield problem
-
-
-def _callbacks(run: Run) -> Iterator[str]:
-    """What callbacks themselves say that they cannot do here."""
-    for callback in run.callbacks:
-        yield from getattr(callback, "problems", lambda run: ())(run)  # one that is no lw.Callback may lack it
 
 
 def _settings(run: Run) -> Iterator[str]:

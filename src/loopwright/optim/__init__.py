@@ -1,19 +1,14 @@
-"""Schedules, and which parameters an optimizer moves."""
+"""Optimizers made of step functions, schedules, and which parameters an optimizer moves."""
 
+from loopwright.optim.bunch import Bunch
 from loopwright.optim.freezing import match_names, set_trainable, trainable_flags
 from loopwright.optim.groups import groups
 from loopwright.optim.scheduled import Scheduled, is_ours
 from loopwright.optim.schedulers import Scheduler, as_schedulers, per_step, settings_of
+from loopwright.optim.steps import adam, decay, lamb, lookahead, radam, sgd
+from loopwright.optim.stepwise import Stepwise
 
 __all__ = [
-    "Scheduled",
-    "Scheduler",
-    "as_schedulers",
-    "groups",
-    "is_ours",
-    "match_names",
-    "per_step",
-    "set_trainable",
-    "settings_of",
-    "trainable_flags",
-]
+    "Bunch", "Scheduled", "Scheduler", "Stepwise", "adam", "as_schedulers", "decay", "groups", "is_ours", "lamb",
+    "lookahead", "match_names", "per_step", "radam", "set_trainable", "settings_of", "sgd", "trainable_flags",
+]  # fmt: skip

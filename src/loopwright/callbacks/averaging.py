@@ -1,0 +1,288 @@
+"""Averages of the weights, kept beside the training: EMA and SWA, by torch's own AveragedModel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from loopwright import rng
+from loopwright.data import as_source
+from loopwright.errors import SettingError, choose
+from loopwright.events import Callback
+from loopwright.progress import Duration, Every, Progress
+from loopwright.state import Run, Stage, StepResult
+from loopwright.unseen import read
+
+__all__ = ["EMA", "SWA"]
+
+
+class Average(Callback):
+    """What EMA and SWA share: models averaged beside the training, shown to validation, kept in checkpoints."""
+
+    changes = ("weights",)
+
+    def __init__(
+        self, every: str | int | Duration, *, models: str | Sequence[str] | None, evaluate: bool, replace_at_end: bool
+    ) -> None:
+        self.every, self.models = every, models
+        self._names = [models] if isinstance(models, str) else models
+        self._every = Every(self._counted("every", every))
+        self.evaluate, self.replace_at_end = evaluate, replace_at_end
+        self.buffers = False  # averaged as well; else they are those of the model
+        self.batch_norm: Any = False  # data to compute statistics from
+        self.averages: dict[str, AveragedModel] = {}
+        self._start: Duration | None = None
+        self._sources: dict[str, nn.Module] = {}
+        self._forget()
+
+    def _counted(self, name: str, given: str | int | Duration) -> Duration:
+        duration = Duration.parse(given)
+        if duration.is_part or duration.unit == "seconds":
+            raise SettingError(f"{type(self).__name__}({name}={given!r}): expected steps, samples or whole epochs")
+        return duration
+
+    def _forget(self) -> None:
+        self.updates, self._measured = 0, 0
+        self._shown = False
+        self._every.start(Progress())
+
+    def _averaged(self, model: nn.Module) -> AveragedModel:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------ the hooks
+
+    def problems(self, run: Run) -> Iterator[str]:
+        name = type(self).__name__
+        if run.team is not None and run.team.fills:
+            yield f"{name} cannot average parameters that FSDP shares out; train with strategy='ddp'"
+        elif run.team is not None and (self.buffers or self.batch_norm):
+            what = "buffers=True" if self.buffers else "batch_norm=data"
+            yield (
+                f"{name}({what}) works in one process: each rank would have statistics of its own. Leave it out "
+                "(batch_norm=False), and call torch.optim.swa_utils.update_bn on the averaged model after the fit"
+            )
+        for other in run.callbacks:
+            if other is self:
+                break  # the second one of two says it
+            if isinstance(other, Average) and other.evaluate and self.evaluate:
+                yield (
+                    f"{type(other).__name__} and {name} both show their averages to validation; give one of them "
+                    "evaluate=False"
+                )
+        for one in (*run.savers, *run.callbacks) if self.replace_at_end else ():
+            if getattr(one, "restore", None):
+                yield (
+                    f"{name}(replace_at_end=True) and {type(one).__name__}(restore=...) both decide the weights after "
+                    "the fit; leave one of them out"
+                )
+        known, chosen = _averageable(run), self._chosen(run)
+        yield from (f"{name}(models={one!r}): {choose(one, known)}" for one in self._names or () if one not in known)
+        if self.batch_norm is None and any(isinstance(m, _BatchNorm) for one in chosen.values() for m in one.modules()):
+            yield (
+                f"the model has batch norm, whose statistics belong to no averaged weights; say where they come from: "
+                f"{name}(batch_norm=train_loader), or batch_norm=False to keep those of the model"
+            )
+
+    def _chosen(self, run: Run) -> dict[str, nn.Module]:
+        return {n: m for n, m in _averageable(run).items() if self._names is None or n in self._names}
+
+    def on_fit_start(self, run: Run) -> None:
+        chosen = self._chosen(run)
+        if run.progress.step == 0 or self._sources != chosen:  # another run than the one seen before
+            self._forget()
+            self._sources = chosen
+            self.averages = {n: self._averaged(m) for n, m in chosen.items()}
+            for averaged in self.averages.values():
+                averaged.requires_grad_(False)
+
+    def on_step_end(self, run: Run, result: StepResult) -> None:
+        self._look(run)
+
+    def on_validation_start(self, run: Run) -> None:
+        if run.stages:  # trainer.validate looks at the model that it is given
+            self._look(run)  # at the end of an epoch, before its weights are judged
+            if self.evaluate and self.updates:
+                self._measure(run)
+                self._exchange()
+
+    def on_validation_end(self, run: Run, values: Mapping[str, float]) -> None:
+        if self._shown and run.stages:
+            self._exchange()
+
+    def on_epoch_end(self, run: Run) -> None:
+        self._look(run)
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        if self._shown:
+            self._exchange()
+
+    def on_stage_end(self, run: Run, stage: Stage) -> None:
+        if run.progress.stage + 1 == len(run.stages):
+            self._measure(run)  # before the last checkpoint
+
+    def on_fit_end(self, run: Run) -> None:
+        if run.interrupted or not self.updates:
+            return
+        self._measure(run)
+        if self.replace_at_end:
+            with torch.no_grad():
+                for mine, averaged in self._pairs():
+                    mine.copy_(averaged)
+
+    # ------------------------------------------------------------------------------------------ what they do
+
+    def _look(self, run: Run) -> None:
+        """Take the weights into the average, if they are due."""
+        progress = run.progress
+        if not self._every.due(progress):
+            return
+        if self._start is not None and self._start.position(progress) < self._start.value:
+            return
+        for name, averaged in self.averages.items():
+            if run.models[name] is not self._sources[name]:
+                raise SettingError(
+                    f"run.replace has changed {name!r}, and {type(self).__name__} holds averages of the one before; "
+                    "begin another fit with the new model"
+                )
+            averaged.update_parameters(run.models[name])
+        self.updates += 1
+
+    def _measure(self, run: Run) -> None:
+        """Batch-norm statistics for the averaged weights, once for each average."""
+        if not self.batch_norm or self._measured == self.updates:
+            return
+        self._measured = self.updates
+        with rng.forked(), torch.no_grad():
+            for averaged in self.averages.values():
+                update_bn(read(run, as_source(self.batch_norm, train=False, key=0), "batch_norm"), averaged)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tensors of the models with their averages."""
+        for name, averaged in self.averages.items():
+            model = self._sources[name]
+            yield from zip(model.parameters(), averaged.module.parameters(), strict=True)
+            if self.buffers or self.batch_norm:
+                yield from zip(model.buffers(), averaged.module.buffers(), strict=True)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Let models and averages change places; a second call undoes the first, bit for bit."""
+        pairs = list(self._pairs())
+        for mine, averaged in reversed(pairs) if self._shown else pairs:  # two models may share a tensor
+            held = mine.clone()
+            mine.copy_(averaged)
+            averaged.copy_(held)
+        self._shown = not self._shown
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The models have the averaged weights inside of this context, for a test or an export, and not after it."""
+        if not self.updates:
+            raise SettingError(f"{type(self).__name__} has averaged nothing yet; call fit with it first")
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def state_dict(self) -> dict[str, Any]:
+        averages = {name: dict(averaged.state_dict()) for name, averaged in self.averages.items()}
+        return {"averages": averages, "updates": self.updates, "next": self._every.next, "measured": self._measured}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, averaged in self.averages.items():
+            averaged.load_state_dict(state["averages"][name])
+        self.updates, self._measured, self._every.next = state["updates"], state["measured"], state["next"]
+
+
+def _averageable(run: Run) -> dict[str, nn.Module]:
+    return {name: model for name, model in run.models.items() if any(True for _ in model.parameters())}
+
+
+class EMA(Average):
+    """An exponential moving average of the weights, shown to validation: ``decay * average + (1 - decay) * weights``.
+
+    It takes the weights at ``every`` step ("10 steps", "1 epoch"); the first ones are copied. ``warmup=True`` begins
+    with a smaller decay, ``(1 + n) / (10 + n)`` after n updates. Buffers stay those of the model, or are averaged too
+    with ``buffers=True``. ``models`` names some of ``run.models``; by default all are averaged, each for itself.
+    ``evaluate=False`` lets validation see the weights in training. In ``on_validation_end`` callbacks before this one
+    see the averages, those after it the weights. After the fit the averages are in
+    ``ema.averages[name].module``, and ``with ema.applied():`` puts them into the models for a while;
+    ``replace_at_end=True`` leaves them there. Checkpoints hold both: the weights as the model's, the averages as this
+    callback's.
+
+    Reads: the weights. Changes: the weights that a validation sees, and with ``replace_at_end`` those after the fit.
+    Training has the bits that it has without. Stops: no.
+    FSDP, and another average that validation is to see, are refused before step 0.
+    Source: ``torch.optim.swa_utils.AveragedModel``, after Polyak & Juditsky 1992; the warm-up is TensorFlow's.
+
+    >>> EMA(0.99, every="10 steps").decay
+    0.99
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        *,
+        every: str | int | Duration = "1 step",
+        warmup: bool = False,
+        buffers: bool = False,
+        models: str | Sequence[str] | None = None,
+        evaluate: bool = True,
+        replace_at_end: bool = False,
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise SettingError(f"EMA(decay={decay!r}): expected a number from 0 to below 1, such as 0.999")
+        super().__init__(every, models=models, evaluate=evaluate, replace_at_end=replace_at_end)
+        self.decay, self.warmup, self.buffers = decay, warmup, buffers
+
+    def _averaged(self, model: nn.Module) -> AveragedModel:
+        average = self._warm if self.warmup else get_ema_multi_avg_fn(self.decay)
+        return AveragedModel(model, multi_avg_fn=average, use_buffers=self.buffers)
+
+    def _warm(self, averages: Any, values: Any, count: Any) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        get_ema_multi_avg_fn(decay)(averages, values, count)
+
+
+class SWA(Average):
+    """Stochastic weight averaging: the mean of the weights at the end of each epoch from ``start`` on.
+
+    ``start`` is how much is trained before the first weights count ("15 epochs"), ``every`` the distance of those that
+    do. Use a constant or cyclical learning rate from there on, such as ``torch.optim.swa_utils.SWALR``.
+    ``batch_norm`` is the data from which batch norm takes statistics for the averaged weights, in one pass before each
+    validation and at the end (torch's ``update_bn``: the model is called with the first part of each batch);
+    ``batch_norm=False`` keeps those of the model. A model with batch norm must say which. The other options and
+    promises are those of ``EMA``.
+
+    Reads: the weights. Changes: the weights that a validation sees, and with ``replace_at_end`` those after the fit.
+    Stops: no.
+    What EMA refuses is refused here too, and batch norm where ``batch_norm`` is not said.
+    Source: Izmailov et al. 2018 (arXiv:1803.05407).
+
+    >>> SWA("15 epochs").every
+    '1 epoch'
+    """
+
+    def __init__(
+        self,
+        start: str | int | Duration,
+        *,
+        every: str | int | Duration = "1 epoch",
+        batch_norm: Any = None,
+        models: str | Sequence[str] | None = None,
+        evaluate: bool = True,
+        replace_at_end: bool = False,
+    ) -> None:
+        super().__init__(every, models=models, evaluate=evaluate, replace_at_end=replace_at_end)
+        self.start, self.batch_norm = start, batch_norm
+        self._start = self._counted("start", start)
+
+    def _averaged(self, model: nn.Module) -> AveragedModel:
+        return AveragedModel(model)
