@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopwright import data, metrics
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
+    from loopwright.callbacks import (
+        BatchTransform,
+        Capsule,
+        Checkpoint,
+        CutMix,
+        EarlyStopping,
+        MixUp,
+        ProgressBar,
+        RandomErasing,
+        Requeue,
+    )
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -45,7 +55,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
+    "callbacks": [
+        "BatchTransform", "Capsule", "Checkpoint", "CutMix", "EarlyStopping", "MixUp", "ProgressBar", "RandomErasing",
+        "Requeue",
+    ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -70,11 +83,13 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BatchTransform",
     "CSVLogger",
     "Callback",
     "Capsule",
     "Checkpoint",
     "CheckpointError",
+    "CutMix",
     "DDP",
     "DataError",
     "DataModule",
@@ -89,11 +104,13 @@ __all__ = [
     "LoopwrightError",
     "LoopwrightWarning",
     "MetricError",
+    "MixUp",
     "NonFiniteError",
     "Phase",
     "PlanError",
     "Progress",
     "ProgressBar",
+    "RandomErasing",
     "Replay",
     "Requeue",
     "Resume",
