@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopwright import data, metrics
+    from loopwright import data, losses, metrics
     from loopwright.activations import checkpoint_activations
     from loopwright.callbacks import (
         BatchTransform,
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
         CutMix,
         EarlyStopping,
         MixUp,
+        Penalty,
+        Predictions,
         ProgressBar,
         RandomErasing,
         Requeue,
+        Resources,
+        Throughput,
     )
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
@@ -56,8 +60,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "activations": ["checkpoint_activations"],
     "callbacks": [
-        "BatchTransform", "Capsule", "Checkpoint", "CutMix", "EarlyStopping", "MixUp", "ProgressBar", "RandomErasing",
-        "Requeue",
+        "BatchTransform", "Capsule", "Checkpoint", "CutMix", "EarlyStopping", "MixUp", "Penalty", "Predictions",
+        "ProgressBar", "RandomErasing", "Requeue", "Resources", "Throughput",
     ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
@@ -106,13 +110,16 @@ __all__ = [
     "MetricError",
     "MixUp",
     "NonFiniteError",
+    "Penalty",
     "Phase",
     "PlanError",
+    "Predictions",
     "Progress",
     "ProgressBar",
     "RandomErasing",
     "Replay",
     "Requeue",
+    "Resources",
     "Resume",
     "Run",
     "Scheduler",
@@ -126,11 +133,13 @@ __all__ = [
     "Supervised",
     "TableLogger",
     "Task",
+    "Throughput",
     "Trainer",
     "checkpoint_activations",
     "data",
     "launch",
     "load_weights",
+    "losses",
     "metrics",
     "per_step",
     "replay",
@@ -138,7 +147,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "metrics"):
+    if name in ("data", "losses", "metrics"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
