@@ -22,7 +22,6 @@ class Weighted(nn.Module):
     logged as ``train/<name>`` and ``valid/<name>``.
 
     Raises SettingError for names that do not go together, and StepOutputError for preds or a target without a name.
-    Source: of equal weights it is a sum; Kendall et al. 2018 learn them (see the recipes).
 
     >>> import torch
     >>> loss = Weighted({"mse": nn.MSELoss(), "l1": nn.L1Loss()}, {"l1": 0.5})

@@ -57,5 +57,5 @@ def beta(alpha: float, rng: torch.Generator) -> float:
 
 def betas(count: int, alpha: float, rng: torch.Generator) -> Tensor:
     """``count`` numbers from Beta(alpha, alpha), float64."""
-    first, second = gamma_draws(torch.full((2, count), alpha, dtype=torch.float64), rng)
-    return (first / (first + second)).nan_to_num_(0.5)
+    first, second = gamma_draws(torch.full((2, count), alpha, dtype=torch.float64), rng).unbind()
+    return (first / (first + second)).nan_to_num(0.5)

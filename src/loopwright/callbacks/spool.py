@@ -70,7 +70,7 @@ class Spool:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
                           "shape": (self.rows[name], *tail)}  # fmt: skip
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array_header_1_0(member, header)  # type: ignore[arg-type]
+                    np.lib.format.write_array_header_1_0(member, header)
                     file.seek(0)
                     shutil.copyfileobj(file, member, 1 << 20)
 
