@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from loopwright.callbacks.draws import beta
+from loopwright.callbacks.draws import Draws
 from loopwright.callbacks.mixing import Mixing
 from loopwright.callbacks.parts import Key
 from loopwright.errors import DataError
@@ -37,12 +37,11 @@ class CutMix(Mixing):
     ) -> None:
         super().__init__(alpha, classes=classes, p=p, inputs=inputs, target=target)
 
-    def mix(self, x: Tensor, order: Tensor, rng: torch.Generator) -> tuple[Tensor, float | Tensor]:
+    def mix(self, x: Tensor, order: Tensor, drawn: Draws, rng: torch.Generator) -> tuple[Tensor, float | Tensor]:
         if x.dim() < 3:
             raise DataError(f"CutMix needs images [samples, ..., height, width]; got {describe(x)}")
         height, width = x.shape[-2:]
-        side = math.sqrt(1.0 - beta(self.alpha, rng))
-        across, down = torch.rand(2, generator=rng, dtype=torch.float64).tolist()
+        side, (across, down, _) = math.sqrt(1.0 - drawn.share), drawn.uniform
         top, bottom = _span(int(down * height), int(side * height), height)
         left, right = _span(int(across * width), int(side * width), width)
         mixed = x.clone()

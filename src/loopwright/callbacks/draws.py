@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
-
 import torch
 from torch import Tensor
 
@@ -17,24 +14,32 @@ from loopwright.state import Run
 __all__ = ["Draws"]
 
 
+_BLOCK = 256  # batches for which the cheap numbers are drawn in one go
+
+
 class Draws:
-    """A generator that is seeded anew for each batch from (key, epoch, batch), and from nothing else.
+    """Random numbers for each batch that depend on (key, epoch, batch), and on nothing else.
 
     So the global generators and the order of the data stay as they are, nothing is to be saved, and a resumed run
-    draws what it would have drawn. Two callbacks of a kind, and ranks, draw differently.
+    draws what it would have drawn. Two callbacks of a kind, and ranks, draw differently. With ``alpha`` each batch has
+    a ``share`` as well, from Beta(alpha, alpha), and ``uniform``, three numbers from 0 to 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alpha: float | None = None) -> None:
+        self.alpha = alpha
+        self.share, self.uniform = 1.0, [0.0, 0.0, 0.0]
         self._generator: torch.Generator | None = None
         self._base, self._nth = 0, 0
         self._at: Progress | None = None
+        self._block: tuple[int, int] | None = None
+        self._seeds: list[int] = []
 
     def begin(self, run: Run, owner: Callback, device: torch.device | str = "cpu") -> None:
         """For ``on_fit_start``: the stream of ``owner`` in ``run``, on ``device``."""
         alike = [callback for callback in run.callbacks if type(callback) is type(owner)]
         place = next((i for i, callback in enumerate(alike) if callback is owner), 0)
         self._base = seed_from(type(owner).__qualname__, place, run.settings["key"], run.comm.rank)
-        self._generator, self._at = torch.Generator(device), None
+        self._generator, self._at, self._block = torch.Generator(device), None, None
 
     def next(self, run: Run) -> torch.Generator:
         """For ``map_batch``, once a batch: the generator, at the start of what belongs to this batch."""
@@ -44,18 +49,24 @@ class Draws:
             self._nth += 1  # of its window: progress counts a window when it is complete
         else:
             self._at, self._nth = p, 0
-        where = struct.pack("<4q", self._base, p.epoch, p.batch, self._nth)
-        seed = int.from_bytes(hashlib.blake2b(where, digest_size=8).digest(), "little") >> 1
-        return self._generator.manual_seed(seed)
+        number = p.batch + self._nth
+        if self._block != (p.epoch, number // _BLOCK):
+            self._block = (p.epoch, number // _BLOCK)
+            self._draw(*self._block)
+        number %= _BLOCK
+        if self.alpha is not None:
+            self.share, self.uniform = self._shares[number], self._uniforms[number]
+        return self._generator.manual_seed(self._seeds[number])
 
-
-def beta(alpha: float, rng: torch.Generator) -> float:
-    """One number from Beta(alpha, alpha): two gamma variates, the first over their sum."""
-    first, second = gamma_draws(torch.full((2,), alpha, dtype=torch.float64), rng).tolist()
-    return first / (first + second) if first + second > 0 else 0.5
+    def _draw(self, epoch: int, block: int) -> None:
+        rng = torch.Generator().manual_seed(seed_from(self._base, epoch, block))
+        self._seeds = torch.randint(2**62, (_BLOCK,), generator=rng).tolist()
+        if self.alpha is not None:
+            self._shares = betas(_BLOCK, self.alpha, rng).tolist()
+            self._uniforms = torch.rand(_BLOCK, 3, generator=rng, dtype=torch.float64).tolist()
 
 
 def betas(count: int, alpha: float, rng: torch.Generator) -> Tensor:
-    """``count`` numbers from Beta(alpha, alpha), float64."""
+    """``count`` numbers from Beta(alpha, alpha), float64: of two gamma variates the first over their sum."""
     first, second = gamma_draws(torch.full((2, count), alpha, dtype=torch.float64), rng).unbind()
     return (first / (first + second)).nan_to_num(0.5)

@@ -34,9 +34,9 @@ class Mixing(Callback):
         if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 2):
             raise SettingError(f"{name}(classes={classes!r}): expected the number of classes, from 2, or None")
         self.alpha, self.classes, self.p, self.inputs, self.target = float(alpha), classes, p, inputs, target
-        self._draws = Draws()
+        self._draws = Draws(self.alpha)
 
-    def mix(self, x: Tensor, order: Tensor, rng: torch.Generator) -> tuple[Tensor, float | Tensor]:
+    def mix(self, x: Tensor, order: Tensor, drawn: Draws, rng: torch.Generator) -> tuple[Tensor, float | Tensor]:
         """``x`` mixed with ``x[order]``, and the share of ``x`` in it: a number, or one for each sample."""
         raise NotImplementedError
 
@@ -44,12 +44,15 @@ class Mixing(Callback):
         self._draws.begin(run, self)
 
     def map_batch(self, run: Run, batch: Any) -> Any:
-        name, rng = type(self).__name__, self._draws.next(run)
+        name, drawn = type(self).__name__, self._draws
+        rng = drawn.next(run)
         x = floats(batch, self.inputs, name)
         y = self._soft(part(batch, self.target, name), x)
-        if self.p == 1 or float(torch.rand((), generator=rng)) < self.p:
-            order = torch.randperm(len(x), generator=rng).to(x.device, non_blocking=True)
-            x, share = self.mix(x, order, rng)
+        if self.p == 1 or drawn.uniform[2] < self.p:
+            order = torch.randperm(len(x), generator=rng)
+            if not x.is_cpu:
+                order = order.to(x.device, non_blocking=True)
+            x, share = self.mix(x, order, drawn, rng)
             y = mixed(y, order, share)
         return with_parts(batch, {self.inputs: x, self.target: y})
 
@@ -70,9 +73,11 @@ class Mixing(Callback):
                 f"the target is {describe(target)}: class indices cannot be mixed as they are. Say how many classes "
                 f"there are, lw.{name}(classes=10), to train on soft targets"
             )
+        if target.dtype != torch.int64:
+            target = target.long()
         if target.dim() == 1:
-            return x.new_zeros(len(x), self.classes).scatter_(1, target.long().unsqueeze(1), 1.0)
-        return one_hot(target.long(), self.classes).movedim(-1, 1).to(x.dtype)
+            return x.new_zeros(len(x), self.classes).scatter_(1, target.unsqueeze(1), 1.0)
+        return one_hot(target, self.classes).movedim(-1, 1).to(x.dtype)
 
 
 def mixed(x: Tensor, order: Tensor, share: float | Tensor) -> Tensor:

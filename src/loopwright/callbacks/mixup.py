@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopwright.callbacks.draws import beta, betas
+from loopwright.callbacks.draws import Draws, betas
 from loopwright.callbacks.mixing import Mixing, mixed
 from loopwright.callbacks.parts import Key
 
@@ -48,6 +48,6 @@ class MixUp(Mixing):
         super().__init__(alpha, classes=classes, p=p, inputs=inputs, target=target)
         self.per_sample = per_sample
 
-    def mix(self, x: Tensor, order: Tensor, rng: torch.Generator) -> tuple[Tensor, float | Tensor]:
-        share = betas(len(x), self.alpha, rng) if self.per_sample else beta(self.alpha, rng)
+    def mix(self, x: Tensor, order: Tensor, drawn: Draws, rng: torch.Generator) -> tuple[Tensor, float | Tensor]:
+        share = betas(len(x), self.alpha, rng) if self.per_sample else drawn.share
         return mixed(x, order, share), share
