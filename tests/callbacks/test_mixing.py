@@ -110,8 +110,7 @@ def test_the_draws_depend_on_the_key_the_epoch_and_the_batch() -> None:
     twice = shares(epochs=2)
     assert len(set(twice)) == 8
     assert shares() == twice[:4]
-    assert shares(accumulate=4) != twice[:4]  # of a window, the place counts
-    assert len(set(shares(accumulate=4))) == 4
+    assert shares(accumulate=4) == twice[:4]  # whatever makes a window
     assert shares(seed=8) != twice[:4]
     assert shares(lw.EarlyStopping("train/loss")) == twice[:4]
 
