@@ -278,3 +278,58 @@ def test_what_is_told_among_ranks_may_have_any_length(size: int) -> None:
 
     told = [b"\0", b"\1" * size], bytes(size), size * (size - 1) // 2
     assert lw.launch(tell, 2) == [told] * 2
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+
+
+def test_three_ranks_go_on_with_the_order_in_which_gradients_are_summed(tmp_path: Path) -> None:
+    """DDP lays its buckets out anew after its first backward, and with that each sum of three numbers."""
+
+    def fit() -> Any:
+        found = []
+        for folder, steps in (("whole", [8]), ("parts", [3, 8])):
+            for last in steps:
+                net = deep()
+                saver = lw.Checkpoint(1, keep=2)
+                one = trainer(epochs=None, steps=last, folder=tmp_path / folder, name="n", checkpoint=saver)
+                run = one.fit(supervised(net), lw.Loader((X, Y), 8, shuffle=True), resume="auto")
+            found.append((run.progress.step, weights(net)))
+        return found
+
+    for whole, parts in lw.launch(fit, 3):
+        assert whole[0] == parts[0] == 8
+        assert all(map(torch.equal, whole[1], parts[1]))
+
+
+def test_a_callback_that_only_one_rank_has_holds_nobody_up() -> None:
+    class Looks(lw.Callback):
+        def map_loss(self, run: lw.Run, loss: Any, *args: Any) -> Any:
+            return loss
+
+    def fit() -> Any:
+        import os
+
+        first = os.environ["RANK"] == "0"
+        net = deep()
+        trainer(callbacks=[Looks()] if first else []).fit(supervised(net), (X, Y))
+        return weights(net)
+
+    one, two = lw.launch(fit, 2)
+    assert all(map(torch.equal, one, two))
+
+
+def test_a_signal_just_before_a_validation_of_which_a_rank_has_no_part() -> None:
+    class Asks(lw.Callback):
+        def on_step_end(self, run: lw.Run, result: Any) -> None:
+            if run.progress.step == 4 and run.comm.rank == 1:
+                run.request_stop("SIGTERM")  # is known to all after step 6
+
+    def fit() -> Any:
+        with pytest.raises(SystemExit) as caught:
+            trainer(callbacks=[Asks()], validate_every=6).fit(supervised(), lw.Loader((X, Y), 4), (X[:3], Y[:3]))
+        return caught.value.code
+
+    assert lw.launch(fit, 2) == [143, 143]

@@ -141,11 +141,11 @@ class Team:
     def begin(self, run: Run) -> None:
         """All ranks begin with the weights and buffers of rank 0."""
         self.follow(run, parameters=True)
-        hooks = [hook for name in _STEERING for hook in getattr(run.hooks, name)]
-        self.steered = any(not _is_ours(hook) for hook in hooks)
-        every_hook = chain.from_iterable(getattr(run.hooks, name) for name in HOOKS)
-        users = not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
-        self.pulse.each_step = users or not all(map(_is_ours, every_hook))
+        steering = any(not _is_ours(hook) for name in _STEERING for hook in getattr(run.hooks, name))
+        asking = any(not _is_ours(hook) for name in HOOKS for hook in getattr(run.hooks, name))
+        asking = asking or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
+        on_any = self.comm.sums([steering, asking])  # callbacks may differ from rank to rank
+        self.steered, self.pulse.each_step = (n > 0 for n in on_any)
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
             if meters is not None:
                 meters.check_ranks()
