@@ -277,6 +277,20 @@ def _by_samples(ledger: Ledger) -> Parts:
     )
 
 
+def _noise(batch: Any, rng: torch.Generator) -> Any:
+    return [batch[0] + 0.1 * torch.randn(batch[0].shape, generator=rng), *batch[1:]]
+
+
+@variant("batches mixed and transformed, a penalty, the best weights kept", EXTRAS)
+def _callbacks(ledger: Ledger) -> Parts:
+    callbacks = [
+        lw.BatchTransform(_noise), lw.MixUp(classes=CLASSES, target=1), lw.Penalty("l1", 0.001),
+        lw.EarlyStopping("valid/loss", patience=99, restore="best"),
+    ]  # fmt: skip
+    settings = {"callbacks": callbacks, "validate_every": "5 steps"}
+    return Parts(supervised(mlp(dropout=0.2), ledger), tensors(), tensors(9), settings)
+
+
 @variant("a function of the user", EXTRAS)
 def _function(ledger: Ledger) -> Parts:
     net = mlp(dropout=0.2)

@@ -193,7 +193,7 @@ def test_a_run_that_a_callback_has_ended_is_left_alone() -> None:
 
 
 class EMA(lw.Callback):
-    """That of docs/recipes.md: what its state goes into is made in ``on_fit_start``."""
+    """That of docs/recipes/everyday.md: what its state goes into is made in ``on_fit_start``."""
 
     def on_fit_start(self, run: lw.Run) -> None:
         torch.rand(3)  # what it draws is put back

@@ -7,20 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopwright import data, metrics, optim, schedules
+    from loopwright import data, losses, metrics, optim, schedules
     from loopwright.activations import checkpoint_activations
     from loopwright.callbacks import (
         EMA,
         SAM,
         SWA,
         Anneal,
+        BatchTransform,
         Capsule,
         Checkpoint,
+        CutMix,
         EarlyStopping,
         KeepBest,
+        MixUp,
+        Penalty,
         Plateau,
+        Predictions,
         ProgressBar,
+        RandomErasing,
         Requeue,
+        Resources,
+        Throughput,
     )
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
@@ -60,15 +68,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "activations": ["checkpoint_activations"],
     "callbacks": [
-        "Anneal", "Capsule", "Checkpoint", "EMA", "EarlyStopping", "KeepBest", "Plateau", "ProgressBar", "Requeue",
-        "SAM", "SWA",
+        "Anneal", "BatchTransform", "Capsule", "Checkpoint", "CutMix", "EMA", "EarlyStopping", "KeepBest", "MixUp",
+        "Penalty", "Plateau", "Predictions", "ProgressBar", "RandomErasing", "Requeue", "Resources", "SAM", "SWA",
+        "Throughput",
     ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
-        "CheckpointError", "DataError", "HookError", "LoopwrightError", "LoopwrightWarning",
-        "MetricError", "NonFiniteError", "PlanError",
-        "SettingError", "SkipBatch", "SkipStep", "StepOutputError", "StopEpoch",
+        "CheckpointError", "DataError", "HookError", "LoopwrightError", "LoopwrightWarning", "MetricError",
+        "NonFiniteError", "PlanError", "SettingError", "SkipBatch", "SkipStep", "StepOutputError", "StopEpoch",
     ],
     "events": ["Callback"],
     "finders": ["batch_size_find", "lr_find"],
@@ -90,11 +98,13 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Anneal",
+    "BatchTransform",
     "CSVLogger",
     "Callback",
     "Capsule",
     "Checkpoint",
     "CheckpointError",
+    "CutMix",
     "DDP",
     "DataError",
     "DataModule",
@@ -111,14 +121,19 @@ __all__ = [
     "LoopwrightError",
     "LoopwrightWarning",
     "MetricError",
+    "MixUp",
     "NonFiniteError",
+    "Penalty",
     "Phase",
     "PlanError",
     "Plateau",
+    "Predictions",
     "Progress",
     "ProgressBar",
+    "RandomErasing",
     "Replay",
     "Requeue",
+    "Resources",
     "Resume",
     "Run",
     "SAM",
@@ -134,6 +149,7 @@ __all__ = [
     "Supervised",
     "TableLogger",
     "Task",
+    "Throughput",
     "Trainer",
     "batch_size_find",
     "checkpoint_activations",
@@ -143,6 +159,7 @@ __all__ = [
     "launch",
     "load_weights",
     "lr_find",
+    "losses",
     "metrics",
     "optim",
     "per_step",
@@ -152,7 +169,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "metrics", "optim", "schedules"):
+    if name in ("data", "losses", "metrics", "optim", "schedules"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,7 @@ __all__ = [
     "begin_workers",
     "copy_loader",
     "fork_works",
+    "gamma_draws",
     "graphs_compiled",
     "has_cpp_compiler",
     "has_ended",
@@ -196,6 +197,11 @@ def is_own_iteration(loader: DataLoader[Any]) -> bool:
 def has_ended(iterator: Any) -> bool:
     """True if the iterator of a DataLoader has seen the end of its IterableDataset while it filled its last batch."""
     return bool(getattr(getattr(iterator, "_dataset_fetcher", None), "ended", False))
+
+
+def gamma_draws(concentration: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard gamma variates from ``generator``; torch.distributions draw from the global one only."""
+    return torch._standard_gamma(concentration, generator=generator)
 
 
 def may_alias(tensor: Tensor) -> bool:

@@ -200,7 +200,7 @@ def _intervals(run: Run) -> Iterator[str]:
 def _monitors(run: Run) -> Iterator[str]:
     """A monitored name that nothing produces; only what is certain is reported."""
     has_valid = any(stage.valid for stage in run.stages)
-    names = {"loss", *(run.task.configure_metrics() or ())}
+    names = {"loss", *(run.task.configure_metrics() or ()), *getattr(getattr(run.task, "loss", None), "terms", ())}
     closed = _closed_kinds(run)
     schedulers = [s for stage in run.stages for phase in stage.phases for s in phase.epoch_schedulers]
     for item in [*run.callbacks, *run.savers, *schedulers]:

@@ -174,6 +174,7 @@ class _Again(Callback):
         self.run: Run | None = None
 
     def on_fit_start(self, run: Run) -> None:
+        run.settings["key"] = self.data.state.get("key", run.settings["key"])  # of what callbacks draw
         run.restore = lambda: self._restore(run)
 
     def _restore(self, run: Run) -> None:

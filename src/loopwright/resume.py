@@ -121,6 +121,8 @@ class Point:
         snapshot.restore(run, self.data)
         for saver in run.savers:
             saver.end(run)
+        for callback in (c for c in kept if hasattr(c, "put_back")):
+            callback.put_back(run)
         run.status = "stopped" if run.stop_reason else "done"
         run.task.__dict__["_run"] = run
 

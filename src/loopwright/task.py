@@ -103,7 +103,8 @@ class Task(nn.Module):
 class Supervised(Task):
     """A plain module, a loss and an optimizer as a task.
 
-    ``loss(preds, target)`` returns a scalar; without one, the module's own ``loss`` output is taken, else cross
+    ``loss(preds, target)`` returns a scalar, or a dict of ``loss`` and other scalars to log, whose names it has as
+    ``terms`` (see ``lw.losses.Weighted``); without one, the module's own ``loss`` output is taken, else cross
     entropy for integer targets and mean squared error for floating ones. ``optimizer`` is an instance or a factory
     ``params -> Optimizer``; ``schedule`` a torch scheduler, a factory ``optimizer -> scheduler``, or
     ``lw.per_step(...)``. A batch is ``(input, ..., target)``; ``inputs`` and ``targets`` choose otherwise, by key, by
@@ -163,7 +164,10 @@ class Supervised(Task):
             return self._any_step(batch, loss_of, carry)
         inputs, target = batch
         preds = modules["module"](inputs)
-        return {"loss": loss_of(preds, target), "preds": preds, "target": target}
+        loss = loss_of(preds, target)
+        if type(loss) is dict:
+            return {**loss, "preds": preds, "target": target}
+        return {"loss": loss, "preds": preds, "target": target}
 
     def _any_step(self, batch: Any, loss_of: Callable[..., Tensor] | None, carry: Any) -> dict[str, Any]:
         pick = _picker(self.inputs, "inputs")
@@ -181,7 +185,8 @@ class Supervised(Task):
         target = _target(batch, needed=loss is None) if pick_target is None else pick_target(batch)
         if loss is None:
             loss = (loss_of or pick_loss(preds, target))(preds, target)
-        return {"loss": loss, "preds": preds, "target": target, **more}
+        found = loss if type(loss) is dict else {"loss": loss}
+        return {**found, "preds": preds, "target": target, **more}
 
     def _with_carry(self, args: tuple[Any, ...], kwargs: dict[str, Any], carry: Any) -> tuple[Any, Any]:
         returned = self.module(*args, carry, **kwargs)

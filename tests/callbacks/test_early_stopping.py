@@ -9,6 +9,7 @@ from torch import nn
 import loopwright as lw
 from loopwright.callbacks import EarlyStopping
 from loopwright.errors import MetricError, SettingError
+from tiny import acts
 
 
 class Given(nn.Module):
@@ -97,6 +98,81 @@ def test_a_name_that_no_validation_has_is_an_error():
     )
 
 
+def test_a_relative_gain_is_a_share_of_the_best():
+    run = fit([100.0, 92.0, 84.0, 84.0], EarlyStopping(patience=1, min_delta=0.05, relative=True))
+    assert run.progress.epoch == 4
+    run = fit([100.0, 96.0, 84.0, 84.0], EarlyStopping(patience=1, min_delta=0.05, relative=True))
+    assert run.progress.epoch == 2
+    assert run.stop_reason.startswith("valid/loss has not improved by more than 5.000% in 1 validation: best 100 at")
+
+
+def test_a_value_that_is_reached_stops_at_once():
+    run = fit([0.9, 0.5, 0.4, 0.3], EarlyStopping(stop_at=0.5, start_from=3))
+    assert run.progress.epoch == 2
+    assert run.stop_reason == "valid/loss has reached 0.5 at step 4; asked for was 0.5"
+    assert fit([0.9, 0.51, 0.52], EarlyStopping(stop_at=0.5)).stop_reason is None
+    assert fit([0.1, 0.7, 0.8], EarlyStopping(stop_at=0.6, mode="max")).progress.epoch == 2
+
+
+def test_a_value_that_has_diverged_stops_at_once():
+    run = fit([0.9, 5.0, 5.1], EarlyStopping(diverged_at=5.0))
+    assert run.stop_reason == "valid/loss is 5.1 at step 6, worse than 5"
+    assert fit([0.9, math.nan, 0.8], EarlyStopping(diverged_at=5.0), nonfinite=None).progress.epoch == 2
+
+
+class Moves(Given):
+    """Its weight is the number of steps, its validation loss in epoch n the n-th of a list."""
+
+    def loss(self, output, target):
+        return -output.mean() if self.training else super().loss(output, target)
+
+
+def moves(losses, stop, **settings):
+    net = Moves(losses)
+    task = lw.Supervised(net, net.loss, torch.optim.SGD(net.parameters(), lr=1.0))
+    batch = (torch.ones(2, 1), torch.ones(2, 1))
+    given = {"epochs": 9, "folder": None, "progress": False, "callbacks": [stop]} | settings
+    return lw.Trainer(**given).fit(task, [batch, batch], [batch])
+
+
+def test_the_best_weights_are_put_back():
+    losses = [1.0, 0.5, 0.6, 0.7, 0.8]
+    run = moves(losses, EarlyStopping(patience=2))
+    assert run.models["model"].w.item() == 8.0  # asked for by name, never by default
+    run = moves(losses, EarlyStopping(patience=2, restore="best"))
+    assert run.models["model"].w.item() == 4.0
+    assert run.optimizers["main"].param_groups[0]["params"][0] is run.models["model"].w
+    run = moves([1.0, 0.5, 0.6], EarlyStopping(patience=9, restore="best"), epochs=3)
+    assert run.models["model"].w.item() == 4.0  # also where the run ends by itself
+
+
+def test_the_best_weights_of_a_run_that_was_resumed_are_put_back(folder):
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def once(losses, at=None, **how):
+        def kill(run, result):
+            if run.progress.step == at:
+                raise Killed
+
+        net = Moves(losses)
+        task = lw.Supervised(net, net.loss, torch.optim.SGD(net.parameters(), lr=1.0))
+        batch = (torch.ones(2, 1), torch.ones(2, 1))
+        stop = EarlyStopping(patience=3, restore="best")
+        settings = {"epochs": 9, "name": "a", "progress": False, "checkpoint": lw.Checkpoint("1 step")}
+        user = lw.Trainer(**settings, callbacks=[stop, acts(on_step_end=kill)])
+        return user.fit(task, [batch, batch], [batch], **how)
+
+    with pytest.raises(Killed):
+        once([1.0, 0.5, 0.6], at=7)  # the best were those of step 4
+    run = once([0.6, 0.7, 0.8], resume="auto")  # the validation at the end of the open epoch is made again
+    assert run.models["model"].w.item() == 4.0
+    assert run.progress.step == 10
+    again = once([], resume="auto")  # there is nothing left to do
+    assert again.models["model"].w.item() == 4.0
+    assert (again.status, again.progress.step) == ("stopped", 10)
+
+
 def test_the_count_goes_on_where_state_dict_left_it():
     first = EarlyStopping(patience=3)
     run = fit([0.5, 0.6, 0.7], first)
@@ -122,6 +198,12 @@ def test_another_run_begins_with_a_new_count():
         ({"patience": 1.5}, "patience=1.5: expected a whole number of validations from 1"),
         ({"start_from": -1}, "start_from=-1: expected a whole number of validations from 0"),
         ({"min_delta": -0.1}, "min_delta=-0.1: expected 0 or more; mode tells the direction"),
+        ({"relative": True}, "relative=True says what min_delta is a share of; give one, such as min_delta=0.01"),
+        ({"restore": "last"}, "restore='last': expected None or 'best'"),
+        (
+            {"stop_at": 2.0, "diverged_at": 1.0},
+            "stop_at=2 is no better than diverged_at=1: one of them is wrong",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(arguments, text):

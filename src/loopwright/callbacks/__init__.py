@@ -2,14 +2,22 @@
 
 from loopwright.callbacks.anneal import Anneal
 from loopwright.callbacks.averaging import EMA, SWA
+from loopwright.callbacks.batch_transform import BatchTransform
 from loopwright.callbacks.capsule import Capsule
 from loopwright.callbacks.checkpoint import Checkpoint
+from loopwright.callbacks.cutmix import CutMix
 from loopwright.callbacks.displays import display_mode
 from loopwright.callbacks.early_stopping import EarlyStopping
+from loopwright.callbacks.erasing import RandomErasing
+from loopwright.callbacks.mixup import MixUp
+from loopwright.callbacks.penalty import Penalty
+from loopwright.callbacks.predictions import Predictions
 from loopwright.callbacks.progress import ProgressBar
 from loopwright.callbacks.requeue import Requeue
+from loopwright.callbacks.resources import Resources
 from loopwright.callbacks.sharpness import SAM
 from loopwright.callbacks.stage_ends import KeepBest, Plateau
+from loopwright.callbacks.throughput import Throughput
 
 __all__ = [
     "Anneal",
@@ -23,5 +31,13 @@ __all__ = [
     "Requeue",
     "SAM",
     "SWA",
+    "BatchTransform",
+    "CutMix",
+    "MixUp",
+    "Penalty",
+    "Predictions",
+    "RandomErasing",
+    "Resources",
+    "Throughput",
     "display_mode",
 ]

@@ -170,7 +170,8 @@ class Capsule(Callback):
             "optimizer_kinds": {name: type(o).__qualname__ for name, o in run.optimizers.items()},
             "models": extras, "flags": _flags(run), "progress": {**self._at._asdict(), "stage": run.progress.stage},
             "precision": run.precision.state_dict() if has_state(run.precision) else {},  # type: ignore[attr-defined]
-            "skips_in_row": self._in_row, "rng": {k: v for k, v in rng.get().items() if k in ("python", "numpy")},
+            "key": run.settings["key"], "skips_in_row": self._in_row,
+            "rng": {k: v for k, v in rng.get().items() if k in ("python", "numpy")},
             "callbacks": [type(c).__qualname__ for c in run.callbacks if c is not self and _takes_part(c)],
         }  # fmt: skip
         files = self._fitting(files, state, limits)

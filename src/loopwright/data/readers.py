@@ -242,8 +242,8 @@ def _reads_many(dataset: Any) -> bool:
     return hasattr(dataset, "__getitems__")
 
 
-def takes_rng(transform: Callable[..., Any]) -> bool:
-    """True if ``transform`` needs two arguments: the sample, and a generator.
+def takes_rng(transform: Callable[..., Any], *, name: str = "transform", of: str = "sample") -> bool:
+    """True if ``transform`` needs two arguments: the sample (or what it is called with ``of``), and a generator.
 
     Raises SettingError for what cannot be called with one or two.
 
@@ -251,7 +251,7 @@ def takes_rng(transform: Callable[..., Any]) -> bool:
     (False, True, False)
     """
     if not callable(transform):
-        raise SettingError(f"transform={transform!r} cannot be called; pass a function of a sample")
+        raise SettingError(f"{name}={transform!r} cannot be called; pass a function of a {of}")
     try:
         parameters = inspect.signature(transform).parameters.values()
     except (TypeError, ValueError):  # some built in C have none
@@ -259,8 +259,8 @@ def takes_rng(transform: Callable[..., Any]) -> bool:
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if len(needed) > 2 or not all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed):
         raise SettingError(
-            f"transform needs the arguments {', '.join(p.name for p in needed)}; expected transform(sample), or "
-            "transform(sample, rng) with a torch.Generator. Fix the others with functools.partial"
+            f"{name} needs the arguments {', '.join(p.name for p in needed)}; expected {name}({of}), or "
+            f"{name}({of}, rng) with a torch.Generator. Fix the others with functools.partial"
         )
     return len(needed) == 2
 

@@ -1,0 +1,412 @@
+"""Every two of what ships go together: in each pair each one has the effect that it states.
+
+An entry makes a callback (or settings, a task, data) and has a function that checks its effect in a finished trial.
+A new callback needs one entry in ENTRIES.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import loopwright as lw
+from tiny import acts, bits, same, seed_all
+
+CLASSES, SIDE, BATCH, EPOCHS = 6, 8, 6, 3
+
+
+@dataclass
+class Seen:
+    """What went into a callback, and what came out."""
+
+    batches: list[tuple[Any, Any]] = field(default_factory=list)
+    outputs: list[tuple[Any, Any]] = field(default_factory=list)
+    weights: list[list[Tensor]] = field(default_factory=list)  # of the phase, when the output came
+
+
+class Trial:
+    """A fit with some entries, each between two spies."""
+
+    run: lw.Run
+
+    def __init__(self, names: tuple[str, ...], folder: Path) -> None:
+        self.names, self.folder = names, folder
+        self.callbacks: dict[str, Any] = {}
+        self.seen = {name: Seen() for name in names}
+        self.results: list[lw.StepResult] = []
+        self.lrs: list[float] = []
+        self.grads: list[float] = []
+
+    def fit(self, extra: lw.Callback | None = None) -> Trial:
+        seed_all(3)
+        entries = [ENTRIES[name] for name in self.names]
+        settings: dict[str, Any] = {"checkpoint": False, "loggers": [], "log_every": 1, "capsule": False}
+        for entry in entries:
+            settings |= entry.settings(self.folder)
+        net = model()
+        task = next((e.task(net) for e in entries if e.task), None) or supervised(net)
+        data = next((e.data() for e in entries if e.data), None) or images()
+        listed = self._between_spies(entries)
+        savers = [c for c in self.callbacks.values() if isinstance(c, lw.Checkpoint)]
+        if savers:
+            settings["checkpoint"] = savers
+        callbacks = [*listed, *([extra] if extra else [])]
+        runs = self.folder / "runs"
+        trainer = lw.Trainer(EPOCHS, folder=runs, name="x", progress=False, callbacks=callbacks, **settings)
+        self.run = trainer.fit(task, data, images(9, seed=2))
+        return self
+
+    def _between_spies(self, entries: list[Entry]) -> list[lw.Callback]:
+        waits: dict[str, Any] = {}
+
+        def before(seen: Seen) -> lw.Callback:
+            return acts(
+                map_batch=lambda run, batch: waits.update(batch=batch) or batch,
+                map_output=lambda run, output, *_: waits.update(output=output) or output,
+            )
+
+        def after(seen: Seen) -> lw.Callback:
+            def output(run: lw.Run, output: Any, batch: Any, phase: lw.Phase) -> Any:
+                seen.outputs.append((waits["output"], output))
+                own = {id(p) for p in phase.parameters()}
+                seen.weights.append([p.detach().clone() for p in run.task.parameters() if id(p) in own and p.dim() > 1])
+                return output
+
+            def batch(run: lw.Run, batch: Any) -> Any:
+                seen.batches.append((waits["batch"], batch))
+                return batch
+
+            return acts(map_batch=batch, map_output=output)
+
+        def note(run: lw.Run, result: lw.StepResult) -> None:
+            result.output = dict(result.output)
+            self.results.append(result)
+            self.lrs.append(float(run.lr or 0.0))
+
+        def grads(run: lw.Run, phase: lw.Phase, norm: Any) -> None:
+            squares = [float(p.grad.double().square().sum()) for p in phase.parameters() if p.grad is not None]
+            self.grads.append(sum(squares) ** 0.5)
+
+        listed: list[lw.Callback] = []
+        for name, entry in zip(self.names, entries, strict=True):
+            made = None if entry.make is None else entry.make(self.folder)
+            self.callbacks[name] = made
+            if isinstance(made, lw.Callback) and not isinstance(made, lw.Checkpoint):
+                listed += [before(self.seen[name]), made, after(self.seen[name])]
+        return [*listed, acts(on_step_end=note, on_grads_ready=grads)]
+
+
+@dataclass(frozen=True)
+class Entry:
+    effect: Callable[[Trial, str], None]
+    make: Callable[[Path], Any] | None = None
+    settings: Callable[[Path], dict[str, Any]] = lambda folder: {}
+    task: Callable[[nn.Module], lw.Task] | None = None
+    data: Callable[[], Any] | None = None
+    observes: bool = False  # with and without it, every weight is the same
+
+
+# ------------------------------------------------------------------------------------------------- what is trained
+
+
+def model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        pixels = 2 * SIDE * SIDE
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, CLASSES))
+
+
+def supervised(net: nn.Module, **settings: Any) -> lw.Supervised:
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+    accuracy = {"accuracy": lw.metrics.Accuracy()}
+    return lw.Supervised(net, nn.CrossEntropyLoss(), sgd, metrics=accuracy, **settings)
+
+
+def arrays(n: int = 22, *, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 2, SIDE, SIDE, generator=generator) + 1, torch.arange(n) % CLASSES
+
+
+def images(n: int = 22, *, seed: int = 1) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*arrays(n, seed=seed)), BATCH, shuffle=n > 9)
+
+
+class Two(lw.Task):
+    """A body and a head, each with an optimizer and a phase of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.module = net
+
+    def training_step(self, batch: Any) -> Any:
+        preds = self.module(batch[0])
+        return {"loss": nn.functional.cross_entropy(preds, batch[1]), "preds": preds, "target": batch[1]}
+
+    def phases(self) -> list[lw.Phase]:
+        return [lw.Phase(name, self.training_step, optimizers=name) for name in ("body", "head")]
+
+    def configure_optimizers(self) -> Any:
+        body, head = self.module[1], self.module[4]  # type: ignore[index]
+        return {name: torch.optim.SGD(part.parameters(), lr=0.05) for name, part in (("body", body), ("head", head))}
+
+
+# ----------------------------------------------------------------------------------------------------- the effects
+
+
+def soft(y: Tensor) -> Tensor:
+    return y if y.is_floating_point() else nn.functional.one_hot(y, CLASSES).float()
+
+
+def partner(x: Tensor, mixed: Tensor, i: int) -> tuple[int, float]:
+    """Which row of ``x`` was mixed into row i, and the share that row i has kept."""
+    if torch.equal(mixed[i], x[i]):
+        return i, 1.0
+    for j in range(len(x)):
+        way = (x[j] - x[i]).flatten()
+        if j != i and (length := float(way @ way)):
+            part = float((mixed[i] - x[i]).flatten() @ way) / length
+            if torch.allclose(mixed[i], torch.lerp(x[i], x[j], part), atol=1e-4):
+                return j, 1 - part
+    raise AssertionError(f"row {i} is no mixture of two")
+
+
+def mixup(trial: Trial, name: str) -> None:
+    shares = []
+    for (x, y), (mixed, target) in trial.seen[name].batches:
+        found = [partner(x, mixed, i) for i in range(len(x))]
+        wanted = torch.stack([share * soft(y)[i] + (1 - share) * soft(y)[j] for i, (j, share) in enumerate(found)])
+        torch.testing.assert_close(target, wanted, atol=1e-3, rtol=0)
+        shares += [share for j, share in found if j]
+    assert min(shares) < 0.9  # something was mixed
+
+
+def cutmix(trial: Trial, name: str) -> None:
+    areas = []
+    for (x, y), (mixed, target) in trial.seen[name].batches:
+        for i in range(len(x)):
+            mask = (mixed[i] != x[i]).any(0)
+            area = float(mask.double().mean())
+            fits = [j for j in range(len(x)) if torch.equal(torch.where(mask, x[j], x[i]), mixed[i])]
+            wanted = [torch.lerp(soft(y)[j], soft(y)[i], 1 - area) for j in fits]
+            # a pixel that is the same in both, such as an erased one, makes the mask smaller than the rectangle
+            assert any(torch.allclose(target[i], w, atol=1e-4) for w in wanted) or bool((x == 7).any())
+            assert fits
+            areas.append(area)
+    assert max(areas) > 0.1
+
+
+def erasing(trial: Trial, name: str) -> None:
+    for (x, y), (erased, target) in trial.seen[name].batches:
+        mask = (erased != x).any(1)
+        assert torch.equal(erased, torch.where(mask[:, None], torch.tensor(7.0), x))
+        assert 0.01 < float(mask.double().mean()) < 0.5
+        assert target is y
+
+
+def doubled(trial: Trial, name: str) -> None:
+    assert all(torch.equal(2 * before[0], after[0]) for before, after in trial.seen[name].batches)
+    assert len(trial.seen[name].batches) >= 8
+
+
+def penalty(trial: Trial, name: str) -> None:
+    seen = trial.seen[name]
+    for (before, after), weights in zip(seen.outputs, seen.weights, strict=True):
+        wanted = 0.001 * float(sum(weight.abs().sum() for weight in weights))
+        assert float(after["penalty_l1"]) == pytest.approx(wanted, rel=1e-4)
+        assert float((after["loss"] - before["loss"]).detach()) == pytest.approx(wanted, rel=1e-2, abs=1e-4)
+
+
+def stopped(trial: Trial, name: str) -> None:
+    assert trial.run.progress.epoch == 2
+    assert str(trial.run.stop_reason).startswith("valid/loss has not improved by more than 1e+09 in 1 validation")
+
+
+def saved(trial: Trial, name: str) -> None:
+    callback = trial.callbacks[name]
+    assert callback.last.name == f"step-{trial.run.progress.step:08d}"
+    assert len(list(callback.last.parent.glob("step-*"))) == 2
+
+
+def shown(trial: Trial, name: str) -> None:
+    lines = trial.callbacks[name].file.getvalue().splitlines()
+    assert len(lines) >= trial.run.progress.epoch
+    assert any("loss" in line for line in lines)
+
+
+def kept(trial: Trial, name: str) -> None:
+    """A step that fails is kept with its batch, as it came from the data."""
+
+    class Boom(Exception):  # noqa: N818
+        pass
+
+    def fail(run: lw.Run, *args: Any) -> None:
+        if run.progress.step == 2:
+            raise Boom
+
+    again = Trial(trial.names, trial.folder / "again")
+    with pytest.raises(Boom):
+        again.fit(acts(on_backward_end=fail))
+    capsule = again.callbacks[name].last
+    assert capsule.name == "step-00000003-Boom"
+    assert (capsule / "manifest.json").is_file()
+
+
+def rates(trial: Trial, name: str) -> None:
+    for rate in ("samples", "tokens", "flops"):
+        assert trial.run.metrics[f"train/{rate}_per_second"] > 0
+
+
+def resources(trial: Trial, name: str) -> None:
+    assert trial.run.metrics["train/memory_mb"] > 10
+
+
+def written(trial: Trial, name: str) -> None:
+    files = sorted((trial.folder / "predictions").glob("valid-*.npz"))
+    assert len(files) == trial.run.progress.epoch
+    found = np.load(files[-1])
+    assert found["target"].tolist() == [i % CLASSES for i in range(9)]
+    assert found["preds"].shape == (9, CLASSES)
+    if "valid/accuracy" in trial.run.metrics:
+        right = float((found["preds"].argmax(1) == found["target"]).mean())
+        assert trial.run.metrics["valid/accuracy"] == pytest.approx(right)
+
+
+def accumulated(trial: Trial, name: str) -> None:
+    assert trial.run.progress.step == 2 * trial.run.progress.epoch
+    assert trial.run.progress.samples == 22 * trial.run.progress.epoch
+
+
+def clipped(trial: Trial, name: str) -> None:
+    assert max(trial.grads) <= 0.01 * 1.001
+    assert all(float(result.grad_norm) > 0.01 for result in trial.results)  # type: ignore[arg-type]
+
+
+def half(trial: Trial, name: str) -> None:
+    assert trial.results[0].output["preds"].dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in trial.run.models["model"].parameters())
+
+
+def halved(trial: Trial, name: str) -> None:
+    epochs = trial.run.progress.epoch
+    assert trial.lrs[:: len(trial.lrs) // epochs] == [0.05, 0.025, 0.0125][:epochs]
+
+
+def two(trial: Trial, name: str) -> None:
+    assert trial.run.progress.phase_steps == dict.fromkeys(("body", "head"), trial.run.progress.step)
+    parts = zip(model().parameters(), trial.run.task.module.parameters(), strict=True)
+    assert not any(torch.equal(before, after) for before, after in parts)
+
+
+def oversampled(trial: Trial, name: str) -> None:
+    """Only classes 1 and 2 have weight."""
+    first = next((trial.seen[n] for n in trial.names if trial.seen[n].batches), None)
+    labels = [label for before, _ in first.batches for label in soft(before[1]).argmax(1).tolist()] if first else []
+    assert set(labels) <= {1, 2}
+    drawn = [label for result in trial.results for label in soft(result.output["target"]).argmax(1).tolist()]
+    assert set(drawn) == {1, 2}
+
+
+def tabled(trial: Trial, name: str) -> None:
+    lines = (trial.folder / "metrics.csv").read_text().splitlines()
+    assert "train/loss" in lines[0] or "train/body/loss" in lines[0]
+    assert len(lines) > trial.run.progress.epoch
+
+
+def weighted() -> Any:
+    x, y = arrays()
+    weights = ((y == 1) | (y == 2)).double()
+    return lw.Loader((x, y), sampler=lw.data.WeightedSampler(weights, BATCH, samples=22))
+
+
+def scheduled(net: nn.Module) -> lw.Supervised:
+    return supervised(net, schedule=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
+
+
+ENTRIES: dict[str, Entry] = {
+    "MixUp": Entry(mixup, lambda folder: lw.MixUp(classes=CLASSES)),
+    "CutMix": Entry(cutmix, lambda folder: lw.CutMix(classes=CLASSES)),
+    "RandomErasing": Entry(erasing, lambda folder: lw.RandomErasing(1.0, value=7.0)),
+    "BatchTransform": Entry(doubled, lambda folder: lw.BatchTransform(lambda batch: (batch[0] * 2, batch[1]))),
+    "Penalty": Entry(penalty, lambda folder: lw.Penalty("l1", 0.001, parameters="*weight")),
+    "EarlyStopping": Entry(stopped, lambda folder: lw.EarlyStopping("valid/loss", patience=1, min_delta=1e9)),
+    "Checkpoint": Entry(saved, lambda folder: lw.Checkpoint("1 epoch"), observes=True),
+    "ProgressBar": Entry(shown, lambda folder: lw.ProgressBar(file=io.StringIO(), mode="lines"), observes=True),
+    "Capsule": Entry(kept, lambda folder: lw.Capsule(), observes=True),
+    "Throughput": Entry(
+        rates, lambda folder: lw.Throughput(1, tokens=lambda batch: batch[0].numel(), flops=True), observes=True
+    ),
+    "Resources": Entry(resources, lambda folder: lw.Resources("0.000001 s"), observes=True),
+    "Predictions": Entry(written, lambda folder: lw.Predictions(folder / "predictions"), observes=True),
+    "CSVLogger": Entry(
+        tabled, settings=lambda folder: {"loggers": [lw.CSVLogger(folder / "metrics.csv")]}, observes=True
+    ),
+    "accumulate": Entry(accumulated, settings=lambda folder: {"accumulate": 2}),
+    "clip_norm": Entry(clipped, settings=lambda folder: {"clip_norm": 0.01}),
+    "bf16": Entry(half, settings=lambda folder: {"precision": "bf16"}),
+    "a schedule": Entry(halved, task=scheduled),
+    "oversampling": Entry(oversampled, data=weighted),
+    "body and head": Entry(two, task=Two),
+}
+APART = {("a schedule", "body and head")}  # both bring a task
+NAMES = list(ENTRIES)
+
+
+def result_of(trial: Trial) -> list[Any]:
+    return [*bits(trial.run.task, *trial.run.optimizers.values()), trial.run.history.losses]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """What a run with one entry ends with."""
+    known: dict[str, list[Any]] = {}
+
+    def ends(name: str) -> list[Any]:
+        if name not in known:
+            known[name] = result_of(Trial((name,), tmp_path_factory.mktemp("alone")).fit())
+        return known[name]
+
+    return ends
+
+
+@pytest.mark.capability("FA-25")
+@pytest.mark.parametrize("first", NAMES[:-1])
+def test_in_every_pair_each_has_its_effect(first: str, alone: Any, tmp_path: Path) -> None:
+    """All callbacks that ship, schedules, precision, accumulation, clipping, oversampling, two optimizers: in pairs."""
+    for second in NAMES[NAMES.index(first) + 1 :]:
+        if (first, second) in APART:
+            continue
+        trial = Trial((first, second), tmp_path / str(NAMES.index(second))).fit()
+        ended = result_of(trial)
+        for name, other in ((first, second), (second, first)):
+            if ENTRIES[name].observes:
+                assert same(ended, alone(other)), f"{name} has changed a run with {other}"
+        for name in (first, second):
+            try:
+                ENTRIES[name].effect(trial, name)
+            except AssertionError as error:
+                raise AssertionError(
+                    f"{name} has not its effect in a run with {first} and {second}: {error}"
+                ) from error
+
+
+def test_all_together_each_has_its_effect(tmp_path: Path) -> None:
+    names = tuple(name for name in NAMES if name not in ("body and head", "EarlyStopping", "a schedule"))
+    trial = Trial(names, tmp_path).fit()
+    for name in names:
+        ENTRIES[name].effect(trial, name)
+
+
+def test_every_callback_that_ships_has_an_entry() -> None:
+    public = {name: getattr(lw, name) for name in lw.__all__}
+    shipped = {name for name, it in public.items() if isinstance(it, type) and issubclass(it, lw.Callback)}
+    elsewhere = {"Callback", "Requeue"}  # the base; what acts in a SLURM job only (test_requeue.py)
+    assert shipped - elsewhere <= set(ENTRIES)
