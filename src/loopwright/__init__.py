@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopwright import data, metrics
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
+    from loopwright.callbacks import Audit, Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
     from loopwright.errors import (
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
+    "callbacks": ["Audit", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
     "errors": [
@@ -70,6 +70,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Audit",
     "CSVLogger",
     "Callback",
     "Capsule",

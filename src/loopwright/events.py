@@ -26,7 +26,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loopwright.errors import HookError, LoopwrightWarning, SkipBatch, SkipStep, StopEpoch, choose
 from loopwright.state import Phase, Run, Stage, StepResult
@@ -49,7 +49,13 @@ class Callback:
     >>> class Shout(Callback):
     ...     def on_epoch_end(self, run):
     ...         print("epoch", run.progress.epoch)
+
+    ``changes`` names what a callback changes besides what its ``map_*`` hooks return and the gradients in
+    ``on_grads_ready``: of "weights", "gradients", "values" (what it is passed), "random", "flags" and "rates".
+    ``lw.Audit`` allows that and nothing else, and ``trainer.explain(..., of=...)`` tells it.
     """
+
+    changes: ClassVar[tuple[str, ...]] = ()
 
     def on_fit_start(self, run: Run) -> None:
         """Training is about to begin; everything on ``run`` is ready."""
@@ -184,6 +190,24 @@ class Hooks:
             found += [h.bound(hook) for h in handlers if hook in h.tests]
             setattr(self, hook, tuple(found))
 
+    def wrap(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put ``around(hook, function)`` in the place of each function; it keeps its owner and its name.
+
+        For callbacks that look at the others, from their ``on_fit_start``: what a hook has begun to call stays as it
+        is until the next time.
+        """
+        for hook in HOOKS:
+            setattr(self, hook, tuple(_dressed(around(hook, one), one) for one in getattr(self, hook)))
+
+
+def _dressed(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the owner and the name of ``original``, by which errors name it."""
+    if function is not original:
+        for name in ("__self__", "__name__", "__qualname__"):
+            if hasattr(original, name):
+                setattr(function, name, getattr(original, name))
+    return function
+
 
 def check_callback(callback: Any) -> None:
     """Raise HookError unless every hook of ``callback`` exists and takes what the loop passes."""
@@ -213,8 +237,23 @@ def _check_class(kind: type) -> None:
             names = ", ".join(expected.parameters)
             raise HookError(
                 f"{kind.__name__}.{name}{inspect.signature(method)} has the wrong parameters; write: "
-                f"def {name}({names})"
+                f"def {name}({names}){_elsewhere(name, inspect.signature(method).parameters)}"
             ) from None
+
+
+def passed_to(name: str) -> list[str]:
+    """The hooks that are passed ``name``: what lives shorter than the run is seen there and nowhere else.
+
+    >>> passed_to("grad_norm")
+    ['on_grads_ready']
+    """
+    return [hook for hook in HOOKS if name in list(inspect.signature(getattr(Callback, hook)).parameters)[2:]]
+
+
+def _elsewhere(hook: str, asked: Iterable[str]) -> str:
+    """Where the parameters are to be had that ``hook`` is not passed."""
+    known = ((name, passed_to(name)) for name in asked)
+    return "".join(f". {name} is passed to {', '.join(at)}" for name, at in known if at and hook not in at)
 
 
 def fire(hooks: Calls, run: Run, *args: Any) -> None:

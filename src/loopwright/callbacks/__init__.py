@@ -1,5 +1,6 @@
 """Callbacks: what happens beside the loop, one file a concern."""
 
+from loopwright.callbacks.audit import Audit
 from loopwright.callbacks.capsule import Capsule
 from loopwright.callbacks.checkpoint import Checkpoint
 from loopwright.callbacks.displays import display_mode
@@ -7,4 +8,4 @@ from loopwright.callbacks.early_stopping import EarlyStopping
 from loopwright.callbacks.progress import ProgressBar
 from loopwright.callbacks.requeue import Requeue
 
-__all__ = ["Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue", "display_mode"]
+__all__ = ["Audit", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue", "display_mode"]
