@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopwright import data, metrics
     from loopwright.activations import checkpoint_activations
-    from loopwright.callbacks import Audit, Capsule, Checkpoint, EarlyStopping, ProgressBar, Requeue
+    from loopwright.callbacks import (
+        Audit,
+        Capsule,
+        Checkpoint,
+        EarlyStopping,
+        Profiler,
+        ProgressBar,
+        Requeue,
+        TorchProfiler,
+    )
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
+    from loopwright.debug import Debug
     from loopwright.errors import (
         CheckpointError,
         DataError,
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     from loopwright.handlers import Event
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
+    from loopwright.model_summary import ModelSummary, summary
     from loopwright.optim import Scheduler, per_step
     from loopwright.parallel.ddp import DDP
     from loopwright.parallel.fsdp import FSDP
@@ -45,9 +56,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
-    "callbacks": ["Audit", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue"],
+    "callbacks": [
+        "Audit", "Capsule", "Checkpoint", "EarlyStopping", "Profiler", "ProgressBar", "Requeue", "TorchProfiler",
+    ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
+    "debug": ["Debug"],
     "errors": [
         "CheckpointError", "DataError", "HookError", "LoopwrightError", "LoopwrightWarning",
         "MetricError", "NonFiniteError", "PlanError",
@@ -57,6 +71,7 @@ _HOMES = {
     "handlers": ["Event"],
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
+    "model_summary": ["ModelSummary", "summary"],
     "optim": ["Scheduler", "per_step"],
     "parallel.ddp": ["DDP"],
     "parallel.fsdp": ["FSDP"],
@@ -79,6 +94,7 @@ __all__ = [
     "DDP",
     "DataError",
     "DataModule",
+    "Debug",
     "Duration",
     "EarlyStopping",
     "Event",
@@ -90,9 +106,11 @@ __all__ = [
     "LoopwrightError",
     "LoopwrightWarning",
     "MetricError",
+    "ModelSummary",
     "NonFiniteError",
     "Phase",
     "PlanError",
+    "Profiler",
     "Progress",
     "ProgressBar",
     "Replay",
@@ -110,6 +128,7 @@ __all__ = [
     "Supervised",
     "TableLogger",
     "Task",
+    "TorchProfiler",
     "Trainer",
     "checkpoint_activations",
     "data",
@@ -118,6 +137,7 @@ __all__ = [
     "metrics",
     "per_step",
     "replay",
+    "summary",
 ]
 
 

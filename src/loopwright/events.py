@@ -57,6 +57,10 @@ class Callback:
 
     changes: ClassVar[tuple[str, ...]] = ()
 
+    def problems(self, run: Run) -> Iterable[str]:
+        """Why this callback cannot do its work in ``run``, each with the fix: PlanError before step 0."""
+        return ()
+
     def on_fit_start(self, run: Run) -> None:
         """Training is about to begin; everything on ``run`` is ready."""
 

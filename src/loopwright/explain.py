@@ -22,6 +22,8 @@ def explain(run: Run) -> str:
             name = hook_name(function, run)
             put(depth, name if name.endswith(f".{hook}") else f"{name}  # {hook}")
 
+    if debug := run.settings.get("debug"):
+        put(0, f"Debug({', '.join(f'{name}={value!r}' for name, value in debug.items())})")
     put_hook(0, "on_fit_start")
     for stage in run.stages:
         put(0, f"stage {stage.name!r}: until {' or '.join(map(str, stage.until))}")

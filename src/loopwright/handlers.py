@@ -197,7 +197,9 @@ class Handler:
         except TypeError as error:
             offers = f" (this event also offers {', '.join(offered)})" if offered else ""
             events = {n: [_event(h) for h in passed_to(n) if h.startswith("on_")] for n in signature.parameters}
-            lives = "".join(f". {n} is offered at {', '.join(at)}" for n, at in events.items() if at and n not in offered)
+            lives = "".join(
+                f". {n} is offered at {', '.join(at)}" for n, at in events.items() if at and n not in offered
+            )
             raise SettingError(
                 f"handler {self.name}{signature} cannot be called at {self.event}: {error}. Expected "
                 f"{self.name}(run) plus the extra arguments given to trainer.on{offers}{lives}"

@@ -42,7 +42,7 @@ class Plan:
 def make_plan(run: Run) -> Plan:
     """Look at a prepared run, without reading a batch."""
     plan = Plan()
-    for check in (_parameters, _schedules, _intervals, _monitors, _settings, _numbers, _compilation):
+    for check in (_parameters, _schedules, _intervals, _monitors, _settings, _numbers, _compilation, _callbacks):
         plan.problems += check(run)
     for stage in run.stages:
         plan.facts.append(_describe(stage))
@@ -236,6 +236,12 @@ def _numbers(run: Run) -> Iterator[str]:
                 f"{', '.join(half[:4])}{', ...' if len(half) > 4 else ''} of the model came in float16; call "
                 "net.float() before the optimizer is made"
             )
+
+
+def _callbacks(run: Run) -> Iterator[str]:
+    """What callbacks themselves say that they cannot do here."""
+    for callback in run.callbacks:
+        yield from getattr(callback, "problems", lambda run: ())(run)  # one that is no lw.Callback may lack it
 
 
 def _compilation(run: Run) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import loopwright as lw
-from tiny import acts, bits, classifier, loader, samples, same, seed_all, trainer
+from tiny import acts, bits, classifier, loader, same, samples, seed_all, trainer
 
 EVERY = [
     "on_stage_start", "on_epoch_start", "on_step_start", "on_batch_start", "on_backward_end", "on_grads_ready",
@@ -116,9 +116,7 @@ def test_an_observer_that_changes_what_it_is_passed_is_named() -> None:
             audited(acts(**hooks))
         return str(caught.value).partition(" after step")[0]
 
-    assert told(on_batch_start=lambda run, batch: nothing(batch[0].mul_(2))) == (
-        "Acts.on_batch_start changed batch[0]"
-    )
+    assert told(on_batch_start=lambda run, batch: nothing(batch[0].mul_(2))) == ("Acts.on_batch_start changed batch[0]")
     assert told(on_batch_start=lambda run, batch: batch.__setitem__(1, batch[1].clone())) == (
         "Acts.on_batch_start changed batch[1]"
     )

@@ -5,7 +5,12 @@ from loopwright.callbacks.capsule import Capsule
 from loopwright.callbacks.checkpoint import Checkpoint
 from loopwright.callbacks.displays import display_mode
 from loopwright.callbacks.early_stopping import EarlyStopping
+from loopwright.callbacks.profiler import Profiler
 from loopwright.callbacks.progress import ProgressBar
 from loopwright.callbacks.requeue import Requeue
+from loopwright.callbacks.torch_profiler import TorchProfiler
 
-__all__ = ["Audit", "Capsule", "Checkpoint", "EarlyStopping", "ProgressBar", "Requeue", "display_mode"]
+__all__ = [
+    "Audit", "Capsule", "Checkpoint", "EarlyStopping", "Profiler", "ProgressBar", "Requeue", "TorchProfiler",
+    "display_mode",
+]  # fmt: skip

@@ -23,8 +23,14 @@ __all__ = ["Audit"]
 _SAMPLE = 256  # elements of a tensor that are compared
 _FREE = ("on_fit_start", "on_exception")  # before and after training
 _LOOKING = (
-    "on_validation_start", "on_eval_batch_end", "on_validation_end", "on_test_start", "on_test_end",
-    "on_predict_start", "on_predict_batch_end", "on_predict_end",
+    "on_validation_start",
+    "on_eval_batch_end",
+    "on_validation_end",
+    "on_test_start",
+    "on_test_end",
+    "on_predict_start",
+    "on_predict_batch_end",
+    "on_predict_end",
 )  # fmt: skip - within these random generators and flags are put back
 _RULES = {
     "weights": "Weights move in the step of an optimizer only: call run.replace('model', new)",
