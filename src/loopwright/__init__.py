@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         Audit,
         Capsule,
         Checkpoint,
+        Doctor,
         EarlyStopping,
         Profiler,
         ProgressBar,
@@ -57,7 +58,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "activations": ["checkpoint_activations"],
     "callbacks": [
-        "Audit", "Capsule", "Checkpoint", "EarlyStopping", "Profiler", "ProgressBar", "Requeue", "TorchProfiler",
+        "Audit", "Capsule", "Checkpoint", "Doctor", "EarlyStopping", "Profiler", "ProgressBar", "Requeue",
+        "TorchProfiler",
     ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
@@ -95,6 +97,7 @@ __all__ = [
     "DataError",
     "DataModule",
     "Debug",
+    "Doctor",
     "Duration",
     "EarlyStopping",
     "Event",

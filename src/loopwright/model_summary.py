@@ -92,8 +92,8 @@ def summary(module: nn.Module, inputs: Any, *, depth: int | None = None) -> Mode
     autograd really keeps, in eval mode; the state of an optimizer comes on top (Adam: twice the weights).
 
     The forward runs in eval mode with random generators forked; flags, buffers and gradients are as before. Of a lazy
-    module a copy is run, and it stays lazy. Where the forward fails, the table ends there, and ``problem`` says in which
-    layer, with the shapes that it was given.
+    module a copy is run, and it stays lazy. Where the forward fails, the table ends there, and ``problem`` says in
+    which layer, with the shapes that it was given.
 
     Raises SettingError for what is no module.
 
@@ -115,7 +115,8 @@ def summary(module: nn.Module, inputs: Any, *, depth: int | None = None) -> Mode
         raise SettingError(f"depth={depth!r}: expected a whole number from 1, or None for all layers")
     if any(map(is_lazy, module.parameters())):
         # torch has no copy of a lazy buffer: a fresh one takes its place
-        lazy = {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in module.buffers() if is_lazy(b)}
+        fresh: Any = UninitializedBuffer
+        lazy = {id(b): fresh(device=b.device, dtype=b.dtype) for b in module.buffers() if is_lazy(b)}
         module = copy.deepcopy(module, lazy)
     look = _Look(module, inputs)
     with _untouched(module), look:
@@ -177,7 +178,7 @@ class _Look:
             self.handles.append(module.register_forward_hook(self._leave))
         given = {t.untyped_storage().data_ptr() for t in _tensors(self.inputs) if t.layout == torch.strided}
 
-        def pack(tensor: Tensor) -> None:
+        def pack(tensor: Tensor) -> Any:
             if tensor.layout != torch.strided or isinstance(tensor, nn.Parameter):
                 return
             own = {p.untyped_storage().data_ptr() for p in self.module.parameters() if not is_lazy(p)}
@@ -187,7 +188,7 @@ class _Look:
 
         self.kept: list[Any] = []
         self.counter = FlopCounterMode(display=False)
-        self.saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: None)
+        self.saving = torch.autograd.graph.saved_tensors_hooks(pack, _never)
         self.counter.__enter__()
         self.saving.__enter__()
 
@@ -233,6 +234,10 @@ class _Look:
         if self.problem:
             shown = [layer for layer in shown if layer.calls]
         return ModelSummary(shown, total.parameters, total.trained, self.counter.get_total_flops(), sizes, self.problem)
+
+
+def _never(packed: Any) -> Any:
+    """There is no backward."""
 
 
 def _bytes(tensors: Any) -> int:

@@ -20,7 +20,7 @@ from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
 from loopwright.debug import Debug
 from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
 from loopwright.events import Callback, Hooks, check_callback
-from loopwright.explain import explain
+from loopwright.explain import explain, writers
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
@@ -290,11 +290,32 @@ class Trainer:
         finally:
             parts.undo()
 
-    def explain(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> str:
-        """The flat loop of this very run, with each callback and handler in its place, as text to print."""
+    def explain(
+        self,
+        task: Task,
+        train: Any,
+        valid: Any = None,
+        *,
+        stages: Sequence[Stage] | None = None,
+        of: str | None = None,
+    ) -> str:
+        """The flat loop of this very run, with each callback and handler in its place, as text to print.
+
+        ``of="loss"`` tells instead who writes the loss, in order; likewise "batch", "output", "gradients", "weights"
+        and "lr".
+
+        >>> net = nn.Linear(2, 1)
+        >>> task = Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> data = [[torch.ones(4, 2), torch.ones(4, 1)]]
+        >>> print(Trainer(epochs=1, clip_norm=1.0).explain(task, data, of="gradients"))
+        gradients, in this order:
+          1. the start of the step, which sets them to None
+          2. loss.backward()
+          3. clipping to a norm of 1
+        """
         run, parts, _ = self._prepare(task, train, valid, stages, None)
         parts.undo()
-        return explain(run)
+        return explain(run) if of is None else writers(run, of)
 
     # ------------------------------------------------------------------------------------------ how a run is made
 
