@@ -231,6 +231,95 @@ def test_anomaly_mode_is_refused_where_it_cannot_apply(settings: Any, text: str)
     assert any(text in problem for problem in plan.problems)
 
 
+# ------------------------------------------------------------------------------------------------ with all the rest
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_a_run_that_is_looked_into_resumes_exactly_from_every_step(stop: int, folder: Path) -> None:
+    """Half of the data, with an audit, a profile and a doctor: the weights of the run that was never interrupted."""
+
+    class HaltError(Exception):
+        pass
+
+    def user(root: Path, *callbacks: lw.Callback, **debug: Any) -> tuple[lw.Trainer, lw.Supervised, Any]:
+        net = classifier(dropout=0.5, batch_norm=True)
+        task = task_of(net, metrics={"accuracy": lw.metrics.Accuracy()})
+        made = lw.Trainer(
+            epochs=2, folder=root, progress=False, checkpoint=lw.Checkpoint("1 step"), callbacks=callbacks,
+            debug=lw.Debug(train=0.5, **debug), seed=3,
+        )  # fmt: skip
+        return made, task, loader(40, batch_size=5, shuffle=True, noisy=True)
+
+    made, whole, data = user(folder / "whole")
+    made.fit(whole, data, loader(9))
+    made, task, data = user(folder / "parts", lw.Doctor(2, show=False), audit=True)
+
+    def halt(run: lw.Run) -> None:
+        raise HaltError
+
+    made.on(lw.Event.STEP_START(once=stop + 1))(halt)
+    with pytest.raises(HaltError):
+        made.fit(task, data, loader(9))
+    made, task, data = user(folder / "parts", lw.Doctor(2, show=False), lw.Profiler(show=False))
+    run = made.fit(task, data, loader(9), resume="auto")
+    assert run.progress.step == 8
+    assert same(bits(task, task.optimizer)[:2], bits(whole, whole.optimizer)[:2])
+
+
+@pytest.mark.capability("IG-24")
+def test_a_model_in_factored_code_is_looked_into_by_all_utilities_at_once(folder: Path) -> None:
+    """Two phases and stages, a schedule; summary, rehearsal, audit, profile, doctor, explain: each by one line."""
+
+    class Pair(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = classifier(dropout=0.1), classifier(batch_norm=True, seed=2)
+
+        def first_step(self, batch: Any) -> Any:
+            return nn.functional.cross_entropy(self.first(batch[0]), batch[1])
+
+        def second_step(self, batch: Any) -> Any:
+            preds = self.second(batch[0])
+            return {"loss": nn.functional.cross_entropy(preds, batch[1]), "preds": preds, "target": batch[1]}
+
+        def validation_step(self, batch: Any) -> Any:
+            return self.second_step(batch)
+
+        def phases(self) -> list[lw.Phase]:
+            return [
+                lw.Phase("first", self.first_step, optimizers="first"),
+                lw.Phase("second", self.second_step, optimizers="second", every=2, clip_norm=1.0),
+            ]
+
+        def configure_optimizers(self) -> Any:
+            second = torch.optim.Adam(self.second.parameters())
+            return {
+                "first": torch.optim.SGD(self.first.parameters(), 0.1),
+                "second": (second, torch.optim.lr_scheduler.StepLR(second, 1)),
+            }
+
+        def configure_metrics(self) -> Any:
+            return {"accuracy": lw.metrics.Accuracy()}
+
+    torch.manual_seed(0)
+    task, data, valid = Pair(), loader(30, batch_size=5), loader(9)
+    stages = [lw.Stage("warm", until="1 epoch", freeze="first.0.*"), lw.Stage("all", until="2 epochs")]
+    doctor = lw.Doctor(2, show=False)
+    assert lw.summary(task.second, torch.zeros(4, 5)).parameters == sum(p.numel() for p in task.second.parameters())
+    before = bits(task)[0]
+    rehearsal = lw.Trainer(folder=folder, progress=False, callbacks=[doctor], debug=lw.Debug(dev_run=2, audit=True))
+    assert rehearsal.fit(task, data, valid, stages=stages).progress.step == 4
+    assert same(bits(task)[0], before)
+    user = lw.Trainer(folder=folder, progress=False, callbacks=[doctor], debug=lw.Debug(profile=True, audit=True))
+    assert "Adam, made with 0.001" in user.explain(task, data, valid, stages=stages, of="lr")
+    run = user.fit(task, data, valid, stages=stages)
+    assert run.progress.phase_steps == {"first": 18, "second": 9}
+    assert run.folder is not None
+    assert {"profile.json", "doctor.json"} <= {path.name for path in run.folder.iterdir()}
+    assert set(doctor.parameters) >= {"first.0.weight", "second.0.weight"}
+    assert lw.Trainer(folder=None).validate(task, valid).keys() == {"valid/loss", "valid/accuracy"}
+
+
 # ------------------------------------------------------------------------------------------------- how it is told
 
 

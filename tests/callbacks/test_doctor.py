@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loopwright as lw
 from loopwright.callbacks.doctor import ACTIVATIONS, BINS, WEIGHTS
@@ -93,6 +94,31 @@ def test_the_doctor_changes_no_bit(settings: Any, folder: Path) -> None:
         return bits(net, optimizer)
 
     assert same(fitted(lw.Audit(), lw.Doctor(1, show=False)), fitted())
+
+
+class HostReads(TorchDispatchMode):
+    """Counts where a value of a tensor is read by the program: there a device would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+def test_looking_reads_nothing_from_the_device() -> None:
+    """As many reads as without it: the numbers wait where they were made."""
+
+    def reads(*callbacks: lw.Callback) -> int:
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Tanh(), nn.Linear(8, 2))
+        task = sgd_task(net, loss=square)
+        with HostReads() as counted:
+            trainer(epochs=1, callbacks=callbacks).fit(task, DATA)
+        return counted.count
+
+    assert reads(lw.Doctor(1, show=False)) == reads()
 
 
 def test_phases_with_their_own_models_are_looked_at_each() -> None:

@@ -84,6 +84,7 @@ class Doctor(Callback):
         self._before: dict[int, Tensor] = {}
         self._measured: dict[int, list[Tensor]] = {}
         self._own: list[Tensor] = []
+        self._edges: dict[torch.device, Tensor] = {}
 
     def problems(self, run: Run) -> Iterator[str]:
         if run.compiler is not None:
@@ -129,8 +130,9 @@ class Doctor(Callback):
         saturated = torch.full_like(flat[0], torch.nan) if limit is None else ((flat - limit[0]).abs() > limit[1]).sum()
         sums = torch.stack([flat.new_tensor(float(flat.numel())), flat.sum(), flat.square().sum(), (flat == 0).sum(),
                             saturated])  # fmt: skip
-        edges = torch.from_numpy(BINS).to(flat)  # what is beyond the ends counts as at them
-        cut = torch.searchsorted(flat.sort().values, edges[1:-1])
+        if flat.device not in self._edges:  # what is beyond the ends counts as at them
+            self._edges[flat.device] = torch.from_numpy(BINS[1:-1]).to(flat)
+        cut = torch.searchsorted(flat.sort().values, self._edges[flat.device])
         counts = torch.diff(cut, prepend=cut.new_zeros(1), append=cut.new_full((1,), flat.numel()))
         alive = _alive(output) if isinstance(module, _RECTIFIERS) else None
         if (known := self._seen.get(i)) is None:
