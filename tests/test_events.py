@@ -374,7 +374,7 @@ CALL = "handler demanding(run: 'lw.Run', word: 'str', result: 'Any') -> 'None' c
          "to trainer.on (this event also offers result)"),
         (lambda user: user.on(Event.STEP_END(every=2) | Event.FIT_END, "word")(demanding),
          f"{CALL} STEP_END(every=2) | FIT_END: missing a required argument: 'result'. Expected demanding(run) plus the "
-         "extra arguments given to trainer.on"),
+         "extra arguments given to trainer.on. result is offered at STEP_END"),
         (lambda user: user.on(Event.FIT_END, wrod=1)(look),
          "handler look(run: 'lw.Run') -> 'None' cannot be called at FIT_END: got an unexpected keyword argument "
          "'wrod'. "

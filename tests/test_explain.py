@@ -225,8 +225,116 @@ def test_two_handlers_of_one_name_are_drawn_each_with_its_event() -> None:
     ]  # fmt: skip
 
 
+class Swaps(lw.Callback):
+    """Says that it changes weights and rates."""
+
+    changes = ("weights", "rates")
+
+    def on_validation_start(self, run: lw.Run) -> None: ...
+
+    def on_validation_end(self, run: lw.Run, values: Any) -> None: ...
+
+
+class Edits(lw.Callback):
+    """Has every hook that writes something."""
+
+    def map_batch(self, run: lw.Run, batch: Any) -> Any:
+        return batch
+
+    def map_output(self, run: lw.Run, output: Any, batch: Any, phase: lw.Phase) -> Any:
+        return output
+
+    def map_loss(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: lw.Phase) -> Any:
+        return loss + 1
+
+    def on_grads_ready(self, run: lw.Run, phase: lw.Phase, grad_norm: Any) -> None: ...
+
+
+def written(of: str, *, schedule: Any = None, stages: Any = None, task: Any = None, **settings: Any) -> str:
+    user = trainer(**{"epochs": None if stages else 1, "callbacks": [Scale(), Edits(), Swaps()], **settings})
+    if "callbacks" not in settings:
+        user.on(lw.Event.GRADS_READY)(check_gradients)
+    return user.explain(task or sgd_task(line(), schedule=schedule), pairs([1.0]), of=of, stages=stages)
+
+
+def check_gradients(run: lw.Run) -> None: ...
+
+
 @pytest.mark.capability("TB-05")
-def test_who_writes_the_loss_is_told_in_order() -> None:
+@pytest.mark.parametrize(
+    ("of", "settings", "text"),
+    [
+        ("batch", {}, """\
+batch, in this order:
+  1. Iterated, which reads it
+  2. Edits.map_batch"""),
+        ("output", {}, """\
+output, in this order:
+  1. Supervised.training_step(batch), which returns it
+  2. Edits.map_output"""),
+        ("loss", {}, """\
+loss, in this order:
+  1. Supervised.training_step(batch), which returns it as output['loss']
+  2. Edits.map_output
+  3. Scale.map_loss
+  4. Edits.map_loss"""),
+        ("loss", {"accumulate": 2, "precision": "fp16", "callbacks": [Edits(), Scale()]}, """\
+loss, in this order:
+  1. Supervised.training_step(batch), which returns it as output['loss']
+  2. Edits.map_output
+  3. Edits.map_loss
+  4. Scale.map_loss
+  5. the gradient scaler, for the backward only
+  6. the batch's share of the window, for the backward only"""),
+        ("gradients", {"clip_norm": 0.5}, """\
+gradients, in this order:
+  1. the start of the step, which sets them to None
+  2. loss.backward()
+  3. clipping to a norm of 0.5
+  4. Edits.on_grads_ready
+  5. check_gradients, at GRADS_READY, as on_grads_ready"""),
+        ("weights", {}, """\
+weights, in this order:
+  1. SGD.step()
+  2. Swaps, which says so (changes = ('weights', 'rates')), in on_validation_start, on_validation_end"""),
+        ("lr", {"schedule": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)}, """\
+lr, in this order:
+  1. SGD, made with 1
+  2. StepLR.step(), once an epoch
+  3. Swaps, which says so (changes = ('weights', 'rates')), in on_validation_start, on_validation_end"""),
+    ],
+)  # fmt: skip
+def test_who_writes_what_is_told_in_order(of: str, settings: Any, text: str) -> None:
+    """explain(of="loss") lists the writers of the loss in this very run, in order; likewise all that is written."""
+    found = written(of, **settings)
+    assert found.replace(f"{Scale.__qualname__}.", "Scale.") == text
+
+
+def test_writers_are_told_of_each_phase_and_an_unknown_name_is_refused() -> None:
+    class Two(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = line(), line()
+
+        def step(self, batch: Any) -> Any:
+            return self.a(batch[0]).mean() + self.b(batch[0]).mean()
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase(name, self.step, optimizers=name) for name in "ab"]
+
+        def configure_optimizers(self) -> Any:
+            return {"a": torch.optim.SGD(self.a.parameters(), 0.1), "b": torch.optim.Adam(self.b.parameters(), 0.2)}
+
+    assert written("lr", task=Two(), callbacks=[]) == (
+        "lr in stage 'main', phase 'a', in this order:\n  1. SGD, made with 0.1\n"
+        "lr in stage 'main', phase 'b', in this order:\n  1. Adam, made with 0.2"
+    )
+    with pytest.raises(lw.SettingError, match=r"explain\(of='lsos'\): nothing here is called so. Known: 'batch', 'gra"):
+        written("lsos")
+
+
+@pytest.mark.capability("TB-05")
+def test_who_writes_the_loss_is_drawn_in_order() -> None:
     """Two callbacks that edit the loss are listed in the order in which they do it, between the step and backward."""
 
     class Add(lw.Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,72 @@ def test_every_point_of_training_has_a_hook_that_sees_what_is_known_there() -> N
         "after": pytest.approx(0.0, abs=1e-6),
         "step": 1,
     }
+
+
+@pytest.mark.capability("FA-23")
+@pytest.mark.parametrize("hook", [*TRAINING_HOOKS, *VALID, "on_epoch_end", "on_stage_end", "on_fit_end"])
+def test_every_hook_sees_the_hyper_parameters_and_the_weights(hook: str) -> None:
+    """Settings of the Trainer, of each optimizer's groups and of each phase; models, history and metrics so far."""
+    seen: list[Any] = []
+
+    def note(run: lw.Run, *args: Any) -> Any:
+        (group,) = run.optimizers["main"].param_groups
+        weights = [p.detach().clone() for model in run.models.values() for p in model.parameters()]
+        phase = run.stages[0].phases[0]
+        seen.append((group["lr"], group["momentum"], run.settings["clip_norm"], phase.clip_norm, len(weights)))
+        assert run.metrics.keys() <= {"lr", "train/loss", "valid/loss"}
+        return args[0] if hook.startswith("map_") else None
+
+    trainer(epochs=1, clip_norm=2.0, callbacks=[acts(**{hook: note})]).fit(
+        sgd_task(line(1.0), lr=0.5), pairs([1, 5]), pairs([1.0])
+    )
+    assert set(seen) == {(0.5, 0, 2.0, 2.0, 1)}
+
+
+LIVES = {
+    "batch": ["on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_eval_batch_end",
+              "on_predict_batch_end"],
+    "output": ["map_output", "map_loss", "on_backward_end", "on_eval_batch_end", "on_predict_batch_end"],
+    "loss": ["map_loss", "on_backward_end"],
+    "phase": ["map_output", "map_loss", "on_backward_end", "on_grads_ready"],
+    "grad_norm": ["on_grads_ready"],
+    "result": ["on_step_end"],
+    "values": ["on_validation_end", "on_test_end"],
+    "path": ["on_checkpoint"],
+    "error": ["on_exception"],
+}  # fmt: skip
+
+
+@pytest.mark.capability("TB-06")
+@pytest.mark.parametrize("name", LIVES)
+@pytest.mark.parametrize("hook", events.HOOKS)
+def test_what_is_asked_for_outside_of_its_life_time_is_an_error_that_names_where_it_lives(name: str, hook: str) -> None:
+    """What lives shorter than the run is passed to hooks, and is nowhere else: asking for it elsewhere is an error.
+
+    It is raised where the callback or the handler is given, before anything runs; all else on Run lives as long as it.
+    """
+    names = list(inspect.signature(getattr(lw.Callback, hook)).parameters)
+    lives = LIVES[name]
+    assert (hook in lives) == (name in names)
+    assert not hasattr(lw.Run, name)
+    scope: dict[str, Any] = {}
+    exec(f"def {hook}({', '.join([n for n in names if n != name])}, {name}): ...", scope)
+    exec(f"def handle(run, {name}): ...", scope)
+    callback = type("Asks", (lw.Callback,), {hook: scope[hook]})()
+    event = getattr(lw.Event, hook.removeprefix("on_").upper(), None)
+    if hook in lives:
+        trainer(epochs=1, callbacks=[callback])
+        if event is not None:
+            trainer(epochs=1).on(event)(scope["handle"])
+        return
+    with pytest.raises(lw.HookError) as caught:
+        trainer(epochs=1, callbacks=[callback])
+    assert str(caught.value).endswith(f". {name} is passed to {', '.join(lives)}")
+    if event is not None:
+        with pytest.raises(lw.SettingError) as refused:
+            trainer(epochs=1).on(event)(scope["handle"])
+        offers = [one.removeprefix("on_").upper() for one in lives if one.startswith("on_")]
+        assert str(refused.value).endswith(f". {name} is offered at {', '.join(offers)}")
 
 
 # ---------------------------------------------------------------------------------------------- what they may change

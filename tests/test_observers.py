@@ -67,6 +67,10 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
     callbacks += [Look()] if has("look") else []
     callbacks += [LogMore()] if has("log more") else []
     callbacks += [recorder([])] if has("every hook") else []
+    callbacks += [lw.Profiler(show=False)] if has("profiler") else []
+    callbacks += [lw.TorchProfiler(wait=1, active=2, folder=folder)] if has("torch profiler") else []
+    callbacks += [lw.Doctor(2, show=False)] if has("doctor") else []
+    callbacks += [lw.Audit()] if has("audit") else []
     user = lw.Trainer(
         epochs=2,
         callbacks=callbacks,
@@ -80,6 +84,8 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
         user.on(lw.Event.VALIDATION_START | lw.Event.EVAL_BATCH_END | lw.Event.VALIDATION_END)(draw)
     if has("handlers"):
         user.on(lw.Event.STEP_END(every="2 steps"))(lambda run, result: result.values["loss"].item())
+    if has("summary"):
+        lw.summary(net, torch.zeros(2, 5))
     if has("plan"):
         user.plan(task, train, valid)
         user.explain(task, train, valid)
@@ -90,7 +96,7 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
 
 WATCHERS = [
     "bar", "folder", "metrics", "validation", "validate within", "often", "checkpoint", "look", "log more",
-    "every hook", "draws", "handlers", "plan",
+    "every hook", "draws", "handlers", "plan", "profiler", "torch profiler", "doctor", "audit", "summary",
 ]  # fmt: skip
 
 

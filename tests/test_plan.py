@@ -506,3 +506,22 @@ def test_the_facts_of_a_plan_say_what_the_run_will_do() -> None:
     plan = trainer(steps=9).plan(task, lambda: iter(DATA))
     assert plan.facts[0] == "stage 'main': until 9 steps; an epoch is an unknown number of batches; phases: main"
     assert plan.facts[-1].startswith("exact resume: no, since ")
+
+
+def test_a_phase_that_is_due_at_some_steps_has_its_epochs_as_any_other() -> None:
+    """``every=2`` halves the steps of a phase, not the epochs that its schedule goes by."""
+    net = line()
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+
+    class Seldom(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase("main", lambda batch: self.net(batch[0]).mean(), every=2)]
+
+        def configure_optimizers(self) -> object:
+            return sgd, torch.optim.lr_scheduler.StepLR(sgd, 1)
+
+    assert trainer(epochs=1).plan(Seldom(), pairs([1.0], [2.0])).problems == []

@@ -14,24 +14,29 @@ if TYPE_CHECKING:
         SAM,
         SWA,
         Anneal,
+        Audit,
         BatchTransform,
         Capsule,
         Checkpoint,
         CutMix,
+        Doctor,
         EarlyStopping,
         KeepBest,
         MixUp,
         Penalty,
         Plateau,
         Predictions,
+        Profiler,
         ProgressBar,
         RandomErasing,
         Requeue,
         Resources,
         Throughput,
+        TorchProfiler,
     )
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
+    from loopwright.debug import Debug
     from loopwright.errors import (
         CheckpointError,
         DataError,
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     from loopwright.handlers import Event
     from loopwright.history import History
     from loopwright.loggers import CSVLogger, JSONLLogger, TableLogger
+    from loopwright.model_summary import ModelSummary, summary
     from loopwright.optim import Scheduler, groups, per_step
     from loopwright.parallel.ddp import DDP
     from loopwright.parallel.fsdp import FSDP
@@ -68,12 +74,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "activations": ["checkpoint_activations"],
     "callbacks": [
-        "Anneal", "BatchTransform", "Capsule", "Checkpoint", "CutMix", "EMA", "EarlyStopping", "KeepBest", "MixUp",
-        "Penalty", "Plateau", "Predictions", "ProgressBar", "RandomErasing", "Requeue", "Resources", "SAM", "SWA",
-        "Throughput",
+        "Anneal", "Audit", "BatchTransform", "Capsule", "Checkpoint", "CutMix", "Doctor", "EMA", "EarlyStopping",
+        "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar", "RandomErasing",
+        "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler",
     ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
+    "debug": ["Debug"],
     "errors": [
         "CheckpointError", "DataError", "HookError", "LoopwrightError", "LoopwrightWarning", "MetricError",
         "NonFiniteError", "PlanError", "SettingError", "SkipBatch", "SkipStep", "StepOutputError", "StopEpoch",
@@ -85,6 +92,7 @@ _HOMES = {
     "history": ["History"],
     "loggers": ["CSVLogger", "JSONLLogger", "TableLogger"],
     "optim": ["Scheduler", "groups", "per_step"],
+    "model_summary": ["ModelSummary", "summary"],
     "parallel.ddp": ["DDP"],
     "parallel.fsdp": ["FSDP"],
     "parallel.launch": ["launch"],
@@ -99,6 +107,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Anneal",
     "BatchTransform",
+    "Audit",
     "CSVLogger",
     "Callback",
     "Capsule",
@@ -108,6 +117,8 @@ __all__ = [
     "DDP",
     "DataError",
     "DataModule",
+    "Debug",
+    "Doctor",
     "Duration",
     "EMA",
     "EarlyStopping",
@@ -122,12 +133,14 @@ __all__ = [
     "LoopwrightWarning",
     "MetricError",
     "MixUp",
+    "ModelSummary",
     "NonFiniteError",
     "Penalty",
     "Phase",
     "PlanError",
     "Plateau",
     "Predictions",
+    "Profiler",
     "Progress",
     "ProgressBar",
     "RandomErasing",
@@ -150,6 +163,7 @@ __all__ = [
     "TableLogger",
     "Task",
     "Throughput",
+    "TorchProfiler",
     "Trainer",
     "batch_size_find",
     "checkpoint_activations",
@@ -165,6 +179,7 @@ __all__ = [
     "per_step",
     "replay",
     "schedules",
+    "summary",
 ]
 
 

@@ -274,3 +274,8 @@ def _groups(state: Any) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def at_end_of_backward(function: Any) -> None:
+    """Call ``function`` when the backward that is under way has ended; only from a hook of that backward."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)

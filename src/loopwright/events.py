@@ -158,7 +158,7 @@ class Hooks:
     Raises HookError for a callback whose hook has the wrong parameters, or that has an ``on_...`` unknown here.
     """
 
-    __slots__ = HOOKS
+    __slots__ = (*HOOKS, "_arounds")
 
     on_fit_start: Calls
     on_stage_start: Calls
@@ -187,6 +187,7 @@ class Hooks:
 
     def __init__(self, callbacks: Iterable[Callback] = (), handlers: Iterable[Handler] = ()) -> None:
         callbacks, handlers = list(callbacks), list(handlers)
+        self._arounds: list[Callable[[str, Callable[..., Any]], Callable[..., Any]]] = []
         for callback in callbacks:
             check_callback(callback)
         for hook in HOOKS:
@@ -204,12 +205,36 @@ class Hooks:
         for hook in HOOKS:
             if hook not in _OF_FIT:
                 stay = tuple(call for call in getattr(self, hook) if id(getattr(call, "__self__", None)) not in gone)
-                setattr(self, hook, stay + _overridden(hook, into))
+                setattr(self, hook, stay + tuple(self._around(hook, call) for call in _overridden(hook, into)))
+
+    def wrap(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put ``around(hook, function)`` in the place of each function; it keeps its owner and its name.
+
+        For callbacks that look at the others, from their ``on_fit_start``: what a hook has begun to call stays as it
+        is until the next time. What a later stage brings is dressed as well.
+        """
+        self._arounds.append(around)
+        for hook in HOOKS:
+            setattr(self, hook, tuple(_dressed(around(hook, one), one) for one in getattr(self, hook)))
+
+    def _around(self, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        for around in self._arounds:
+            call = _dressed(around(hook, call), call)
+        return call
 
 
 def _overridden(hook: str, callbacks: Iterable[Callback]) -> Calls:
     base = getattr(Callback, hook)
     return tuple(getattr(c, hook) for c in callbacks if getattr(type(c), hook, base) is not base)
+
+
+def _dressed(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the owner and the name of ``original``, by which errors name it."""
+    if function is not original:
+        for name in ("__self__", "__name__", "__qualname__"):
+            if hasattr(original, name):
+                setattr(function, name, getattr(original, name))
+    return function
 
 
 def check_callback(callback: Any) -> None:
@@ -240,8 +265,23 @@ def _check_class(kind: type) -> None:
             names = ", ".join(expected.parameters)
             raise HookError(
                 f"{kind.__name__}.{name}{inspect.signature(method)} has the wrong parameters; write: "
-                f"def {name}({names})"
+                f"def {name}({names}){_elsewhere(name, inspect.signature(method).parameters)}"
             ) from None
+
+
+def passed_to(name: str) -> list[str]:
+    """The hooks that are passed ``name``: what lives shorter than the run is seen there and nowhere else.
+
+    >>> passed_to("grad_norm")
+    ['on_grads_ready']
+    """
+    return [hook for hook in HOOKS if name in list(inspect.signature(getattr(Callback, hook)).parameters)[2:]]
+
+
+def _elsewhere(hook: str, asked: Iterable[str]) -> str:
+    """Where the parameters are to be had that ``hook`` is not passed."""
+    known = ((name, passed_to(name)) for name in asked)
+    return "".join(f". {name} is passed to {', '.join(at)}" for name, at in known if at and hook not in at)
 
 
 def fire(hooks: Calls, run: Run, *args: Any) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from loopwright.events import hook_name
-from loopwright.state import Run, Stage
+from loopwright.errors import SettingError, choose
+from loopwright.events import HOOKS, hook_name
+from loopwright.state import Phase, Run, Stage
 from loopwright.text import rule_name
 
-__all__ = ["explain"]
+__all__ = ["explain", "writers"]
 
 
 def explain(run: Run) -> str:
@@ -23,6 +25,8 @@ def explain(run: Run) -> str:
             name = hook_name(function, run)
             put(depth, name if name.endswith(f".{hook}") else f"{name}  # {hook}")
 
+    if debug := run.settings.get("debug"):
+        put(0, f"Debug({', '.join(f'{name}={value!r}' for name, value in debug.items())})")
     put_hook(0, "on_fit_start")
     for stage in run.stages:
         put(0, f"stage {stage.name!r}: until {' or '.join(stage.ends)}")
@@ -134,3 +138,99 @@ def _saving(run: Run, depth: int, put: Any, put_hook: Any) -> None:
 
 def _names(objects: list[Any]) -> str:
     return ", ".join(type(obj).__name__ for obj in objects)
+
+
+# ---------------------------------------------------------------------------------------------------- who writes what
+
+
+def writers(run: Run, name: str) -> str:
+    """Who writes ``name`` in this very run, in the order in which they do it.
+
+    ``name`` is "batch", "output", "loss", "gradients", "weights" or "lr". Raises SettingError for another one.
+    """
+    if name not in _WRITERS:
+        raise SettingError(f"explain(of={name!r}): nothing here is called so. {choose(name, _WRITERS)}")
+    lines: list[str] = []
+    for stage in run.stages:
+        for phase in stage.phases:
+            several = len(run.stages) > 1 or len(stage.phases) > 1
+            head = f" in stage {stage.name!r}, phase {phase.name!r}" if several else ""
+            found = [*_WRITERS[name](run, stage, phase)] or ["nobody"]
+            numbered = (f"  {number}. {one}" for number, one in enumerate(found, 1))
+            lines += [f"{name}{head}, in this order:", *numbered]
+    return "\n".join(lines)
+
+
+def _hooks(run: Run, hook: str) -> Iterator[str]:
+    for function in getattr(run.hooks, hook):
+        name = hook_name(function, run)
+        yield name if name.endswith(f".{hook}") else f"{name}, as {hook}"
+
+
+def _declared(run: Run, kind: str) -> Iterator[str]:
+    """Callbacks that say that they change it."""
+    for callback in run.callbacks:
+        if kind in callback.changes:
+            at = ", ".join(hook for hook in HOOKS for f in getattr(run.hooks, hook)
+                           if getattr(f, "__self__", None) is callback)  # fmt: skip
+            yield f"{type(callback).__qualname__}, which says so (changes = {callback.changes!r}), in {at}"
+
+
+def _batch(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
+    yield f"{type(stage.source).__name__}, which reads it"
+    if run.moves_batches:
+        holds = f" as {run.precision.holds}" if run.precision.holds is not None else ""
+        yield f"the move to {run.device}{holds}"
+    yield from _hooks(run, "map_batch")
+    yield from _declared(run, "values")
+
+
+def _output(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
+    call = getattr(phase.step, "__qualname__", "step")
+    yield f"{call}(batch), which returns it{'' if run.compiler is None else ', compiled'}"
+    yield from _hooks(run, "map_output")
+
+
+def _loss(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
+    yield from (text.replace("returns it", "returns it as output['loss']") for text in _output(run, stage, phase))
+    if phase.moved:
+        yield from _hooks(run, "map_loss")
+        if run.precision.scaler is not None:
+            yield "the gradient scaler, for the backward only"
+        if stage.accumulate > 1:
+            yield "the batch's share of the window, for the backward only"
+
+
+def _gradients(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
+    if not phase.moved:
+        return
+    yield "the start of the step, which sets them to None"
+    yield "loss.backward()" + (" of each batch of the window" if stage.accumulate > 1 else "")
+    yield from _declared(run, "gradients")
+    if run.precision.scaler is not None:
+        yield "scaler.unscale_()"
+    if phase.clip_norm is not None:
+        yield f"clipping to a norm of {phase.clip_norm:g}"
+    if not phase.closure:
+        yield from _hooks(run, "on_grads_ready")
+
+
+def _weights(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
+    yield from (f"{type(optimizer).__name__}.step()" for optimizer in phase.moved)
+    yield from _declared(run, "weights")
+    restoring = [saver for saver in run.savers if getattr(saver, "restore", None)]
+    yield from (f"{type(saver).__name__}(restore={saver.restore!r}), at the end" for saver in restoring)  # type: ignore[attr-defined]
+
+
+def _rate(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
+    for optimizer in phase.moved:
+        rates = ", ".join(dict.fromkeys(f"{group['lr']:g}" for group in optimizer.param_groups))
+        yield f"{type(optimizer).__name__}, made with {rates}"
+    for scheduler in (*phase.step_schedulers, *phase.epoch_schedulers):
+        yield f"{type(scheduler.torch).__name__}.step(), once {'a step' if scheduler.every == 'step' else 'an epoch'}"
+    yield from _declared(run, "rates")
+
+
+_WRITERS: dict[str, Callable[[Run, Stage, Phase], Iterator[str]]] = {
+    "batch": _batch, "output": _output, "loss": _loss, "gradients": _gradients, "weights": _weights, "lr": _rate,
+}  # fmt: skip

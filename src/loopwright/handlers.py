@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any
 
 from loopwright.errors import SettingError, choose
-from loopwright.events import HOOKS, Callback
+from loopwright.events import HOOKS, Callback, passed_to
 from loopwright.state import Duration, Every, Run, Stage
 
 __all__ = ["Event", "Filter", "Handler"]
@@ -97,7 +97,7 @@ class Event:
 
     def __init__(self, hook: str) -> None:
         self.hook = hook
-        self.name = hook.removeprefix("on_").upper()
+        self.name = _event(hook)
 
     def __call__(
         self,
@@ -148,9 +148,13 @@ class Event:
         return self.name
 
 
+def _event(hook: str) -> str:
+    return hook.removeprefix("on_").upper()
+
+
 for _hook in HOOKS:
     if _hook.startswith("on_"):
-        setattr(Event, _hook.removeprefix("on_").upper(), Event(_hook))
+        setattr(Event, _event(_hook), Event(_hook))
 EVENTS = {e.name: e for e in vars(Event).values() if isinstance(e, Event)}
 
 
@@ -192,9 +196,13 @@ class Handler:
             signature.bind(None, *self.args, **self.kwargs, **{n: None for _, n in wanted})
         except TypeError as error:
             offers = f" (this event also offers {', '.join(offered)})" if offered else ""
+            events = {n: [_event(h) for h in passed_to(n) if h.startswith("on_")] for n in signature.parameters}
+            lives = "".join(
+                f". {n} is offered at {', '.join(at)}" for n, at in events.items() if at and n not in offered
+            )
             raise SettingError(
                 f"handler {self.name}{signature} cannot be called at {self.event}: {error}. Expected "
-                f"{self.name}(run) plus the extra arguments given to trainer.on{offers}"
+                f"{self.name}(run) plus the extra arguments given to trainer.on{offers}{lives}"
             ) from None
         return wanted
 

@@ -162,15 +162,15 @@ def _schedules(run: Run) -> Iterator[str]:
                         "lw.per_step(scheduler)"
                     )
                 elif steps:
-                    yield from _once_an_epoch(scheduler, min(steps) // every, stage, epochs)
+                    yield from _once_an_epoch(scheduler, min(steps), every, stage, epochs)
 
 
-def _once_an_epoch(scheduler: Any, steps: int, stage: Stage, epochs: list[float]) -> Iterator[str]:
+def _once_an_epoch(scheduler: Any, steps: int, every: int, stage: Stage, epochs: list[float]) -> Iterator[str]:
     """A schedule by epochs that was made for steps, or in a run that ends before its first epoch does."""
     name = type(scheduler.torch).__name__
     for setting in ("T_max", "total_iters"):
         length = getattr(scheduler.torch, setting, None)
-        if epochs and length == steps and length > min(epochs):
+        if epochs and length == steps // every and length > min(epochs):
             yield (
                 f"{name} was made for {setting}={length}, the steps of this run, but is stepped once an epoch; wrap "
                 f"it, lw.per_step(scheduler), or make it with {setting}={min(epochs):g}"

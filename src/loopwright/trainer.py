@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
 from loopwright.compiling import Compiler, compile_options
 from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
+from loopwright.debug import Debug
 from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
 from loopwright.events import Callback, Hooks, check_callback
-from loopwright.explain import explain
+from loopwright.explain import explain, writers
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
@@ -63,7 +65,8 @@ class Trainer:
     only gradients overflow, the scaler drops the step and lowers its scale, 30 times in a row at most.
 
     ``compile=True`` compiles the steps (forward and loss, also those of validation, test and prediction) by
-    torch.compile; a dict names its options.
+    torch.compile; a dict names its options. ``debug=lw.Debug(...)`` is for looking for mistakes: a rehearsal of the
+    run, one batch again and again, a part of the data, anomaly mode, an audit, a profile.
 
     Raises SettingError for a value that cannot be used.
 
@@ -80,6 +83,10 @@ class Trainer:
         max_grad_norm="clip_norm", logger="loggers", default_root_dir="folder", output_dir="folder", logdir="folder",
         enable_progress_bar="progress", verbose="progress", enable_checkpointing="checkpoint",
         check_val_every_n_epoch="validate_every", val_check_interval="validate_every", log_every_n_steps="log_every",
+        fast_dev_run="debug=lw.Debug(dev_run=...)", overfit_batches="debug=lw.Debug(overfit=...)",
+        limit_train_batches="debug=lw.Debug(train=...)", train_percent_check="debug=lw.Debug(train=...)",
+        limit_val_batches="debug=lw.Debug(valid=...)", detect_anomaly="debug=lw.Debug(anomaly=True)",
+        profiler="debug=lw.Debug(profile=True)",
     )  # fmt: skip
     def __init__(
         self,
@@ -107,6 +114,7 @@ class Trainer:
         deterministic: bool = False,
         nonfinite: str | None = "raise",
         compile: bool | Mapping[str, Any] = False,
+        debug: Debug | None = None,
     ) -> None:
         self.settings = {k: v for k, v in locals().items() if k != "self"}  # as given: one experiment, readable back
         limits = (("epochs", epochs, "epochs"), ("steps", steps, "steps"), ("time", time, "seconds"))
@@ -129,7 +137,10 @@ class Trainer:
             if not isinstance(listed, (list, tuple)):
                 one = type(listed).__name__
                 raise SettingError(f"{kind}={one}: expected a list of them, such as {kind}=[{one}(...)]")
-        self.callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
+        if not isinstance(debug, (Debug, NoneType)):
+            raise SettingError(f"debug={debug!r}: expected an lw.Debug, such as debug=lw.Debug(dev_run=2)")
+        self.debug = debug or Debug()
+        self.callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)] + self.debug.callbacks()
         given = [c for c in callbacks if isinstance(c, Checkpoint)]
         self.checkpoint = given if isinstance(checkpoint, bool) and given else checkpoint
         self.loggers, self.progress, self.folder, self.name = loggers, progress, folder, name
@@ -283,11 +294,32 @@ class Trainer:
         finally:
             parts.undo()
 
-    def explain(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> str:
-        """The flat loop of this very run, with each callback and handler in its place, as text to print."""
+    def explain(
+        self,
+        task: Task,
+        train: Any,
+        valid: Any = None,
+        *,
+        stages: Sequence[Stage] | None = None,
+        of: str | None = None,
+    ) -> str:
+        """The flat loop of this very run, with each callback and handler in its place, as text to print.
+
+        ``of="loss"`` tells instead who writes the loss, in order; likewise "batch", "output", "gradients", "weights"
+        and "lr".
+
+        >>> net = nn.Linear(2, 1)
+        >>> task = Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> data = [[torch.ones(4, 2), torch.ones(4, 1)]]
+        >>> print(Trainer(epochs=1, clip_norm=1.0).explain(task, data, of="gradients"))
+        gradients, in this order:
+          1. the start of the step, which sets them to None
+          2. loss.backward()
+          3. clipping to a norm of 1
+        """
         run, parts, _ = self._prepare(task, train, valid, stages, None)
         parts.undo()
-        return explain(run)
+        return explain(run) if of is None else writers(run, of)
 
     # ------------------------------------------------------------------------------------------ how a run is made
 
@@ -323,7 +355,10 @@ class Trainer:
         if resume is not None:
             mesh = None if run.team is None else run.team.sharing(run.device)
             point = find_point(resume, self.folder, label, elsewhere=elsewhere, comm=run.comm, mesh=mesh)
-        previous: Run | None = getattr(task, "_run", None) if point is None else None
+        if self.debug.dev_run and resume is not None:
+            raise SettingError("Debug(dev_run=...) rehearses a run from its start; leave resume out of fit")
+        begins = point is not None or self.debug.dev_run
+        previous: Run | None = None if begins else getattr(task, "_run", None)
         key = run.comm.broadcast(self._key()) if point is None or point.key is None else point.key
         try:
             parts = assemble(
@@ -338,10 +373,12 @@ class Trainer:
         parts.label = label
         if run.team is not None:
             parts.undo_shards = run.team.undo
+        with parts.undone_unless_begun(run):
+            self.debug.narrow(run, parts.stages)
         _share_out(run, parts.stages)
         run.stages, run.models, run.optimizers, run.data = parts.stages, parts.models, parts.optimizers, train
         admit_callbacks(run)
-        run.settings = {**self.settings, "key": key}
+        run.settings = {**self.settings, "key": key, "debug": self.debug.settings() or None}
         run.meters["valid"] = measured_by(parts.metrics)
         run.savers, run.loggers = self._savers(), self._loggers() if run.comm.rank == 0 else []
         run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
@@ -377,15 +414,16 @@ class Trainer:
 
     @contextmanager
     def _session(self, run: Run, parts: Parts) -> Iterator[None]:
-        around = session(run, seed=self.seed, root=self.folder, label=parts.label, deterministic=self.deterministic)
-        with parts.undone_unless_begun(run), watch_signals(run), around:
+        root = self.debug.around(run, self.folder, parts.undo)
+        made: dict[str, Any] = dict(seed=self.seed, label=parts.label, deterministic=self.deterministic)
+        with parts.undone_unless_begun(run), watch_signals(run), root as folder, session(run, root=folder, **made):
             yield
 
     def _bare(self, task: Any, *, moves: bool = True) -> Run:
         """A run with nothing to train yet: enough to evaluate or predict."""
         bar = [self.progress if isinstance(self.progress, Callback) else ProgressBar()] if self.progress else []
         capsules = [c for c in self.callbacks if isinstance(c, Capsule)]
-        if not capsules and self.capsule and self.folder is not None:
+        if not capsules and self.capsule and self.folder is not None and not self.debug.dev_run:
             capsules = [Capsule()]
         others = [c for c in self.callbacks if not isinstance(c, Capsule)]  # a capsule sees all before they do
         callbacks, history = [*capsules, *others, *bar], History()
@@ -410,10 +448,11 @@ class Trainer:
             return []
         if self.checkpoint is True:
             return [Checkpoint()]
-        return list(self.checkpoint) if isinstance(self.checkpoint, (list, tuple)) else [self.checkpoint]
+        given = list(self.checkpoint) if isinstance(self.checkpoint, (list, tuple)) else [self.checkpoint]
+        return self.debug.rehearsed(given) if self.debug.dev_run else given
 
     def _loggers(self) -> list[Any]:
-        if self.loggers is None:
+        if self.loggers is None or self.debug.dev_run:
             return [JSONLLogger()] if self.folder is not None else []
         return list(self.loggers)
 

@@ -97,6 +97,10 @@ class Limited:
     def exact(self) -> list[str]:
         return self.source.exact
 
+    @property
+    def waited(self) -> float:
+        return float(getattr(self.source, "waited", 0.0))
+
     def sizes(self, batch: int) -> Iterator[int] | None:
         sizes = self.source.sizes(batch)
         return None if sizes is None else islice(sizes, max(0, self.count - batch))
@@ -150,6 +154,10 @@ class Lengthened:
     @property
     def exact(self) -> list[str]:
         return self.source.exact
+
+    @property
+    def waited(self) -> float:
+        return float(getattr(self.source, "waited", 0.0))
 
     def sizes(self, batch: int) -> Iterator[int] | None:
         """None: they differ from epoch to epoch."""
