@@ -106,8 +106,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Anneal",
-    "BatchTransform",
     "Audit",
+    "BatchTransform",
     "CSVLogger",
     "Callback",
     "Capsule",
@@ -172,8 +172,8 @@ __all__ = [
     "groups",
     "launch",
     "load_weights",
-    "lr_find",
     "losses",
+    "lr_find",
     "metrics",
     "optim",
     "per_step",
