@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from loopwright.data import DataModule, as_source, as_sources, data_of, opened, samples
 from loopwright.errors import SettingError, choose
 from loopwright.metrics import Meters, check_metrics
-from loopwright.optim import Scheduled, as_schedulers, is_ours, match_names, settings_of
+from loopwright.optim import Scheduled, as_schedulers, match_names, scheduled_in, settings_of
 from loopwright.parallel import is_shard
 from loopwright.progress import Duration, Every, Whole
 from loopwright.stages import needs_closure
@@ -240,36 +240,8 @@ def _stage(
         stepped |= {id(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)}
     made.phases = phases
     made.whole = Whole.of(made.until, made.source.batches, made.accumulate)
-    made.scheduled = _scheduled(made, found)
+    made.scheduled = scheduled_in(made, found)
     return made
-
-
-def _scheduled(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
-    """What is set before every step of ``stage``: by its own schedule if it has one, else by those ``found``."""
-    given = stage.schedule if stage.lr is None else {"lr": stage.lr}
-    moved = {id(optimizer): optimizer for phase in stage.phases for optimizer in phase.moved}
-    if given is not None:
-        if not is_ours(given):
-            raise SettingError(
-                f"Stage {stage.name!r}: schedule={given!r}; expected one of lw.schedules, or a dict of them. A torch "
-                "scheduler goes with the optimizer of the stage: optimizer=(optimizer, scheduler)"
-            )
-        found = [Scheduled(optimizer, given, of_stage=True) for optimizer in moved.values()]
-    made: dict[int, Scheduled] = {}
-    torchs = [s for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
-    for one in found:
-        kind, same = type(one.optimizer).__name__, made.setdefault(id(one.optimizer), one)
-        if same.schedules != one.schedules:
-            raise SettingError(
-                f"stage {stage.name!r} has two schedules for {kind}, {same.schedules} and {one.schedules}; write one "
-                "dict of both"
-            )
-        clash = next((s.torch for s in torchs if s.torch.optimizer is one.optimizer and "lr" in one.schedules), None)
-        if clash is not None:
-            raise SettingError(
-                f"lr of {kind} is set by a schedule and by {type(clash).__name__}; leave one of them out"
-            )
-    return tuple(one.within(stage.whole) for one in made.values())
 
 
 def _unique(kind: str, names: list[str]) -> None:
