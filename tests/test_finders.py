@@ -93,14 +93,22 @@ def test_callbacks_that_change_training_take_part_as_copies_and_the_others_do_no
             self.calls += 1
             return loss / 2
 
+    class Frozen(lw.Callback):
+        """Holds a parameter of the model, as a copy of it must."""
+
+        def __init__(self, parameter: Tensor) -> None:
+            self.parameter = parameter
+
+        def on_grads_ready(self, run: lw.Run, phase: lw.Phase, grad_norm: Tensor | None) -> None:
+            assert any(self.parameter is p for p in phase.parameters())
+
     half, seen = Half(), list[str]()
     watcher = acts(on_step_end=lambda run, _: seen.append("step"))
     net = classifier()
     data = loader(40, batch_size=8)
     plain = lw.lr_find(trainer(epochs=1), task_of(net), data, smooth=0.0)
-    halved = lw.lr_find(
-        trainer(epochs=1, callbacks=[half, watcher, lw.EarlyStopping()]), task_of(net), data, smooth=0.0
-    )
+    at = trainer(epochs=1, callbacks=[half, Frozen(net[0].weight), watcher, lw.EarlyStopping()])
+    halved = lw.lr_find(at, task_of(net), data, smooth=0.0)
     assert halved.losses[0] == plain.losses[0] / 2
     assert (half.calls, seen) == (0, [])
 

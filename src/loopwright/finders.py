@@ -110,7 +110,7 @@ def batch_size_find(
 
 def _fits(trainer: Trainer, task: Task, make: Callable[[int], Any], size: int, steps: int) -> bool:
     try:
-        _try(trainer, task, make(size), until=f"{steps} steps")
+        _try(trainer, task, make(size), until=f"{steps} steps", watch=_Trial())
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -152,17 +152,18 @@ def _check(task: Any, data: Any, who: str) -> None:
         raise SettingError(f"{who} would use up the {type(data).__name__}; pass a list, a DataLoader or a function")
 
 
-def _try(
-    trainer: Trainer, task: Task, data: Any, *, until: str, schedule: Any = None, watch: Callback | None = None
-) -> None:
+def _try(trainer: Trainer, task: Task, data: Any, *, until: str, schedule: Any = None, watch: Callback) -> None:
     """Train for a while as ``trainer`` does, without a trace."""
+    if torch.cuda.is_available() and str(trainer.device) != "cpu":
+        torch.cuda.init()  # so that its generators are known before the trial draws from them
     with untouched(task, data):
-        changing = [copy.deepcopy(one) for one in trainer.callbacks if _changes(one)]
+        own = {id(one): one for one in (*task.modules(), *task.parameters(), *task.buffers())}  # what is not copied
+        changing = [copy.deepcopy(one, dict(own)) for one in trainer.callbacks if _changes(one)]
         precision = trainer.settings["precision"]
         settings = {
             **trainer.settings, "epochs": None, "steps": None, "time": None, "folder": None, "name": None,
             "checkpoint": False, "capsule": False, "loggers": [], "progress": False, "validate_every": "1 epoch",
-            "nonfinite": None, "callbacks": [*changing, *([watch] if watch else [])],
+            "nonfinite": None, "callbacks": [*changing, watch],
             "precision": precision if isinstance(precision, str) else copy.deepcopy(precision),
         }  # fmt: skip
         Trainer(**settings).fit(task, data, stages=[Stage("trial", until=until, schedule=schedule)])
@@ -174,7 +175,15 @@ def _changes(callback: Callback) -> bool:
     return any(getattr(type(callback), hook, None) is not getattr(Callback, hook) for hook in changing)
 
 
-class _Losses(Callback):
+class _Trial(Callback):
+    """Refuses what cannot be tried without a trace."""
+
+    def problems(self, run: Run) -> Iterator[str]:
+        if run.team is not None:
+            yield "a finder tries in one process; call it before the others are launched, with devices=1"
+
+
+class _Losses(_Trial):
     """Keeps the loss of each step, and its moving average, corrected for its beginning; stops where that explodes."""
 
     def __init__(self, smooth: float, stop_at: float) -> None:

@@ -144,7 +144,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
     values: dict[str, Any] = {}
     run.window, run.open_step = window, (planned, values)
     for scheduled in stage.scheduled:
-        scheduled.set(run.fraction)
+        scheduled.set(stage.whole.fraction(run.progress, run.stage_start))
     if hooks.on_step_start:
         fire(hooks.on_step_start, run)
     ranks = 1 if team is None else team.comm.world_size

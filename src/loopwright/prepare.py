@@ -17,7 +17,7 @@ from loopwright.data import Chunks, DataModule, as_source, as_sources, data_of, 
 from loopwright.errors import SettingError, choose
 from loopwright.events import Callback, check_callback
 from loopwright.metrics import Meters, check_metrics
-from loopwright.optim import Scheduled, as_schedulers, is_ours, match_names, settings_of
+from loopwright.optim import Scheduled, as_schedulers, match_names, scheduled_in, settings_of
 from loopwright.parallel import is_shard
 from loopwright.progress import Duration, Every, Whole
 from loopwright.stages import needs_closure
@@ -251,36 +251,8 @@ def _stage(
             phase.step = made.source.carrying(phase.name, phase.step)
     steps, batches = made.epoch_steps, made.source.batches
     made.whole = Whole(tuple(made.until), steps, batches / steps if steps and batches else 1)
-    made.scheduled = _scheduled(made, found)
+    made.scheduled = scheduled_in(made, found)
     return made
-
-
-def _scheduled(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
-    """What is set before every step of ``stage``: by its own schedule if it has one, else by those ``found``."""
-    given = stage.schedule if stage.lr is None else {"lr": stage.lr}
-    moved = {id(optimizer): optimizer for phase in stage.phases for optimizer in phase.moved}
-    if given is not None:
-        if not is_ours(given):
-            raise SettingError(
-                f"Stage {stage.name!r}: schedule={given!r}; expected one of lw.schedules, or a dict of them. A torch "
-                "scheduler goes with the optimizer of the stage: optimizer=(optimizer, scheduler)"
-            )
-        found = [Scheduled(optimizer, given, of_stage=True) for optimizer in moved.values()]
-    made: dict[int, Scheduled] = {}
-    torchs = [s for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
-    for one in found:
-        kind, same = type(one.optimizer).__name__, made.setdefault(id(one.optimizer), one)
-        if same.schedules != one.schedules:
-            raise SettingError(
-                f"stage {stage.name!r} has two schedules for {kind}, {same.schedules} and {one.schedules}; write one "
-                "dict of both"
-            )
-        clash = next((s.torch for s in torchs if s.torch.optimizer is one.optimizer and "lr" in one.schedules), None)
-        if clash is not None:
-            raise SettingError(
-                f"lr of {kind} is set by a schedule and by {type(clash).__name__}; leave one of them out"
-            )
-    return tuple(one.within(stage.whole) for one in made.values())
 
 
 def _check_stage(stage: Stage, task: Any, callbacks: list[Any]) -> None:

@@ -156,23 +156,26 @@ class Whole:
 
         Epochs of unknown length count when they are over.
         """
-        done = 0.0
+        done, each = 0.0, self.per_epoch
         for end in self.ends:
-            unit, value, passed = end.unit, end.value, 0.0
+            unit, value = end.unit, end.value
             if unit == "steps":
-                passed = now.step - start.step
-            elif unit == "epochs" and end.is_part:  # ends after so many steps
-                passed, value = now.step - start.step, max(1, round(value * (self.per_epoch or 1)))
+                part = (now.step - start.step) / value
             elif unit == "epochs":
-                each = self.per_epoch or 1
-                inside = 0 if self.per_epoch is None else min(now.batch // self.accumulate, each)
-                passed, value = (now.epoch - start.epoch) * each + inside, value * each
+                if value % 1 and each is not None:  # ends after so many steps
+                    part = (now.step - start.step) / max(1, round(value * each))
+                elif each is None:
+                    part = (now.epoch - start.epoch) / value
+                else:
+                    inside = now.batch // self.accumulate
+                    part = ((now.epoch - start.epoch) * each + (inside if inside < each else each)) / (value * each)
             elif unit == "samples":
-                passed = now.samples - start.samples
+                part = (now.samples - start.samples) / value
             else:
-                passed = now.seconds - start.seconds
-            done = max(done, passed / value)
-        return min(done, 1.0)
+                part = (now.seconds - start.seconds) / value
+            if part > done:
+                done = part
+        return done if done < 1.0 else 1.0
 
     def share(self, duration: Duration) -> float:
         """What part of the stage ``duration`` is. Raises SettingError where it cannot be known before it is over."""

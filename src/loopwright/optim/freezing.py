@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from loopwright.errors import SettingError, choose
 
@@ -76,5 +75,5 @@ def _with_statistics(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (f"{path}.running_mean" if path else "running_mean", norm)
         for path, norm in module.named_modules()
-        if isinstance(norm, _NormBase) and norm.running_mean is not None
+        if any(name == "running_mean" for name, _ in norm.named_buffers(recurse=False))
     ]

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from loopwright.errors import SettingError
 from loopwright.optim.freezing import match_names
 
 __all__ = ["groups"]
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # the first: all batch and instance norms
+_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+)  # fmt: skip
 _MANY_BIASES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # theirs are called bias_ih_l0, in_proj_bias, ...
 Patterns = str | tuple[str, ...]
 

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from loopwright.errors import SettingError, choose
 from loopwright.progress import Whole
 from loopwright.schedules import Schedule, as_schedule, constant, scaled
+from loopwright.state import Stage
 
-__all__ = ["Scheduled", "is_ours"]
+__all__ = ["Scheduled", "is_ours", "scheduled_in"]
 
 _OWN = "initial_"  # where a group keeps the value that it came with, as torch's schedulers do for lr
 Place = tuple[int, str, str, bool]  # group, name in it, name of what it came with, whether it is the first of two betas
@@ -169,6 +170,37 @@ class Scheduled:
         ):
             raise SettingError(f"{key!r} of {kind} has {len(value)} numbers: give a schedule, not scaled, for each")
         group.setdefault(_OWN + held, float(value) if isinstance(value, Tensor) else value)
+
+
+def scheduled_in(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
+    """What is set before every step of ``stage``: by its own schedule if it has one, else by those ``found``.
+
+    Raises SettingError for what is no schedule of ours, and where two set the same value.
+    """
+    given = stage.schedule if stage.lr is None else {"lr": stage.lr}
+    moved = {id(optimizer): optimizer for phase in stage.phases for optimizer in phase.moved}
+    if given is not None:
+        if not is_ours(given):
+            raise SettingError(
+                f"Stage {stage.name!r}: schedule={given!r}; expected one of lw.schedules, or a dict of them. A torch "
+                "scheduler goes with the optimizer of the stage: optimizer=(optimizer, scheduler)"
+            )
+        found = [Scheduled(optimizer, given, of_stage=True) for optimizer in moved.values()]
+    made: dict[int, Scheduled] = {}
+    torchs = [s for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
+    for one in found:
+        kind, same = type(one.optimizer).__name__, made.setdefault(id(one.optimizer), one)
+        if same.schedules != one.schedules:
+            raise SettingError(
+                f"stage {stage.name!r} has two schedules for {kind}, {same.schedules} and {one.schedules}; write one "
+                "dict of both"
+            )
+        clash = next((s.torch for s in torchs if s.torch.optimizer is one.optimizer and "lr" in one.schedules), None)
+        if clash is not None:
+            raise SettingError(
+                f"lr of {kind} is set by a schedule and by {type(clash).__name__}; leave one of them out"
+            )
+    return tuple(one.within(stage.whole) for one in made.values())
 
 
 def _is_value(value: Any) -> bool:
