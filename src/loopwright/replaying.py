@@ -104,7 +104,7 @@ def replay(
     chosen = None
     if stages is not None:
         stage = stages[data.info["stage_index"]]
-        chosen = [replace(stage, source=again.source, until="1 step", valid=None, validate_every=None)]
+        chosen = [replace(stage, source=again.source, until="1 step", valid=None, validate_every=None, reuse=False)]
     trainer = Trainer(
         steps=None if chosen else 1, device=device, folder=None, progress=False, checkpoint=False, loggers=[],
         callbacks=[again, *callbacks], **data.info["settings"],
