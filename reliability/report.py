@@ -52,6 +52,19 @@ ROWS: dict[str, tuple[str, str, int]] = {
         "was left alone",
         135,
     ),
+    "F2": (
+        "2 and 4 ranks: SIGTERM, SIGINT, SIGUSR1 to one rank, to all, to `lw.launch`, to torchrun, at a random moment",
+        "all ranks gone within 30 s; the newest checkpoint is whole and of the step after which all stopped; gone on "
+        "from, all is equal in bits to a run of as many ranks that was left alone",
+        60,
+    ),
+    "F3": (
+        "2 and 4 ranks: one raises in each hook, in the forward, backward or its data, is killed, stopped, leaves, "
+        "waits in a collective alone, or is slow for 20 s",
+        "all ranks gone within 30 s; each says which rank it was, at which step and in which line, and the hook is "
+        "named; checkpoints are whole; a rank that is only slow alarms nobody",
+        40,
+    ),
     "Cost": ("what it costs", "see below", 0),
 }
 INTRO = """# Reliability
@@ -62,12 +75,12 @@ a sample). Each number below was counted; none is extrapolated. The whole, with 
 """
 LIMITS = """## What is not covered
 
-One process on a CPU: no GPU, no mixed precision, no `torch.compile`, no second rank. Kills are kills of the process,
-not of the machine: what the page cache holds survives them, and no row tells what a power loss does. R1, R2, R3 and D4
-keep their files in memory where there is `/dev/shm`, D1 on the disk of the temporary folder. R1 takes a new trainer,
-net (of another seed), data and random state for each resume, in one process; R2, R3, D1 and F1 are processes of their
-own, forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits are promised for
-the same versions, instructions and number of threads; a resume under others is refused.
+On a CPU: no GPU, no mixed precision, no `torch.compile`; all rows but F2 and F3 with one process. Kills are kills of
+the process, not of the machine: what the page cache holds survives them, and no row tells what a power loss does. R1,
+R2, R3 and D4 keep their files in memory where there is `/dev/shm`, D1 on the disk of the temporary folder. R1 takes a
+new trainer, net (of another seed), data and random state for each resume, in one process; R2, R3, D1 and F1 are
+processes of their own, forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits
+are promised for the same versions, instructions and number of threads; a resume under others is refused.
 """
 
 
@@ -123,7 +136,7 @@ def _variants(rows: dict[str, Any]) -> str:
 
 def _details(rows: dict[str, Any]) -> str:
     lines = []
-    for name in ("R2", "R3", "D1", "D1 async", "D4", "S", "F1"):
+    for name in ("R2", "R3", "D1", "D1 async", "D4", "S", "F1", "F2", "F3"):
         row = rows.get(name)
         if row is None:
             continue

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reliability import cost, damage, hostile, kills, report, resume, saves, signals
+from reliability import cost, damage, hostile, kills, report, resume, saves, signals, worlds
 from reliability.server import Server
 from reliability.variants import EXTRAS, STEPS, VARIANTS
 
@@ -38,6 +38,12 @@ def _served(what: Callable[..., dict[str, Any]], *arguments: Any, **settings: An
         return what(server, *arguments, **settings)
 
 
+def _with_torch(what: Callable[[int], dict[str, Any]], count: int) -> dict[str, Any]:
+    """In a process that has all that is slow to import, for its forks."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch's compiler
+    return what(count)
+
+
 RUN: dict[str, Callable[[bool], dict[str, Any]]] = {
     "R1": _r1,
     "D4": lambda quick: damage.run(0.05 if quick else 1.0),
@@ -47,6 +53,8 @@ RUN: dict[str, Callable[[bool], dict[str, Any]]] = {
     "R3": lambda quick: _served(kills.chains, 2 if quick else 50, (3, 10), seed=13),
     "S": lambda quick: hostile.run(0.03 if quick else 1.0),
     "F1": lambda quick: _served(signals.run, signals.SAMPLE if quick else signals.CASES),
+    "F2": lambda quick: _with_torch(worlds.signals, 6 if quick else 60),
+    "F3": lambda quick: _with_torch(worlds.faults, 8 if quick else 40),
     "Cost": lambda quick: cost.run(quick=quick),
 }
 

@@ -362,6 +362,8 @@ def evaluate(
     """
     hooks, values, team = run.hooks, dict[str, float](), run.team
     meters = run.meters.get(kind)
+    if run.interrupted:
+        return {}
     if team is not None:
         team.follow(run)
     with unseen(run):

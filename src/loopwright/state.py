@@ -419,7 +419,7 @@ class Run:
     def request_stop(self, reason: str) -> None:
         """Stop at the next boundary between optimizer steps; the first reason is kept in ``stop_reason``.
 
-        With several ranks one may ask, and all stop after the same step, which may be one step later.
+        With several ranks one may ask, and all stop after the same step, one or two steps later.
         """
         if self.team is None:
             self.stop_reason = self.stop_reason or reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import loopwright as lw
+from loopwright.parallel import Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -236,3 +238,98 @@ def test_a_rank_that_raises_ends_the_run_as_failed_and_is_named(
     assert "rank 1 failed at step" in capfd.readouterr().err
     (folder,) = (tmp_path / "n").iterdir()
     assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("lasting", [0.0, 0.03])
+def test_a_stop_that_one_rank_asks_for_takes_effect_on_all_after_the_same_step(lasting: float) -> None:
+    """However often the ranks tell one another what time it is."""
+
+    class Stops(lw.Callback):
+        def on_step_end(self, run: lw.Run, result: Any) -> None:
+            time.sleep(lasting)
+            if run.progress.step == 5 and run.comm.rank == 1:
+                run.request_stop("enough")
+
+    def fit() -> Any:
+        run = trainer(callbacks=[Stops()], epochs=9).fit(supervised(), lw.Loader((X, Y), 4))
+        return run.progress.step, run.stop_reason
+
+    assert lw.launch(fit, 2) == [(7, "enough")] * 2
+
+
+def test_all_ranks_see_one_clock_and_end_by_it_at_the_same_step() -> None:
+    def fit() -> Any:
+        run = trainer(epochs=None, time="1 sec").fit(supervised(), lw.Loader((X, Y), 4))
+        return run.progress.step, run.progress.seconds
+
+    first, second = lw.launch(fit, 2)
+    assert first == second
+    assert first[0] > 10
+    assert first[1] >= 1
+
+
+@pytest.mark.parametrize("size", [1, 1_000, 1_016, 1_017, 32_760, 32_761, 100_000])
+def test_what_is_told_among_ranks_may_have_any_length(size: int) -> None:
+    def tell() -> Any:
+        torch.distributed.init_process_group("gloo")
+        comm = Ranks()
+        mine = bytes([comm.rank]) * (size if comm.rank else 1)
+        return comm.gather(mine), comm.broadcast(bytes(size)), comm.broadcast(torch.arange(size)).sum().item()
+
+    told = [b"\0", b"\1" * size], bytes(size), size * (size - 1) // 2
+    assert lw.launch(tell, 2) == [told] * 2
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+
+
+def test_three_ranks_go_on_with_the_order_in_which_gradients_are_summed(tmp_path: Path) -> None:
+    """DDP lays its buckets out anew after its first backward, and with that each sum of three numbers."""
+
+    def fit() -> Any:
+        found = []
+        for folder, steps in (("whole", [8]), ("parts", [3, 8])):
+            for last in steps:
+                net = deep()
+                saver = lw.Checkpoint(1, keep=2)
+                one = trainer(epochs=None, steps=last, folder=tmp_path / folder, name="n", checkpoint=saver)
+                run = one.fit(supervised(net), lw.Loader((X, Y), 8, shuffle=True), resume="auto")
+            found.append((run.progress.step, weights(net)))
+        return found
+
+    for whole, parts in lw.launch(fit, 3):
+        assert whole[0] == parts[0] == 8
+        assert all(map(torch.equal, whole[1], parts[1]))
+
+
+def test_a_callback_that_only_one_rank_has_holds_nobody_up() -> None:
+    class Looks(lw.Callback):
+        def map_loss(self, run: lw.Run, loss: Any, *args: Any) -> Any:
+            return loss
+
+    def fit() -> Any:
+        import os
+
+        first = os.environ["RANK"] == "0"
+        net = deep()
+        trainer(callbacks=[Looks()] if first else []).fit(supervised(net), (X, Y))
+        return weights(net)
+
+    one, two = lw.launch(fit, 2)
+    assert all(map(torch.equal, one, two))
+
+
+def test_a_signal_just_before_a_validation_of_which_a_rank_has_no_part() -> None:
+    class Asks(lw.Callback):
+        def on_step_end(self, run: lw.Run, result: Any) -> None:
+            if run.progress.step == 4 and run.comm.rank == 1:
+                run.request_stop("SIGTERM")  # is known to all after step 6
+
+    def fit() -> Any:
+        with pytest.raises(SystemExit) as caught:
+            trainer(callbacks=[Asks()], validate_every=6).fit(supervised(), lw.Loader((X, Y), 4), (X[:3], Y[:3]))
+        return caught.value.code
+
+    assert lw.launch(fit, 2) == [143, 143]

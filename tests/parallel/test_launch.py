@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing as mp
 import os
 import signal
@@ -18,6 +19,7 @@ import torch
 from torch import distributed as dist
 
 import loopwright as lw
+from loopwright.checkpoint import list_checkpoints, read
 from loopwright.parallel import World, find_world, join
 
 
@@ -255,6 +257,33 @@ def ended(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_one_that_launched_them_saves_the_run(number: signal.Signals, tmp_path: Path) -> None:
+    body = """
+    def train():
+        net = torch.nn.Linear(2, 1)
+        task = lw.Supervised(net, torch.nn.MSELoss(), torch.optim.SGD(net.parameters(), 0.01))
+        trainer = lw.Trainer(steps=10**6, folder="runs", name="n", progress=False)
+        trainer.on(lw.Event.STEP_END(once=9))(lambda run: print("began", flush=True))
+        trainer.fit(task, lw.Loader((torch.randn(64, 2), torch.randn(64, 1)), 8))
+
+    lw.launch(train, 2)
+    """
+    command = script(tmp_path, body)
+    program = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert program.stdout is not None
+    assert program.stdout.readline() == "began\n"
+    program.send_signal(number)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 128 + number, errors
+    (record,) = tmp_path.glob("runs/n/*/run.json")
+    found = json.loads(record.read_text())
+    assert found["status"] == "interrupted"
+    last = list_checkpoints(record.parent / "checkpoints")[-1]
+    assert read(last).info["step"] == found["progress"]["step"] >= 9
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel is not asked to do it")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_one_that_launched_it(number: signal.Signals, tmp_path: Path) -> None:
@@ -265,7 +294,7 @@ def test_no_process_outlives_the_one_that_launched_it(number: signal.Signals, tm
     ranks = [int(program.stdout.readline()) for _ in range(2)]
     program.send_signal(number)
     _, errors = program.communicate(timeout=60)
-    assert program.returncode == -number
+    assert program.returncode == (143 if number == signal.SIGTERM else -number)
     assert errors.rstrip().endswith("KeyboardInterrupt") == (number == signal.SIGINT)
     until = time.monotonic() + 60
     while not all(ended(pid) for pid in ranks):

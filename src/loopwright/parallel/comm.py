@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle  # noqa: TID251 - between processes of one training, as torch does; nothing of it comes from a file
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
@@ -15,6 +16,9 @@ from loopwright.errors import LoopwrightError
 __all__ = ["Ranks", "Single"]
 
 T = TypeVar("T")
+
+_GATHERED, _SENT = 1 << 10, 1 << 15  # bytes that travel at once; a message that is longer takes a second round
+_HEAD = 8  # of them tell the length
 
 
 class Single:
@@ -72,15 +76,28 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """The ``value`` of every rank, in their order, on every rank. It travels pickled between our own processes."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, _on_cpu(value), group=self.group)
-        return values
+        told = _packed(value)
+        texts = self._all(_page(told, _GATHERED))
+        longest = max(map(_length, texts))
+        if longest > _GATHERED - _HEAD:
+            texts = self._all(_page(told, longest + _HEAD))
+        return [_unpacked(text) for text in texts]
+
+    def _all(self, mine: Tensor) -> list[Tensor]:
+        theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(theirs, mine, group=self.group)
+        return theirs
 
     def broadcast(self, value: Any) -> Any:
         """The ``value`` of rank 0."""
-        values = [value if self.rank == 0 else None]
-        dist.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]
+        told = _packed(value) if self.rank == 0 else b""
+        page = _page(told, _SENT)
+        dist.broadcast(page, src=0, group=self.group)
+        length = _length(page)
+        if length > _SENT - _HEAD:
+            page = _page(told, length + _HEAD)
+            dist.broadcast(page, src=0, group=self.group)
+        return _unpacked(page)
 
     def first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on rank 0, which alone calls it. What it raises there is an error on every rank."""
@@ -106,6 +123,24 @@ class Ranks:
                 dist.broadcast(whole, src=0)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.copy_(whole)
+
+
+def _packed(value: Any) -> bytes:
+    return pickle.dumps(_on_cpu(value), pickle.HIGHEST_PROTOCOL)
+
+
+def _page(told: bytes, size: int) -> Tensor:
+    """``size`` bytes: how long ``told`` is, and as much of it as there is room for."""
+    held = len(told).to_bytes(_HEAD, "little") + told[: size - _HEAD]
+    return torch.frombuffer(bytearray(held.ljust(size, b"\0")), dtype=torch.uint8)
+
+
+def _length(page: Tensor) -> int:
+    return int.from_bytes(page[:_HEAD].numpy().tobytes(), "little")
+
+
+def _unpacked(page: Tensor) -> Any:
+    return pickle.loads(page[_HEAD : _HEAD + _length(page)].numpy().tobytes())
 
 
 def _on_cpu(value: Any) -> Any:

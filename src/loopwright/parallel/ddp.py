@@ -68,6 +68,7 @@ class DDP:
         ddp = DistributedDataParallel(
             part, find_unused_parameters=self.find_unused, init_sync=False, **self.options
         )  # the parameters are those of rank 0 already
+        _lay_out(ddp, part)
         names = {id(p): name for name, p in _named(run)}
         phase.step = synced = Synced(phase, ddp, {} if self.find_unused else {k: names.get(k, "?") for k in parameters})
         return synced
@@ -133,6 +134,18 @@ class _Part(nn.Module):
         if batch is _NOTHING:
             return sum(p.flatten()[:0].sum() for p in self.own)  # with a gradient of zeros, whatever is in p
         return self._step(batch)
+
+
+def _lay_out(ddp: DistributedDataParallel, part: _Part) -> None:
+    """Have the buckets laid out now: DDP does so anew after its first backward, in the order in which gradients came.
+
+    With more than two ranks, where a gradient lies in its bucket tells in which order ranks are summed up. A run that
+    goes on from a checkpoint must sum as the one that was not interrupted, whose first backward was long ago.
+    """
+    kept = [p.grad for p in part.own]
+    ddp(_NOTHING).backward()
+    for p, grad in zip(part.own, kept, strict=True):
+        p.grad = grad
 
 
 def _trained(phase: Phase) -> int:

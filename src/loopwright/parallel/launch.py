@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -27,9 +28,10 @@ from loopwright.errors import LoopwrightError, SettingError
 __all__ = ["launch"]
 
 _GRACE_S = 5.0  # what is asked to stop has so long; then it is killed
-_SAVE_S = 60.0  # after Ctrl-C, to save at the next boundary; a second one shortens it
+_SAVE_S = 60.0  # after a signal, to save at the next boundary; a second one shortens it
 _BLAME_S = 0.5  # a rank that dies takes others with it, whose errors may arrive first
 _LOCALHOST = "127.0.0.1"
+_PASSED_ON = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class _Said(NamedTuple):
@@ -50,7 +52,8 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
     function of a file, and OMP_NUM_THREADS tells the threads, one if it is not set.
 
     An error in a rank ends the others and is raised here, with a note that names the rank and shows where it was; a
-    rank that dies is a LoopwrightError. Ctrl-C is passed on, so that runs are saved, and raised again. No rank is left.
+    rank that dies is a LoopwrightError. Ctrl-C is passed on, so that runs are saved, and raised again; SIGTERM and
+    SIGUSR1 likewise, as SystemExit, where this is the main thread and nobody else handles them. No rank is left.
 
     Raises SettingError where it cannot work: inside a rank, with an open process group, for a function that cannot
     be sent.
@@ -63,6 +66,7 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
     listener = socket.create_server((_LOCALHOST, 0))  # opened before the start: nobody can take the port
     ranks: list[Any] = []
     pipes: list[Connection] = []
+    handled = _raise_at_signals()
     try:
         for rank in range(nproc):
             mine, theirs = context.Pipe(duplex=False)
@@ -86,11 +90,16 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
     except KeyboardInterrupt:
         _end(ranks, signal.SIGINT, _SAVE_S)
         raise
+    except _Signalled as asked:
+        _end(ranks, signal.Signals(asked.code - 128), _SAVE_S)
+        raise
     finally:
         try:
             _end(ranks, signal.SIGTERM, _GRACE_S)
         finally:  # whoever presses Ctrl-C again and again
             _end(ranks, signal.SIGKILL, None)
+            for number in handled:
+                signal.signal(number, signal.SIG_DFL)
             listener.close()
             for pipe in pipes:
                 pipe.close()
@@ -131,6 +140,26 @@ def _start_method(fn: Callable[..., Any], nproc: int) -> str:
     return "spawn"
 
 
+class _Signalled(SystemExit):
+    """A signal that would have ended this process at once, and with it the ranks."""
+
+    code: int
+
+
+def _signalled(number: int, frame: Any) -> None:
+    raise _Signalled(128 + number)
+
+
+def _raise_at_signals() -> list[signal.Signals]:
+    """Let those that nobody handles be raised as _Signalled from now on; which ones."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    mine = [number for number in _PASSED_ON if signal.getsignal(number) is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, _signalled)
+    return mine
+
+
 @contextmanager
 def _quiet_fork() -> Iterator[None]:
     """Python 3.12 warns of every fork in a process with threads; that of torch are not used in the children."""
@@ -147,6 +176,9 @@ def _run_rank(
     method: str,
 ) -> None:  # fmt: skip
     """What a child does: look like a process of torchrun, call ``fn``, say what came of it."""
+    for number in _PASSED_ON:
+        if signal.getsignal(number) is _signalled:
+            signal.signal(number, signal.SIG_DFL)  # this is a fork; what the parent passes on is for the run to handle
     _die_with(parent)
     gc.freeze()  # what the parent has left to collect, some of it of C++ and its threads, is not for a fork to end
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "GROUP_RANK": 0}

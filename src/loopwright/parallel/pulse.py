@@ -15,49 +15,73 @@ from loopwright.state import SIGNALS, Run
 __all__ = ["Pulse"]
 
 _OTHER = len(SIGNALS)  # a reason in words
+_EVERY_S, _AT_MOST = 0.1, 16  # seconds and steps from one message to the next, where nobody asks within steps
 
 
 class Pulse:
     """Lets all ranks see the same clock, and stop at the same step.
 
-    Each step sends the seconds of rank 0 and what each rank wants, and takes what was sent a step before: nobody
-    waits. So with several ranks ``run.request_stop`` and signals take effect a step later than with one, and
-    ``progress.seconds``, on which durations and intervals depend, is that of rank 0.
+    A message tells the seconds of rank 0 and what each rank wants; it is taken when the next one is sent, so that
+    nobody waits. One is sent each step where hooks of the user may ask to stop within an epoch: with several ranks
+    ``run.request_stop`` takes effect one or two steps later than with one. Where only signals and clocks can, one is
+    sent every 0.1 s, or 16 steps if that is less. ``progress.seconds``, on which durations and intervals depend, is
+    that of rank 0; between two messages all ranks make the same guess of it.
     """
 
     def __init__(self, comm: Ranks) -> None:
         self.comm = comm
         self.asked: str | None = None  # by this rank
+        self.each_step = True
         self.watch: Watch | None = None  # which is told where training stands
-        self._sent: tuple[torch.Tensor, Any] | None = None
+        self._sent: tuple[int, torch.Tensor, Any] | None = None  # at which beat
+        self._beats = self._due = 0
+        self._taken, self._seconds, self._rate = 0, 0.0, 0.0  # beat and clock of the last message; seconds a beat
 
     def beat(self, run: Run) -> float:
         """Seconds of the run, the same on all ranks. Called once a step by all of them."""
         if self.watch is not None:
             self.watch.step = run.progress.step
-        before, self._sent = self._sent, self._send(run)
-        return run.progress.seconds if before is None else self._take(run, before)
+        self._beats += 1
+        if self._beats >= self._due:
+            before, self._sent = self._sent, self._send(run)
+            if before is not None:
+                self._take(run, before)
+            steps = 1 if self.each_step or not self._rate else int(_EVERY_S / self._rate)
+            self._due = self._beats + max(1, min(steps, _AT_MOST))
+        return max(run.progress.seconds, self._seconds + self._rate * (self._beats - self._taken))
 
-    def settle(self, run: Run) -> None:
-        """Stop now if any rank wants to; at the end of an epoch or a validation there is time to wait for all."""
+    def settle(self, run: Run, told: Any = None) -> list[Any]:
+        """Stop now if any rank wants to; what all ranks have ``told``.
+
+        At the end of an epoch or a validation there is time to wait for all.
+        """
         if self._sent is not None:
             self._take(run, self._sent)
-        self._sent = None
-        self._take(run, self._send(run))
+            self._sent, self._due = None, 0
+        found = self.comm.gather((self.asked, told))
+        self._stop(run, [asked for asked, _ in found])
+        return [told for _, told in found]
 
-    def _send(self, run: Run) -> tuple[torch.Tensor, Any]:
+    def _send(self, run: Run) -> tuple[int, torch.Tensor, Any]:
         told = torch.zeros(_OTHER + 2, dtype=torch.float64, device="cpu")
         if self.comm.rank == 0:
             told[-1] = time.perf_counter() - run.began
         if self.asked is not None:
             told[SIGNALS.index(self.asked) if self.asked in SIGNALS else _OTHER] = 1.0
-        return told, dist.all_reduce(told, group=self.comm.group, async_op=True)
+        return self._beats, told, dist.all_reduce(told, group=self.comm.group, async_op=True)
 
-    def _take(self, run: Run, sent: tuple[torch.Tensor, Any]) -> float:
-        told, work = sent
+    def _take(self, run: Run, sent: tuple[int, torch.Tensor, Any]) -> None:
+        beat, told, work = sent
         work.wait()
         *wanted, seconds = told.tolist()
+        if self._taken:
+            self._rate = max(0.0, seconds - self._seconds) / (beat - self._taken)
+        self._taken, self._seconds = beat, seconds
         if any(wanted) and run.stop_reason is None:
-            words = next((words for words in self.comm.gather(self.asked) if words is not None), None)
-            run.stop_reason = next((name for name, n in zip(SIGNALS, wanted, strict=False) if n), words)
-        return float(seconds)
+            self._stop(run, self.comm.gather(self.asked))
+
+    def _stop(self, run: Run, asked: list[str | None]) -> None:
+        """For a signal, if one has come to any rank, or else for the reason of the first that has one."""
+        reasons = [reason for reason in (*SIGNALS, *asked) if reason is not None and reason in asked]
+        if reasons and run.stop_reason is None:
+            run.stop_reason = reasons[0]

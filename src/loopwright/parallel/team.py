@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from loopwright import rng
 from loopwright.errors import DataError, LoopwrightWarning, SettingError
+from loopwright.events import HOOKS
 from loopwright.history import Sums
 from loopwright.parallel.comm import Ranks
 from loopwright.parallel.pulse import Pulse
@@ -107,17 +108,17 @@ class Team:
         source: Any = stage.source
         while hasattr(source, "source"):
             source = source.source
-        if len(set(self.comm.gather(getattr(source, "digest", None)))) > 1:
+        mine = run.waited, sum(synced.seconds for synced in self._synced.values())
+        found = self.pulse.settle(run, (getattr(source, "digest", None), *mine))
+        if len({digest for digest, *_ in found}) > 1:
             raise DataError(
                 f"in epoch {run.progress.epoch} each rank has read an order of its own: its sampler depends on more "
                 "than the global random generators and set_epoch. Seed it alike on all ranks, or use "
                 "lw.Loader(dataset, shuffle=True)"
             )
-        own = run.waited, sum(synced.seconds for synced in self._synced.values())
-        self.needs = [{"waited": waited, "forward": forward} for waited, forward in self.comm.gather(own)]
+        self.needs = [{"waited": waited, "forward": forward} for _, waited, forward in found]
         if self.comm.rank == 0:
             self._name_the_slow(run)
-        self.pulse.settle(run)
 
     def _name_the_slow(self, run: Run) -> None:
         """Warn once of a rank for which all others wait."""
@@ -140,9 +141,15 @@ class Team:
     def begin(self, run: Run) -> None:
         """All ranks begin with the weights and buffers of rank 0."""
         self.follow(run, parameters=True)
-        hooks = [hook for name in _STEERING for hook in getattr(run.hooks, name)]
-        hooks += [getattr(c, name) for stage in run.stages for c in stage.callbacks for name in _STEERING]
-        self.steered = any(not _is_ours(hook) for hook in hooks)
+        staged = [callback for stage in run.stages for callback in stage.callbacks]
+
+        def foreign(names: Iterable[str]) -> bool:
+            hooks = (hook for n in names for hook in (*getattr(run.hooks, n), *(getattr(c, n) for c in staged)))
+            return any(not _is_ours(hook) for hook in hooks)
+
+        asking = foreign(HOOKS) or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
+        on_any = self.comm.sums([foreign(_STEERING), asking])  # callbacks may differ from rank to rank
+        self.steered, self.pulse.each_step = (n > 0 for n in on_any)
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
             if meters is not None:
                 meters.check_ranks()

@@ -1,0 +1,442 @@
+"""F2 and F3: several ranks that train together, one or all of which are sent a signal, raise, die, stand still or wait.
+
+The ranks are real processes, forked from one that has torch: alone, as srun starts them, or below ``lw.launch`` or
+torchrun, where the signal goes to those. F2: after a signal all save once and leave; gone on from, the run ends with
+the bits of one that was left alone. F3: after a fault all leave in time, and say which rank it was, at which step, and
+in which hook or line.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import loopwright as lw
+from loopwright.checkpoint import list_checkpoints, read, verify
+from reliability.server import ROOT
+from reliability.trial import NAME, digests, observe
+
+STEPS, AT, LIMIT_S = 96, 40, 30.0
+TARGETS = ("one rank", "all ranks", "lw.launch", "one rank", "all ranks", "torchrun")
+SIGNALS = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STATUS = {signal.SIGTERM: (143,), signal.SIGINT: (-2, 1), signal.SIGUSR1: (138,)}  # 1: KeyboardInterrupt in a fork
+RAISES = (
+    "on_fit_start", "on_stage_start", "on_epoch_start", "on_step_start", "on_batch_start", "map_batch", "map_output",
+    "map_loss", "on_backward_end", "on_grads_ready", "on_step_end", "on_validation_start", "on_eval_batch_end",
+    "on_validation_end", "on_checkpoint", "on_epoch_end", "on_stage_end", "on_fit_end",
+)  # fmt: skip
+IN_STEP = ("forward", "dataset", "backward")
+OTHERS = ("SIGKILL", "SIGSTOP", "alone in a barrier", "leaves", "slow")
+KINDS = (
+    *RAISES, *IN_STEP, *OTHERS, "SIGKILL", "SIGSTOP", "alone in a barrier", "slow", "SIGKILL", "forward", "dataset",
+    "on_step_end", "on_validation_end", "SIGKILL", "SIGSTOP", "leaves", "backward", "slow",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- in the ranks
+
+
+class Numbers(torch.utils.data.Dataset[Any]):
+    """Samples that take a moment; one of them may raise."""
+
+    def __init__(self, folder: Path, rank: int, *, pause: float) -> None:
+        self.x = torch.randn(128, 5, generator=torch.Generator().manual_seed(0))
+        self.y = self.x[:, :3].argmax(1)
+        self.began, self.pause, self.raises = folder / f"began-{rank}", pause, False
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Any:
+        if not self.began.exists():
+            self.began.touch()
+        time.sleep(self.pause)
+        if self.raises:
+            spoil("dataset")
+        return self.x[i], self.y[i]
+
+
+class Net(nn.Module):
+    """A net that may raise in its forward or backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 3))
+        self.raises = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.raises == "forward" and self.training:
+            spoil("forward")
+        out: torch.Tensor = self.body(x)
+        if self.raises == "backward" and out.requires_grad:
+            out.register_hook(lambda grad: spoil("backward"))
+        return out
+
+
+def spoil(kind: str) -> None:
+    """What the chosen rank does when its moment has come."""
+    here = Path(os.environ["LW_SPOILED"])
+    if here.exists():  # a hook that all stages call: once
+        return
+    here.write_text(str(time.monotonic()))
+    if kind == "alone in a barrier":
+        dist.barrier()
+    elif kind == "leaves":
+        sys.stdout.flush()
+        os._exit(0)
+    elif kind == "slow":
+        time.sleep(20)
+    elif kind.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, kind))
+    else:
+        raise ValueError(f"spoiled in {kind}")
+
+
+def spoiler(kind: str, net: Net, data: Numbers) -> lw.Callback:
+    """A callback that does ``kind`` once step 40 is behind it; the hooks around training at their only time."""
+    hook = kind if kind in RAISES else "on_step_end"
+
+    def act(self: Any, run: lw.Run, *args: Any) -> Any:
+        once = hook.startswith(("on_fit", "on_stage"))
+        if not once and run.progress.step < AT:
+            pass
+        elif kind in ("forward", "backward"):
+            net.raises = kind
+        elif kind == "dataset":
+            data.raises = True
+        else:
+            spoil(kind)
+        return args[0] if hook.startswith("map_") else None
+
+    arguments = ", ".join([*inspect.signature(getattr(lw.Callback, hook)).parameters][2:])
+    scope: dict[str, Any] = {"act": act}
+    exec(f"def {hook}(self, run{', ' if arguments else ''}{arguments}): return act(self, run, {arguments})", scope)
+    return type("Spoiler", (lw.Callback,), {hook: scope[hook]})()
+
+
+def train(folder: str, *, kind: str = "", target: int = -1, pause: float = 0.0005) -> None:
+    """What each rank does; rank 0 leaves ``result.json``. It goes on from what is there."""
+    place, rank = Path(folder), int(os.environ.get("RANK", "0"))
+    torch.set_num_threads(1)
+    torch.manual_seed(rank + 5)  # ranks that were not seeded alike
+    net, data = Net(), Numbers(place, rank, pause=pause)
+    os.environ["LW_SPOILED"] = str(place / "spoiled")
+    task = lw.Supervised(
+        net, nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), 1e-2), metrics={"hits": lw.metrics.Accuracy()}
+    )
+    trainer = lw.Trainer(
+        steps=STEPS, folder=place / "runs", name=NAME, progress=False, seed=3, log_every=5, validate_every=24,
+        callbacks=[spoiler(kind, net, data)] if rank == target else [],
+        checkpoint=lw.Checkpoint(10, keep=3), strategy=lw.DDP(timeout=LIMIT_S),
+    )  # fmt: skip
+    run = trainer.fit(task, lw.Loader(data, 16, shuffle=True), (data.x[:50], data.y[:50]), resume="auto")
+    if rank == 0:
+        (place / "result.json").write_text(json.dumps(digests(observe(run))))
+    if kind == "leaves":
+        time.sleep(1)
+
+
+def forked(folder: str, world: int, **settings: Any) -> None:
+    """Fork the ranks with nobody above them who would end the others when one fails; note how each ended."""
+    place, pids = Path(folder), []
+    (place / "ended").unlink(missing_ok=True)
+    port = 20000 + os.getpid() % 10000
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            out = os.open(place / f"{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 2)
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            )  # fmt: skip
+            train(folder, **settings)
+            return
+        pids.append(pid)
+    _write(place / "pids", pids)
+    codes: dict[int, int] = {}
+    while len(codes) < world:
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+    _write(place / "ended", [[codes[pid] for pid in pids], time.monotonic()])
+
+
+def launched(folder: str, world: int, **settings: Any) -> None:
+    """The ranks below ``lw.launch``."""
+    _write(Path(folder) / "pids", [os.getpid()])
+    lw.launch(lambda: train(folder, **settings), world)
+
+
+def _write(path: Path, value: Any) -> None:
+    path.with_suffix(".new").write_text(json.dumps(value))
+    path.with_suffix(".new").rename(path)
+
+
+# ---------------------------------------------------------------------------------------------- outside
+
+
+@dataclass
+class Outcome:
+    """What came of one fault or signal; ``problems`` is empty if all was as it must be."""
+
+    what: str
+    seconds: float = 0.0  # until the last rank had gone
+    problems: list[str] = field(default_factory=list)
+
+
+class Ranks:
+    """The process below which the ranks are: forked here, or torchrun."""
+
+    def __init__(self, how: str, folder: Path, world: int, **settings: Any) -> None:
+        self.how, self.folder = how, folder
+        arguments = json.dumps({"folder": str(folder), **settings})
+        for old in ("pids", "ended", *(f"began-{rank}" for rank in range(world))):
+            (folder / old).unlink(missing_ok=True)
+        if how == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            with open(folder / "agent.err", "w") as said:
+                command += ["-m", "reliability.worlds", arguments]
+                self.pid = subprocess.Popen(command, stderr=said, env=environment, cwd=ROOT).pid
+            return
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child(launched if how == "lw.launch" else forked, world, arguments)
+
+    def _child(self, start: Callable[..., None], world: int, arguments: str) -> None:
+        """Ends as a script does, with the status of what was raised."""
+        os.dup2(os.open(self.folder / "agent.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        code = 1
+        try:
+            start(world=world, **json.loads(arguments))
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status of the process above, or None if it is still there."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return None
+
+    def kill(self) -> None:
+        """Leave nothing."""
+        for pid in [*self.pids(), self.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def pids(self) -> list[int]:
+        """Of the ranks, or of the process above them where those are its own affair."""
+        found = self.folder / "pids"
+        pids: list[int] = json.loads(found.read_text()) if found.exists() else []
+        return pids
+
+    def text(self) -> str:
+        """All that was written on standard error."""
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.err")))
+
+
+def _await(found: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not found():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def _alone(folder: Path, world: int) -> dict[str, str]:
+    """The digests of a run that nothing disturbs."""
+    folder.mkdir()
+    ranks = Ranks("forked", folder, world)
+    if ranks.wait(120) != 0:
+        ranks.kill()
+        raise RuntimeError(f"{world} ranks that nothing disturbs failed: {ranks.text()[-2000:]}")
+    found: dict[str, str] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def signalled(
+    target: str, world: int, rank: int, number: signal.Signals, delay: float, folder: Path, alone: dict[str, str]
+) -> Outcome:
+    """Send ``number`` to ``target``, ``delay`` seconds after all ranks have read data; look, and go on."""
+    outcome = Outcome(f"{number.name} to {target if target != 'one rank' else f'rank {rank}'} of {world}")
+    folder.mkdir()
+    how = target if target in ("lw.launch", "torchrun") else "forked"
+    ranks = Ranks(how, folder, world)
+    try:
+        if not _await(lambda: all((folder / f"began-{r}").exists() for r in range(world)), 120):
+            outcome.problems.append(f"training did not begin: {ranks.text()[-1000:]}")
+            return outcome
+        time.sleep(delay)
+        pids = {"one rank": ranks.pids()[rank : rank + 1], "all ranks": ranks.pids()}.get(target, [ranks.pid])
+        sent = time.monotonic()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        code = ranks.wait(2 * LIMIT_S)
+        outcome.seconds = time.monotonic() - sent
+        outcome.problems += _left(ranks, code, number, outcome.seconds)
+    finally:
+        ranks.kill()
+    if not outcome.problems:
+        again = Ranks("forked", folder, world)
+        code = again.wait(120)
+        again.kill()
+        if code != 0 or not (folder / "result.json").exists():
+            outcome.problems.append(f"it does not go on: {again.text()[-2000:]}")
+        else:
+            found = json.loads((folder / "result.json").read_text())
+            odd = [name for name, digest in alone.items() if found[name] != digest]
+            outcome.problems += [f"gone on, it ends with other {', '.join(odd)}"] if odd else []
+    return outcome
+
+
+def _left(ranks: Ranks, code: int | None, number: signal.Signals, seconds: float) -> Iterator[str]:
+    """What is wrong after a signal."""
+    if code is None:
+        yield f"not gone after {seconds:.0f} s"
+        return
+    if seconds > LIMIT_S:
+        yield f"gone after {seconds:.1f} s"
+    (file,) = (ranks.folder / "runs" / NAME).glob("*/run.json")
+    record = json.loads(file.read_text())
+    if record["status"] == "done":  # it had come to its end
+        return
+    if ranks.how == "forked":
+        codes, _ = json.loads((ranks.folder / "ended").read_text())
+        if not all(one in STATUS[number] for one in codes):
+            yield f"the ranks left with {codes}: {ranks.text()[-1500:]}"
+    elif ranks.how == "lw.launch" and code not in (*STATUS[number], 128 + number):
+        yield f"lw.launch left with {code}: {ranks.text()[-1500:]}"
+    if record["status"] != "interrupted":
+        yield f"status {record['status']!r}: {ranks.text()[-1500:]}"
+    checkpoints, stopped = list_checkpoints(file.parent / "checkpoints"), record["progress"]["step"]
+    saved = read(checkpoints[-1]).info["step"] if checkpoints else None
+    if saved != stopped:
+        yield f"the newest checkpoint is of step {saved}, and the run stopped after step {stopped}"
+
+
+def faulty(kind: str, world: int, rank: int, folder: Path) -> Outcome:
+    """Let ``kind`` happen in ``rank``, and look at how all of them end and what they say."""
+    outcome = Outcome(f"{kind} in rank {rank} of {world}")
+    folder.mkdir()
+    ranks, spoiled = Ranks("forked", folder, world, kind=kind, target=rank), folder / "spoiled"
+    try:
+        _await(spoiled.exists, 120)
+        code = ranks.wait(2 * LIMIT_S)
+        if not spoiled.exists() or not spoiled.read_text():
+            outcome.problems.append(f"it never came to the point: {ranks.text()[-1000:]}")
+            return outcome
+        if code is None:
+            outcome.seconds = 2 * LIMIT_S
+            outcome.problems.append(f"not gone after {2 * LIMIT_S:.0f} s: {ranks.text()[-1000:]}")
+            return outcome
+        codes, ended = json.loads((folder / "ended").read_text())
+        outcome.seconds = ended - float(spoiled.read_text())
+        texts = [(folder / f"{r}.err").read_text() for r in range(world)]
+        outcome.problems += _said(kind, rank, codes, texts)
+        if kind != "slow" and outcome.seconds > LIMIT_S:
+            outcome.problems.append(f"gone after {outcome.seconds:.1f} s")
+        for checkpoint in list_checkpoints(next((folder / "runs" / NAME).iterdir()) / "checkpoints"):
+            verify(checkpoint)
+    finally:
+        ranks.kill()
+    return outcome
+
+
+def _said(kind: str, rank: int, codes: list[int], texts: list[str]) -> Iterator[str]:
+    """What is wrong with how the ranks ended and with what they wrote."""
+    if kind == "slow":
+        if codes != [0] * len(codes) or any("[loopwright] rank" in text for text in texts):
+            yield f"a rank that is slow is no fault: {codes}, {texts[0][-1000:]}"
+        return
+    if kind == "on_fit_end":  # all is trained and saved: the others may have left already
+        codes, texts = [code or 1 for code in codes], [texts[rank]] * len(texts)
+    own = {"SIGKILL": -signal.SIGKILL, "SIGSTOP": -signal.SIGKILL, "leaves": 0}.get(kind)
+    if any(code == 0 for r, code in enumerate(codes) if r != rank) or (own is not None and codes[rank] != own):
+        yield f"the ranks left with {codes}"
+    names = {
+        "SIGKILL": rf"rank {rank} ended without a word, killed or crashed \(last at step \d+",
+        "SIGSTOP": rf"rank {rank} has not been heard of for \d+ s: its process was stopped by a signal \(last at step",
+        "leaves": rf"rank {rank} ended without a word.*\(last at step \d+",
+        "alone in a barrier": rf"rank {rank}: step \d+, waits in barrier, .*worlds\.py:\d+ in spoil",
+    }
+    raised = rf"rank {rank} failed at step \d+, .*worlds\.py:\d+ in spoil: ValueError: spoiled in {kind}"
+    pattern = names.get(kind, raised)
+    for r, text in enumerate(texts):
+        if (r != rank or own is None) and not re.search(pattern, text):
+            yield f"rank {r} does not say {pattern}: {text[-1200:]}"
+    if kind in RAISES and f"in Spoiler.{kind}" not in texts[rank]:
+        yield f"the hook is not named: {texts[rank][-1000:]}"
+
+
+def signals(count: int, *, seed: int = 19, say: Any = None) -> dict[str, Any]:
+    """F2: ``count`` signals, to each of the targets in turn, with 2 and 4 ranks."""
+    draws, outcomes = random.Random(seed), list[Outcome]()
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        alone = {world: _alone(place / f"alone-{world}", world) for world in (2, 4)}
+        for i in range(count):
+            target, world = TARGETS[i % len(TARGETS)], (2, 4)[i // len(TARGETS) % 2]
+            number = signal.SIGTERM if target == "torchrun" else SIGNALS[i // len(TARGETS) % len(SIGNALS)]
+            rank, delay = draws.randrange(world), draws.uniform(0, 1.0)
+            outcomes.append(signalled(target, world, rank, number, delay, place / f"{i}", alone[world]))
+            if say is not None:
+                say(outcomes[-1])
+    return _summed(outcomes, seed)
+
+
+def faults(count: int, *, seed: int = 23, say: Any = None) -> dict[str, Any]:
+    """F3: ``count`` faults, all kinds in turn, in ranks drawn at random, every third time with 4 of them."""
+    draws, outcomes = random.Random(seed), list[Outcome]()
+    with tempfile.TemporaryDirectory() as name:
+        for i in range(count):
+            world = 4 if i % 3 == 2 else 2
+            outcomes.append(faulty(KINDS[i % len(KINDS)], world, draws.randrange(world), Path(name) / f"{i}"))
+            if say is not None:
+                say(outcomes[-1])
+    return _summed(outcomes, seed)
+
+
+def _summed(outcomes: list[Outcome], seed: int) -> dict[str, Any]:
+    slowest = max(outcomes, key=lambda outcome: outcome.seconds)
+    return {
+        "count": len(outcomes),
+        "failures": {f"{i}: {o.what}": o.problems for i, o in enumerate(outcomes) if o.problems},
+        "seed": seed,
+        "slowest": f"{slowest.seconds:.1f} s, {slowest.what}",
+    }
+
+
+if __name__ == "__main__":
+    train(**json.loads(sys.argv[1]))
