@@ -250,3 +250,19 @@ def test_the_text_of_the_users_own_code_decides_as_well(tmp_path: Path) -> None:
         sys.path.remove(str(tmp_path))
         for name in [name for name in sys.modules if name.startswith("users_task_")]:
             del sys.modules[name]
+
+
+def test_a_step_that_failed_in_a_kept_stage_can_be_made_again(folder: Path) -> None:
+    def parts() -> tuple[lw.Supervised, list[Any], list[lw.Stage]]:
+        net = torch.nn.Linear(1, 1)
+        task = lw.Supervised(net, lambda preds, target: (preds / target).mean(), torch.optim.SGD(net.parameters(), 0.1))
+        return task, [(torch.ones(2, 1), torch.full((2, 1), 1.0 - i)) for i in range(2)], [
+            lw.Stage("kept", "1 epoch", reuse=True)
+        ]  # fmt: skip
+
+    task, data, stages = parts()
+    with pytest.raises(lw.NonFiniteError):
+        lw.Trainer(folder=folder, progress=False).fit(task, data, stages=stages)
+    (path,) = folder.rglob("capsules/*")
+    task, _, stages = parts()
+    assert lw.replay(path, task, stages=stages).same_error

@@ -211,6 +211,15 @@ def test_an_error_inside_of_a_sequence_leaves_nothing_of_it_to_the_next_fit() ->
     assert task.seen == [(3, True), (3, False), (3, True), (3, False), (1, False)]
 
 
+def test_a_capsule_says_that_what_was_carried_is_not_in_it(folder: Path) -> None:
+    user = lw.Trainer(epochs=1, folder=folder, progress=False)
+    user.on(lw.Event.GRADS_READY(once=2))(lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        user.fit(reading(nn.RNN, 4), sequences(10))
+    (path,) = folder.rglob("capsules/*")
+    assert any("begins with None" in limit for limit in lw.replay(path, reading(nn.RNN, 4)).limits)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -233,7 +242,8 @@ def test_closures_are_refused_with_truncation() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (lambda: lw.Supervised(line(), truncate=0), lw.SettingError, "truncate=0: expected a whole number"),
+        (lambda: fit_without_carry(0), lw.SettingError, "Supervised.truncate is 0; it cuts sequences into pieces"),
+        (lambda: fit_without_carry(True), lw.SettingError, "Supervised.truncate is True"),
         (lambda: fit_without_carry(), lw.StepOutputError, "returned float32\\[1, 1\\]"),
         (lambda: list(chunked([torch.ones(3)], 2)), lw.DataError, "no tensor with two dimensions"),
     ],
@@ -243,7 +253,7 @@ def test_what_has_no_time_or_no_carry_is_told(make: Callable[[], Any], error: An
         make()
 
 
-def fit_without_carry() -> None:
+def fit_without_carry(truncate: int = 1) -> None:
     class Forgets(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -253,5 +263,5 @@ def fit_without_carry() -> None:
             return self.net(x)
 
     net = Forgets()
-    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), 1.0), truncate=1)
+    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), 1.0), truncate=truncate)
     trainer(epochs=1).fit(task, pairs([1.0]))

@@ -245,7 +245,12 @@ def _stage(
         phase.epoch_schedulers = tuple(s for s in phase.epoch_schedulers if id(s) not in stepped)
         stepped |= {id(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)}
     made.phases = phases
-    if getattr(task, "truncate", None) is not None:
+    if (k := getattr(task, "truncate", None)) is not None:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise SettingError(
+                f"{type(task).__name__}.truncate is {k!r}; it cuts sequences into pieces of so many steps: give a "
+                "whole number from 1, or None, and call an attribute of your own otherwise"
+            )
         made.source = Chunks(made.source, task.chunks)
         for phase in phases:
             phase.step = made.source.carrying(phase.name, phase.step)

@@ -103,7 +103,9 @@ def replay(
     again = _Again(data, task)
     stage = Stage("main", until="1 step") if stages is None else stages[data.info["stage_index"]]
     # what was scheduled is in the optimizer of the capsule: a schedule would take this step for the first one
-    stage = replace(stage, source=again.source, until="1 step", valid=None, validate_every=None, lr=None, schedule={})
+    stage = replace(
+        stage, source=again.source, until="1 step", valid=None, validate_every=None, lr=None, schedule={}, reuse=False
+    )
     trainer = Trainer(
         device=device, folder=None, progress=False, checkpoint=False, loggers=[], callbacks=[again, *callbacks],
         **data.info["settings"],

@@ -143,8 +143,6 @@ class Supervised(Task):
             )
         if isinstance(loss, type):
             raise SettingError(f"loss={loss.__name__} is a class; make an instance: {loss.__name__}()")
-        if truncate is not None and (not isinstance(truncate, int) or isinstance(truncate, bool) or truncate < 1):
-            raise SettingError(f"truncate={truncate!r}: expected a whole number of steps from 1, or None")
         super().__init__()
         self.truncate = truncate
         self.module = module

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from loopwright import rng
 from loopwright.checkpoint import check, encode, snapshot, write
+from loopwright.data import Chunks
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from loopwright.events import Callback
 from loopwright.parallel import is_shard
@@ -157,6 +158,8 @@ class Capsule(Callback):
             limits.append(
                 "if it was not the first phase of the step that failed, weights are those after the phases before it"
             )
+        if isinstance(stage.source, Chunks):
+            limits.append("what the piece of the sequence before this one has left was not kept: it begins with None")
         if self._reused and not torch.equal(self._random["torch"], torch.default_generator.get_state()):
             limits.append(
                 f"torch's random state was read up to {_READS - 1} steps before: until then no step had drawn"

@@ -10,5 +10,6 @@ from loopwright.optim.stepwise import Stepwise
 
 __all__ = [
     "Bunch", "Scheduled", "Scheduler", "Stepwise", "adam", "as_schedulers", "decay", "groups", "is_ours", "lamb",
-    "lookahead", "match_names", "per_step", "radam", "scheduled_in", "set_trainable", "settings_of", "sgd", "trainable_flags",
+    "lookahead", "match_names", "per_step", "radam", "scheduled_in", "set_trainable", "settings_of", "sgd",
+    "trainable_flags",
 ]  # fmt: skip

@@ -141,11 +141,14 @@ class Team:
     def begin(self, run: Run) -> None:
         """All ranks begin with the weights and buffers of rank 0."""
         self.follow(run, parameters=True)
-        own = {name: [getattr(c, name) for stage in run.stages for c in stage.callbacks] for name in HOOKS}
-        users = {name: not all(map(_is_ours, (*getattr(run.hooks, name), *own[name]))) for name in HOOKS}
-        steering, asking = any(users[name] for name in _STEERING), any(users.values())
-        asking = asking or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
-        on_any = self.comm.sums([steering, asking])  # callbacks may differ from rank to rank
+        staged = [callback for stage in run.stages for callback in stage.callbacks]
+
+        def foreign(names: Iterable[str]) -> bool:
+            hooks = (hook for n in names for hook in (*getattr(run.hooks, n), *(getattr(c, n) for c in staged)))
+            return any(not _is_ours(hook) for hook in hooks)
+
+        asking = foreign(HOOKS) or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
+        on_any = self.comm.sums([foreign(_STEERING), asking])  # callbacks may differ from rank to rank
         self.steered, self.pulse.each_step = (n > 0 for n in on_any)
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
             if meters is not None:
