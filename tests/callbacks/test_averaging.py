@@ -218,6 +218,20 @@ def test_several_models_are_averaged_each_for_itself_or_some_of_them() -> None:
         assert gan.gen(x).mean().item() == pytest.approx(run.metrics["valid/loss"], rel=1e-4)
 
 
+def test_a_step_function_of_the_user_is_averaged_as_well() -> None:
+    net, seen = nn.Linear(1, 1), []
+
+    def step(run: lw.Run, batch: Any) -> None:
+        with torch.no_grad():
+            net.weight += 1.0
+        seen.append(net.weight.detach().clone())
+
+    ema = lw.EMA(0.5)
+    trainer(epochs=1, callbacks=[ema]).run(step, [1, 2, 3], state={"net": net})
+    expected = seen[0].lerp(seen[1], 0.5).lerp(seen[2], 0.5)
+    assert torch.equal(ema.averages["net"].module.weight, expected)
+
+
 # ------------------------------------------------------------------------------------------ batch norm of SWA
 
 
@@ -242,6 +256,15 @@ def test_data_for_batch_norm_that_is_shuffled_changes_nothing_in_training(valid:
     net, _ = fit(lw.SWA("1 epoch", batch_norm=own), valid=valid)
     assert same(net.state_dict(), plain.state_dict())
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_tensor_is_data_for_batch_norm_as_well() -> None:
+    x, _ = samples(20)
+    swa, plain = lw.SWA("1 epoch", batch_norm=x), lw.SWA("1 epoch", batch_norm=False)
+    fit(swa)
+    fit(plain)
+    update_bn([x], plain.averages["model"])
+    assert same(swa.averages["model"].state_dict(), plain.averages["model"].state_dict())
 
 
 def test_after_the_fit_the_model_has_the_average_and_its_statistics() -> None:
@@ -329,6 +352,11 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
     refused(r"has batch norm, .*SWA\(batch_norm=train_loader\), or batch_norm=False", lw.SWA("1 epoch"))
     refused("EMA and SWA both show their averages.*evaluate=False", lw.EMA(), lw.SWA("1 epoch", batch_norm=False))
     refused(r"EMA\(models='disc'\).*model", lw.EMA(models="disc"))
+    x, _ = samples(20)
+    none = r"SWA\(batch_norm=data\) is for models with batch norm, and there is none here; leave it out"
+    refused(none, lw.SWA("1 epoch", batch_norm=x), net=classifier())
+    with pytest.raises(SettingError, match="EMA has no model to average; with Trainer"):
+        trainer(epochs=1, callbacks=[lw.EMA()]).run(lambda run, batch: 1.0, [x], state={})
     best = lw.Checkpoint(monitor="valid/loss", restore="best")
     refused("both decide the weights", lw.EMA(replace_at_end=True), checkpoint=best, folder="runs")
     with pytest.raises(SettingError, match=r"EMA\(decay=1\): expected a number from 0 to below 1"):
@@ -359,11 +387,11 @@ def test_what_several_ranks_cannot_average_alike_is_refused_at_the_start() -> No
         made = lw.Supervised(net, nn.CrossEntropyLoss(), lambda params: torch.optim.SGD(params, 0.1))
         trainer(epochs=1, strategy=strategy, callbacks=[average]).fit(made, samples(20))
 
-    own = r"works in one process: each rank would have statistics of its own. Leave it out"
+    own = r"works in one process: each rank would have statistics of its own. "
     for average, strategy, match in (
         (lw.EMA(), "fsdp", "EMA cannot average parameters that FSDP shares out; train with strategy='ddp'"),
-        (lw.EMA(buffers=True), "ddp", rf"EMA\(buffers=True\) {own}"),
-        (lw.SWA("1 epoch", batch_norm=samples(20)), "ddp", rf"SWA\(batch_norm=data\) {own} \(batch_norm=False\)"),
+        (lw.EMA(buffers=True), "ddp", rf"EMA\(buffers=True\) {own}Leave it out"),
+        (lw.SWA("1 epoch", batch_norm=samples(20)), "ddp", rf"SWA\(batch_norm=data\) {own}Say batch_norm=False"),
     ):
         with pytest.raises(SettingError, match=match):
             lw.launch(lambda average=average, strategy=strategy: with_ranks(average, strategy), 2)

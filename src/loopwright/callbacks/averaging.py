@@ -61,11 +61,12 @@ class Average(Callback):
         name = type(self).__name__
         if run.team is not None and run.team.fills:
             yield f"{name} cannot average parameters that FSDP shares out; train with strategy='ddp'"
-        elif run.team is not None and (self.buffers or self.batch_norm):
+        elif run.team is not None and (self.buffers or self._measures):
             what = "buffers=True" if self.buffers else "batch_norm=data"
+            instead = "Leave it out" if self.buffers else "Say batch_norm=False"
             yield (
-                f"{name}({what}) works in one process: each rank would have statistics of its own. Leave it out "
-                "(batch_norm=False), and call torch.optim.swa_utils.update_bn on the averaged model after the fit"
+                f"{name}({what}) works in one process: each rank would have statistics of its own. {instead}, and call "
+                "torch.optim.swa_utils.update_bn on the averaged model after the fit"
             )
         for other in run.callbacks:
             if other is self:
@@ -83,11 +84,20 @@ class Average(Callback):
                 )
         known, chosen = _averageable(run), self._chosen(run)
         yield from (f"{name}(models={one!r}): {choose(one, known)}" for one in self._names or () if one not in known)
-        if self.batch_norm is None and any(isinstance(m, _BatchNorm) for one in chosen.values() for m in one.modules()):
+        if not known:
+            yield f"{name} has no model to average; with Trainer.run, name it: run(step, data, state={{'net': net}})"
+        has_norm = any(isinstance(m, _BatchNorm) for one in chosen.values() for m in one.modules())
+        if self.batch_norm is None and has_norm:
             yield (
                 f"the model has batch norm, whose statistics belong to no averaged weights; say where they come from: "
                 f"{name}(batch_norm=train_loader), or batch_norm=False to keep those of the model"
             )
+        if self._measures and chosen and not has_norm:
+            yield f"{name}(batch_norm=data) is for models with batch norm, and there is none here; leave it out"
+
+    @property
+    def _measures(self) -> bool:
+        return self.batch_norm is not None and self.batch_norm is not False
 
     def _chosen(self, run: Run) -> dict[str, nn.Module]:
         return {n: m for n, m in _averageable(run).items() if self._names is None or n in self._names}
@@ -155,7 +165,7 @@ class Average(Callback):
 
     def _measure(self, run: Run) -> None:
         """Batch-norm statistics for the averaged weights, once for each average."""
-        if not self.batch_norm or self._measured == self.updates:
+        if not self._measures or self._measured == self.updates:
             return
         self._measured = self.updates
         with rng.forked(), torch.no_grad():
@@ -167,7 +177,7 @@ class Average(Callback):
         for name, averaged in self.averages.items():
             model = self._sources[name]
             yield from zip(model.parameters(), averaged.module.parameters(), strict=True)
-            if self.buffers or self.batch_norm:
+            if self.buffers or self._measures:
                 yield from zip(model.buffers(), averaged.module.buffers(), strict=True)
 
     @torch.no_grad()
