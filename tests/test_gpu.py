@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import loopwright as lw
-from tiny import acts, bits, classifier, loader, same, samples, trainer
+from pictures import N, images, net, spy
+from tiny import acts, bits, classifier, loader, same, samples, sgd_task, trainer
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -129,3 +130,17 @@ def test_cuda_graph_modes_of_the_compiler_are_refused() -> None:
     task = lw.Supervised(net, cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1))
     with pytest.raises(lw.PlanError, match="gives each step's output the memory of the one before"):
         trainer(epochs=1, compile={"mode": "reduce-overhead"}, device="cuda").fit(task, loader())
+
+
+def test_batches_are_mixed_on_the_device_by_the_draws_of_the_cpu() -> None:
+    def mixed(device: str) -> list[Any]:
+        seen: list[Any] = []
+        callbacks = [lw.MixUp(classes=N), lw.CutMix(classes=N), lw.RandomErasing(value=0.0), spy(seen)]
+        user = trainer(epochs=1, seed=7, device=device, callbacks=callbacks)
+        user.fit(sgd_task(net(), loss=nn.CrossEntropyLoss()), images(20))
+        return seen
+
+    for (x, y), (there, target) in zip(mixed("cpu"), mixed("cuda"), strict=True):
+        assert there.device == target.device == CUDA
+        torch.testing.assert_close(there.cpu(), x)
+        torch.testing.assert_close(target.cpu(), y)
