@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import loopwright as lw
-from tiny import acts, bits, classifier, loader, same, samples, trainer
+from pictures import N, images, net, spy
+from tiny import acts, bits, classifier, loader, same, samples, sgd_task, trainer
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -154,3 +155,17 @@ def test_a_step_of_step_functions_is_recorded_in_a_cuda_graph(name: str) -> None
         optimizers[1].step()
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
     assert optimizers[0].state[weights[0]]["step"].item() == 8
+
+
+def test_batches_are_mixed_on_the_device_by_the_draws_of_the_cpu() -> None:
+    def mixed(device: str) -> list[Any]:
+        seen: list[Any] = []
+        callbacks = [lw.MixUp(classes=N), lw.CutMix(classes=N), lw.RandomErasing(value=0.0), spy(seen)]
+        user = trainer(epochs=1, seed=7, device=device, callbacks=callbacks)
+        user.fit(sgd_task(net(), loss=nn.CrossEntropyLoss()), images(20))
+        return seen
+
+    for (x, y), (there, target) in zip(mixed("cpu"), mixed("cuda"), strict=True):
+        assert there.device == target.device == CUDA
+        torch.testing.assert_close(there.cpu(), x)
+        torch.testing.assert_close(target.cpu(), y)

@@ -377,7 +377,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]
     return ends
 
 
-@pytest.mark.capability("FA-25")
 @pytest.mark.parametrize("first", NAMES[:-1])
 def test_in_every_pair_each_has_its_effect(first: str, alone: Any, tmp_path: Path) -> None:
     """All callbacks that ship, schedules, precision, accumulation, clipping, oversampling, two optimizers: in pairs."""

@@ -38,7 +38,8 @@ def taking(clock: Clock, net: nn.Module, *, step: float, look: float) -> Any:
     return sgd_task(net, loss=loss)
 
 
-def test_the_time_is_that_of_training_steps_alone(clock: Clock, folder: Any) -> None:
+@pytest.mark.parametrize("saver", [False, lw.Checkpoint("1 step")], ids=["", "saving"])
+def test_the_time_is_that_of_training_steps_alone(clock: Clock, folder: Any, saver: Any) -> None:
     """Batches of 2, 2 and 4 samples at 0.5 s a step; all else takes minutes."""
 
     def wait(*args: Any) -> None:
@@ -46,7 +47,7 @@ def test_the_time_is_that_of_training_steps_alone(clock: Clock, folder: Any) -> 
 
     others = acts(on_checkpoint=wait, on_epoch_end=wait, on_stage_start=wait, on_validation_start=wait)
     user = trainer(
-        epochs=2, folder=folder, validate_every="1 step", checkpoint=lw.Checkpoint("1 step"),
+        epochs=2, folder=folder, validate_every="1 step", checkpoint=saver,
         callbacks=[others, lw.Throughput("1 step")],
     )  # fmt: skip
     task = taking(clock, line(), step=0.5, look=30.0)

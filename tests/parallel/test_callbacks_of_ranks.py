@@ -95,3 +95,19 @@ def test_rates_are_those_of_all_ranks_and_the_best_weights_are_the_same_on_each(
     assert metrics["train/tokens_per_second"] == pytest.approx(2 * metrics["train/samples_per_second"], rel=0.5)
     # 2 classes x 4 features x 2 operations, forward and for the gradient of the weight
     assert metrics["train/flops_per_second"] == pytest.approx(32 * metrics["train/samples_per_second"], rel=0.5)
+
+
+def test_all_together_every_rank_ends_with_the_same_weights(tmp_path: Path) -> None:
+    def fit() -> Any:
+        callbacks = [
+            lw.Capsule(), lw.BatchTransform(lambda batch, rng: (batch[0] * torch.rand((), generator=rng), batch[1])),
+            lw.MixUp(classes=2), lw.Penalty("l2", 0.01), lw.EarlyStopping(restore="best"), lw.Throughput(flops=True),
+            lw.Resources("0.000001 s"), lw.Predictions(),
+        ]  # fmt: skip
+        weights, run = fitted(*callbacks, folder=tmp_path, accumulate=2, checkpoint=lw.Checkpoint("1 epoch"))
+        assert run.folder is not None
+        return weights, sorted(path.name for path in (run.folder / "predictions").iterdir())
+
+    (first, files), (second, _) = lw.launch(fit, 2)
+    assert all(map(torch.equal, first, second))
+    assert files == ["valid-00000003.npz", "valid-00000006.npz", "valid-00000009.npz"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Mixing(Callback):
         x = floats(batch, self.inputs, name)
         y = self._soft(part(batch, self.target, name), x)
         if self.p == 1 or drawn.uniform[2] < self.p:
-            order = torch.randperm(len(x), generator=rng)
+            order = torch.randperm(x.size(0), generator=rng)
             if not x.is_cpu:
                 order = order.to(x.device, non_blocking=True)
             x, share = self.mix(x, order, drawn, rng)
@@ -63,8 +63,8 @@ class Mixing(Callback):
         return {**output, "target": target.argmax(1)} if output.get("target") is target else output
 
     def _soft(self, target: Any, x: Tensor) -> Tensor:
-        name = type(self).__name__
-        if not isinstance(target, Tensor) or target.is_complex() or len(target) != len(x):
+        name, n = type(self).__name__, x.size(0)
+        if not isinstance(target, Tensor) or not target.dim() or target.size(0) != n or target.is_complex():
             raise DataError(f"{name} needs a tensor of targets, one for each sample; got {describe(target)}")
         if target.is_floating_point():
             return target
@@ -76,12 +76,12 @@ class Mixing(Callback):
         if target.dtype != torch.int64:
             target = target.long()
         if target.dim() == 1:
-            return x.new_zeros(len(x), self.classes).scatter_(1, target.unsqueeze(1), 1.0)
+            return x.new_zeros(n, self.classes).scatter_(1, target.unsqueeze(1), 1.0)
         return one_hot(target, self.classes).movedim(-1, 1).to(x.dtype)
 
 
 def mixed(x: Tensor, order: Tensor, share: float | Tensor) -> Tensor:
     """``share * x + (1 - share) * x[order]``; ``share`` is a number, or one for each sample."""
-    if isinstance(share, Tensor):
-        share = share.to(x).view(-1, *[1] * (x.dim() - 1))
+    if type(share) is not float:
+        share = cast(Tensor, share).to(x).view(-1, *[1] * (x.dim() - 1))
     return torch.lerp(x[order], x, share)

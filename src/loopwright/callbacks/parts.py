@@ -41,11 +41,12 @@ def with_parts(batch: Any, parts: Mapping[Key, Any]) -> Any:
     >>> with_parts((1, 2, 3), {-1: "c"})
     (1, 2, 'c')
     """
-    if isinstance(batch, Mapping):
+    kind = type(batch)
+    if kind is not list and kind is not tuple and isinstance(batch, Mapping):
         return {**batch, **parts}
     made = list(batch)
     for key, value in parts.items():
         made[key] = value  # type: ignore[index]  # a position: part() has taken it from a sequence
     if isinstance(batch, tuple):
-        return type(batch)(*made) if hasattr(batch, "_fields") else tuple(made)
+        return kind(*made) if hasattr(batch, "_fields") else tuple(made)
     return made
