@@ -91,12 +91,12 @@ def watchers(options) -> Iterable[Goal]:
         len(batches) * REPEAT,
         hand=by_hand(batches, timed=False),
         hand_timed=by_hand(batches, timed=True),
-        plain=watched(batches, lambda: []),
+        plain=watched(batches, list),
         profiler=watched(batches, lambda: [lw.Profiler(**quiet)]),
         waiting=watched(batches, lambda: [lw.TorchProfiler(wait=FAR, folder=FOLDER)]),
         doctor=watched(batches, lambda: [lw.Doctor(FAR, **quiet)]),
         looking=watched(batches, lambda: [lw.Doctor(50, **quiet)]),
-        limited=watched(batches, lambda: [], debug=lw.Debug(train=1.0)),
+        limited=watched(batches, list, debug=lw.Debug(train=1.0)),
     )
     assert all(race.results.same_bits(name, "hand") for name in ("profiler", "doctor", "looking", "limited"))
     yield race.extra("times of the parts, by hand", "hand_timed", "hand")
