@@ -83,10 +83,10 @@ class Trainer:
         max_grad_norm="clip_norm", logger="loggers", default_root_dir="folder", output_dir="folder", logdir="folder",
         enable_progress_bar="progress", verbose="progress", enable_checkpointing="checkpoint",
         check_val_every_n_epoch="validate_every", val_check_interval="validate_every", log_every_n_steps="log_every",
-        fast_dev_run="debug=lw.Debug(dev_run=...)", overfit_batches="debug=lw.Debug(overfit=...)",
-        limit_train_batches="debug=lw.Debug(train=...)", train_percent_check="debug=lw.Debug(train=...)",
-        limit_val_batches="debug=lw.Debug(valid=...)", detect_anomaly="debug=lw.Debug(anomaly=True)",
-        profiler="debug=lw.Debug(profile=True)",
+        fast_dev_run="debug", overfit_batches="debug",
+        limit_train_batches="debug", train_percent_check="debug",
+        limit_val_batches="debug", detect_anomaly="debug",
+        profiler="debug",
     )  # fmt: skip
     def __init__(
         self,

@@ -51,7 +51,7 @@ class Audit(Callback):
     ``on_fit_start`` comes before training and may do anything. What a callback lists in its ``changes`` is allowed.
 
     The first finding raises HookError in the hook; with ``stop=False`` all are collected in ``found``, each callback,
-    hook and kind once, and told in one warning at the end. For a short run: each call of a hook costs some 100 us.
+    hook and kind once, and told in one warning at the end. For a short run: a call of a hook costs some hundreds of us.
 
     Reads: everything. Changes: nothing. Stops: by an error.
 

@@ -53,7 +53,7 @@ class Profiler(Callback):
     Every moment from ``on_fit_start`` to the end is charged to one line: each hook of each callback and handler to its
     own; the others as ``times`` names them. Time is taken where the loop passes from one to the next: by wrapping the
     hooks and steps of this run, and by torch's own hooks at the end of a backward and around ``optimizer.step``, which
-    cost some 25 us a step (and take torch's profiler range back into each optimizer step). No bit changes.
+    cost some tens of us a step (torch's own profiler range comes back into each optimizer step). No bit changes.
 
     On CUDA work is queued, so that times are those of queueing it, and of whoever waits first; ``sync=True`` waits
     for the device at each passage, which gives true times and a slower run. ``show=False`` prints nothing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ class TorchProfiler(Callback):
         self.last_step = wait + warmup + active  # of the first trace
         self.traces: list[Path] = []
         self._profile: Any = None
+        self._waited = 0
 
     def problems(self, run: Run) -> Iterator[str]:
         if self.folder is None and run.settings.get("folder", "runs") is None:
@@ -66,39 +66,52 @@ class TorchProfiler(Callback):
             )
 
     def on_fit_start(self, run: Run) -> None:
+        self.traces, self._waited = [], 0
+        self._begin(run)
+
+    def _begin(self, run: Run) -> None:
+        """Start the profiler when its time has come; until then, and after the last trace, a step costs nothing."""
+        if self._waited < self.wait or len(self.traces) == self.repeat:
+            return
         from torch import profiler  # takes a moment, and only here
 
-        root = Path(self.folder) if self.folder is not None else run.folder
-        assert root is not None
-        self.traces = []
-
-        def write(profile: Any) -> None:
-            # the profiler counts a step when it ends, the run has counted it already
-            path = (
-                root / "traces" / f"step-{run.progress.step:08d}{f'-rank{run.comm.rank}' if run.comm.rank else ''}.json"
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            profile.export_chrome_trace(str(path))
-            self.traces.append(path)
-
+        first = run.progress.step
+        actions = profiler.schedule(wait=0, warmup=self.warmup, active=self.active, repeat=1)
         kinds = [profiler.ProfilerActivity.CPU]
         kinds += [profiler.ProfilerActivity.CUDA] if run.device.type == "cuda" else []
         self._profile = profiler.profile(
             activities=kinds,
-            schedule=profiler.schedule(wait=self.wait, warmup=self.warmup, active=self.active, repeat=self.repeat),
-            on_trace_ready=write,
+            schedule=lambda step: actions(max(0, step - first)),
+            on_trace_ready=lambda profile: self._write(run, profile),
             record_shapes=self.shapes,
             profile_memory=self.memory,
             with_stack=self.stacks,
         )
+        self._profile.step_num = first  # the trace counts as the run does
         self._profile.start()
 
+    def _write(self, run: Run, profile: Any) -> None:
+        root = Path(self.folder) if self.folder is not None else run.folder
+        assert root is not None
+        rank = f"-rank{run.comm.rank}" if run.comm.rank else ""
+        path = root / "traces" / f"step-{run.progress.step:08d}{rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(path))
+        self.traces.append(path)
+
     def on_step_end(self, run: Run, result: StepResult) -> None:
+        if self._profile is None:
+            self._waited += 1
+            self._begin(run)
+            return
+        known = len(self.traces)
         profile, self._profile = self._profile, None  # one that fails must not be stopped: torch would crash
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # each trace is written by then
-            profile.step()
+        profile.step()
         self._profile = profile
+        if len(self.traces) > known:
+            self._stop()
+            self._waited = 0
+            self._begin(run)
 
     def on_fit_end(self, run: Run) -> None:
         self._stop()
