@@ -79,6 +79,7 @@ stage 'main': until 3 epochs
         EarlyStopping.on_epoch_end
         print, at EPOCH_END(every='2 epochs')  # on_epoch_end
 save a last checkpoint
+EarlyStopping.on_fit_end
 look, at STEP_END(every=50) | FIT_END  # on_fit_end"""
     )
 

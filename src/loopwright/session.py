@@ -73,7 +73,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         if chooses_parameters(run):
             set_trainable(run.task, run.trainable)
         if any(stage.loss is not None for stage in run.stages):
-            run.task.replace("loss", run.loss)
+            run.task.replace("loss", run.own_loss)
         try:
             _close(run, error)
         finally:

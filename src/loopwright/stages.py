@@ -29,7 +29,7 @@ def begin_stage(run: Run, stage: Stage) -> bool:
     if others:
         run.hooks.exchange(others, stage.callbacks)
     if any(other.loss is not None for other in run.stages):
-        loss = run.loss if stage.loss is None else stage.loss
+        loss = run.own_loss if stage.loss is None else stage.loss
         run.task.replace("loss", loss.to(run.device) if isinstance(loss, nn.Module) else loss)
     run.log_every.start(p, batches)
     for handler in run.handlers:
@@ -63,7 +63,7 @@ def admit_callbacks(run: Run) -> None:
     run.callbacks.extend(mine.values())
     run.hooks.admit(mine.values())
     if any(stage.loss is not None for stage in run.stages):
-        run.loss = run.task.loss
+        run.own_loss = run.task.loss
 
 
 def _end_of(run: Run, stage: Stage) -> Progress:

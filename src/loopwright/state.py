@@ -381,7 +381,7 @@ class Run:
     stage_end: Progress = field(default_factory=Progress)
     reused: list[str] = field(default_factory=list)  # names of stages that were finished before, and not trained again
     stage_ended_at: int | None = None  # the step at which ``end_stage`` was asked for
-    loss: Any = None  # the task's own, where stages have others
+    own_loss: Any = None  # the task's, where stages have others
     trainable: dict[str, bool] = field(default_factory=dict)
     moves_batches: bool = False
     validates_within: bool = False
