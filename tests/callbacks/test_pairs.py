@@ -45,6 +45,9 @@ class Trial:
         self.results: list[lw.StepResult] = []
         self.lrs: list[float] = []
         self.grads: list[float] = []
+        self.dropout: list[float] = []
+        self.after: list[list[Tensor]] = []  # weights, after each step
+        self.places: dict[tuple[int, str], list[Tensor]] = {}  # where the weights of a phase were at each forward
 
     def fit(self, extra: lw.Callback | None = None) -> Trial:
         seed_all(3)
@@ -60,9 +63,11 @@ class Trial:
         if savers:
             settings["checkpoint"] = savers
         callbacks = [*listed, *([extra] if extra else [])]
+        ends = [c for c in self.callbacks.values() if isinstance(c, lw.Plateau)]
+        stages = [lw.Stage("main", until=[f"{EPOCHS} epochs", *ends])]
         runs = self.folder / "runs"
-        trainer = lw.Trainer(EPOCHS, folder=runs, name="x", progress=False, callbacks=callbacks, **settings)
-        self.run = trainer.fit(task, data, images(9, seed=2))
+        trainer = lw.Trainer(folder=runs, name="x", progress=False, callbacks=callbacks, **settings)
+        self.run = trainer.fit(task, data, images(9, seed=2), stages=stages)
         return self
 
     def _between_spies(self, entries: list[Entry]) -> list[lw.Callback]:
@@ -91,6 +96,13 @@ class Trial:
             result.output = dict(result.output)
             self.results.append(result)
             self.lrs.append(float(run.lr or 0.0))
+            self.dropout.append(run.task.module[3].p)
+            self.after.append([p.detach().clone() for p in run.models["model"].parameters()])
+
+        def place(run: lw.Run, output: Any, batch: Any, phase: lw.Phase) -> Any:
+            flat = torch.cat([p.detach().flatten() for p in phase.parameters()])
+            self.places.setdefault((run.progress.step, phase.name), []).append(flat)
+            return output
 
         def grads(run: lw.Run, phase: lw.Phase, norm: Any) -> None:
             squares = [float(p.grad.double().square().sum()) for p in phase.parameters() if p.grad is not None]
@@ -100,9 +112,9 @@ class Trial:
         for name, entry in zip(self.names, entries, strict=True):
             made = None if entry.make is None else entry.make(self.folder)
             self.callbacks[name] = made
-            if isinstance(made, lw.Callback) and not isinstance(made, lw.Checkpoint):
+            if isinstance(made, lw.Callback) and not isinstance(made, (lw.Checkpoint, lw.Plateau)):
                 listed += [before(self.seen[name]), made, after(self.seen[name])]
-        return [*listed, acts(on_step_end=note, on_grads_ready=grads)]
+        return [*listed, acts(on_step_end=note, on_grads_ready=grads, map_output=place)]
 
 
 @dataclass(frozen=True)
@@ -321,6 +333,75 @@ def tabled(trial: Trial, name: str) -> None:
     assert len(lines) > trial.run.progress.epoch
 
 
+def annealed(trial: Trial, name: str) -> None:
+    total = EPOCHS * len(trial.dropout) // trial.run.progress.epoch
+    assert trial.dropout == pytest.approx([0.1 + 0.4 * k / total for k in range(len(trial.dropout))])
+
+
+def close(callback: Any, wanted: list[Tensor]) -> None:
+    torch.testing.assert_close(list(callback.averages["model"].module.parameters()), wanted)
+
+
+def smoothed(trial: Trial, name: str) -> None:
+    wanted = trial.after[0]
+    for weights in trial.after[1:]:
+        wanted = [torch.lerp(mean, weight, 0.5) for mean, weight in zip(wanted, weights, strict=True)]
+    close(trial.callbacks[name], wanted)
+
+
+def averaged(trial: Trial, name: str) -> None:
+    each = len(trial.after) // trial.run.progress.epoch
+    close(trial.callbacks[name], [torch.stack(w).mean(0) for w in zip(*trial.after[each - 1 :: each], strict=True)])
+
+
+def uphill(trial: Trial, name: str) -> None:
+    for places in trial.places.values():
+        assert float((places[-1] - places[0]).norm()) == pytest.approx(0.05, rel=1e-3)
+        half = len(places) // 2
+        assert all(torch.equal(place, places[i // half * half]) for i, place in enumerate(places))
+
+
+def best(trial: Trial, name: str) -> None:
+    callback = trial.callbacks[name]
+    assert callback.best == min(record["valid/loss"] for record in trial.run.history)
+    kept = callback.models["model"]
+    assert all(torch.equal(value, kept[key]) for key, value in trial.run.models["model"].state_dict().items())
+
+
+def plateaued(trial: Trial, name: str) -> None:
+    assert trial.run.progress.epoch == 2
+
+
+def caught(trial: Trial, name: str) -> None:
+    """Who changes weights where nobody may is named."""
+
+    class Meddler(lw.Callback):
+        def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+            with torch.no_grad():
+                next(iter(run.task.parameters())).mul_(2)
+
+    again = Trial(trial.names, trial.folder / "again")
+    with pytest.raises(lw.HookError, match=r"Meddler\.on_step_end"):
+        again.fit(Meddler())
+
+
+def examined(trial: Trial, name: str) -> None:
+    doctor = trial.callbacks[name]
+    assert doctor.steps == list(range(1, trial.run.progress.step + 1))
+    assert np.isfinite(doctor.activations[..., :3]).all()  # mean, std, share of zeros
+    assert doctor.weights.size > 0
+
+
+def timed(trial: Trial, name: str) -> None:
+    times = trial.callbacks[name].times
+    assert {"forward", "backward"} <= {part.split(" ")[0] for part in times}
+
+
+def traced(trial: Trial, name: str) -> None:
+    (trace,) = trial.callbacks[name].traces
+    assert trace.stat().st_size > 1000
+
+
 def weighted() -> Any:
     x, y = arrays()
     weights = ((y == 1) | (y == 2)).double()
@@ -338,6 +419,16 @@ ENTRIES: dict[str, Entry] = {
     "BatchTransform": Entry(doubled, lambda folder: lw.BatchTransform(lambda batch: (batch[0] * 2, batch[1]))),
     "Penalty": Entry(penalty, lambda folder: lw.Penalty("l1", 0.001, parameters="*weight")),
     "EarlyStopping": Entry(stopped, lambda folder: lw.EarlyStopping("valid/loss", patience=1, min_delta=1e9)),
+    "Anneal": Entry(annealed, lambda folder: lw.Anneal({"module.3.p": lw.schedules.linear(0.1, 0.5)})),
+    "SAM": Entry(uphill, lambda folder: lw.SAM(0.05)),
+    "EMA": Entry(smoothed, lambda folder: lw.EMA(0.5)),
+    "SWA": Entry(averaged, lambda folder: lw.SWA("1 epoch", evaluate=False)),
+    "KeepBest": Entry(best, lambda folder: lw.KeepBest("valid/loss")),
+    "Plateau": Entry(plateaued, lambda folder: lw.Plateau("valid/loss", patience=1, min_delta=1e9)),
+    "Audit": Entry(caught, lambda folder: lw.Audit(), observes=True),
+    "Doctor": Entry(examined, lambda folder: lw.Doctor(1, show=False), observes=True),
+    "Profiler": Entry(timed, lambda folder: lw.Profiler(show=False), observes=True),
+    "TorchProfiler": Entry(traced, lambda folder: lw.TorchProfiler(wait=1, warmup=1, active=1), observes=True),
     "Checkpoint": Entry(saved, lambda folder: lw.Checkpoint("1 epoch"), observes=True),
     "ProgressBar": Entry(shown, lambda folder: lw.ProgressBar(file=io.StringIO(), mode="lines"), observes=True),
     "Capsule": Entry(kept, lambda folder: lw.Capsule(), observes=True),

@@ -154,6 +154,9 @@ class Average(Callback):
             return
         if self._start is not None and self._start.position(progress) < self._start.value:
             return
+        shown = [other for other in run.callbacks if isinstance(other, Average) and other._shown]
+        for other in shown:  # its averages are in the models, for a validation that begins
+            other._exchange()
         for name, averaged in self.averages.items():
             if run.models[name] is not self._sources[name]:
                 raise SettingError(
@@ -161,6 +164,8 @@ class Average(Callback):
                     "begin another fit with the new model"
                 )
             averaged.update_parameters(run.models[name])
+        for other in reversed(shown):
+            other._exchange()
         self.updates += 1
 
     def _measure(self, run: Run) -> None:

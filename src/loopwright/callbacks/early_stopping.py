@@ -38,6 +38,8 @@ class EarlyStopping(Callback):
     MetricError at the first look that does not have the value.
     """
 
+    changes = ("weights",)  # of restore="best"
+
     @elsewhere(stopping_threshold="stop_at", divergence_threshold="diverged_at", restore_best_weights="restore")
     def __init__(
         self,

@@ -116,6 +116,8 @@ class KeepBest(_Watch):
     MetricError at a look without the value.
     """
 
+    changes = ("weights",)
+
     def __init__(self, monitor: str = "valid/loss", *, mode: str | None = None) -> None:
         super().__init__(monitor, mode, 0.0)
 
