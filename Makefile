@@ -7,7 +7,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON  ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 BIN     := .venv/bin
 READY   := .venv/.installed
 BENCH   := .venv-bench/.installed
@@ -15,7 +15,7 @@ BENCH   := .venv-bench/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test check bench gpu reliability capabilities clean
+.PHONY: help demo test check nightly bench gpu reliability capabilities clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -23,7 +23,7 @@ help: ## list the targets
 demo: $(READY) ## train something and show what came of it
 	@$(BIN)/python examples/demo.py
 
-test: check ## set-up, all gates and the whole suite, slow tests included
+test: check ## set-up, all gates and the suite, slow tests included
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/test_docs.py
 
 check: $(READY) ## style, types, layers, and the code in docstrings and docs
@@ -33,6 +33,9 @@ check: $(READY) ## style, types, layers, and the code in docstrings and docs
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q --doctest-modules src
 	@$(BIN)/python -m pytest -q tests/test_docs.py
+
+nightly: check ## the suite with all that takes too long for every change
+	@$(BIN)/python -m pytest -q -m "" -n $(WORKERS) --dist worksteal --ignore tests/test_docs.py
 
 bench: $(BENCH) ## measure the loop against a hand-written one and against other frameworks
 	@.venv-bench/bin/python benchmarks/overhead.py
@@ -50,7 +53,7 @@ reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4"
 	@$(BIN)/python -m reliability.run $(QUICK) $(ROWS)
 
 capabilities: $(READY) ## run the suite and write docs/capabilities.md from the tests that pass
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --capabilities=build/capabilities.json
+	@$(BIN)/python -m pytest -q -m "" -n $(WORKERS) --dist worksteal --capabilities=build/capabilities.json
 	@$(BIN)/python tools/capabilities.py build/capabilities.json docs/capabilities.md
 
 clean: ## remove caches and builds; environments and runs stay

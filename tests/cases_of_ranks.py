@@ -267,8 +267,11 @@ def lamb() -> dict[str, Any]:
     return by_step_functions(lw.optim.lamb, weight_decay=0.1)
 
 
+WHOLE = {"sharpness_aware", "sharpness_aware_small_batches", "averaged_weights"}  # they refuse parts of parameters
+
+
 def is_shared_out() -> bool:
-    """Parameters shared out are refused by what this is asked for; so the one that it is compared with is left out."""
+    """What a case asks for is refused where parameters are shared out; it is left out there."""
     return "STRATEGY" in os.environ
 
 

@@ -128,6 +128,7 @@ def test_where_no_gradient_is_recorded_nothing_is_done(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_it_goes_with_compiled_steps() -> None:
     plain, net = fitted(compile={"backend": "aot_eager"})
     run, again = fitted("blocks.*", compile={"backend": "aot_eager"})

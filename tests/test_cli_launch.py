@@ -152,12 +152,14 @@ def test_the_exit_status_is_that_of_torchrun() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_after_a_failure_all_start_anew_and_meet_again() -> None:
     status, out, err = outcome(start("--nproc", "2", "--restarts", "1", "--", "train.py", "fail"))
     assert (status, out) == (0, ["fail 3 1 torchrun", "fail 3 1 torchrun"]), err
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("restarts", ["0", "2"])
 def test_two_machines_meet_at_an_address_and_again_after_a_failure(restarts: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

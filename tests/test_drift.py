@@ -89,6 +89,7 @@ def test_a_resumed_run_still_knows_what_it_was_trained_on() -> None:
         user.predict(again, X.double())
 
 
+@pytest.mark.nightly
 def test_looking_at_batches_holds_none_of_them() -> None:
     held: list[int] = []
 

@@ -220,8 +220,14 @@ def test_no_gadget_is_executed(name: str, data: bytes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", [bytes, torch_zip, torch_old, torch_tar, zipped_twice], ids=lambda w: w.__name__)
-@pytest.mark.parametrize("call", ["os.system", "builtins.exec", "subprocess.Popen"])
+@pytest.mark.parametrize(
+    "wrap",
+    [torch_zip, *(pytest.param(w, marks=pytest.mark.nightly) for w in (bytes, torch_old, torch_tar, zipped_twice))],
+    ids=lambda w: w.__name__,
+)
+@pytest.mark.parametrize(
+    "call", ["os.system", *(pytest.param(c, marks=pytest.mark.nightly) for c in ("builtins.exec", "subprocess.Popen"))]
+)
 def test_no_gadget_is_executed_in_the_process_of_its_own(wrap: Any, call: str) -> None:
     arguments = (f"touch {MARK}",) if call == "os.system" else (f"open({MARK!r}, 'w')",)
     Path("evil.pt").write_bytes(wrap(opcodes(call, arguments)))

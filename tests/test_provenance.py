@@ -140,7 +140,7 @@ def test_every_setting_stands_in_one_file() -> None:
 
 @pytest.mark.slow
 @pytest.mark.capability("CA-34")
-@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("installed", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_the_source_of_the_framework_is_kept_whole_and_runs_from_there(tmp_path: Path, installed: bool) -> None:
     """The very framework that trained, as it was then, is kept with the run, and trains again to the same bits.
 

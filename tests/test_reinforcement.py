@@ -49,6 +49,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.capability("CA-21")
 def test_dqn_reaches_a_return_of_195(folder: Path) -> None:
     """DQN with a replay buffer and a target network that follows softly, ten times as long as at random."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +53,16 @@ def test_killed_processes_end_with_the_bits_of_those_that_were_not(server: Serve
     found = kills.chains(server, 2, (2, 3), seed=1)
     assert found["failures"] == {}
     assert found["count"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["signals", "faults"])
+def test_ranks_that_are_signalled_or_fail_leave_in_time_and_can_be_gone_on_from(row: str) -> None:
+    """In a process without threads: it forks."""
+    code = f"import json; from reliability import worlds; print(json.dumps(worlds.{row}(2)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    assert (found["count"], found["failures"]) == (2, {}), done.stderr
 
 
 @pytest.mark.slow

@@ -117,7 +117,10 @@ class TestGroup:
 
 @pytest.mark.parametrize(
     "workers",
-    [pytest.param((), id="one process"), pytest.param(("-n", "2"), id="xdist", marks=pytest.mark.slow)],
+    [
+        pytest.param((), id="one process"),
+        pytest.param(("-n", "2"), id="xdist", marks=[pytest.mark.slow, pytest.mark.nightly]),
+    ],
 )
 def test_a_capability_is_proved_by_tests_whose_every_part_passed(tmp_path: Path, workers: tuple[str, ...]) -> None:
     done = run_suite(tmp_path, MARKED, "--capabilities", "out/proved.json", *workers)

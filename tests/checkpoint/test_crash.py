@@ -35,7 +35,13 @@ def test_after_any_operation_of_a_save_the_newest_checkpoint_is_good_and_nothing
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [["--keep", "1"], ["--keep", "1", "--background"]], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(["--keep", "1"], id="sync", marks=pytest.mark.nightly),
+        pytest.param(["--keep", "1", "--background"], id="async"),
+    ],
+)
 def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_good_and_nothing_is_left_over(mode: list[str]) -> None:
     found = crash("kills", "--count", "10", *mode)
     assert (found["count"], found["failures"]) == (10, {})

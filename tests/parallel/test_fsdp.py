@@ -98,8 +98,8 @@ def apart(a: Any, b: Any) -> float:
 
 @pytest.mark.slow
 @pytest.mark.capability("B-04")
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", list(cases_of_ranks.CASES))
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", [name for name in cases_of_ranks.CASES if name not in cases_of_ranks.WHOLE])
 def test_the_numbers_are_those_of_one_process(name: str, world: int, place: Path) -> None:
     alone, ranks = place / "cases-1.json", place / f"cases-{world}.json"
     once(place, "cases-alone", "alone", 1, cases_of_ranks, str(alone))

@@ -41,7 +41,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 
 @pytest.mark.capability("B-04", "B-05")
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", list(cases_of_ranks.CASES))
 def test_the_numbers_do_not_depend_on_how_many_ranks_there_are(name: str, world: int, shared_folder: Path) -> None:
     alone, ranks = results(1, shared_folder)[name], results(world, shared_folder)[name]
@@ -49,7 +49,7 @@ def test_the_numbers_do_not_depend_on_how_many_ranks_there_are(name: str, world:
 
 
 @pytest.mark.capability("B-04")
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.nightly)])
 def test_what_is_evaluated_is_equal_to_the_last_bit(world: int, shared_folder: Path) -> None:
     assert results(world, shared_folder)["evaluated"] == results(1, shared_folder)["evaluated"]
 

@@ -49,6 +49,7 @@ def test_sigterm_to_one_rank_saves_once_and_the_run_goes_on_to_the_same_bits(ful
     assert (found["weights"], found["records"]) == (full["weights"], full["records"])
 
 
+@pytest.mark.nightly
 def test_another_number_of_ranks_is_refused_as_inexact_and_goes_on_when_asked_to(tmp_path: Path) -> None:
     train(tmp_path, "stop", "plain")
     assert "ranks was 2 and is 1" in train(tmp_path, "resume", "plain", world=1)

@@ -24,15 +24,15 @@ TIMEOUT, PROMISE = 4.0, 30.0  # of the watch; and of the test, for a machine tha
     ("kind", "world_size", "rank"),
     [
         ("raise", 2, 1),
-        ("raise", 4, 0),
         ("raise in backward", 2, 0),
-        ("kill", 2, 0),
         ("kill", 4, 1),
-        ("stop", 4, 1),
         ("stop", 2, 0),
-        ("barrier alone", 2, 1),
         ("gather alone", 4, 0),
-        ("leaves early", 2, 1),
+        pytest.param("raise", 4, 0, marks=pytest.mark.nightly),
+        pytest.param("kill", 2, 0, marks=pytest.mark.nightly),
+        pytest.param("stop", 4, 1, marks=pytest.mark.nightly),
+        pytest.param("barrier alone", 2, 1, marks=pytest.mark.nightly),
+        pytest.param("leaves early", 2, 1, marks=pytest.mark.nightly),
     ],
 )
 def test_what_ends_one_rank_ends_all_and_each_names_the_rank_the_step_and_the_line(
@@ -45,7 +45,11 @@ def test_what_ends_one_rank_ends_all_and_each_names_the_rank_the_step_and_the_li
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rank"),
-    [(kind, i % 2) for i, kind in enumerate(GOES_ON) if kind != "all stopped"],  # which takes long: make reliability
+    [
+        pytest.param(kind, i % 2, marks=[] if kind == "slow" else pytest.mark.nightly)
+        for i, kind in enumerate(GOES_ON)
+        if kind != "all stopped"  # which takes long: python -m reliability.ranks
+    ],
 )
 def test_a_slow_rank_a_pause_of_all_an_early_end_and_a_second_fit_are_no_alarm(kind: str, rank: int) -> None:
     outcome = injected(kind, 2, rank, timeout=TIMEOUT)
