@@ -197,6 +197,9 @@ class Gan(lw.Task):
         x, _ = batch
         return (self.disc(self.back(self.gen(x))) - 1).pow(2).mean()
 
+    def validation_step(self, batch: Any) -> dict[str, Any]:
+        return self.disc_step(batch)
+
     def phases(self) -> list[lw.Phase]:
         return [
             lw.Phase("disc", self.disc_step, "disc", clip_norm=1.0),
@@ -206,7 +209,14 @@ class Gan(lw.Task):
 
 @case
 def two_phases() -> dict[str, Any]:
-    return outcome(trainer(accumulate=2).fit(Gan(), DataLoader(TensorDataset(X, Y), 9, shuffle=True)))
+    data = DataLoader(TensorDataset(X, Y), 9, shuffle=True)
+    return outcome(trainer(accumulate=2).fit(Gan(), data, DataLoader(TensorDataset(X, Y), 16)))
+
+
+@case
+def a_last_batch_of_one() -> dict[str, Any]:
+    data = DataLoader(TensorDataset(X[:49], Y[:49]), 16)
+    return outcome(trainer().fit(supervised(), data, data))
 
 
 @case

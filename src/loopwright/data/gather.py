@@ -21,7 +21,7 @@ from torch.utils.data import (
 from loopwright import rng
 from loopwright.data.generators import Streams
 from loopwright.data.plan import Plan, check_state
-from loopwright.data.share import Cut, Part
+from loopwright.data.share import Cut
 
 __all__ = ["Gather", "is_gatherable", "rows_of"]
 
@@ -84,7 +84,7 @@ class Gather:
         if cut is not None:
             for number, rows in enumerate(order.split(self._plan.batch_size), skip):
                 mine = cut.rows(rows, number)
-                yield Part(None if mine is None else [select(t, 0, mine) for t in tensors], len(rows))
+                yield cut.given(None if mine is None else [select(t, 0, mine) for t in tensors], len(rows), number)
             return
         for rows in order.split(self._plan.batch_size):  # views of one large gather would be unaligned: other bits
             if pin:
