@@ -121,7 +121,7 @@ def test_ls_says_which_are_damaged_only_when_it_has_looked(command: Command) -> 
     lines = text.splitlines()
     assert status == 1
     assert [line.endswith("good") for line in lines[1:5]] == [True, True, False, True]
-    assert f"DAMAGED: {bad} is damaged: its sha256 is " in lines[3]
+    assert f"DAMAGED: {bad} is damaged: its blake2b is " in lines[3]
 
 
 def test_an_inexact_checkpoint_and_one_without_a_value_show_it(command: Command) -> None:
@@ -266,7 +266,7 @@ def test_verify_names_the_bad_file_and_the_newest_good_checkpoint(name: str, com
     bad = damage(paths[3], name)
     status, text, _ = command("verify", str(RUN))
     assert status == 1
-    assert f"DAMAGED {paths[3]}  {bad} is damaged: its sha256 is " in text
+    assert f"DAMAGED {paths[3]}  {bad} is damaged: its blake2b is " in text
     assert text.splitlines()[-2:] == [
         f"1 of 4 damaged. The newest good one is {paths[2]}",
         f"To go on from it: fit(..., resume='{paths[2]}')",

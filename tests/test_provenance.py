@@ -56,7 +56,7 @@ trainer = lw.Trainer(epochs=2, seed=4, callbacks=[callbacks.Quiet()], progress=F
 run = trainer.fit(task, lw.Loader(data, 5, shuffle=True))
 manifest = next(run.folder.glob("checkpoints/*/manifest.json"))
 import json
-print(json.loads(manifest.read_text())["files"]["model.safetensors"]["sha256"])
+print(json.loads(manifest.read_text())["files"]["model.safetensors"]["blake2b"])
 """
 
 

@@ -47,7 +47,7 @@ def forge(path: Path, **changes: Any) -> None:
     for name, entry in found["files"].items() if isinstance(found["files"], dict) else []:
         if (path / name).is_file() and isinstance(entry, dict):
             data = (path / name).read_bytes()
-            entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            entry |= {"size": len(data), "blake2b": hashlib.blake2b(data, digest_size=32).hexdigest()}
     found.pop("checksum", None)
     text = json.dumps(found, sort_keys=True).encode()
     file.write_text(json.dumps({"checksum": hashlib.sha256(text).hexdigest(), **found}))
@@ -419,7 +419,7 @@ def test_no_value_in_a_manifest_breaks_a_reader(number: int) -> None:
     forge(path, info=info, order=value)
     for way in LOADS:
         attempt(LOADS[way], path, f"{way}: order")
-    for key in ("size", "sha256", "group", "tensors", "aliases"):
+    for key in ("size", "blake2b", "group", "tensors", "aliases"):
         files = json.loads((path / "manifest.json").read_text())["files"]
         files["model.safetensors"][key] = value
         found = {**json.loads((path / "manifest.json").read_text()), "files": files}
@@ -437,7 +437,7 @@ def test_no_value_in_a_manifest_breaks_a_reader(number: int) -> None:
 def test_no_file_outside_is_named(name: str) -> None:
     path = make()
     files = json.loads((path / "manifest.json").read_text())["files"]
-    forge(path, files=files | {name: {"size": 2, "sha256": "0" * 64, "group": "x"}})
+    forge(path, files=files | {name: {"size": 2, "blake2b": "0" * 64, "group": "x"}})
     for way in LOADS:
         attempt(LOADS[way], path, way)
     assert "names a file that no checkpoint has" in (attempt(read, path, name) or "")
@@ -464,7 +464,7 @@ def test_links_pipes_and_devices_end_no_reader(file: str, target: str) -> None:
     for size in (None, 0):
         if size == 0 and file in FILES[1:]:
             found = json.loads((path / "manifest.json").read_text())
-            found["files"][file] |= {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+            found["files"][file] |= {"size": 0, "blake2b": hashlib.blake2b(b"", digest_size=32).hexdigest()}
             found.pop("checksum")
             (path / "manifest.json").write_bytes(manifest.render(found))
         for way in LOADS:

@@ -53,7 +53,7 @@ def forge(path: Path, changes: dict[str, Any] | None = None) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         data = (path / name).read_bytes()
-        entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        entry |= {"size": len(data), "blake2b": hashlib.blake2b(data, digest_size=32).hexdigest()}
     manifest |= changes or {}
     del manifest["checksum"]
     text = json.dumps(manifest, sort_keys=True).encode()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -63,7 +62,7 @@ def test_a_checkpoint_is_a_folder_of_safetensors_and_json() -> None:
     assert manifest["info"] == {"step": 1}
     for name, entry in manifest["files"].items():
         data = (path / name).read_bytes()
-        assert (entry["size"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert (entry["size"], entry["blake2b"]) == (len(data), hashlib.blake2b(data, digest_size=32).hexdigest())
     assert set(safetensors.torch.load_file(path / "model.safetensors")) == {"w", "b"}
     assert set(safetensors.torch.load_file(path / "optimizer.safetensors")) == {"optimizers['o']['state'][0]['m']"}
 
@@ -196,7 +195,7 @@ def test_the_next_file_is_written_while_the_digest_of_the_one_before_is_not_done
         def update(self, data: memoryview) -> None:
             seen.append(written.wait(3))
 
-    monkeypatch.setattr(streams, "hashlib", SimpleNamespace(sha256=Waits))
+    monkeypatch.setattr(streams, "new_hash", Waits)
     large, small = memoryview(bytes(streams._THREAD)), memoryview(bytes(1))
     with streams.Writer(tmp_path) as out, out.hashing():
         for name in ("one", "two"):
@@ -307,14 +306,14 @@ def test_a_damaged_file_is_named_with_both_checksums_and_a_good_checkpoint() -> 
     old, new = make("step-1", step=1), make("step-2", step=2)
     file = new / "model.safetensors"
     data = bytearray(file.read_bytes())
-    expected = hashlib.sha256(data).hexdigest()
+    expected = hashlib.blake2b(data, digest_size=32).hexdigest()
     data[-1] ^= 1
     file.write_bytes(data)
-    found = hashlib.sha256(data).hexdigest()
+    found = hashlib.blake2b(data, digest_size=32).hexdigest()
     with pytest.raises(CheckpointError) as caught:
         read(new)
     assert str(caught.value) == (
-        f"{file} is damaged: its sha256 is {found}, and the manifest says {expected}. "
+        f"{file} is damaged: its blake2b is {found}, and the manifest says {expected}. "
         f"The newest good checkpoint beside it is {old}"
     )
 
@@ -359,7 +358,7 @@ def forge(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize("name", ["../secret.json", "/etc/passwd", "a/b.json", "weights.pt", "..", "", "x.json\0"])
 def test_a_forged_manifest_cannot_name_other_files(name: str) -> None:
     path = make()
-    forge(path, files={name: {"size": 1, "sha256": "0" * 64, "group": "model"}})
+    forge(path, files={name: {"size": 1, "blake2b": "0" * 64, "group": "model"}})
     with pytest.raises(CheckpointError, match="names a file that no checkpoint has"):
         read(path)
 
@@ -368,7 +367,7 @@ def test_a_forged_manifest_cannot_name_other_files(name: str) -> None:
     "changes",
     [
         {"files": []}, {"files": {"state.json": 1}}, {"files": {}}, {"info": {"@": "eval", "v": "1"}},
-        {"files": {"model.safetensors": {"size": 1, "sha256": 5}}},
+        {"files": {"model.safetensors": {"size": 1, "blake2b": 5}}},
     ],
     ids=str,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 A checkpoint exists when its manifest does, which reads::
 
 {"checksum": "...", "format": 1, "order": 12, "info": {"step": 1200, ...},
- "files": {"model.safetensors": {"group": "model", "size": 4096, "sha256": "..."}, "state.json": {...}}}
+ "files": {"model.safetensors": {"group": "model", "size": 4096, "blake2b": "..."}, "state.json": {...}}}
 
 ``checksum`` and ``format`` mean the same in every format, so that any version can tell damage from news.
 """
@@ -19,6 +19,7 @@ from typing import Any
 from loopwright import __version__
 from loopwright.checkpoint.migrations import FORMAT, migrate_manifest
 from loopwright.checkpoint.places import Place
+from loopwright.checkpoint.streams import HASHES
 from loopwright.errors import CheckpointError
 from loopwright.text import with_article
 
@@ -26,7 +27,7 @@ __all__ = ["FILE", "FORMAT", "NAME", "parse", "peek", "render"]
 
 NAME = "manifest.json"
 FILE = re.compile(r"[\w%~-][\w.%~-]*\.(safetensors|json)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 1 << 26  # bytes: a manifest has a line or two for a tensor that is tied or strided, no more
 
 
@@ -120,8 +121,9 @@ def _check_files(file: Place, files: Any) -> None:
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    size, digest = entry.get("size"), entry.get("sha256")
-    return type(size) is int and size >= 0 and isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
+    size, digests = entry.get("size"), [entry[name] for name in HASHES if name in entry]
+    hashed = len(digests) == 1 and isinstance(digests[0], str) and _DIGEST.fullmatch(digests[0]) is not None
+    return type(size) is int and size >= 0 and hashed
 
 
 def peek(path: Place) -> dict[str, Any]:

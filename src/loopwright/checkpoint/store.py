@@ -23,7 +23,7 @@ from loopwright.checkpoint.pieces import File, joined, plan, wanted
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.publish import publish
 from loopwright.checkpoint.shelf import list_checkpoints, order
-from loopwright.checkpoint.streams import Hashed, Writer
+from loopwright.checkpoint.streams import HASHES, Hashed, Writer, new_hash
 from loopwright.checkpoint.tensors import layout, unpack
 from loopwright.errors import CheckpointError
 
@@ -108,7 +108,7 @@ class Packed:
                 digests[name] = out.write(name, [(memoryview(self.state), False)], size=len(self.state))
             entries[name] = {"size": len(self.state)}
             for file, digest in digests.items():
-                entries[file]["sha256"] = digest.hexdigest()
+                entries[file][digest.name] = digest.hexdigest()
             entries |= others()
             text = manifests.render({"format": manifests.FORMAT, "order": number, "info": self.info, "files": entries})
             out.write(manifests.NAME, [(memoryview(text), False)], size=len(text))
@@ -137,7 +137,7 @@ def write_files(folder: Place, files: list[File]) -> dict[str, dict[str, Any]]:
         with out.hashing():
             entries, digests = _begun(out, files)
         for name, digest in digests.items():
-            entries[name]["sha256"] = digest.hexdigest()
+            entries[name][digest.name] = digest.hexdigest()
         out.sync_folder()
     return entries
 
@@ -268,7 +268,7 @@ def _grouped(entries: dict[str, dict[str, Any]], found: dict[str, Any], mesh: An
 
 
 def verify(path: Place | str) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have the size and sha256 that it says.
+    """The manifest of a checkpoint whose files all have the size and checksum that it says.
 
     Raises CheckpointError that names the first bad file.
     """
@@ -303,8 +303,9 @@ def _each(path: Place, entries: dict[str, dict[str, Any]], loads: dict[str, _Loa
 
 
 def _checked(file: Place, entry: dict[str, Any], load: _Load) -> Any:
-    """What ``load`` makes of a file that has the size and the sha256 of its entry."""
+    """What ``load`` makes of a file that has the size and the checksum of its entry."""
     loaded, problem = None, None
+    kind = next(name for name in HASHES if name in entry)
     try:
         size = file.stat().st_size
         if not file.is_file():  # a pipe or a device would never end
@@ -312,21 +313,21 @@ def _checked(file: Place, entry: dict[str, Any], load: _Load) -> Any:
         if size != entry["size"]:
             raise CheckpointError(f"{file} is damaged: it has {size} bytes, and the manifest says {entry['size']}")
         with file.open("rb") as data:
-            hashed = Hashed(data)
+            hashed = Hashed(data, new_hash(kind))
             try:
                 loaded = load(hashed, entry)
             except OSError:
                 raise
             except Exception as error:  # of damage, which the checksum names better, or of bad intent
                 problem = error
-            found = hashed.sha256()
+            found = hashed.hexdigest()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    if found != entry["sha256"]:
-        raise CheckpointError(f"{file} is damaged: its sha256 is {found}, and the manifest says {entry['sha256']}")
+    if found != entry[kind]:
+        raise CheckpointError(f"{file} is damaged: its {kind} is {found}, and the manifest says {entry[kind]}")
     if problem is not None:
-        kind = "tensors" if "group" in entry else "JSON"
-        raise CheckpointError(f"{file} cannot be read as {kind} ({type(problem).__name__}: {problem})") from problem
+        held = "tensors" if "group" in entry else "JSON"
+        raise CheckpointError(f"{file} cannot be read as {held} ({type(problem).__name__}: {problem})") from problem
     return loaded
 
 

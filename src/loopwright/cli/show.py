@@ -10,6 +10,7 @@ from typing import Any
 from loopwright.checkpoint import decode, list_checkpoints
 from loopwright.checkpoint.manifest import parse
 from loopwright.checkpoint.places import Place, as_place
+from loopwright.checkpoint.streams import HASHES
 from loopwright.cli.checkpoints import marks, size_of
 from loopwright.cli.places import checkpoints_at, run_folder
 from loopwright.cli.tables import format_any, format_size, format_written, plain, table
@@ -84,7 +85,7 @@ def _listed(title: str, values: Any, notes: dict[Any, str]) -> Iterator[tuple[st
 
 def _file(path: Place, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Size, checksum and, for a group of tensors, what the head of the file says of each; no tensor is read."""
-    shown: dict[str, Any] = {key: entry[key] for key in ("group", "size", "sha256") if key in entry}
+    shown: dict[str, Any] = {key: entry[key] for key in ("group", "size", *HASHES) if key in entry}
     if "group" not in entry:
         return shown
     notes = entry.get("tensors", {})
