@@ -113,6 +113,9 @@ def _stage(stage: Stage) -> dict[str, Any]:
 def _data(source: Any) -> dict[str, Any]:
     loader = getattr(source, "loader", source)  # the user's own
     data = getattr(loader, "dataset", getattr(loader, "data", None))
-    made_with = "batch_size shuffle drop_last seed sampler workers num_workers transform collate collate_fn".split()
+    made_with = (
+        "batch_size", "shuffle", "drop_last", "seed", "sampler", "workers", "num_workers", "transform", "collate",
+        "collate_fn",
+    )  # fmt: skip
     settings = {name: getattr(loader, name) for name in made_with if hasattr(loader, name)}
     return {"class": type(loader), **settings, "batches": source.batches, "dataset": described(data)}
