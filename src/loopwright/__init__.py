@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
     from loopwright.task import Supervised, Task
     from loopwright.trainer import Trainer
+    from loopwright.verifying import Verified, verify_resume
 
 __version__ = "0.1.0"
 
@@ -101,6 +102,7 @@ _HOMES = {
     "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
     "task": ["Supervised", "Task"],
     "trainer": ["Trainer"],
+    "verifying": ["Verified", "verify_resume"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -165,6 +167,7 @@ __all__ = [
     "Throughput",
     "TorchProfiler",
     "Trainer",
+    "Verified",
     "batch_size_find",
     "checkpoint_activations",
     "data",
@@ -180,6 +183,7 @@ __all__ = [
     "replay",
     "schedules",
     "summary",
+    "verify_resume",
 ]
 
 
