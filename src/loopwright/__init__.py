@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Audit,
         BatchTransform,
         Capsule,
+        Changes,
         Checkpoint,
         CutMix,
         Doctor,
@@ -75,9 +76,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "activations": ["checkpoint_activations"],
     "callbacks": [
-        "Anneal", "Audit", "BatchTransform", "Capsule", "Checkpoint", "CutMix", "Doctor", "EMA", "EarlyStopping",
-        "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar", "RandomErasing",
-        "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler",
+        "Anneal", "Audit", "BatchTransform", "Capsule", "Changes", "Checkpoint", "CutMix", "Doctor", "EMA",
+        "EarlyStopping", "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar",
+        "RandomErasing", "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler",
     ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
@@ -113,6 +114,7 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "Capsule",
+    "Changes",
     "Checkpoint",
     "CheckpointError",
     "CutMix",
