@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -47,12 +48,17 @@ def described(obj: Any) -> Any:
     >>> described(nn.CrossEntropyLoss(label_smoothing=0.1))["label_smoothing"]
     0.1
     """
-    try:
-        names = list(inspect.signature(type(obj)).parameters)
-    except (TypeError, ValueError):  # a class that is not written in Python
-        names = []
+    names = _arguments(type(obj))
     kept = getattr(obj, "__dict__", None) or {name: getattr(obj, name) for name in names if hasattr(obj, name)}
     return {"class": type(obj), **{name: _bounded(name, kept[name]) for name in names if name in kept}}
+
+
+@cache
+def _arguments(kind: type) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(kind).parameters)
+    except (TypeError, ValueError):  # a class that is not written in Python
+        return ()
 
 
 def _bounded(name: str, value: Any) -> Any:
