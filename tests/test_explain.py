@@ -35,6 +35,7 @@ class Log:
 def look(run: lw.Run) -> None: ...
 
 
+@pytest.mark.capability("B-08")
 def test_a_rich_run_is_drawn_line_by_line(folder: Path) -> None:
     """explain() prints the flat loop of this run: settings, schedules, callbacks and handlers, each in its place."""
     user = trainer(
@@ -236,6 +237,10 @@ class Swaps(lw.Callback):
     def on_validation_end(self, run: lw.Run, values: Any) -> None: ...
 
 
+class Reads(lw.Callback):
+    def on_backward_end(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: lw.Phase) -> None: ...
+
+
 class Edits(lw.Callback):
     """Has every hook that writes something."""
 
@@ -252,33 +257,49 @@ class Edits(lw.Callback):
 
 
 def written(of: str, *, schedule: Any = None, stages: Any = None, task: Any = None, **settings: Any) -> str:
-    user = trainer(**{"epochs": None if stages else 1, "callbacks": [Scale(), Edits(), Swaps()], **settings})
+    user = trainer(**{"epochs": None if stages else 1, "callbacks": [Scale(), Edits(), Swaps(), Reads()], **settings})
     if "callbacks" not in settings:
         user.on(lw.Event.GRADS_READY)(check_gradients)
+        user.on(lw.Event.BACKWARD_END(every=7))(read_loss)
     return user.explain(task or sgd_task(line(), schedule=schedule), pairs([1.0]), of=of, stages=stages)
 
 
 def check_gradients(run: lw.Run) -> None: ...
 
 
-@pytest.mark.capability("TB-05")
+def read_loss(run: lw.Run, loss: Any) -> None: ...
+
+
+@pytest.mark.capability("TB-05", "B-08")
 @pytest.mark.parametrize(
     ("of", "settings", "text"),
     [
         ("batch", {}, """\
 batch, in this order:
   1. Iterated, which reads it
-  2. Edits.map_batch"""),
+  2. Edits.map_batch
+and passed to:
+  - Edits.map_output
+  - Scale.map_loss
+  - Edits.map_loss
+  - Reads.on_backward_end"""),
         ("output", {}, """\
 output, in this order:
   1. Supervised.training_step(batch), which returns it
-  2. Edits.map_output"""),
+  2. Edits.map_output
+and passed to:
+  - Scale.map_loss
+  - Edits.map_loss
+  - Reads.on_backward_end"""),
         ("loss", {}, """\
 loss, in this order:
   1. Supervised.training_step(batch), which returns it as output['loss']
   2. Edits.map_output
   3. Scale.map_loss
-  4. Edits.map_loss"""),
+  4. Edits.map_loss
+and passed to:
+  - Reads.on_backward_end
+  - read_loss, at BACKWARD_END(every=7)"""),
         ("loss", {"accumulate": 2, "precision": "fp16", "callbacks": [Edits(), Scale()]}, """\
 loss, in this order:
   1. Supervised.training_step(batch), which returns it as output['loss']
@@ -306,7 +327,7 @@ lr, in this order:
     ],
 )  # fmt: skip
 def test_who_writes_what_is_told_in_order(of: str, settings: Any, text: str) -> None:
-    """explain(of="loss") lists the writers of the loss in this very run, in order; likewise all that is written."""
+    """explain(of="loss") lists who writes the loss in this very run, in order, and who reads it; so with the others."""
     found = written(of, **settings)
     assert found.replace(f"{Scale.__qualname__}.", "Scale.") == text
 

@@ -71,6 +71,9 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
     callbacks += [lw.TorchProfiler(wait=1, active=2, folder=folder)] if has("torch profiler") else []
     callbacks += [lw.Doctor(2, show=False)] if has("doctor") else []
     callbacks += [lw.Audit()] if has("audit") else []
+    callbacks += [lw.EMA(0.9)] if has("averages") else []
+    callbacks += [lw.Throughput(), lw.Resources()] if has("throughput") else []
+    callbacks += [lw.Predictions(folder, kinds="valid")] if has("predictions") else []
     user = lw.Trainer(
         epochs=2,
         callbacks=callbacks,
@@ -89,6 +92,12 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
     if has("plan"):
         user.plan(task, train, valid)
         user.explain(task, train, valid)
+    if has("rehearsal"):
+        rehearsed = lw.Trainer(epochs=2, debug=lw.Debug(dev_run=2), callbacks=callbacks, folder=None, progress=False)
+        rehearsed.fit(task, train, valid)
+    if has("rate finder"):
+        assert len(lw.lr_find(user, task, train, steps=4).lrs) == 4
+    batches.clear()
     run = user.fit(task, train, valid if has("validation") else None)
     assert run.progress.step == 8
     return [*bits(net, optimizer), [b.clone() for b in batches]]
@@ -97,6 +106,7 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
 WATCHERS = [
     "bar", "folder", "metrics", "validation", "validate within", "often", "checkpoint", "look", "log more",
     "every hook", "draws", "handlers", "plan", "profiler", "torch profiler", "doctor", "audit", "summary",
+    "averages", "throughput", "predictions", "rehearsal", "rate finder",
 ]  # fmt: skip
 
 
@@ -105,13 +115,15 @@ def expected() -> list[Any]:
     return observed(set())
 
 
+@pytest.mark.capability("B-02")
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_no_watcher_changes_a_bit(watcher: str, expected: list[Any], folder: Path) -> None:
-    """Each of the watchers, alone and with a validation: the same batches and the same bits as unwatched."""
+    """Validation, rehearsal, logs, rate finder, callbacks, each on or off: the same batches, weights and draws."""
     assert same(observed({watcher}, folder), expected)
     assert same(observed({watcher, "validation"}, folder), expected)
 
 
+@pytest.mark.capability("B-02")
 def test_any_set_of_watchers_changes_no_bit(expected: list[Any], tmp_path_factory: Any) -> None:
     """Any set of them, all at once included."""
     assert same(observed(set(WATCHERS), tmp_path_factory.mktemp("all")), expected)

@@ -124,7 +124,8 @@ def test_every_setting_stands_in_one_file() -> None:
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert set(inspect.signature(lw.Trainer).parameters) <= set(config)
     assert (config["epochs"], config["seed"], config["precision"]) == (2, None, "fp32")
-    assert config["models"] == {"model": {"class": "<torch.nn.modules.linear.Linear>", "parameters": 10}}
+    told = config["models"]["model"]
+    assert (told["class"], told["in_features"], told["parameters"]) == ("<torch.nn.modules.linear.Linear>", 4, 10)
     told = config["optimizers"]["main"]
     assert (told["class"], told["lr"], told["momentum"]) == ("<torch.optim.sgd.SGD>", 0.05, 0.9)
     stage = config["stages"]["main"]
@@ -136,6 +137,65 @@ def test_every_setting_stands_in_one_file() -> None:
     assert (stage["data"]["batch_size"], stage["data"]["batches"]) == (4, 3)
     assert stage["data"]["sampler"] == "<torch.utils.data.sampler.RandomSampler>"
     assert stage["valid"]["valid"]["batch_size"] == 5
+
+
+class Fitted(lw.Supervised):
+    def __init__(self, width: int, *, drop: float = 0.5, schedule: str = "none", api_key: str = "") -> None:
+        layers = nn.Sequential(nn.Linear(4, width), nn.Dropout(drop), nn.Linear(width, 2))
+        optimizer = torch.optim.SGD(lw.groups(layers, ["0.*", "*"], lr=(0.01, 0.03)), momentum=0.9)
+        super().__init__(layers, nn.CrossEntropyLoss(label_smoothing=0.1), optimizer)
+        self.metrics = {"top": lw.metrics.Accuracy(top_k=2)}
+        self.width, self.api_key = width, api_key
+
+
+class Drawn(TensorDataset):
+    def __init__(self, size: int, names: list[str]) -> None:
+        super().__init__(torch.zeros(size, 4), torch.zeros(size, dtype=torch.int64))
+        self.size, self.names = size, names
+
+
+@pytest.mark.capability("GEN-06")
+def test_every_knob_of_a_run_is_in_one_file_and_none_can_be_misspelt_or_idle(folder: Path) -> None:
+    """config.yaml has each argument of trainer, task, model, loss, metrics, callbacks, data; idle or unknown: error."""
+    trainer = lw.Trainer(
+        epochs=2, progress=False, folder=folder, checkpoint=lw.Checkpoint("3 steps", keep=5), loggers=[lw.CSVLogger()],
+        callbacks=[lw.EarlyStopping("train/loss", patience=7), lw.MixUp(0.3, classes=2)],
+    )  # fmt: skip
+    task = Fitted(8, drop=0.25, api_key="hunter-2")
+    data = Drawn(10, ["x"] * 1000)
+    run = trainer.fit(task, DataLoader(data, 4, shuffle=True))
+    assert run.folder is not None
+    text = (run.folder / "config.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert set(inspect.signature(lw.Trainer).parameters) <= set(config)
+
+    def found(at: Any, **wanted: Any) -> None:
+        assert {name: at[name] for name in wanted} == wanted
+
+    found(config["task"], width=8, api_key="<not kept>")
+    assert "hunter" not in text
+    found(config["loss"], label_smoothing=0.1, reduction="mean")
+    found(config["metrics"]["top"], top_k=2)
+    found(config["models"]["model"]["layers"], **{"1": "Dropout(p=0.25, inplace=False)"})
+    found(config["optimizers"]["main"], momentum=0.9, nesterov=False)
+    assert [group["lr"] for group in config["optimizers"]["main"]["groups"]] == [0.01, 0.03]
+    found(config["callbacks"][0], monitor="train/loss", patience=7, mode=None)
+    found(config["callbacks"][1], alpha=0.3, classes=2)
+    found(config["checkpoint"], every="3 steps", keep=5, monitor=None)
+    assert config["loggers"][0]["class"] == "<loopwright.loggers.csv.CSVLogger>"
+    found(config["stages"]["main"]["data"]["dataset"], size=10, names="<list of 1000>")
+
+    with pytest.raises(TypeError) as caught:
+        lw.Trainer(epochs=2, acumulate=4)  # type: ignore[arg-type]
+    assert str(caught.value).startswith("acumulate=4: there is no such argument. Known: 'accumulate', 'callbacks', ")
+    assert str(caught.value).endswith("Did you mean 'accumulate'?")
+    for make in (lw.Supervised, lw.Loader, lw.Checkpoint, lw.EarlyStopping, lw.Stage, lw.Phase):
+        name = {lw.Supervised: "module", lw.Loader: "data", lw.Stage: "name", lw.Phase: "name"}.get(make)
+        required = {} if name is None else {name: nn.Linear(1, 1)}
+        with pytest.raises(TypeError, match="zzz"):
+            make(**required, zzz=1)
+    with pytest.raises(lw.PlanError, match="validate_every='2 epochs', but there is no validation data"):
+        lw.Trainer(epochs=2, folder=None, validate_every="2 epochs").fit(Fitted(8), data)
 
 
 @pytest.mark.slow

@@ -49,7 +49,9 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
     assert run.folder is not None
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert (written["epochs"], written["seed"], written["validate_every"], written["key"]) == (1, 3, "1 epoch", 3)
-    assert written["callbacks"] == ["<loopwright.callbacks.early_stopping.EarlyStopping>"]
+    (told,) = written["callbacks"]
+    assert told["class"] == "<loopwright.callbacks.early_stopping.EarlyStopping>"
+    assert (told["monitor"], told["patience"]) == ("train/loss", 3)
     assert {"epochs": 1, "seed": 3}.items() <= run.settings.items()
 
 

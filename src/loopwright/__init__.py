@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Audit,
         BatchTransform,
         Capsule,
+        Changes,
         Checkpoint,
         CutMix,
         Doctor,
@@ -68,15 +69,16 @@ if TYPE_CHECKING:
     from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
     from loopwright.task import Supervised, Task
     from loopwright.trainer import Trainer
+    from loopwright.verifying import Verified, verify_resume
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "activations": ["checkpoint_activations"],
     "callbacks": [
-        "Anneal", "Audit", "BatchTransform", "Capsule", "Checkpoint", "CutMix", "Doctor", "EMA", "EarlyStopping",
-        "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar", "RandomErasing",
-        "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler",
+        "Anneal", "Audit", "BatchTransform", "Capsule", "Changes", "Checkpoint", "CutMix", "Doctor", "EMA",
+        "EarlyStopping", "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar",
+        "RandomErasing", "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler",
     ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
@@ -101,6 +103,7 @@ _HOMES = {
     "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
     "task": ["Supervised", "Task"],
     "trainer": ["Trainer"],
+    "verifying": ["Verified", "verify_resume"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -111,6 +114,7 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "Capsule",
+    "Changes",
     "Checkpoint",
     "CheckpointError",
     "CutMix",
@@ -165,6 +169,7 @@ __all__ = [
     "Throughput",
     "TorchProfiler",
     "Trainer",
+    "Verified",
     "batch_size_find",
     "checkpoint_activations",
     "data",
@@ -180,6 +185,7 @@ __all__ = [
     "replay",
     "schedules",
     "summary",
+    "verify_resume",
 ]
 
 

@@ -99,20 +99,28 @@ def choose(name: object, known: Iterable[object]) -> str:
 
 
 def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: an argument by the name that it has in other libraries is a TypeError that tells ours.
+    """Decorator: an unknown argument is a TypeError that tells the nearest, or ours for a name of other libraries.
 
     >>> @elsewhere(max_epochs="epochs")
     ... def train(epochs): ...
     >>> train(max_epochs=3)
     Traceback (most recent call last):
     TypeError: max_epochs=3: that argument is called epochs here
+    >>> train(epoch=3)
+    Traceback (most recent call last):
+    TypeError: epoch=3: there is no such argument. Known: 'epochs'. Did you mean 'epochs'?
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        code = function.__code__
+        known = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]} - {"self"}
+
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in kwargs.keys() & ours.keys():
-                raise TypeError(f"{name}={kwargs[name]!r}: that argument is called {ours[name]} here")
+            for name in sorted(kwargs.keys() - known):
+                if name in ours:
+                    raise TypeError(f"{name}={kwargs[name]!r}: that argument is called {ours[name]} here")
+                raise TypeError(f"{name}={kwargs[name]!r}: there is no such argument. {choose(name, known)}")
             return function(*args, **kwargs)
 
         return call

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from loopwright.errors import SettingError, choose
-from loopwright.events import HOOKS, hook_name
+from loopwright.events import HOOKS, hook_name, passed_to
 from loopwright.state import Phase, Run, Stage
 from loopwright.text import rule_name
 
@@ -144,7 +144,7 @@ def _names(objects: list[Any]) -> str:
 
 
 def writers(run: Run, name: str) -> str:
-    """Who writes ``name`` in this very run, in the order in which they do it.
+    """Who writes ``name`` in this very run, in the order in which they do it, and who is given it to read.
 
     ``name`` is "batch", "output", "loss", "gradients", "weights" or "lr". Raises SettingError for another one.
     """
@@ -158,7 +158,21 @@ def writers(run: Run, name: str) -> str:
             found = [*_WRITERS[name](run, stage, phase)] or ["nobody"]
             numbered = (f"  {number}. {one}" for number, one in enumerate(found, 1))
             lines += [f"{name}{head}, in this order:", *numbered]
-    return "\n".join(lines)
+    readers = list(_readers(run, name))
+    return "\n".join([*lines, *(["and passed to:"] if readers else []), *(f"  - {one}" for one in readers)])
+
+
+def _readers(run: Run, name: str) -> Iterator[str]:
+    """Callbacks and handlers that are given ``name`` in training, to look at it."""
+    at = passed_to(name)
+    for hook in (hook for hook in at if hook not in _OF_OTHERS and hook != f"map_{name}"):
+        yield from (hook_name(f, run) for f in getattr(run.hooks, hook) if getattr(f, "__self__", None) is not None)
+        for handler in run.handlers:
+            if any(asked == name for _, asked in handler.passed.get(hook, ())):
+                yield f"{handler.name}, at {handler.event}"
+
+
+_OF_OTHERS = ("on_eval_batch_end", "on_predict_batch_end")
 
 
 def _hooks(run: Run, hook: str) -> Iterator[str]:

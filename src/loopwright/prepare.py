@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from loopwright.accumulation import parse_accumulate
@@ -17,14 +16,13 @@ from loopwright.data import Chunks, DataModule, as_source, as_sources, data_of, 
 from loopwright.errors import SettingError, choose
 from loopwright.events import Callback, check_callback
 from loopwright.metrics import Meters, check_metrics
-from loopwright.optim import Scheduled, as_schedulers, match_names, scheduled_in, settings_of
+from loopwright.optim import Scheduled, as_schedulers, match_names, scheduled_in
 from loopwright.parallel import is_shard
 from loopwright.progress import Duration, Every, Whole
 from loopwright.stages import needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
-from loopwright.text import rule_name
 
-__all__ = ["Parts", "assemble", "measured_by", "resolved", "sample_count"]
+__all__ = ["Parts", "assemble", "measured_by", "sample_count"]
 
 
 @dataclass(slots=True)
@@ -349,38 +347,3 @@ def move_task(
             module.to(holds)
             converted = True
     return converted
-
-
-def resolved(run: Run) -> dict[str, Any]:
-    """Every setting on which a run depends, as it came out: of the Trainer, the optimizers, stages and data."""
-    count = {name: sum(p.numel() for p in model.parameters() if not is_lazy(p)) for name, model in run.models.items()}
-    models = {name: {"class": type(model), "parameters": count[name]} for name, model in run.models.items()}
-    optimizers = {name: {"class": type(one), **one.defaults} for name, one in run.optimizers.items()}
-    return {
-        **run.settings, "task": type(run.task), "models": models, "optimizers": optimizers,
-        "stages": {stage.name: _resolved_stage(stage) for stage in run.stages},
-    }  # fmt: skip
-
-
-def _resolved_stage(stage: Stage) -> dict[str, Any]:
-    valid = {name or "valid": _resolved_data(source) for name, source in stage.valid.items()}
-    phases = {
-        phase.name: {
-            "every": rule_name(phase.every), "clip_norm": phase.clip_norm,
-            "schedules": [settings_of(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
-            + [s.plain() for s in stage.scheduled if s.optimizer in phase.moved],
-        } for phase in stage.phases
-    }  # fmt: skip
-    return {
-        "until": stage.ends, "accumulate": rule_name(stage.accumulate), "train": stage.train,
-        "freeze": stage.freeze, "validate_every": str(stage.validate_every.duration), "phases": phases,
-        "data": _resolved_data(stage.source), "valid": valid,
-    }  # fmt: skip
-
-
-def _resolved_data(source: Any) -> dict[str, Any]:
-    loader = getattr(source, "loader", source)  # the user's own
-    data = getattr(loader, "dataset", getattr(loader, "data", None))
-    known = ("batch_size", "shuffle", "drop_last", "seed", "sampler", "workers", "num_workers", "collate_fn")
-    settings = {name: getattr(loader, name) for name in known if hasattr(loader, name)}
-    return {"class": type(loader), **settings, "batches": source.batches, "dataset": type(data)}

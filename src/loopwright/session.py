@@ -19,8 +19,8 @@ from loopwright.folder import close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.optim import set_trainable
 from loopwright.parallel import watched
-from loopwright.prepare import resolved
 from loopwright.records import close_loggers, start_loggers
+from loopwright.resolved import resolved
 from loopwright.stages import chooses_parameters, nothing_left, reopen
 from loopwright.state import Progress, Run, has_state
 

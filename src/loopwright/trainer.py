@@ -305,8 +305,8 @@ class Trainer:
     ) -> str:
         """The flat loop of this very run, with each callback and handler in its place, as text to print.
 
-        ``of="loss"`` tells instead who writes the loss, in order; likewise "batch", "output", "gradients", "weights"
-        and "lr".
+        ``of="loss"`` tells instead who writes the loss, in order, and who is given it to read; likewise "batch",
+        "output", "gradients", "weights" and "lr".
 
         >>> net = nn.Linear(2, 1)
         >>> task = Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))

@@ -85,6 +85,46 @@ def test_a_batch_transform_is_called_with_each_batch_of_training_and_no_other() 
     assert run.progress.samples == 3 * 6  # what is trained on counts
 
 
+def transformed(**settings: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], lw.Run]:
+    """What an item transform and a batch transform were given in a fit."""
+    items: list[torch.Tensor] = []
+    batches: list[torch.Tensor] = []
+
+    def item(sample: Any) -> Any:
+        items.append(sample[0])
+        return sample[0].flip(-1), sample[1]
+
+    def whole(batch: Any) -> Any:
+        batches.append(batch[0])
+        return batch[0] - batch[0].mean((0, 2, 3), keepdim=True), batch[1]
+
+    x, y = images(1)[0]
+    train = lw.Loader((x, y), 3, transform=item)
+    task = sgd_task(net(), loss=nn.CrossEntropyLoss())
+    run = trainer(epochs=1, callbacks=[lw.BatchTransform(whole)], **settings).fit(task, train, (x, y))
+    assert len(items) == len(x)
+    assert [len(batch) for batch in batches] == [len(part) for part in x.split(3)]
+    assert torch.equal(torch.cat([b.float().cpu() for b in batches]), x.flip(-1))  # items first
+    return items, batches, run
+
+
+@pytest.mark.capability("FA-09")
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_items_are_transformed_one_by_one_on_the_cpu_and_batches_where_the_model_is(precision: str) -> None:
+    """Item transforms see one sample on the CPU, batch transforms the batch after its move to device and precision."""
+    items, batches, run = transformed(precision=precision)
+    assert {(x.ndim, x.dtype, x.device.type) for x in items} == {(3, torch.float32, "cpu")}
+    moved_to = torch.float64 if precision == "fp64" else torch.float32
+    assert {(x.ndim, x.dtype, x.device) for x in batches} == {(4, moved_to, run.device)}
+
+
+@pytest.mark.gpu
+def test_batches_are_transformed_on_the_gpu() -> None:
+    items, batches, run = transformed(device="cuda")
+    assert {x.device.type for x in items} == {"cpu"}
+    assert {x.device.type for x in batches} == {run.device.type} == {"cuda"}
+
+
 def test_a_batch_transform_has_a_stream_of_its_own(folder: Any) -> None:
     def noise(batch: Any, rng: torch.Generator) -> Any:
         return batch[0] + torch.randn(batch[0].shape, generator=rng), batch[1]

@@ -402,6 +402,12 @@ def traced(trial: Trial, name: str) -> None:
     assert trace.stat().st_size > 1000
 
 
+def remembered(trial: Trial, name: str) -> None:
+    writers = {"MixUp", "CutMix", "RandomErasing", "BatchTransform"} & trial.callbacks.keys()
+    told = trial.callbacks[name].who_changed("batch", step=1)
+    assert {line.partition(".")[0] for line in told} == writers
+
+
 def weighted() -> Any:
     x, y = arrays()
     weights = ((y == 1) | (y == 2)).double()
@@ -426,6 +432,7 @@ ENTRIES: dict[str, Entry] = {
     "KeepBest": Entry(best, lambda folder: lw.KeepBest("valid/loss")),
     "Plateau": Entry(plateaued, lambda folder: lw.Plateau("valid/loss", patience=1, min_delta=1e9)),
     "Audit": Entry(caught, lambda folder: lw.Audit(), observes=True),
+    "Changes": Entry(remembered, lambda folder: lw.Changes(), observes=True),
     "Doctor": Entry(examined, lambda folder: lw.Doctor(1, show=False), observes=True),
     "Profiler": Entry(timed, lambda folder: lw.Profiler(show=False), observes=True),
     "TorchProfiler": Entry(traced, lambda folder: lw.TorchProfiler(wait=1, warmup=1, active=1), observes=True),

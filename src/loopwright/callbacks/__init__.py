@@ -5,6 +5,7 @@ from loopwright.callbacks.audit import Audit
 from loopwright.callbacks.averaging import EMA, SWA
 from loopwright.callbacks.batch_transform import BatchTransform
 from loopwright.callbacks.capsule import Capsule
+from loopwright.callbacks.changes import Changes
 from loopwright.callbacks.checkpoint import Checkpoint
 from loopwright.callbacks.cutmix import CutMix
 from loopwright.callbacks.displays import display_mode
@@ -24,7 +25,7 @@ from loopwright.callbacks.throughput import Throughput
 from loopwright.callbacks.torch_profiler import TorchProfiler
 
 __all__ = [
-    "Anneal", "Audit", "BatchTransform", "Capsule", "Checkpoint", "CutMix", "Doctor", "EMA", "EarlyStopping",
-    "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar", "RandomErasing", "Requeue",
-    "Resources", "SAM", "SWA", "Throughput", "TorchProfiler", "display_mode",
+    "Anneal", "Audit", "BatchTransform", "Capsule", "Changes", "Checkpoint", "CutMix", "Doctor", "EMA",
+    "EarlyStopping", "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar",
+    "RandomErasing", "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler", "display_mode",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ class Audit(Callback):
 
     def on_fit_start(self, run: Run) -> None:
         self.found, self._seen = [], set[tuple[str, str]]()
-        self._slots, self._replaced = _slots(run), len(run.replaced)
+        self._slots, self._replaced = slots_of(run), len(run.replaced)
         run.hooks.wrap(lambda hook, function: self._audited(hook, function, run))
 
     def on_fit_end(self, run: Run) -> None:
@@ -90,7 +90,7 @@ class Audit(Callback):
             before = {kind: look(slots, given) for kind, look in looks.items()}
             returned = function(run, *args)
             for kind, look in looks.items():
-                changed = _differences(before[kind], look(slots, given))
+                changed = differences(before[kind], look(slots, given))
                 if changed and (name, kind) not in self._seen:
                     self._seen.add((name, kind))
                     self._tell(run, name, kind, changed)
@@ -110,17 +110,17 @@ class Audit(Callback):
 
     def _current(self, run: Run) -> list[_Slot]:
         if len(run.replaced) != self._replaced and not run.changes:
-            self._slots, self._replaced = _slots(run), len(run.replaced)
+            self._slots, self._replaced = slots_of(run), len(run.replaced)
         return self._slots
 
 
 def _looks(hook: str) -> dict[str, _Look]:
     """What must stay the same over a call of ``hook``."""
     if hook.startswith("map_"):  # the model may run there, which moves its buffers and the generators
-        return {"weights": _parameters, "gradients": _gradients, "flags": _flags}
+        return {"weights": _parameters, "gradients": gradients, "flags": _flags}
     looks: dict[str, _Look] = {"weights": _weights, "values": _values}
     if hook != "on_grads_ready":
-        looks["gradients"] = _gradients
+        looks["gradients"] = gradients
     return looks if hook in _LOOKING else {**looks, "random": _random, "flags": _flags}
 
 
@@ -139,7 +139,7 @@ class _Slot(NamedTuple):
     key: str
 
 
-def _slots(run: Run) -> list[_Slot]:
+def slots_of(run: Run) -> list[_Slot]:
     found: dict[int, _Slot] = {}
     for model in run.models.values():
         for path, module in model.named_modules():
@@ -170,7 +170,7 @@ def _weights(slots: list[_Slot], args: Mapping[str, Any]) -> _State:
     return {slot.name: _state_of(slot.kept.get(slot.key)) for slot in slots}
 
 
-def _gradients(slots: list[_Slot], args: Mapping[str, Any]) -> _State:
+def gradients(slots: list[_Slot], args: Mapping[str, Any]) -> _State:
     return {slot.name: _state_of(getattr(slot.kept.get(slot.key), "grad", None)) for slot in slots}
 
 
@@ -198,20 +198,20 @@ def _values(slots: list[_Slot], args: Mapping[str, Any]) -> _State:
     return {
         path: state
         for name, arg in args.items() if not isinstance(arg, (Phase, Stage))
-        for path, state in _leaves(arg, name)
+        for path, state in leaves(arg, name)
     }  # fmt: skip
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def leaves(value: Any, path: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _leaves(part, f"{path}[{key!r}]")
+            yield from leaves(part, f"{path}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for i, part in enumerate(value):
-            yield from _leaves(part, f"{path}[{i}]")
+            yield from leaves(part, f"{path}[{i}]")
     elif is_dataclass(value) and not isinstance(value, type):
         for one in fields(value):
-            yield from _leaves(getattr(value, one.name), f"{path}.{one.name}")
+            yield from leaves(getattr(value, one.name), f"{path}.{one.name}")
     elif isinstance(value, np.ndarray) and value.dtype != object:
         flat = value.reshape(-1)
         yield path, (value, flat[:: max(1, flat.size // _SAMPLE)].tobytes())
@@ -219,7 +219,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield path, _state_of(value)
 
 
-def _differences(old: _State, new: _State) -> list[str]:
+def differences(old: _State, new: _State) -> list[str]:
     names = list(dict.fromkeys([*old, *new]))
     return [name for name in names if not _same(old.get(name), new.get(name))]
 

@@ -15,7 +15,7 @@ from loopwright.checkpoint.manifest import NAME
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.shelf import monitored
 from loopwright.checkpoint.together import write_together
-from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError, choose
+from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError, choose, elsewhere
 from loopwright.events import fire
 from loopwright.monitor import direction
 from loopwright.progress import Duration, Every
@@ -52,6 +52,7 @@ class Checkpoint:
     'max'
     """
 
+    @elsewhere(save_top_k="keep", every_n_epochs="every", every_n_train_steps="every", dirpath="folder")
     def __init__(
         self,
         every: Duration | int | str = "5 min",
