@@ -31,6 +31,8 @@ def better(name: str) -> Direction | None:
     ('min', 'max', None)
     """
     last = name.rpartition("/")[2].lower()
+    if last.startswith("neg_"):  # as in scikit-learn, where more of any score is better
+        return "max"
     if _MIN.search(last):
         return "min"
     return "max" if _MAX.search(last) else None
