@@ -328,6 +328,6 @@ def test_classes_that_cannot_be_told_are_refused() -> None:
 )  # fmt: skip
 def test_scores_that_are_nan_are_found(settings_: Any, row: Any, n: int) -> None:
     accuracy = Accuracy(**settings_)
+    accuracy.update(torch.tensor([row] * n), torch.ones(n).long())
     with pytest.raises(MetricError, match=f"the scores of {n} samples are NaN. Look for where they come from with"):
-        accuracy.update(torch.tensor([row] * n), torch.ones(n).long())
         accuracy.compute()

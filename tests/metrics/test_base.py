@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopwright import metrics as m
 from loopwright.errors import CheckpointError, MetricError, SettingError
 from loopwright.metrics import MAE, MSE, Accuracy, Mean, Metric
 from loopwright.state import Metric as Protocol
@@ -207,3 +208,19 @@ def test_what_a_subclass_forgot_is_named() -> None:
 @pytest.mark.parametrize("metric", [Accuracy(), MAE(), MSE(), Mean(), Span()])
 def test_ours_keep_the_protocol(metric: Any) -> None:
     assert isinstance(metric, Protocol)
+
+
+def test_updates_read_nothing_from_the_device() -> None:
+    scores_, classes = torch.zeros(9000, 3, device="meta"), torch.zeros(9000, dtype=torch.int64, device="meta")
+    numbers = torch.zeros(9000, device="meta")
+    fed: list[tuple[Any, tuple[torch.Tensor, ...]]] = [
+        (m.Accuracy(), (scores_, classes)), (m.Accuracy(2, average=None), (scores_, classes)),
+        (m.Accuracy(ignore_index=0), (scores_, classes)), (m.ConfusionMatrix(3, ignore_index=0), (scores_, classes)),
+        (m.ConfusionMatrix(), (numbers, classes)), (m.Precision(labels=3), (scores_, scores_.long())),
+        (m.Mean(), (numbers,)), (m.Sum(), (numbers,)), (m.Min(), (numbers,)), (m.Max(), (numbers,)),
+        (m.MAE(), (numbers, numbers)), (m.RMSE(), (numbers, numbers)), (m.R2(), (numbers, numbers)),
+        (m.Perplexity(ignore_index=0), (scores_, classes)),
+    ]  # fmt: skip
+    for metric, given_ in fed:
+        for _ in range(3):
+            metric.update(*given_)  # a read of this device is an error of torch

@@ -1,4 +1,4 @@
-"""Windows, filters and groups: each equals the metric over just those batches and samples, also in runs and over ranks."""
+"""Windows, filters and groups: each equals the metric over just those batches and samples, in runs and over ranks too."""
 
 from __future__ import annotations
 
@@ -164,10 +164,10 @@ class Echo(lw.Task):
 
 @pytest.mark.capability("CA-08", "FA-14")
 def test_epoch_running_window_and_batch_values_are_in_the_records_under_clear_names() -> None:
-    """Values over the epoch, so far, over a window and of the last batch, by group: each in the record that it is of."""
+    """Values over the epoch, so far, over a window and of the last batch, by group: each in its records."""
     metrics = {
-        "epoch": Accuracy(), "running": Running(Accuracy()), "window": Window(Accuracy(), 2), "batch": Window(Accuracy(), 1),
-        "site": Grouped(Accuracy(), by="site"),
+        "epoch": Accuracy(), "running": Running(Accuracy()), "window": Window(Accuracy(), 2),
+        "batch": Window(Accuracy(), 1), "site": Grouped(Accuracy(), by="site"),
     }  # fmt: skip
     log = Log()
     trainer = lw.Trainer(epochs=2, folder=None, progress=False, log_every=1, loggers=[log])
@@ -278,7 +278,7 @@ def test_one_set_of_metrics_for_each_head() -> None:
 def test_modes_that_make_no_sense_are_refused() -> None:
     with pytest.raises(SettingError, match=r"Window\(metric, 0\): expected a whole number of batches from 1"):
         Window(Accuracy(), 0)
-    with pytest.raises(SettingError, match="needs a metric with merge.other., .* torchmetrics.wrappers.Running"):
+    with pytest.raises(SettingError, match=r"needs a metric with merge.other., .* torchmetrics.wrappers.Running"):
         Window(torchmetrics.MeanMetric(), 3)
     with pytest.raises(SettingError, match="expected a function whose parameters name what it reads"):
         Where(Accuracy(), lambda: True)
@@ -286,7 +286,7 @@ def test_modes_that_make_no_sense_are_refused() -> None:
         Grouped(Accuracy(), by=3)  # type: ignore[arg-type]
     with pytest.raises(MetricError, match=r"returned int64\[6\]; expected a bool for each sample"):
         Meters({"m": Where(Accuracy(), lambda target: target)}).feed(batches()[0])
-    with pytest.raises(MetricError, match="the group 0.5 of 'g': expected integers or strings"):
+    with pytest.raises(MetricError, match=r"the group 0\.5 of 'g': expected integers or strings"):
         Grouped(MAE(), by="g").update(torch.zeros(1), torch.zeros(1), torch.tensor([0.5]))
     with pytest.raises(MetricError, match=r"given float32\[2\], and there are groups or bools for 3 samples"):
         Grouped(MAE(), by="g").update(torch.zeros(2), torch.zeros(2), [1, 2, 3])

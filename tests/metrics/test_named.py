@@ -173,12 +173,12 @@ def test_a_function_in_a_run_is_logged_like_any_metric() -> None:
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("accuracy", "metric 'accuracy': expected a name such as 'torchmetrics:auroc' or 'sklearn:f1_macro', or an object "
-         "such as lw.metrics.Accuracy()"),
+        ("accuracy", "metric 'accuracy': expected a name such as 'torchmetrics:auroc' or 'sklearn:f1_macro', or an "
+         "object such as lw.metrics.Accuracy()"),
         ("torchmetrics:aurok", "metric 'torchmetrics:aurok' is unknown. Did you mean 'auroc'? 2"),
         ("sklearn:f1macro", "metric 'sklearn:f1macro' is unknown. Did you mean 'f1_macro', "),
-        ("torchmetrics:minkowski_distance", "metric 'torchmetrics:minkowski_distance' needs p as well: pass a function, "
-         "functools.partial(torchmetrics.functional.minkowski_distance, p=...)"),
+        ("torchmetrics:minkowski_distance", "metric 'torchmetrics:minkowski_distance' needs p as well: pass a "
+         "function, functools.partial(torchmetrics.functional.minkowski_distance, p=...)"),
     ],
 )  # fmt: skip
 def test_unknown_names_tell_those_that_are_near(metric: str, message: str) -> None:
@@ -208,18 +208,16 @@ def test_a_missing_package_is_named_with_its_extra(name: str, extra: str, monkey
 def test_nan_scores_are_an_error_with_the_fix(name: str) -> None:
     preds, target = scores()
     preds[3, 1] = preds[5, 0] = float("nan")
-    with pytest.raises(
-        MetricError, match="preds are NaN in 2 of 40 samples. Look for where they come from with Trainer"
-    ):
+    with pytest.raises(MetricError, match=r"preds are NaN in 2 of 40 samples\. Look for where they come from"):
         measured(name, preds, target)
 
 
 def test_what_cannot_be_kept_or_told_is_refused() -> None:
     with pytest.raises(MetricError, match=r"is given preds: \[str, str\]; only tensors, arrays and numbers are kept"):
         Function(max).update(["a", "b"], torch.zeros(2))
-    with pytest.raises(MetricError, match="does not follow from the shapes. Give scores, or a function that says it"):
+    with pytest.raises(MetricError, match=r"does not follow from the shapes\. Give scores, or a function that says it"):
         measured("torchmetrics:accuracy", torch.tensor([1, 2]), torch.tensor([1, 2]))
-    with pytest.raises(MetricError, match="f1_score: preds .* do not fit: expected one shape for both"):
+    with pytest.raises(MetricError, match=r"f1_score: preds .* do not fit: expected one shape for both"):
         measured(sklearn.metrics.f1_score, torch.zeros(3, 2, 2), torch.zeros(3).long())
     with pytest.raises(SettingError, match=r"Function\(<class 'int'>\): expected a function"):
         Function(int)

@@ -1,4 +1,4 @@
-"""Precision, recall and their like equal torchmetrics on any counts, and say why where there is nothing to divide by."""
+"""Precision, recall and their like equal torchmetrics on any counts, and say why where nothing is to divide by."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from loopwright.metrics import ConfusionMatrix, Meters, functional
 
 REGRESSION = [
     "torchmetrics:explained_variance", "torchmetrics:kendall_rank_corrcoef", "torchmetrics:log_cosh_error",
-    "torchmetrics:mean_absolute_error", "torchmetrics:mean_absolute_percentage_error", "torchmetrics:mean_squared_error",
+    "torchmetrics:mean_absolute_error", "torchmetrics:mean_absolute_percentage_error",
+    "torchmetrics:mean_squared_error",
     "torchmetrics:mean_squared_log_error", "torchmetrics:normalized_root_mean_squared_error",
     "torchmetrics:pearson_corrcoef", "torchmetrics:r2_score", "torchmetrics:relative_squared_error",
     "torchmetrics:spearman_corrcoef", "torchmetrics:symmetric_mean_absolute_percentage_error",
@@ -135,14 +136,14 @@ def test_reused_buffers_change_nothing() -> None:
 
 @pytest.mark.capability("IG-13")
 def test_ready_metrics_come_out_of_one_pass_over_the_predictions() -> None:
-    """Precision, Recall, Accuracy, ConfusionMatrix, IoU in one dict; some 20 regression metrics by name, each fed once."""
+    """Precision, Recall, Accuracy, ConfusionMatrix, IoU in one dict; 20 regression metrics by name; each fed once."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 4, generator=g), torch.randint(3, (50,), generator=g)
     net = torch.nn.Linear(4, 3)
     m = lw.metrics
     metrics = {
-        "accuracy": m.Accuracy(), "p": m.Precision(3), "r": m.Recall(3), "iou": m.IoU(3), "counts": m.ConfusionMatrix(3),
-        "dice": m.Dice(3, average=None),
+        "accuracy": m.Accuracy(), "p": m.Precision(3), "r": m.Recall(3), "iou": m.IoU(3),
+        "counts": m.ConfusionMatrix(3), "dice": m.Dice(3, average=None),
     }  # fmt: skip
     assert list(Meters(metrics)._parts) == ["accuracy", "p/0"]
     found = lw.Trainer(folder=None, progress=False).test(lw.Supervised(net, metrics=metrics), (x, y))
@@ -200,7 +201,8 @@ def test_nothing_over_nothing_is_nan_and_says_why_once() -> None:
     [
         (lw.metrics.Precision(), [0, 0], [0, 1], "nan",
          "Precision is 0/0 for class 1, which was never predicted: it counts as nan."),
-        (lw.metrics.Recall(), [0, 1], [0, 0], "nan", "Recall is 0/0 for class 1, which has no target: it counts as nan."),
+        (lw.metrics.Recall(), [0, 1], [0, 0], "nan",
+         "Recall is 0/0 for class 1, which has no target: it counts as nan."),
         (lw.metrics.F1(), [0, 0], [0, 0], "nan",
          "F1 is 0/0 for class 1, which is in neither targets nor predictions: it counts as nan."),
         (lw.metrics.Specificity(), [1, 1], [1, 1], "nan",
@@ -231,18 +233,18 @@ def test_classes_that_occur_nowhere_are_left_out_of_the_macro_mean() -> None:
 @pytest.mark.parametrize(
     ("metric", "preds", "target", "message"),
     [
-        (ConfusionMatrix(3), torch.zeros(2, 4), torch.zeros(2).long(), "preds float32[2, 4] and target int64[2]: 4 scores "
-         "a sample, but classes=3. Write classes=4"),
+        (ConfusionMatrix(3), torch.zeros(2, 4), torch.zeros(2).long(), "preds float32[2, 4] and target int64[2]: 4 "
+         "scores a sample, but classes=3. Write classes=4"),
         (ConfusionMatrix(3), torch.zeros(2), torch.zeros(2).long(), "preds float32[2] and target int64[2]: scores "
          "[N, 3, ...] or integer class indices were expected as preds"),
-        (ConfusionMatrix(3), torch.zeros(2, 3), torch.zeros(2), "preds float32[2, 3] and target float32[2]: targets are "
-         "class indices, or 0 and 1. Write target.long()"),
-        (ConfusionMatrix(), torch.zeros(2, 3), torch.zeros(2).long(), "preds float32[2, 3] and target int64[2]: without "
-         "classes= both have one shape. Write classes=3"),
+        (ConfusionMatrix(3), torch.zeros(2, 3), torch.zeros(2), "preds float32[2, 3] and target float32[2]: targets "
+         "are class indices, or 0 and 1. Write target.long()"),
+        (ConfusionMatrix(), torch.zeros(2, 3), torch.zeros(2).long(), "preds float32[2, 3] and target int64[2]: "
+         "without classes= both have one shape. Write classes=3"),
         (ConfusionMatrix(labels=2), torch.zeros(2, 3), torch.zeros(2, 3).long(), "preds float32[2, 3] and target "
          "int64[2, 3]: expected [N, 2, ...]. Write labels=3"),
-        (ConfusionMatrix(), torch.zeros(2, 1), torch.zeros(2).long(), "preds float32[2, 1] and target int64[2]: one class "
-         "only. Where one output means two, write preds.squeeze(1)"),
+        (ConfusionMatrix(), torch.zeros(2, 1), torch.zeros(2).long(), "preds float32[2, 1] and target int64[2]: one "
+         "class only. Where one output means two, write preds.squeeze(1)"),
     ],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_refused_with_the_way_out(
@@ -257,8 +259,8 @@ def test_shapes_that_do_not_fit_are_refused_with_the_way_out(
 @pytest.mark.parametrize(
     ("size", "preds", "target", "message"),
     [
-        (3, [0.1, 0.2, 0.7], 3, "{n} of {n} targets or predictions are none of the classes 0 to 2 (targets range from 3 "
-         "to 3). To leave out what has a certain target, name it: ignore_index=-100"),
+        (3, [0.1, 0.2, 0.7], 3, "{n} of {n} targets or predictions are none of the classes 0 to 2 (targets range "
+         "from 3 to 3). To leave out what has a certain target, name it: ignore_index=-100"),
         (3, [0.1, float("nan"), 0.7], 1, "the scores of {n} of {n} samples are NaN. Look for where they come from with "
          "Trainer(debug=lw.Debug(anomaly=True)), or leave these samples out with lw.metrics.Where"),
         (None, 1.5, 1, "{n} of {n} preds are not in [0, 1], which are no probabilities. For logits, write "
@@ -269,9 +271,13 @@ def test_shapes_that_do_not_fit_are_refused_with_the_way_out(
 )  # fmt: skip
 def test_values_that_cannot_be_counted_are_found(size: Any, preds: Any, target: int, message: str, n: int) -> None:
     metric = ConfusionMatrix(size)
-    with pytest.raises(MetricError) as error:
+
+    def measure() -> None:
         metric.update(torch.tensor([preds] * n), torch.full((n,), target))
         metric.compute()
+
+    with pytest.raises(MetricError) as error:
+        measure()
     assert str(error.value) == message.format(n=n)
 
 
@@ -285,8 +291,8 @@ def test_values_that_cannot_be_counted_are_found(size: Any, preds: Any, target: 
         (lambda: lw.metrics.Precision(["a", "a"]), "classes=['a', 'a']: each name may stand there once"),
         (lambda: lw.metrics.Precision(3, labels=2), "classes= (one of them a sample) and labels= (any number of them) "
          "exclude each other"),
-        (lambda: lw.metrics.Precision(3, threshold=0.3), "threshold=0.3 is for probabilities of one class; with classes= "
-         "the largest counts"),
+        (lambda: lw.metrics.Precision(3, threshold=0.3), "threshold=0.3 is for probabilities of one class; with "
+         "classes= the largest counts"),
         (lambda: lw.metrics.Precision(average="micro"), "average='micro' is over classes or labels: add classes=... or "
          "labels=..., or leave it out"),
         (lambda: lw.metrics.Precision(3, average="macros"), "average='macros' is unknown. Known: 'None', 'macro', "

@@ -152,5 +152,5 @@ def test_sums_and_extremes_of_nothing_of_numbers_and_of_nan() -> None:
         assert metric.compute() == expected
         metric.update(torch.tensor([math.nan, 1.0]))
         assert math.isnan(metric.compute())
-    with pytest.raises(SettingError, match="Max.3.: expected the name of a value in a step's output"):
+    with pytest.raises(SettingError, match=r"Max.3.: expected the name of a value in a step's output"):
         Max(3)  # type: ignore[arg-type]

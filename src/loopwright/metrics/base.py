@@ -21,8 +21,8 @@ class Metric(Algebra):
     ``state`` names the totals and how they grow: ``"sum"``, ``"max"``, ``"min"``, or ``"cat"`` (all values are kept,
     joined along dimension 0). ``update`` calls ``self.add(name=value)`` with numbers or tensors of any shape;
     ``compute`` reads ``self.total(name)``. ``inputs`` are the names in a step's output that ``update`` receives, in
-    order. ``keys`` tells ``trainer.plan`` what ``compute`` gives: () for a number, the names in a dict, None where it is
-    unknown. Totals live on the device of what is added (sums in float64 or int64), are never read from it before
+    order. ``keys`` tells ``trainer.plan`` what ``compute`` gives: () for a number, the names in a dict, None where that
+    is unknown. Totals live on the device of what is added (sums in float64 or int64), are never read from it before
     ``compute``, and hold no graph. Resetting, merging, saving and arithmetic (``Algebra``) need nothing more.
 
     >>> class Bias(Metric):
