@@ -219,8 +219,10 @@ def _monitors(run: Run) -> Iterator[str]:
             produced = [f"{k}/{n}" for k in (("train", "valid") if has_valid else ("train",)) for n in known]
             likely = f"{'valid' if has_valid else 'train'}/{monitor}"
             yield f"{who}, which is not logged. {choose(likely, produced)}"
-        elif kind in closed and name not in (names.get(name.partition("/")[0], []) or [name]):
-            yield f"{who}, which nothing produces. {choose(monitor, [f'{kind}/{n}' for n in known])}"
+        elif kind in closed:
+            keys = names.get(name.partition("/")[0], [])
+            if keys is not None and name not in keys:
+                yield f"{who}, which nothing produces. {choose(monitor, [f'{kind}/{n}' for n in known])}"
 
 
 def _closed_kinds(run: Run) -> set[str]:

@@ -1,4 +1,4 @@
-"""Windows, filters and groups: each equals the metric over just those batches and samples, in runs and over ranks too."""
+"""Windows, filters and groups: each equals the metric over just those batches and samples, in runs and over ranks."""
 
 from __future__ import annotations
 

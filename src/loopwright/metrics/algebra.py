@@ -130,7 +130,9 @@ class Derived(Algebra):
                 f"Derived({function!r}, ...): expected a function of values, and metrics to take them of"
             )
         self.function, self.args, self.kwargs = function, args, kwargs
-        if not leaves(self):
+        found = {id(leaf): leaf for part in _metrics((args, kwargs)) for leaf in leaves(part)}
+        self._leaves = list(found.values())
+        if not found:
             raise SettingError("Derived(function, ...) has no metric among its arguments: pass those to compute it of")
 
     @property
@@ -150,6 +152,9 @@ class Derived(Algebra):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Take in one batch: what ``inputs`` names, in order or by name."""
+        if len(self._leaves) == 1 and not kwargs:
+            self._leaves[0].update(*args)
+            return
         given = dict(zip(self.inputs, args, strict=False)) | kwargs
         if len(args) > len(self.inputs) or given.keys() != set(self.inputs):
             raise MetricError(
@@ -217,12 +222,7 @@ def leaves(metric: Any) -> list[Any]:
     >>> leaves(mse / (mse + 1)) == [mse]
     True
     """
-    if not isinstance(metric, Derived):
-        return [metric]
-    found: dict[int, Any] = {}
-    for part in _metrics((metric.args, metric.kwargs)):
-        found.update((id(leaf), leaf) for leaf in leaves(part))
-    return list(found.values())
+    return metric._leaves if isinstance(metric, Derived) else [metric]
 
 
 def inputs_of(metric: Any) -> Any:

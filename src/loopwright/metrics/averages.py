@@ -39,13 +39,13 @@ class Mean(Metric):
 
     def update(self, value: Tensor | float, weight: Tensor | float | None = None) -> None:
         """Take in the values of one batch, with their weights."""
-        if weight is None and (not isinstance(value, Tensor) or value.ndim == 0):
-            self.add(total=value, weight=1)
+        if weight is None:
+            if isinstance(value, Tensor) and value.ndim:
+                self.add(total=value.sum(dtype=wide(value.device)), weight=value.numel())
+            else:
+                self.add(total=value, weight=1)
             return
         value, size = _floats(value)
-        if weight is None:
-            self.add(total=value.sum(), weight=size)
-            return
         weight, weights = _floats(weight)
         if weight.ndim and weight.shape != value.shape:
             raise MetricError(
@@ -76,7 +76,7 @@ class Sum(Metric):
 
     def update(self, value: Tensor | float) -> None:
         """Take in the values of one batch."""
-        self.add(total=value.detach().to(wide(value.device)).sum() if isinstance(value, Tensor) else value)
+        self.add(total=value.sum(dtype=wide(value.device)) if isinstance(value, Tensor) else value)
 
     def compute(self) -> float:
         """The sum."""

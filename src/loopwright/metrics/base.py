@@ -101,7 +101,8 @@ class Metric(Algebra):
         """
         if type(other) is not type(self) or other._settings() != self._settings():
             raise MetricError(
-                f"cannot merge {_named(other)} into {_named(self)}: both must be of one class with the same settings"
+                f"cannot merge {_named(other, self)} into {_named(self, other)}: both must be of one class with the "
+                "same settings"
             )
         self.fold()
         other.fold()
@@ -143,9 +144,11 @@ def ratio(total: Tensor, count: Tensor) -> float:
     return float(total) / float(count) if float(count) else math.nan
 
 
-def _named(metric: Metric) -> str:
-    settings = metric._settings() if isinstance(metric, Metric) else {}
-    return f"{type(metric).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+def _named(metric: Metric, other: Metric) -> str:
+    """The metric with those settings that ``other`` has otherwise."""
+    mine, its = (m._settings() if isinstance(m, Metric) else {} for m in (metric, other))
+    differ = ", ".join(f"{k}={v!r}" for k, v in mine.items() if k in its and its[k] != v)
+    return f"{type(metric).__name__}({differ})"
 
 
 _WIDE = (torch.float64, torch.int64, torch.complex64, torch.complex128)

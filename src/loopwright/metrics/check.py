@@ -126,7 +126,13 @@ def keys_of(name: str, metric: Any) -> list[str] | None:
     """
     while isinstance(metric, (On, Running)) and not isinstance(metric, Grouped):
         metric = metric.metric
-    keys = getattr(metric, "keys", None) if isinstance(metric, (Metric, Derived)) else None
-    if keys is None:
+    if not isinstance(metric, (Metric, Derived)) or metric.keys is None or _computes_otherwise(type(metric)):
         return None
+    keys = metric.keys
     return [f"{name}/{key}" for key in keys] or [name]
+
+
+def _computes_otherwise(kind: type) -> bool:
+    """True for a class whose value is not the one that the ``keys`` it has inherited are of."""
+    said = next(i for i, cls in enumerate(kind.__mro__) if "keys" in vars(cls))
+    return any(name in vars(cls) for cls in kind.__mro__[:said] for name in ("compute", "combine"))

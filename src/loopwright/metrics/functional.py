@@ -98,8 +98,8 @@ def perplexity(preds: Tensor, target: Tensor, *, ignore_index: int | None = None
     >>> perplexity(torch.zeros(3, 8), torch.tensor([1, 2, 3]))
     tensor(8.0000, dtype=torch.float64)
     """
-    total, count, _ = surprise(preds, target, ignore_index)
-    return (total / count).exp()
+    total, counted, _ = surprise(preds, target, ignore_index)
+    return torch.exp(total / counted)
 
 
 def mean(value: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from loopwright.errors import MetricError
 from loopwright.events import describe
 from loopwright.metrics.base import Metric, ratio, wide
 
 __all__ = ["Perplexity"]
+
+_NONE = torch.iinfo(torch.int64).min  # cross_entropy has an index to ignore always
 
 
 class Perplexity(Metric):
@@ -39,7 +42,7 @@ class Perplexity(Metric):
         """Take in one batch."""
         total, count, bad = surprise(preds.detach(), target, self.ignore_index)
         self.add(total=total, count=count, bad=bad)
-        if bad.is_cpu and int(bad):
+        if target.is_cpu and bad:
             self._refuse(int(bad), preds.shape[-1])
 
     def compute(self) -> float:
@@ -57,7 +60,7 @@ class Perplexity(Metric):
         )
 
 
-def surprise(preds: Tensor, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def surprise(preds: Tensor, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Any, Any]:
     """Sum of negative log-likelihoods, how many were counted, and how many targets are no tokens."""
     if preds.ndim < 2 or preds.shape[:-1] != target.shape or not preds.is_floating_point():
         raise MetricError(
@@ -66,13 +69,22 @@ def surprise(preds: Tensor, target: Tensor, ignore_index: int | None) -> tuple[T
         )
     if target.is_floating_point():
         raise MetricError(f"target {describe(target)}: token indices are integers. Write target.long()")
+    preds = preds.to(torch.promote_types(preds.dtype, torch.float32))
+    if target.is_cpu:
+        try:
+            ignored = _NONE if ignore_index is None else ignore_index
+            each = cross_entropy(preds.flatten(0, -2), target.long().flatten(), ignore_index=ignored, reduction="none")
+        except IndexError:
+            pass  # a token that is none: counted below
+        else:
+            count = target.numel() if ignore_index is None else int((target != ignore_index).sum())
+            return each.sum(dtype=torch.float64), count, 0
     size, target = preds.shape[-1], target.long()
     bad = (target < 0) | (target >= size)
     keep = ~bad
     if ignore_index is not None:
         ignored = target == ignore_index
         bad, keep = bad & ~ignored, keep & ~ignored
-    logs = preds.to(torch.promote_types(preds.dtype, torch.float32)).log_softmax(-1)
-    chosen = logs.gather(-1, target.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1)
+    chosen = preds.log_softmax(-1).gather(-1, target.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1)
     total = -torch.where(keep, chosen, 0.0).sum(dtype=wide(preds.device))
     return total, keep.sum(), bad.sum()
