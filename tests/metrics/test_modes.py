@@ -271,7 +271,17 @@ def test_one_set_of_metrics_for_each_head() -> None:
         ("mean_b", ("right", "y")), ("accuracy_b", ("right", "y")),
     ]  # fmt: skip
     assert len(Meters(heads)._parts) == 6
-    with pytest.raises(SettingError, match=r"renamed\(..., pred='x'\): none of the metrics reads 'pred', but"):
+    more = {
+        "running": Running(Accuracy()),
+        "gap": lambda preds, target: (preds - target).max(),
+        "f": several["mean"] + 1,
+    }
+    meters = Meters(renamed({"mean": several["mean"], **more}, preds="left"), training=True)
+    meters.feed({"left": torch.tensor([0.5, 0.75]), "target": torch.tensor([0, 1])})
+    assert meters.each_record() == {"running": 1.0}
+    assert meters.metrics["gap"].compute() == 0.5
+    assert meters.metrics["f"].compute() == meters.metrics["mean"].compute() + 1
+    with pytest.raises(SettingError, match=r"none of the metrics reads 'pred'\. Known: 'preds', 'target'\. Did you"):
         renamed(several, pred="x")
 
 

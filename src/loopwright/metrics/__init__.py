@@ -6,7 +6,7 @@ or a name such as ``"torchmetrics:auroc"``. ``functional`` has the same numbers 
 
 from loopwright.metrics import functional
 from loopwright.metrics.accuracy import Accuracy
-from loopwright.metrics.algebra import Algebra, Derived
+from loopwright.metrics.algebra import Derived
 from loopwright.metrics.averages import Max, Mean, Min, Sum
 from loopwright.metrics.base import Metric
 from loopwright.metrics.check import check_metrics, fresh, keys_of
@@ -20,7 +20,7 @@ from loopwright.metrics.regression import MAE, MSE, R2, RMSE
 from loopwright.metrics.select import On, renamed
 
 __all__ = [
-    "F1", "MAE", "MSE", "R2", "RMSE", "Accuracy", "Algebra", "ConfusionMatrix", "Derived", "Dice", "FBeta", "Function",
+    "F1", "MAE", "MSE", "R2", "RMSE", "Accuracy", "ConfusionMatrix", "Derived", "Dice", "FBeta", "Function",
     "Grouped", "IoU", "Max", "Mean", "Meters", "Metric", "Min", "On", "Perplexity", "Precision", "Rate", "Recall",
     "Running", "Specificity", "Sum", "Where", "Window", "check_metrics", "fresh", "functional", "keys_of", "renamed",
 ]  # fmt: skip

@@ -126,7 +126,11 @@ def keys_of(name: str, metric: Any) -> list[str] | None:
     """
     while isinstance(metric, (On, Running)) and not isinstance(metric, Grouped):
         metric = metric.metric
-    if not isinstance(metric, (Metric, Derived)) or metric.keys is None or _computes_otherwise(type(metric)):
+    if (
+        not isinstance(metric, (Metric, Derived))
+        or not isinstance(metric.keys, tuple)
+        or _computes_otherwise(type(metric))
+    ):
         return None
     keys = metric.keys
     return [f"{name}/{key}" for key in keys] or [name]

@@ -45,12 +45,12 @@ class Function(Metric):
             raise SettingError(f"Function({function!r}): expected a function such as f(preds, target)")
         self.function = function
         self.inputs = inputs or ("preds", "target")
-        self.state = dict.fromkeys(self.inputs, "cat")  # type: ignore[misc]
+        self.state = {str(i): "cat" for i in range(len(self.inputs))}  # type: ignore[misc]
         self._call = _convention(function, len(self.inputs))
 
     def update(self, *args: Any) -> None:
         """Take in one batch."""
-        for name, value in zip(self.inputs, args, strict=True):
+        for i, (name, value) in enumerate(zip(self.inputs, args, strict=True)):
             if not isinstance(value, Tensor):
                 try:
                     value = torch.as_tensor(value)
@@ -59,11 +59,11 @@ class Function(Metric):
                         f"{_name(self.function)} is given {name}: {describe(value)}; only tensors, arrays and numbers "
                         "are kept. Return it as a tensor"
                     ) from None
-            self.add(**{name: value})
+            self.add(**{str(i): value})
 
     def compute(self) -> Any:
         """The function's value."""
-        values = [self.total(name) for name in self.inputs]
+        values = [self.total(name) for name in self.state]
         if not any(len(value) for value in values):
             return math.nan
         return self._call(self.function, *values)

@@ -14,7 +14,7 @@ from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.algebra import Algebra, inputs_of
 from loopwright.metrics.memory import remember, restore
-from loopwright.metrics.select import as_metric
+from loopwright.metrics.select import On, as_metric
 
 __all__ = ["Grouped", "Running", "Where", "Window", "tells_each_record"]
 
@@ -242,7 +242,7 @@ class Grouped(Running):
 
 def tells_each_record(metric: Any) -> bool:
     """True for a metric whose value is told in each record of the training, and not of the epoch alone."""
-    return type(metric) in (Running, Window)
+    return type(metric.metric if isinstance(metric, On) else metric) in (Running, Window)
 
 
 def _loaded(metric: Any, state: Mapping[str, Any] | None) -> Any:

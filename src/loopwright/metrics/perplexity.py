@@ -83,8 +83,8 @@ def surprise(preds: Tensor, target: Tensor, ignore_index: int | None) -> tuple[T
     bad = (target < 0) | (target >= size)
     keep = ~bad
     if ignore_index is not None:
-        ignored = target == ignore_index
-        bad, keep = bad & ~ignored, keep & ~ignored
+        counts = target != ignore_index
+        bad, keep = bad & counts, keep & counts
     chosen = preds.log_softmax(-1).gather(-1, target.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1)
     total = -torch.where(keep, chosen, 0.0).sum(dtype=wide(preds.device))
     return total, keep.sum(), bad.sum()

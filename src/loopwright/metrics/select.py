@@ -6,8 +6,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from loopwright.errors import SettingError
-from loopwright.metrics.algebra import Algebra, is_metric, leaves
+from loopwright.errors import SettingError, choose
+from loopwright.metrics.algebra import Algebra, inputs_of, is_metric, leaves
+from loopwright.metrics.base import Metric
 from loopwright.metrics.function import Function
 from loopwright.metrics.memory import remember, restore
 from loopwright.metrics.named import by_name
@@ -86,41 +87,23 @@ def renamed(metrics: Mapping[str, Any], *, prefix: str = "", suffix: str = "", *
     >>> list(heads), heads["accuracy_a"].inputs
     (['accuracy_a'], ('logits_a', 'y_a'))
     """
-    made = copy.deepcopy({name: as_metric(metric) for name, metric in metrics.items()})
-    unread = set(inputs)
-    done: set[int] = set()
-    for name, metric in made.items():
-        for leaf in leaves(metric):
-            if id(leaf) in done:
-                continue
-            done.add(id(leaf))
-            old = getattr(leaf, "inputs", ("preds", "target"))
-            new = tuple(inputs.get(key, key) for key in old)
-            unread -= set(old)
-            if new == old:
-                continue
-            if leaf is metric and not _has_own_inputs(leaf):
-                made[name] = On(leaf, *new)
-            elif _has_own_inputs(leaf):
-                leaf.inputs = new
-            else:
-                raise SettingError(
-                    f"{type(leaf).__name__} inside of {name!r} reads {old} and cannot be told otherwise: put "
-                    f"lw.metrics.On(metric, {', '.join(map(repr, new))}) in its place"
-                )
-    if unread:
-        known = {key for metric in metrics.values() for leaf in leaves(as_metric(metric)) for key in _inputs(leaf)}
-        key = sorted(unread)[0]
-        raise SettingError(
-            f"renamed(..., {key}={inputs[key]!r}): none of the metrics reads {key!r}, but {sorted(known)}"
-        )
-    return {f"{prefix}{name}{suffix}": metric for name, metric in made.items()}
+    made = {name: as_metric(metric) for name, metric in metrics.items()}
+    parts = {id(leaf): leaf for metric in made.values() for leaf in leaves(metric)}
+    known = {key for leaf in parts.values() for key in inputs_of(leaf)}
+    for key in inputs:
+        if key not in known:
+            raise SettingError(f"renamed(..., {key}=...): none of the metrics reads {key!r}. {choose(key, known)}")
+    copies = {number: _reading(copy.deepcopy(leaf), inputs) for number, leaf in parts.items()}
+    return {f"{prefix}{name}{suffix}": copy.deepcopy(metric, copies) for name, metric in made.items()}
 
 
-def _inputs(leaf: Any) -> tuple[str, ...]:
-    return tuple(getattr(leaf, "inputs", ("preds", "target")))
-
-
-def _has_own_inputs(leaf: Any) -> bool:
-    """True for what reads the names that its attribute ``inputs`` says, so that it can be given others."""
-    return hasattr(leaf, "inputs") and not isinstance(getattr(type(leaf), "inputs", None), property)
+def _reading(metric: Any, names: Mapping[str, str]) -> Any:
+    """``metric``, which is told to read others for these names, or put into ``On`` where that is not for us to say."""
+    old = tuple(inputs_of(metric))
+    new = tuple(names.get(key, key) for key in old)
+    if new == old:
+        return metric
+    if isinstance(metric, (Metric, On)):
+        metric.inputs = new
+        return metric
+    return On(metric, *new)
