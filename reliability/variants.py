@@ -84,12 +84,9 @@ def accuracy() -> dict[str, Any]:
 
 def several() -> dict[str, Any]:
     one = lw.metrics.Accuracy()
-    modes = {
-        "running": lw.metrics.Running(one),
-        "window": lw.metrics.Window(one, 3),
-        "where": lw.metrics.Where(one, _odd),
-    }
-    return {"accuracy": one, "gain": 2 * one - 1, "by": lw.metrics.Grouped(one, by="target"), **modes}
+    modes = {"running": lw.metrics.Running(one), "window": lw.metrics.Window(one, 3)}
+    chosen = {"where": lw.metrics.Where(one, _odd), "by": lw.metrics.Grouped(one, by="target")}
+    return {"accuracy": one, "gain": 2 * one - 1, **modes, **chosen}
 
 
 def _odd(target: Any) -> Any:

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, 
 
 import loopwright as lw
 from loopwright.errors import CheckpointError, MetricError, SettingError
-from loopwright.metrics import MAE, MSE, Accuracy, Derived, Mean, Meters, Metric, On, Precision, Recall, Sum
+from loopwright.metrics import MAE, MSE, Accuracy, Derived, Mean, Meters, Metric, On, Precision, Recall, Sum, keys_of
 
 
 class Counted(Metric):
@@ -112,6 +112,18 @@ def test_one_metric_read_from_different_names_is_not_shared() -> None:
     assert meters.compute() == {"on a": 1.0, "on b": 2.0}
 
 
+def test_each_class_keeps_its_name_in_arithmetic() -> None:
+    p, r = (rate(["cat", "dog"], average=None) for rate in (Precision, Recall))
+    meters = Meters({"f1": 2 * p * r / (p + r), "mixed": torch.stack([p, r]), "mean": (p + r).mean()})
+    meters.feed({"preds": torch.tensor([0, 1, 1]), "target": torch.tensor([0, 1, 0])})
+    assert meters.compute() == pytest.approx({
+        "f1/cat": 2 / 3, "f1/dog": 2 / 3, "mixed/0/0": 1.0, "mixed/0/1": 0.5, "mixed/1/0": 0.5, "mixed/1/1": 1.0,
+        "mean": 1.5,
+    })  # fmt: skip
+    known = {name: keys_of(name, metric) for name, metric in meters.metrics.items()}
+    assert known == {"f1": ["f1/cat", "f1/dog"], "mixed": None, "mean": ["mean"]}
+
+
 def test_parts_may_read_different_names_and_be_foreign() -> None:
     built = On(torchmetrics.MeanMetric(), "loss") / Sum("tokens")
     assert built.inputs == ("loss", "tokens")
@@ -196,8 +208,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         Derived(torch.log, 3)
     assert accuracy == accuracy
     assert (accuracy == Accuracy()) is False
-    vector = Precision(classes=["cat", "dog"], average=None)
-    vector.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    vector = Derived(lambda value: {"cat": value, "dog": 1 + value}, MAE())
+    vector.update(torch.zeros(1), torch.zeros(1))
     with pytest.raises(MetricError, match=r"the metric computed no 'dogs'\. Known: 'cat', 'dog'. Did you mean 'dog'?"):
         vector["dogs"].compute()
     plain = Precision(classes=2, average=None)

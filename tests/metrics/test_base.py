@@ -291,7 +291,6 @@ def test_a_metric_is_an_object_and_a_function_and_torchmetrics_modules_go_in_bes
 
 def test_no_metric_is_without_a_twin() -> None:
     others = {
-        "Algebra",
         "Derived",
         "Function",
         "Grouped",

@@ -137,13 +137,14 @@ class Derived(Algebra):
 
     @property
     def keys(self) -> tuple[str, ...] | None:
-        """() where the value is known to be one number: a mean, arithmetic on numbers; None otherwise."""
+        """Those of the parts, in arithmetic on values of the same keys and on numbers; () of a mean; else None."""
         if self.function is _mean:
             return ()
-        parts = list(_metrics((self.args, self.kwargs)))
-        numbers = all(getattr(part, "keys", None) == () for part in parts)
         plain = all(isinstance(arg, (int, float)) or is_metric(arg) for arg in self.args)
-        return () if numbers and plain and self.function in _ELEMENTWISE else None
+        if not plain or self.function not in _ELEMENTWISE:
+            return None
+        found = {getattr(part, "keys", None) for part in _metrics(self.args)} - {()}
+        return found.pop() if len(found) == 1 else None if found else ()
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class Metric(Algebra):
     ``compute`` reads ``self.total(name)``. ``inputs`` are the names in a step's output that ``update`` receives, in
     order. ``keys`` tells ``trainer.plan`` what ``compute`` gives: () for a number, the names in a dict, None where that
     is unknown. Totals live on the device of what is added (sums in float64 or int64), are never read from it before
-    ``compute``, and hold no graph. Resetting, merging, saving and arithmetic (``Algebra``) need nothing more.
+    ``compute``, and hold no graph. Resetting, merging, saving and arithmetic (see ``Derived``) need nothing more.
 
     >>> class Bias(Metric):
     ...     state = {"error": "sum", "count": "sum"}

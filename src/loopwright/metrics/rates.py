@@ -33,7 +33,7 @@ class Rate(Derived):
     With neither ``classes`` nor ``labels`` it is that of class 1 of two; with ``classes=C`` (a number, or a list of
     names) of one class a sample, with ``labels=L`` of any number of them; inputs, ``threshold`` and ``ignore_index`` as
     for ``ConfusionMatrix``. ``average`` over classes or labels: "macro" (mean), "weighted" (by number of targets),
-    "micro" (of all counts together), None (each: a vector, or a dict where names were given).
+    "micro" (of all counts together), None (each: a float64 vector, recorded under the names if there are any).
 
     A rate of 0/0 is nan, and a warning says which class lacks what, once. In a macro or weighted mean such a
     class counts 0, as in torchmetrics and scikit-learn, with the same warning; a class (not a label) that occurs in
@@ -78,8 +78,7 @@ class Rate(Derived):
         drops = self.kind == "classes"
         if self.zero_division is None and not self._said:
             self._say_what_is_missing(counted, rate(counted if self.average != "micro" else counted.sum(0), weights)[1])
-        value = averaged(counted, weights, self.average, drops_absent=drops, zero_division=self.zero_division)
-        return dict(zip(self.names, value.tolist(), strict=True)) if self.average is None and self.names else value
+        return averaged(counted, weights, self.average, drops_absent=drops, zero_division=self.zero_division)
 
     def _say_what_is_missing(self, counted: Tensor, under: Tensor) -> None:
         missing = under == 0
@@ -94,7 +93,9 @@ class Rate(Derived):
         found = [names[i] for i in missing.nonzero().flatten().tolist()] if missing.ndim else []
         shown = f"{', '.join(map(repr, found[:5]))}{f' and {len(found) - 5} more' if len(found) > 5 else ''}"
         one = "label" if self.kind == "labels" else "class"
-        who = f"{one}{'' if len(found) == 1 else 'es' if one == 'class' else 's'} {shown}" if found else "class 1"
+        many = "classes" if self.kind == "classes" else "labels"
+        alone = "class 1" if self.kind == "binary" else f"all {many} together"
+        who = f"{one if len(found) == 1 else many} {shown}" if found else alone
         counts = "nan" if self.average in (None, "micro") or not found else "0 in the mean"
         warnings.warn(
             f"{type(self).__name__} is 0/0 for {who}, which {_MISSING[self.name]}: it counts as {counts}. Write "
@@ -169,8 +170,8 @@ class F1(Dice):
 
     >>> f1 = F1(classes=["cat", "dog"], average=None)
     >>> f1.update(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1]))
-    >>> {name: round(value, 4) for name, value in f1.compute().items()}
-    {'cat': 0.6667, 'dog': 0.8}
+    >>> f1.compute(), f1.keys
+    (tensor([0.6667, 0.8000], dtype=torch.float64), ('cat', 'dog'))
     """
 
 
