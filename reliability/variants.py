@@ -82,6 +82,17 @@ def accuracy() -> dict[str, Any]:
     return {"accuracy": lw.metrics.Accuracy()}
 
 
+def several() -> dict[str, Any]:
+    one = lw.metrics.Accuracy()
+    modes = {"running": lw.metrics.Running(one), "window": lw.metrics.Window(one, 3)}
+    chosen = {"where": lw.metrics.Where(one, _odd), "by": lw.metrics.Grouped(one, by="target")}
+    return {"accuracy": one, "gain": 2 * one - 1, **modes, **chosen}
+
+
+def _odd(target: Any) -> Any:
+    return target % 2 == 1
+
+
 @variant("plain")
 def _plain(ledger: Ledger) -> Parts:
     return Parts(supervised(mlp(), ledger), tensors())
@@ -92,7 +103,7 @@ def _dropout(ledger: Ledger) -> Parts:
     net = mlp(dropout=0.3, batch_norm=True)
     sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     schedule = lw.per_step(lr_scheduler.OneCycleLR(sgd, 0.1, total_steps=STEPS))
-    return Parts(supervised(net, ledger, sgd, schedule=schedule, metrics=accuracy()), tensors(), tensors(20))
+    return Parts(supervised(net, ledger, sgd, schedule=schedule, metrics=several()), tensors(), tensors(20))
 
 
 def _augmented(workers: int, **settings: Any) -> Make:

@@ -109,6 +109,25 @@ MISTAKES: dict[str, Case] = {
         monitored(lw.EarlyStopping("train/f1")),
         "EarlyStopping monitors 'train/f1', which nothing produces. Known: 'train/loss'. Did you mean 'train/loss'?",
     ),
+    "monitors a metric of several values as one": (
+        monitored(lw.EarlyStopping("valid/f1"), DATA, metrics={"f1": lw.metrics.F1(2, average=None)}),
+        "EarlyStopping monitors 'valid/f1', which nothing produces. Known: 'valid/f1/0', 'valid/f1/1', 'valid/loss'. "
+        "Did you mean 'valid/f1/1'?",
+    ),
+    "monitors a part of a metric of one value": (
+        monitored(lw.EarlyStopping("valid/f1/0"), DATA, metrics={"f1": 2 * lw.metrics.F1(2)}),
+        "EarlyStopping monitors 'valid/f1/0', which nothing produces. Known: 'valid/f1', 'valid/loss'. "
+        "Did you mean 'valid/f1'?",
+    ),
+    "monitors a class that has another name": (
+        monitored(
+            lw.EarlyStopping("valid/f1/dogs", mode="max"),
+            DATA,
+            metrics={"f1": lw.metrics.F1(["cat", "dog"], average=None)},
+        ),
+        "EarlyStopping monitors 'valid/f1/dogs', which nothing produces. Known: 'valid/f1/cat', 'valid/f1/dog', "
+        "'valid/loss'. Did you mean 'valid/f1/dog'?",
+    ),
     "a plateau that watches nothing": (
         lambda: (
             trainer(epochs=2),

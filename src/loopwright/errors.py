@@ -26,6 +26,8 @@ __all__ = [
     "StopEpoch",
 ]
 
+MANY = 40  # names are too many to list
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -93,6 +95,9 @@ def choose(name: object, known: Iterable[object]) -> str:
     "Known: 'accuracy', 'loss'. Did you mean 'accuracy'?"
     """
     names = sorted(str(k) for k in known)
+    if len(names) > MANY:
+        some = difflib.get_close_matches(str(name), names, n=5) or names[:5]
+        return f"Did you mean {', '.join(map(repr, some))}? {len(names)} names are known."
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Known: {', '.join(map(repr, names)) or 'none'}.{hint}"

@@ -190,9 +190,9 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
                 scalars(output, values, prefix, None if total is None else weight / total, shares)
                 if meters is not None:
                     if may_skip:
-                        unmeasured.append(output)
+                        unmeasured.append((output, batch))
                     else:
-                        meters.feed(output)
+                        meters.feed(output, batch)
                 seen += weight
                 if hooks.on_backward_end and phase.moved and not phase.closure:
                     fire(hooks.on_backward_end, run, output["loss"], output, batch, phase)
@@ -230,7 +230,7 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             for optimizer in phase.moved:
                 take_step(optimizer)
         for one in unmeasured:
-            meters.feed(one)
+            meters.feed(*one)
         moved += (phase.name,)
     if scaler is not None:
         end_scaling(scaler)
@@ -381,7 +381,7 @@ def evaluate(
                 found: dict[str, Any] = {}
                 scalars(output, found, "", None, {})
                 if meters is not None:
-                    meters.feed(output)
+                    meters.feed(output, batch)
                 if team is None:
                     series.add(found, weigh(batch))
                 else:

@@ -27,10 +27,14 @@ _MAX = re.compile(
 def better(name: str) -> Direction | None:
     """Whether smaller or larger is better for a logged name, as its last part tells; None where it does not.
 
-    >>> better("valid/loss"), better("valid/MulticlassAccuracy"), better("lr")
-    ('min', 'max', None)
+    The number of a class is no part. What scikit-learn has negated, larger is better of.
+
+    >>> better("valid/loss"), better("valid/MulticlassAccuracy"), better("lr"), better("valid/f1/0"), better("neg_mse")
+    ('min', 'max', None, 'max', 'max')
     """
-    last = name.rpartition("/")[2].lower()
+    last = re.sub(r"(/\d+)+$", "", name).rpartition("/")[2].lower()
+    if last.startswith("neg_"):
+        return "max"
     if _MIN.search(last):
         return "min"
     return "max" if _MAX.search(last) else None

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from loopwright.accumulation import check_unit
 from loopwright.data import Chunks
 from loopwright.errors import PlanError, SettingError, choose
+from loopwright.metrics import check_metrics, keys_of
 from loopwright.optim import match_names
 from loopwright.state import Duration, Run, Stage
 from loopwright.task import Supervised, Task
@@ -200,7 +201,10 @@ def _intervals(run: Run) -> Iterator[str]:
 def _monitors(run: Run) -> Iterator[str]:
     """A monitored name that nothing produces; only what is certain is reported."""
     has_valid = any(stage.valid for stage in run.stages)
-    names = {"loss", *(run.task.configure_metrics() or ()), *getattr(getattr(run.task, "loss", None), "terms", ())}
+    names: dict[str, list[str] | None] = {"loss": ["loss"]}  # with the keys that each is logged under, where known
+    names |= {term: [term] for term in getattr(getattr(run.task, "loss", None), "terms", ())}
+    names |= {name: keys_of(name, metric) for name, metric in check_metrics(run.task.configure_metrics()).items()}
+    known = [key for name, keys in names.items() for key in keys or [name]]
     closed = _closed_kinds(run)
     schedulers = [s for stage in run.stages for phase in stage.phases for s in phase.epoch_schedulers]
     for item in [*run.callbacks, *run.savers, *schedulers]:
@@ -212,11 +216,13 @@ def _monitors(run: Run) -> Iterator[str]:
         if kind == "valid" and not has_valid:
             yield f"{who}, but there is no validation; pass fit(..., valid=loader) or monitor 'train/{name}'"
         elif kind not in ("train", "valid", "lr"):
-            produced = [f"{k}/{n}" for k in (("train", "valid") if has_valid else ("train",)) for n in names]
+            produced = [f"{k}/{n}" for k in (("train", "valid") if has_valid else ("train",)) for n in known]
             likely = f"{'valid' if has_valid else 'train'}/{monitor}"
             yield f"{who}, which is not logged. {choose(likely, produced)}"
-        elif kind in closed and name.partition("/")[0] not in names:  # a metric of several values: accuracy/0
-            yield f"{who}, which nothing produces. {choose(monitor, [f'{kind}/{n}' for n in names])}"
+        elif kind in closed:
+            keys = names.get(name.partition("/")[0], [])
+            if keys is not None and name not in keys:
+                yield f"{who}, which nothing produces. {choose(monitor, [f'{kind}/{n}' for n in known])}"
 
 
 def _closed_kinds(run: Run) -> set[str]:

@@ -119,9 +119,13 @@ def _warn(text: str) -> None:
 
 
 def log_train(run: Run) -> None:
-    """The means of all steps since the last record, as ``train/<name>``, with the learning rates."""
+    """The means of all steps since the last record, as ``train/<name>``, running metrics, and the learning rates."""
     means = run.series.take_record(run.team and run.team.joined_sums)
     if means:
+        for phase in run.stages[min(run.progress.stage, len(run.stages) - 1)].phases:
+            if phase.meters is not None:
+                told = phase.meters.each_record(run.team and run.team.comm.gather)
+                means |= {f"{phase.prefix}{name}": value for name, value in told.items()}
         log_values(run, {**{f"train/{name}": value for name, value in means.items()}, **learning_rates(run)}, "train")
         last = run.history[-1] if len(run.history) else {}
         if last.get("step") == run.progress.step:  # what is left over of an epoch does not hide the mean over it

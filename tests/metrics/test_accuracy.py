@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,8 +12,9 @@ import torch
 import torchmetrics.functional.classification as reference
 from hypothesis import given, settings
 from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
 
-from loopwright.errors import MetricError, SettingError
+from loopwright.errors import LoopwrightWarning, MetricError, SettingError
 from loopwright.metrics import Accuracy, functional
 from loopwright.metrics import accuracy as module
 
@@ -83,7 +85,6 @@ def test_probabilities_are_counted_as_by_torchmetrics(
         ([0.9, 0.2], [True, True], 0.5),
         ([0.9, 0.2], [1.0, 0.0], 1.0),
         ([0.5, 0.6], [1, 1], 0.5),  # above the threshold, not at it
-        ([[math.nan, 0.0], [0.0, math.nan]], [0, 1], 1.0),  # as argmax has it
         ([[-math.inf, math.inf], [-math.inf, -math.inf]], [1, 0], 1.0),
     ],
 )
@@ -265,3 +266,68 @@ def test_accuracy_is_at_hand_in_a_training_step() -> None:
     assert value.dtype == torch.float32
     assert not value.requires_grad
     assert value.item() == reference.multiclass_accuracy(logits, target, 3, average="micro").item()
+
+
+# ---------------------------------------------------------------------------------------------------- each class
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.lists(st.integers(1, 9), min_size=1, max_size=3), c=st.integers(2, 5), top_k=st.integers(1, 2),
+    seed=st.integers(0, 99), ignore=st.booleans(), large=st.booleans(), few=st.booleans(),
+)  # fmt: skip
+def test_the_accuracy_of_each_class_is_that_of_torchmetrics(
+    rows: Any, c: int, top_k: int, seed: int, ignore: bool, large: bool, few: bool
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    ignored = {"ignore_index": 0} if ignore else {}
+    ours, mean = (Accuracy(top_k, average=average, **ignored) for average in (None, "macro"))
+    theirs = MulticlassAccuracy(c, top_k=top_k, average=None, **ignored)
+    counts = torch.zeros(c)
+    for n in rows:
+        n = n + 3000 * large
+        preds, target = torch.randn(n, c, generator=g), torch.randint(2 if few else c, (n,), generator=g)
+        for metric in (ours, mean, theirs):
+            metric.update(preds, target)
+        counts += torch.bincount(target, minlength=c)
+    counts[0] = 0 if ignore else counts[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.as_tensor(ours.compute())
+    if not counts.any():
+        assert found.isnan().all()
+        return
+    has = counts > 0
+    assert torch.allclose(found[has].float(), theirs.compute()[has])
+    assert found[~has].isnan().all()
+    assert mean.compute() == pytest.approx(theirs.compute()[has].mean().item(), abs=1e-6)
+
+
+def test_a_class_without_targets_is_nan_and_said_once() -> None:
+    accuracy = Accuracy(average=None)
+    accuracy.update(torch.eye(3), torch.tensor([0, 1, 1]))
+    with pytest.warns(LoopwrightWarning) as told:
+        assert str(accuracy.compute().tolist()) == "[1.0, 0.5, nan]"
+    assert str(told[0].message) == "Accuracy of the classes [2] is 0/0, since they have no target: it is nan"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accuracy.compute()
+
+
+def test_classes_that_cannot_be_told_are_refused() -> None:
+    with pytest.raises(MetricError, match=r"give scores \[N, C, ...\], or take Recall\(classes=..., average=None\)"):
+        Accuracy(average=None).update(torch.tensor([1, 2]), torch.tensor([1, 2]))
+    with pytest.raises(SettingError, match="average='weighted': expected 'micro'"):
+        Accuracy(average="weighted")
+
+
+@pytest.mark.parametrize("n", [2, 9000])
+@pytest.mark.parametrize(
+    ("settings_", "row"), [({}, [0.5, math.nan]), ({"top_k": 2}, [0.1, math.nan, 0.3]), ({}, math.nan),
+                           ({"threshold": 0.5}, math.nan)],
+)  # fmt: skip
+def test_scores_that_are_nan_are_found(settings_: Any, row: Any, n: int) -> None:
+    accuracy = Accuracy(**settings_)
+    accuracy.update(torch.tensor([row] * n), torch.ones(n).long())
+    with pytest.raises(MetricError, match=f"the scores of {n} samples are NaN. Look for where they come from with"):
+        accuracy.compute()

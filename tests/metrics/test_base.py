@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torchmetrics.text
+from torch import Tensor, nn
 
+import loopwright as lw
+from loopwright import metrics as m
 from loopwright.errors import CheckpointError, MetricError, SettingError
 from loopwright.metrics import MAE, MSE, Accuracy, Mean, Metric
 from loopwright.state import Metric as Protocol
@@ -95,8 +98,7 @@ def test_merging_equals_taking_in_both() -> None:
 
 def test_merging_what_does_not_match_is_refused() -> None:
     message = (
-        r"cannot merge Accuracy\(top_k=2, threshold=None, ignore_index=None\) into Accuracy\(top_k=1, threshold=None, "
-        r"ignore_index=None\): both must be of one class with the same settings"
+        r"cannot merge Accuracy\(top_k=2\) into Accuracy\(top_k=1\): both must be of one class with the same settings"
     )
     with pytest.raises(MetricError, match=message):
         Accuracy().merge(Accuracy(top_k=2))
@@ -207,3 +209,98 @@ def test_what_a_subclass_forgot_is_named() -> None:
 @pytest.mark.parametrize("metric", [Accuracy(), MAE(), MSE(), Mean(), Span()])
 def test_ours_keep_the_protocol(metric: Any) -> None:
     assert isinstance(metric, Protocol)
+
+
+def test_updates_read_nothing_from_the_device() -> None:
+    scores_, classes = torch.zeros(9000, 3, device="meta"), torch.zeros(9000, dtype=torch.int64, device="meta")
+    numbers = torch.zeros(9000, device="meta")
+    fed: list[tuple[Any, tuple[torch.Tensor, ...]]] = [
+        (m.Accuracy(), (scores_, classes)), (m.Accuracy(2, average=None), (scores_, classes)),
+        (m.Accuracy(ignore_index=0), (scores_, classes)), (m.ConfusionMatrix(3, ignore_index=0), (scores_, classes)),
+        (m.ConfusionMatrix(), (numbers, classes)), (m.Precision(labels=3), (scores_, scores_.long())),
+        (m.Mean(), (numbers,)), (m.Sum(), (numbers,)), (m.Min(), (numbers,)), (m.Max(), (numbers,)),
+        (m.MAE(), (numbers, numbers)), (m.RMSE(), (numbers, numbers)), (m.R2(), (numbers, numbers)),
+        (m.Perplexity(ignore_index=0), (scores_, classes)),
+    ]  # fmt: skip
+    for metric, given_ in fed:
+        for _ in range(3):
+            metric.update(*given_)  # a read of this device is an error of torch
+
+
+TWINS: dict[str, tuple[Any, ...]] = {  # a metric, its twin's name, inputs
+    "Accuracy": (m.Accuracy(), "accuracy", "classes"), "ConfusionMatrix": (m.ConfusionMatrix(3), "confusion_matrix", 3),
+    "Dice": (m.Dice(3), "dice", 3), "F1": (m.F1(3), "f1", 3), "FBeta": (m.FBeta(2.0, 3), "fbeta", (2.0, 3)),
+    "IoU": (m.IoU(3), "iou", 3), "Precision": (m.Precision(3), "precision", 3), "Recall": (m.Recall(3), "recall", 3),
+    "Specificity": (m.Specificity(3), "specificity", 3), "MAE": (m.MAE(), "mae", "numbers"),
+    "MSE": (m.MSE(), "mse", "numbers"), "RMSE": (m.RMSE(), "rmse", "numbers"), "R2": (m.R2(), "r2", "numbers"),
+    "Perplexity": (m.Perplexity(), "perplexity", "classes"), "Max": (m.Max(), "maximum", "value"),
+    "Mean": (m.Mean(), "mean", "value"), "Min": (m.Min(), "minimum", "value"), "Sum": (m.Sum(), "sum", "value"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(TWINS))
+def test_each_metric_and_its_functional_twin_give_one_number(name: str) -> None:
+    twin_equals(name)
+
+
+def twin_equals(name: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    scores, classes = torch.randn(40, 3, generator=g), torch.randint(3, (40,), generator=g)
+    numbers = torch.randn(40, generator=g), torch.randn(40, generator=g)
+    metric, twin, kind = TWINS[name]
+    given = {"numbers": numbers, "value": numbers[:1]}.get(kind, (scores, classes))
+    settings = () if isinstance(kind, str) else kind if isinstance(kind, tuple) else (kind,)
+    metric.reset()
+    metric.update(*given)
+    found = getattr(m.functional, twin)(*given, *settings)
+    assert torch.allclose(torch.as_tensor(metric.compute()).double(), found.double(), rtol=1e-6)
+
+
+@pytest.mark.capability("PL-23")
+def test_a_metric_is_an_object_and_a_function_and_torchmetrics_modules_go_in_beside() -> None:
+    """Each metric as an object and as a function gives one number; accuracy in a training step; BLEU as it is."""
+    for name in TWINS:
+        twin_equals(name)
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 5, generator=g), torch.randint(3, (40,), generator=g)
+
+    class Says(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(5, 3)
+
+        def training_step(self, batch: Any) -> Any:
+            logits = self.net(batch[0])
+            accuracy = m.functional.accuracy(logits, batch[1])
+            said = {"said": ["the cat is here now"], "references": [["the cat is here"]]}
+            return {"loss": nn.functional.cross_entropy(logits, batch[1]), "accuracy": accuracy, **said}
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+        def configure_metrics(self) -> Any:
+            return {"bleu": m.On(torchmetrics.text.BLEUScore(), "said", "references")}
+
+    task = Says()
+    run = lw.Trainer(epochs=1, folder=None, progress=False).fit(task, lw.Loader((x, y), batch_size=8), (x, y))
+    right = (task.net(x).argmax(1) == y).float().mean().item()
+    bleu = torchmetrics.functional.text.bleu_score(["the cat is here now"], [["the cat is here"]]).item()
+    assert run.metrics["train/accuracy"] == pytest.approx(right)
+    assert run.metrics["valid/bleu"] == run.metrics["train/bleu"] == pytest.approx(bleu)
+
+
+def test_no_metric_is_without_a_twin() -> None:
+    others = {
+        "Derived",
+        "Function",
+        "Grouped",
+        "Meters",
+        "Metric",
+        "On",
+        "Rate",
+        "Running",
+        "Where",
+        "Window",
+    }
+    assert {name for name in m.__all__ if name[0].isupper()} - others == TWINS.keys()
+    assert {twin for _, twin, _ in TWINS.values()} == set(m.functional.__all__)

@@ -161,7 +161,8 @@ def test_results_are_plain_numbers_with_names() -> None:
 @pytest.mark.parametrize(
     ("value", "seen"),
     [
-        (torch.zeros(2, 2), "float32[2, 2]"),
+        (torch.zeros(40, 40), "float32[40, 40]"),
+        (torch.zeros(1, 1, 1, 1), "float32[1, 1, 1, 1]"),
         ((torch.zeros(2), torch.zeros(2)), "(float32[2], float32[2])"),
         (None, "NoneType"),
         ("good", "str"),
@@ -385,10 +386,12 @@ def test_only_metrics_that_draw_pay_for_it() -> None:
         ({1: Accuracy()}, "metric name 1: expected a text without '/', which joins the parts of logged names"),
         ({"loss": Accuracy()},
          "a metric cannot be named 'loss': the mean of what steps return as 'loss' is logged so"),
-        ({"accuracy": max}, "metric 'accuracy' is a builtin_function_or_method: expected an object with update, "
-         "compute and reset, such as those of loopwright.metrics and torchmetrics"),
+        ({"accuracy": 0.5}, "metric 'accuracy' is a float: expected an object with update, "
+         "compute and reset, such as those of loopwright.metrics and torchmetrics, or a function of predictions and "
+         "targets"),
         ({"a": On(3, "x")}, "metric 'a' is an int: expected an object with update, "
-         "compute and reset, such as those of loopwright.metrics and torchmetrics"),
+         "compute and reset, such as those of loopwright.metrics and torchmetrics, or a function of predictions and "
+         "targets"),
     ],
 )  # fmt: skip
 def test_metrics_that_cannot_be_used_are_refused_with_the_fix(metrics: Any, message: str) -> None:

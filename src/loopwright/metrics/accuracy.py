@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from loopwright.errors import MetricError, SettingError
+from loopwright.errors import LoopwrightWarning, MetricError, SettingError
+from loopwright.events import describe
 from loopwright.metrics.base import Metric
-from loopwright.metrics.functional import best, check_top_k, fit, hits
+from loopwright.metrics.counting import binned
+from loopwright.metrics.shapes import check_top_k, fit, hits
 
 __all__ = ["Accuracy"]
 
@@ -27,11 +30,13 @@ class Accuracy(Metric):
     is the largest score, or with ``top_k=k`` among the k largest. One shape for both: float ``preds`` are probabilities
     of class 1 and say 1 above ``threshold`` (default 0.5; write ``threshold=0.0`` for logits), integer and bool
     ``preds`` are right where they equal the target; each element counts. Elements whose target is ``ignore_index`` are
-    left out.
+    left out. ``average=None`` gives the fraction of each class, of those whose target it is (a vector), "macro" their
+    mean over the classes that have a target: balanced accuracy; both need scores. ``preds=`` and ``target=`` name what
+    is read of a step's output.
 
     Counts are exact. ``update`` keeps the answers and a copy of ``target``, counts 64k elements at a time, and reads
     nothing from the device. Raises MetricError for shapes that do not fit (at once), and for targets that are no class
-    or ``preds`` that are no probabilities (when counted on a CPU, at the latest in ``compute``).
+    or ``preds`` that are NaN or no probabilities (when counted on a CPU, at the latest in ``compute``).
 
     >>> accuracy = Accuracy()
     >>> accuracy.update(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
@@ -44,15 +49,34 @@ class Accuracy(Metric):
         "hits": "sum", "count": "sum",
         "classes": "max", "lowest": "min", "highest": "max",  # what is known of the targets
         "least": "min", "most": "max",  # and of probabilities
+        "odd": "sum",  # samples whose scores are NaN
+        "each": "sum",  # wrong and right answers of each class
     }  # fmt: skip
 
-    def __init__(self, top_k: int = 1, *, threshold: float | None = None, ignore_index: int | None = None) -> None:
-        self.top_k = check_top_k(top_k)
+    def __init__(
+        self,
+        top_k: int = 1,
+        *,
+        average: str | None = "micro",
+        threshold: float | None = None,
+        ignore_index: int | None = None,
+        preds: str = "preds",
+        target: str = "target",
+    ) -> None:
+        self.top_k, self.average, self.inputs = check_top_k(top_k), average, (preds, target)
+        if average not in ("micro", "macro", None):
+            raise SettingError(f"average={average!r}: expected 'micro' (of all samples), 'macro' or None (each class)")
         if top_k > 1 and threshold is not None:
             raise SettingError(f"threshold={threshold} is for two classes, top_k={top_k} for more: give one of them")
         self.threshold = threshold
         self.ignore_index = ignore_index
+        self._said = False
         self._forget()
+
+    @property
+    def keys(self) -> tuple[str, ...] | None:
+        """() for a single number; how many classes there are is seen with the data."""
+        return None if self.average is None else ()
 
     def _forget(self) -> None:
         self._held: list[tuple[Tensor, ...]] = []
@@ -72,15 +96,21 @@ class Accuracy(Metric):
             preds = preds.detach()
         # whatever is held is a copy: a loop may write the next batch into the same memory
         if self._packs and self._classes and self.top_k == 1:  # both in one number
-            self._held.append((preds.argmax(1).add_(target, alpha=1 << self._bits),))
+            top, answer = preds.max(1)
+            self._held.append((answer.add_(target, alpha=1 << self._bits).masked_fill_(top.isnan(), -1),))
         else:  # small ones are cheaper to copy than to look at one by one
-            self._held.append((best(preds, self.top_k) if self.top_k > 1 else preds.clone(), target.clone()))
+            self._held.append((self._best(preds) if self.top_k > 1 else preds.clone(), target.clone()))
         self._size += self._piece
         if self._size > HELD:
             self.fold()
 
     def _check_shapes(self, preds: Tensor, target: Tensor) -> None:
         classes = fit(preds, target, self.top_k)
+        if self.average != "micro" and not classes and not preds.is_floating_point():
+            raise MetricError(
+                f"Accuracy(average={self.average!r}) cannot tell how many classes there are from preds "
+                f"{describe(preds)}: give scores [N, C, ...], or take Recall(classes=..., average={self.average!r})"
+            )
         kind = (classes, preds.shape[2:], target.shape[1:], preds.dtype, target.dtype)
         if kind != self._kind:  # what is held cannot be joined with it
             self.fold()
@@ -88,6 +118,11 @@ class Accuracy(Metric):
         self._kind, self._classes, self._bits = kind, classes, classes.bit_length()
         self._seen = (preds.shape, target.shape, preds.dtype, target.dtype)
         self._piece = max(PIECE, target.numel() if self._packs else preds.numel())
+
+    def _best(self, preds: Tensor) -> Tensor:
+        scores, answers = preds.topk(self.top_k, 1)
+        self.add(odd=scores[:, 0].isnan().count_nonzero())  # NaN is the largest
+        return answers
 
     def fold(self) -> None:
         """Count what is held."""
@@ -99,8 +134,11 @@ class Accuracy(Metric):
         if self.ignore_index is not None:
             kept = target != self.ignore_index
             right, count = right & kept, kept.sum()
+            self._count_each(right, target, kept)
             target = target.where(kept, 0)
             answer = answer.where(kept, 0) if answer.is_floating_point() else answer
+        else:
+            self._count_each(right, target, None)
         self.add(hits=right.count_nonzero(), count=count)
         classes = self._classes or (2 if answer.is_floating_point() else 0)
         if classes and len(target):
@@ -109,20 +147,36 @@ class Accuracy(Metric):
         if answer.is_floating_point() and len(target) and self.threshold is None:
             least, most = torch.aminmax(answer)
             self.add(least=least, most=most)
+        if answer.is_floating_point():
+            self.add(odd=answer.isnan().count_nonzero())
         if target.device.type == "cpu":
             self._check_values()
+
+    def _count_each(self, right: Tensor, target: Tensor, kept: Tensor | None) -> None:
+        classes = self._classes or 2
+        if self.average == "micro":
+            return
+        target = target.long()
+        bad = (target < 0) | (target >= classes)
+        bad = bad if kept is None else bad | ~kept
+        self.add(each=binned(target * 2 + right, 2 * classes, bad)[: 2 * classes])
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """All that is held as answers [M] or [M, k] and targets [M]; nothing is held afterwards."""
         held, self._held, self._size = self._held, [], 0
         if len(held[0]) == 1:
             both = torch.cat([code for (code,) in held]).flatten()
+            odd = both == -1
+            self.add(odd=odd.count_nonzero())
+            both = both.masked_fill_(odd, 0)
             return both & ((1 << self._bits) - 1), both >> self._bits
         answers, targets = (torch.cat(column) for column in zip(*held, strict=True))
         if self.top_k > 1:
             answers = answers.movedim(1, -1).flatten(0, -2)
         elif self._classes:
-            answers = answers.argmax(1).flatten()
+            top, answers = answers.max(1)
+            self.add(odd=top.isnan().count_nonzero())
+            answers = answers.flatten()
         return answers if self.top_k > 1 else answers.flatten(), targets.flatten()
 
     def reset(self) -> None:
@@ -130,16 +184,35 @@ class Accuracy(Metric):
         super().reset()
         self._forget()
 
-    def compute(self) -> float:
-        """The fraction of right answers."""
+    def compute(self) -> Any:
+        """The fraction of right answers: a float, or a float64 tensor [C] for ``average=None``."""
         self.fold()
         hits, count = (float(self._totals.get(name, 0)) for name in ("hits", "count"))
         self._check_values()
-        return hits / count if count else math.nan
+        if self.average == "micro" or not count:
+            return hits / count if count else math.nan
+        wrong, right = self.total("each").double().cpu().view(-1, 2).unbind(1)
+        each = right / (wrong + right)
+        if self.average == "macro":
+            return float(each.nanmean())
+        if not self._said and bool(each.isnan().any()):
+            self._said = True
+            missing = each.isnan().nonzero().flatten().tolist()
+            warnings.warn(
+                f"Accuracy of the classes {missing} is 0/0, since they have no target: it is nan",
+                LoopwrightWarning,
+                stacklevel=2,
+            )
+        return each
 
     def _check_values(self) -> None:
         """Raise MetricError if what was counted makes no sense."""
-        known = {name: value.item() for name, value in self._totals.items() if isinstance(value, Tensor)}
+        known = {k: v.item() if isinstance(v, Tensor) else v for k, v in self._totals.items() if k != "each"}
+        if known.get("odd"):
+            raise MetricError(
+                f"the scores of {known['odd']} samples are NaN. Look for where they come from with "
+                "Trainer(debug=lw.Debug(anomaly=True)), or leave these samples out with lw.metrics.Where"
+            )
         if "lowest" in known:
             classes, lowest, highest = self._totals["classes"], known["lowest"], known["highest"]
             if lowest < 0 or highest >= classes:

@@ -1,20 +1,19 @@
-"""Means: of values that a step returns, of absolute and of squared errors."""
+"""Mean, sum, smallest and largest of values that a step returns."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
-from loopwright.metrics.base import Metric, wide
-from loopwright.metrics.functional import difference
+from loopwright.metrics.base import Metric, ratio, wide
 
-__all__ = ["MAE", "MSE", "Mean"]
+__all__ = ["Max", "Mean", "Min", "Sum"]
 
 
 class Mean(Metric):
@@ -33,21 +32,20 @@ class Mean(Metric):
     """
 
     state: ClassVar[Mapping[str, str]] = {"total": "sum", "weight": "sum"}
+    keys = ()
 
     def __init__(self, value: str = "value", *, weight: str | None = None) -> None:
-        if not isinstance(value, str):
-            raise SettingError(f"Mean({value!r}): expected the name of a value in a step's output")
-        self.inputs = (value,) if weight is None else (value, weight)
+        self.inputs = (_checked(type(self), value),) if weight is None else (_checked(type(self), value), weight)
 
     def update(self, value: Tensor | float, weight: Tensor | float | None = None) -> None:
         """Take in the values of one batch, with their weights."""
-        if weight is None and (not isinstance(value, Tensor) or value.ndim == 0):
-            self.add(total=value, weight=1)
+        if weight is None:
+            if isinstance(value, Tensor) and value.ndim:
+                self.add(total=value.sum(dtype=wide(value.device)), weight=value.numel())
+            else:
+                self.add(total=value, weight=1)
             return
         value, size = _floats(value)
-        if weight is None:
-            self.add(total=value.sum(), weight=size)
-            return
         weight, weights = _floats(weight)
         if weight.ndim and weight.shape != value.shape:
             raise MetricError(
@@ -58,60 +56,96 @@ class Mean(Metric):
 
     def compute(self) -> float:
         """The mean."""
-        return _ratio(self.total("total"), self.total("weight"))
+        return ratio(self.total("total"), self.total("weight"))
 
 
-class MAE(Metric):
-    """Mean of ``|preds - target|`` over all elements of all batches; a float, nan if nothing was seen.
+class Sum(Metric):
+    """Sum of ``value`` of a step's output over all elements of all batches, in float64; a float, 0.0 of nothing.
 
-    Both have one shape, of any dtype that holds real numbers. Batches are added in float64
-    (float32 where the device has no more).
-    Raises MetricError for shapes that differ.
-
-    >>> mae = MAE()
-    >>> mae.update(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 2.0]))
-    >>> mae.compute()
-    1.5
+    >>> tokens = Sum("tokens")
+    >>> tokens.update(torch.tensor([3, 4]))
+    >>> tokens.compute()
+    7.0
     """
 
-    state: ClassVar[Mapping[str, str]] = {"total": "sum", "count": "sum"}
+    state: ClassVar[Mapping[str, str]] = {"total": "sum"}
+    keys = ()
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Take in one batch."""
-        error = difference(preds.detach(), target).abs()
-        self.add(total=error.sum(), count=error.numel())
+    def __init__(self, value: str = "value") -> None:
+        self.inputs = (_checked(type(self), value),)
+
+    def update(self, value: Tensor | float) -> None:
+        """Take in the values of one batch."""
+        self.add(total=value.sum(dtype=wide(value.device)) if isinstance(value, Tensor) else value)
 
     def compute(self) -> float:
-        """The mean absolute error."""
-        return _ratio(self.total("total"), self.total("count"))
+        """The sum."""
+        return float(self.total("total"))
 
 
-class MSE(Metric):
-    """Mean of ``(preds - target)²`` over all elements of all batches; otherwise as ``MAE``.
+class Max(Metric):
+    """Largest ``value`` of a step's output over all elements of all batches; a float, nan if nothing was seen.
 
-    >>> mse = MSE()
-    >>> mse.update(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 2.0]))
-    >>> mse.compute()
-    2.5
+    NaN stays: one that was seen is the value.
+
+    >>> largest = Max("value")
+    >>> largest.update(torch.tensor([3.0, 4.0]))
+    >>> largest.compute()
+    4.0
     """
 
-    state: ClassVar[Mapping[str, str]] = {"total": "sum", "count": "sum"}
+    state: ClassVar[Mapping[str, str]] = {"most": "max"}
+    keys = ()
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Take in one batch."""
-        error = difference(preds.detach(), target).square()
-        self.add(total=error.sum(), count=error.numel())
+    def __init__(self, value: str = "value") -> None:
+        self.inputs = (_checked(type(self), value),)
+
+    def update(self, value: Tensor | float) -> None:
+        """Take in the values of one batch."""
+        if not isinstance(value, Tensor):
+            self.add(most=value)
+        elif value.numel():
+            self.add(most=value.detach().amax())
 
     def compute(self) -> float:
-        """The mean squared error."""
-        return _ratio(self.total("total"), self.total("count"))
+        """The largest."""
+        return float(self.total("most")) if self._totals else math.nan
+
+
+class Min(Metric):
+    """Smallest ``value`` of a step's output over all elements of all batches; otherwise as ``Max``.
+
+    >>> smallest = Min("value")
+    >>> smallest.update(torch.tensor([3.0, 4.0]))
+    >>> smallest.compute()
+    3.0
+    """
+
+    state: ClassVar[Mapping[str, str]] = {"least": "min"}
+    keys = ()
+
+    def __init__(self, value: str = "value") -> None:
+        self.inputs = (_checked(type(self), value),)
+
+    def update(self, value: Tensor | float) -> None:
+        """Take in the values of one batch."""
+        if not isinstance(value, Tensor):
+            self.add(least=value)
+        elif value.numel():
+            self.add(least=value.detach().amin())
+
+    def compute(self) -> float:
+        """The smallest."""
+        return float(self.total("least")) if self._totals else math.nan
+
+
+def _checked(kind: type, value: Any) -> str:
+    if not isinstance(value, str):
+        raise SettingError(f"{kind.__name__}({value!r}): expected the name of a value in a step's output")
+    return value
 
 
 def _floats(value: Tensor | float) -> tuple[Tensor, int]:
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=torch.float64), 1
     return value.detach().to(wide(value.device)), value.numel()
-
-
-def _ratio(total: Tensor, count: Tensor) -> float:
-    return float(total) / float(count) if float(count) else math.nan

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from loopwright.errors import CheckpointError, MetricError, SettingError, choose
+from loopwright.metrics.algebra import Algebra
 
-__all__ = ["Metric", "wide"]
+__all__ = ["Metric", "ratio", "wide"]
 
 
-class Metric:
+class Metric(Algebra):
     """A value over many batches, computed from totals; subclasses give ``state``, ``update`` and ``compute``.
 
     ``state`` names the totals and how they grow: ``"sum"``, ``"max"``, ``"min"``, or ``"cat"`` (all values are kept,
     joined along dimension 0). ``update`` calls ``self.add(name=value)`` with numbers or tensors of any shape;
     ``compute`` reads ``self.total(name)``. ``inputs`` are the names in a step's output that ``update`` receives, in
-    order. Totals live on the device of what is added (sums in float64 or int64), are never read from it before
-    ``compute``, and hold no graph. Resetting, merging and saving need nothing more.
+    order. ``keys`` tells ``trainer.plan`` what ``compute`` gives: () for a number, the names in a dict, None where that
+    is unknown. Totals live on the device of what is added (sums in float64 or int64), are never read from it before
+    ``compute``, and hold no graph. Resetting, merging, saving and arithmetic (see ``Derived``) need nothing more.
 
     >>> class Bias(Metric):
     ...     state = {"error": "sum", "count": "sum"}
@@ -37,6 +39,7 @@ class Metric:
 
     state: ClassVar[Mapping[str, str]] = {}
     inputs: tuple[str, ...] = ("preds", "target")
+    keys: Any = None
     _totals: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -98,7 +101,8 @@ class Metric:
         """
         if type(other) is not type(self) or other._settings() != self._settings():
             raise MetricError(
-                f"cannot merge {_named(other)} into {_named(self)}: both must be of one class with the same settings"
+                f"cannot merge {_named(other, self)} into {_named(self, other)}: both must be of one class with the "
+                "same settings"
             )
         self.fold()
         other.fold()
@@ -135,9 +139,16 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _named(metric: Metric) -> str:
-    settings = metric._settings() if isinstance(metric, Metric) else {}
-    return f"{type(metric).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+def ratio(total: Tensor, count: Tensor) -> float:
+    """``total / count``, read from the device; nan where nothing was counted."""
+    return float(total) / float(count) if float(count) else math.nan
+
+
+def _named(metric: Metric, other: Metric) -> str:
+    """The metric with those settings that ``other`` has otherwise."""
+    mine, its = (m._settings() if isinstance(m, Metric) else {} for m in (metric, other))
+    differ = ", ".join(f"{k}={v!r}" for k, v in mine.items() if k in its and its[k] != v)
+    return f"{type(metric).__name__}({differ})"
 
 
 _WIDE = (torch.float64, torch.int64, torch.complex64, torch.complex128)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from loopwright import rng
 from loopwright.errors import CheckpointError, MetricError, SettingError, choose
 from loopwright.events import describe
-from loopwright.metrics.check import INPUTS, check_metrics, fresh, unwrapped
+from loopwright.metrics.algebra import INPUTS, inputs_of, leaves
+from loopwright.metrics.check import check_metrics, fresh, keys_of, parts_of, unwrapped, within
 from loopwright.metrics.draws import OwnDraws
+from loopwright.metrics.function import Function
 from loopwright.metrics.memory import remember, restore
+from loopwright.metrics.modes import Running, Window, tells_each_record
+from loopwright.metrics.select import On
+from loopwright.metrics.values import flat
 from loopwright.state import has_state
 
 __all__ = ["Meters"]
@@ -34,6 +37,7 @@ class Meters:
     numbers (as its first batch shows) draws from a stream of its own, and computing leaves the generators as they were:
     training goes the same way with and without metrics.
 
+    >>> import torch
     >>> from loopwright.metrics import Accuracy
     >>> meters = Meters({"accuracy": Accuracy()})
     >>> meters.feed({"preds": torch.tensor([[0.1, 0.9], [0.8, 0.2]]), "target": torch.tensor([1, 1])})
@@ -44,13 +48,16 @@ class Meters:
     def __init__(self, metrics: Mapping[str, Any] | None, *, training: bool = False) -> None:
         self.metrics = fresh(check_metrics(metrics))
         self.training = training
-        self._fed: list[str] = []
+        self._parts = parts_of(self.metrics)  # what is fed: metrics may share some
+        self._fed: list[str] = []  # of the parts, those that take part
         self._feeds: list[Feed] | None = None
         self._draws: dict[str, OwnDraws] = {}
+        self._reads_batch = False
+        self._spare: dict[str, Any] = {}  # blank copies, through which what other ranks saw is joined
         self._settled: tuple[tuple[str, ...], list[Feed]] | None = None  # who took part, where none is foreign
 
-    def feed(self, output: Any) -> None:
-        """Update the metrics with what a step returned for one batch.
+    def feed(self, output: Any, batch: Any = None) -> None:
+        """Update the metrics with what a step returned for one batch, or with entries of a batch that is a dict.
 
         Raises MetricError if an input is missing, or if the step returns a scalar under the name of a metric. What a
         metric raises keeps its type and gains a note with the metric's name and the shapes.
@@ -58,7 +65,9 @@ class Meters:
         feeds = self._feeds
         settled = feeds is not None
         if feeds is None:
-            feeds = self._resolve(output)
+            feeds = self._resolve(output, batch)
+        if self._reads_batch and isinstance(output, Mapping) and isinstance(batch, Mapping):
+            output = {**batch, **output}
         for name, update, inputs in feeds:
             try:
                 given = [
@@ -76,37 +85,46 @@ class Meters:
         if not settled:
             self._settle()
 
-    def _resolve(self, output: Any) -> list[Feed]:
-        known = output if isinstance(output, Mapping) else {}
+    def _resolve(self, output: Any, batch: Any) -> list[Feed]:
+        known = returned = output if isinstance(output, Mapping) else {}
+        self._reads_batch = False
+        if isinstance(output, Mapping) and isinstance(batch, Mapping):
+            needed = {key for part in self._parts.values() for key in inputs_of(part)} - known.keys()
+            self._reads_batch = not needed.isdisjoint(batch)
+            known = {**batch, **output} if self._reads_batch else known
         if self._settled is not None and self._settled[0] == tuple(known):  # as in the series before
             self._feeds = self._settled[1]
             self._fed = [name for name, _, _ in self._feeds]
             return self._feeds
         feeds: list[Feed] = []
-        for name, metric in self.metrics.items():
-            metric, inputs = unwrapped(metric)
+        for name, part in self._parts.items():
+            metric, inputs = unwrapped(part)
             missing = [key for key in inputs if key not in known]
-            if self.training and len(missing) == len(inputs):
+            if self.training and missing and not any(key in returned for key in inputs):
                 continue
             if missing:
-                raise self._missing(name, inputs, output)
-            if _is_scalar(known.get(name)):
-                raise MetricError(
-                    f"the step returns the number {name!r}, and a metric has this name too: both would be logged as "
-                    f"one. Rename one of them, or leave one out"
-                )
-            if isinstance(metric, nn.Module):
-                tensors = [known[key] for key in inputs if isinstance(known[key], Tensor)]
-                if tensors:
-                    metric.to(tensors[0].device)
+                raise self._missing(name, inputs, known or output)
+            tensors = [known[key] for key in inputs if isinstance(known[key], Tensor)]
+            for module in within(metric):
+                if isinstance(module, nn.Module) and tensors:
+                    module.to(tensors[0].device)
             if _is_ours(metric):
                 feeds.append((name, metric.update, inputs))
             else:
                 draws = self._draws.setdefault(name, OwnDraws())
                 feeds.append((name, partial(draws.call, metric.update), inputs))
         self._feeds, self._fed = feeds, [name for name, _, _ in feeds]
+        self._check_names(returned)
         self._settled = None if self._draws else (tuple(known), feeds)
         return feeds
+
+    def _check_names(self, known: Mapping[str, Any]) -> None:
+        for name in self._measured():
+            if _is_scalar(known.get(name)):
+                raise MetricError(
+                    f"the step returns the number {name!r}, and a metric has this name too: both would be logged as "
+                    f"one. Rename one of them, or leave one out"
+                )
 
     def _settle(self) -> None:
         """After the first batch: call those metrics directly that drew nothing."""
@@ -117,8 +135,8 @@ class Meters:
         ]
 
     def _missing(self, name: str, inputs: tuple[str, ...], output: Any) -> MetricError:
-        kind = type(unwrapped(self.metrics[name])[0]).__name__
-        reads = f"metric {name!r} reads {' and '.join(map(repr, inputs))} of what the step returns"
+        kind = type(unwrapped(self._parts[name])[0]).__name__
+        reads = f"metric {name.partition('/')[0]!r} reads {' and '.join(map(repr, inputs))} of what the step returns"
         if not isinstance(output, Mapping):
             keys = ", ".join(f"{key!r}: {key}" for key in inputs)
             return MetricError(f"{reads}, which is {describe(output)}. Return a dict: {{'loss': loss, {keys}}}")
@@ -133,16 +151,42 @@ class Meters:
 
         Metrics that were left out, or not fed yet, are not in it. Raises MetricError for a value of another kind.
         """
-        values: dict[str, float] = {}
-        for name in self._fed:
-            try:
-                metric = self.metrics[name]
-                with nullcontext() if _is_ours(unwrapped(metric)[0]) else rng.forked():
-                    values.update(_flat(name, metric.compute()))
-            except Exception as error:
-                error.add_note(f"[loopwright] when metric {name!r} was computed")
-                raise
-        return values
+        return {key: value for name in self._measured() for key, value in self._values(name, self.metrics[name])}
+
+    def each_record(self, gather: Callable[[Any], list[Any]] | None = None) -> dict[str, float]:
+        """The values so far of those metrics that are told in each record: ``Running``, ``Window``.
+
+        ``gather`` collects an object from all ranks, in their order; all of them call this together.
+        """
+        names = [name for name, metric in self.metrics.items() if tells_each_record(metric)]
+        if not names:
+            return {}
+        if gather is None:
+            told = {name: self.metrics[name] for name in names if name in self._fed}
+        else:
+            mine = {name: self.metrics[name].state_dict() if name in self._fed else None for name in names}
+            told = {}
+            for state in gather(mine):
+                for name, values in state.items():
+                    if values is not None:
+                        told.setdefault(name, _blank(self.metrics[name])).merge(_blank(self.metrics[name], values))
+        return {key: value for name, metric in told.items() for key, value in self._values(name, metric)}
+
+    def _measured(self) -> list[str]:
+        """The metrics all of whose parts take part."""
+        fed = {id(self._parts[name]) for name in self._fed}
+        return [name for name, metric in self.metrics.items() if all(id(leaf) in fed for leaf in leaves(metric))]
+
+    def _values(self, name: str, metric: Any) -> list[tuple[str, float]]:
+        try:
+            with nullcontext() if _is_ours(metric) else rng.forked():
+                value, keys = metric.compute(), keys_of(name, metric)
+                if keys and isinstance(value, Tensor) and value.ndim and value.numel() == len(keys):
+                    return list(zip(keys, map(float, value.flatten().tolist()), strict=True))
+                return list(flat(name, value))
+        except Exception as error:
+            error.add_note(f"[loopwright] when metric {name!r} was computed")
+            raise
 
     # ------------------------------------------------------------------------------------------ several ranks
 
@@ -150,7 +194,7 @@ class Meters:
         """What was taken in since the last cut, which is forgotten; None for torchmetrics', which join themselves."""
         states: dict[str, Any] = {}
         for name in self._fed:
-            metric, states[name] = unwrapped(self.metrics[name])[0], None
+            metric, states[name] = unwrapped(self._parts[name])[0], None
             if _merges(metric):
                 states[name] = metric.state_dict()
                 metric.reset()
@@ -160,39 +204,46 @@ class Meters:
         """Take in what was cut, here and on other ranks, in this order."""
         for state in states:
             for name, values in state.items():
-                metric = unwrapped(self.metrics[name])[0]
+                metric = unwrapped(self._parts[name])[0]
                 if values is not None:
-                    other = copy.deepcopy(metric)
-                    other.reset()
-                    other.load_state_dict(values)
-                    metric.merge(other)
+                    if name not in self._spare:
+                        self._spare[name] = _blank(metric)
+                    spare = self._spare[name]
+                    spare.load_state_dict(values)
+                    metric.merge(spare)
                 if name not in self._fed:  # this rank had no batch
                     self._fed.append(name)
 
     def check_ranks(self) -> None:
         """Raise SettingError for a metric whose value over several ranks could not be told."""
-        for name, metric in self.metrics.items():
-            inner = unwrapped(metric)[0]
+        for name, part in self._parts.items():
+            if _has_window(part):
+                raise SettingError(
+                    f"metric {name.partition('/')[0]!r} is a Window, whose batches could not be told apart on several "
+                    "ranks: take lw.metrics.Running, the value over the epoch so far"
+                )
+            inner = unwrapped(part)[0]
             if not _merges(inner) and not hasattr(inner, "sync_on_compute") and not hasattr(inner, "compute_groups"):
                 raise SettingError(
-                    f"metric {name!r} ({type(inner).__name__}) sees a part of the data on each rank, and has no "
-                    "merge(other), state_dict() and load_state_dict() by which the parts could be joined; derive it "
-                    "from lw.metrics.Metric, or take one of torchmetrics"
+                    f"metric {name.partition('/')[0]!r} ({type(inner).__name__}) sees a part of the data on each rank, "
+                    "and has no merge(other), state_dict() and load_state_dict() by which the parts could be joined; "
+                    "derive it from lw.metrics.Metric, or take one of torchmetrics"
                 )
 
     def reset(self) -> None:
         """Begin a new series."""
         for name in self._fed:
-            self.metrics[name].reset()
+            self._parts[name].reset()
         self._fed, self._feeds, self._draws = [], None, {}
 
     @property
     def exact(self) -> list[str]:
         """Reasons why a resume in the middle of a series would not give the same values; empty if it would."""
         return [
-            f"metric {name!r} ({type(metric).__name__}) has no state_dict and load_state_dict: after a resume in the "
-            "middle of an epoch, its value of that epoch covers the rest only"
-            for name, metric in ((name, unwrapped(metric)[0]) for name, metric in self.metrics.items())
+            f"metric {name.partition('/')[0]!r} ({type(metric).__name__}) has no state_dict and load_state_dict: after "
+            "a resume in the middle of an epoch, its value of that epoch covers the rest only"
+            for name, part in self._parts.items()
+            for metric in within(part)
             if remember(metric) is None
         ]
 
@@ -200,7 +251,7 @@ class Meters:
         """What the metrics have taken in, by name, as plain data, tensors and states of generators."""
         return {
             name: {
-                "state": remember(unwrapped(self.metrics[name])[0]),
+                "state": remember(unwrapped(self._parts[name])[0]),
                 "draws": self._draws[name].state if name in self._draws else None,
             }
             for name in self._fed
@@ -210,25 +261,41 @@ class Meters:
         """Go on from what ``state_dict`` gave. Raises CheckpointError for metrics that are not here."""
         self.reset()
         for name, saved in state.items():
-            if name not in self.metrics:
+            if name not in self._parts:
                 raise CheckpointError(
-                    f"the checkpoint has the metric {name!r}, this run has not. {choose(name, self.metrics)} "
+                    f"the checkpoint has the metric {name!r}, this run has not. {choose(name, self._parts)} "
                     "Resume with the metrics that the run was started with"
                 )
             if saved["state"] is not None:
-                restore(unwrapped(self.metrics[name])[0], saved["state"])
+                restore(unwrapped(self._parts[name])[0], saved["state"])
             if saved["draws"] is not None:
                 self._draws[name] = OwnDraws(saved["draws"])
             self._fed.append(name)
 
 
 def _merges(metric: Any) -> bool:
+    if isinstance(metric, Running):
+        return all(map(_merges, within(metric)))
     return callable(getattr(metric, "merge", None)) and has_state(metric)
+
+
+def _has_window(metric: Any) -> bool:
+    inside = leaves(metric.metric) if isinstance(metric, (On, Running)) else ()
+    return isinstance(metric, Window) or any(map(_has_window, inside))
+
+
+def _blank(metric: Any, state: Mapping[str, Any] | None = None) -> Any:
+    """A copy that has taken in nothing, or what ``state`` holds."""
+    made = copy.deepcopy(metric)
+    made.reset()
+    if state is not None:
+        made.load_state_dict(state)
+    return made
 
 
 def _is_ours(metric: Any) -> bool:
     """The built-in ones draw no random numbers; watching the generators around others costs 0.2 ms an epoch."""
-    return type(metric).__module__.startswith("loopwright.")
+    return all(type(m).__module__.startswith("loopwright.") and not isinstance(m, Function) for m in within(metric))
 
 
 def _others(output: Mapping[str, Any], count: int) -> list[str]:
@@ -249,24 +316,3 @@ def _detached(value: Any) -> Any:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The numbers in what a metric computed, by name."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = torch.as_tensor(value)
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(f"{name}/{key}", item)
-    elif isinstance(value, Tensor) and value.ndim <= 1 and not value.is_complex():
-        if value.ndim == 0:
-            yield name, float(value)
-        else:
-            yield from ((f"{name}/{i}", float(item)) for i, item in enumerate(value.tolist()))
-    elif isinstance(value, (int, float)):
-        yield name, float(value)
-    else:
-        raise MetricError(
-            f"metric {name!r} computed {describe(value)}; a record holds numbers: expected a number, a vector, or a "
-            "dict of them. Look at other values in a callback, or reduce them in a metric of your own"
-        )

@@ -1,15 +1,26 @@
-"""The metrics of this package as functions of one batch: a scalar tensor on its device, nothing read from there."""
+"""The metrics of this package as functions of one batch: tensors on its device, nothing read from there.
+
+What a class finds out when it computes (a class out of range, logits where probabilities are expected, why a value is
+nan) is not checked here, since it takes a read of the device.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopwright.errors import MetricError, SettingError
-from loopwright.events import describe
 from loopwright.metrics.base import wide
+from loopwright.metrics.counting import averaged, check_average, check_shapes, count, rates_of, stats
+from loopwright.metrics.perplexity import surprise
+from loopwright.metrics.regression import explained
+from loopwright.metrics.shapes import best, check_top_k, difference, fit, hits
 
-__all__ = ["accuracy", "mae", "mse"]
+__all__ = [
+    "accuracy", "confusion_matrix", "dice", "f1", "fbeta", "iou", "mae", "maximum", "mean", "minimum", "mse",
+    "perplexity", "precision", "r2", "recall", "rmse", "specificity", "sum",
+]  # fmt: skip
 
 # N samples, C classes, k guesses, ... further dimensions such as height and width
 
@@ -60,73 +71,176 @@ def mse(preds: Tensor, target: Tensor) -> Tensor:
     return difference(preds, target, torch.float32).square().mean()
 
 
-def fit(preds: Tensor, target: Tensor, top_k: int) -> int:
-    """Classes that ``preds`` [N, C, ...] have scores for; 0 where they have the shape of ``target``.
+def rmse(preds: Tensor, target: Tensor) -> Tensor:
+    """Square root of ``mse``.
 
-    Raises MetricError, with the way out where there is one, if the shapes fit in neither way.
+    >>> rmse(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 1.0]))
+    tensor(2.2361)
     """
-    if preds.shape == target.shape and top_k == 1:
-        return 0
-    scores = preds.ndim > 1 and preds.shape[:1] + preds.shape[2:] == target.shape
-    if not scores or preds.shape[1] < max(top_k, 2) or target.is_floating_point():
-        raise _unfit(preds, target, top_k)
-    return preds.shape[1]
+    return mse(preds, target).sqrt()
 
 
-def best(scores: Tensor, top_k: int) -> Tensor:
-    """Indices [N, ...] of the largest score in [N, C, ...], or [N, k, ...] of the k largest."""
-    return scores.argmax(1) if top_k == 1 else scores.topk(top_k, 1).indices
+def r2(preds: Tensor, target: Tensor, *, average: str | None = "macro") -> Tensor:
+    """Coefficient of determination as of ``R2``: a float64 scalar, or [M] for ``average=None``; nan where undefined.
+
+    >>> r2(torch.tensor([2.5, 0.0, 2.0, 8.0]), torch.tensor([3.0, -0.5, 2.0, 7.0]))
+    tensor(0.9486, dtype=torch.float64)
+    """
+    target = target.to(wide(target.device))
+    error = difference(preds, target)
+    value = explained(error.square().sum(0), target.sum(0), target.square().sum(0), len(target))
+    return value.mean() if average == "macro" else value
 
 
-def hits(answer: Tensor, target: Tensor, top_k: int, threshold: float) -> Tensor:
-    """Bool, in the shape of ``target``: whether the answer (indices, or probabilities of class 1) is right."""
-    if top_k > 1:
-        return (answer == target.unsqueeze(1)).any(1)
-    if answer.is_floating_point():
-        answer = answer > threshold
-    return answer == target
+def perplexity(preds: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
+    """exp of the mean negative log-likelihood as of ``Perplexity``: a float64 scalar with a gradient.
+
+    >>> perplexity(torch.zeros(3, 8), torch.tensor([1, 2, 3]))
+    tensor(8.0000, dtype=torch.float64)
+    """
+    total, counted, _ = surprise(preds, target, ignore_index)
+    return torch.exp(total / counted)
 
 
-def difference(preds: Tensor, target: Tensor, least: torch.dtype | None = None) -> Tensor:
-    """``preds - target`` in floats that can hold it: an unsigned difference would wrap, a float16 one overflow."""
-    if preds.shape != target.shape:
-        raise MetricError(
-            f"preds {describe(preds)} and target {describe(target)} do not fit: "
-            f"{_squeeze(preds, target) or 'expected one shape for both'}"
-        )
-    dtype = torch.promote_types(preds.dtype, target.dtype)
-    if dtype not in (torch.float32, torch.float64):
-        preds = preds.to(least or wide(preds.device))
-    return preds - target
+def mean(value: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean of all elements, weighted if ``weight`` is given in the same shape: a scalar with a gradient.
+
+    >>> mean(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]))
+    tensor(2.)
+    """
+    return value.float().mean() if weight is None else (value * weight).sum() / weight.sum()
 
 
-def check_top_k(top_k: int) -> int:
-    """``top_k`` if it is a whole number from 1; SettingError otherwise."""
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-        raise SettingError(f"top_k={top_k!r}: expected a whole number from 1, such as top_k=5")
-    return top_k
+def sum(value: Tensor) -> Tensor:
+    """Sum of all elements.
+
+    >>> sum(torch.tensor([1.0, 4.0]))
+    tensor(5.)
+    """
+    return value.sum()
 
 
-def _unfit(preds: Tensor, target: Tensor, top_k: int) -> MetricError:
-    shapes = f"preds {describe(preds)} and target {describe(target)}"
-    if preds.shape == target.shape:
-        return MetricError(f"{shapes}: top_k={top_k} needs a score for each class, preds of shape [N, C, ...]")
-    if preds.ndim > 1 and preds.shape[:1] + preds.shape[2:] == target.shape:
-        classes = preds.shape[1]
-        if classes == 1:
-            return MetricError(f"{shapes}: one class only. Where one output means two, write preds.squeeze(1)")
-        if target.is_floating_point():
-            return MetricError(f"{shapes}: class indices are integers. Write target.long()")
-        return MetricError(f"{shapes}: {classes} classes are fewer than top_k={top_k}")
-    expected = "one shape for both, or scores [N, C, ...] with class indices [N, ...]"
-    return MetricError(f"{shapes} do not fit: {_squeeze(preds, target) or f'expected {expected}'}")
+def minimum(value: Tensor) -> Tensor:
+    """Smallest element.
+
+    >>> minimum(torch.tensor([1.0, 4.0]))
+    tensor(1.)
+    """
+    return value.amin()
 
 
-def _squeeze(preds: Tensor, target: Tensor) -> str | None:
-    """What to write where a last dimension of 1 is all that is wrong."""
-    p, t = preds.shape, target.shape
-    if t[-1:] == (1,) and t[:-1] in (p, p[:1] + p[2:]):
-        return f"write target.squeeze({target.ndim - 1})"
-    if p[-1:] == (1,) and p[:-1] == t:
-        return f"write preds.squeeze({preds.ndim - 1})"
-    return None
+def maximum(value: Tensor) -> Tensor:
+    """Largest element.
+
+    >>> maximum(torch.tensor([1.0, 4.0]))
+    tensor(4.)
+    """
+    return value.amax()
+
+
+def confusion_matrix(
+    preds: Tensor,
+    target: Tensor,
+    classes: int | None = None,
+    *,
+    labels: int | None = None,
+    threshold: float | None = None,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """Counts of (target, prediction) as of ``ConfusionMatrix``: int64 [C, C], [2, 2] or [L, 2, 2].
+
+    What is out of range or NaN is left out. Raises MetricError for shapes that do not fit.
+
+    >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2)
+    tensor([[1, 1],
+            [0, 1]])
+    """
+    check_shapes(preds, target, classes or 0, labels or 0)
+    counts = count(
+        preds, target, classes=classes or 0, labels=labels or 0, threshold=threshold, ignore_index=ignore_index
+    )
+    return counts[:-3].view((classes, classes) if classes else (labels, 2, 2) if labels else (2, 2))
+
+
+def precision(preds: Tensor, target: Tensor, classes: int | None = None, **settings: Any) -> Tensor:
+    """tp / (tp + fp), with the settings of ``Precision``: float64, [C] or [L] for ``average=None``; 0/0 is nan.
+
+    >>> precision(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]), 2, average=None)
+    tensor([0.6667, 1.0000], dtype=torch.float64)
+    """
+    return _rate("precision", 1.0, preds, target, classes, **settings)
+
+
+def recall(preds: Tensor, target: Tensor, classes: int | None = None, **settings: Any) -> Tensor:
+    """tp / (tp + fn), with the settings of ``Recall``; otherwise as ``precision``.
+
+    >>> recall(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]), 2, average=None)
+    tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+    return _rate("recall", 1.0, preds, target, classes, **settings)
+
+
+def specificity(preds: Tensor, target: Tensor, classes: int | None = None, **settings: Any) -> Tensor:
+    """tn / (tn + fp), with the settings of ``Specificity``; otherwise as ``precision``.
+
+    >>> specificity(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]), 2, average=None)
+    tensor([0.5000, 1.0000], dtype=torch.float64)
+    """
+    return _rate("specificity", 1.0, preds, target, classes, **settings)
+
+
+def iou(preds: Tensor, target: Tensor, classes: int | None = None, **settings: Any) -> Tensor:
+    """tp / (tp + fp + fn), with the settings of ``IoU``; otherwise as ``precision``.
+
+    >>> iou(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]), 2, average=None)
+    tensor([0.6667, 0.5000], dtype=torch.float64)
+    """
+    return _rate("iou", 1.0, preds, target, classes, **settings)
+
+
+def dice(preds: Tensor, target: Tensor, classes: int | None = None, **settings: Any) -> Tensor:
+    """2 tp / (2 tp + fp + fn), with the settings of ``Dice``; otherwise as ``precision``.
+
+    >>> dice(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]), 2, average=None)
+    tensor([0.8000, 0.6667], dtype=torch.float64)
+    """
+    return _rate("dice", 1.0, preds, target, classes, **settings)
+
+
+def f1(preds: Tensor, target: Tensor, classes: int | None = None, **settings: Any) -> Tensor:
+    """2 tp / (2 tp + fp + fn), with the settings of ``F1``; otherwise as ``precision``.
+
+    >>> f1(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]), 2, average=None)
+    tensor([0.8000, 0.6667], dtype=torch.float64)
+    """
+    return _rate("dice", 1.0, preds, target, classes, **settings)
+
+
+def fbeta(preds: Tensor, target: Tensor, beta: float, classes: int | None = None, **settings: Any) -> Tensor:
+    """(1 + beta²) tp / ((1 + beta²) tp + beta² fn + fp), with the settings of ``FBeta``; otherwise as ``precision``.
+
+    >>> fbeta(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]), 2.0, 2, average=None)
+    tensor([0.9091, 0.5556], dtype=torch.float64)
+    """
+    return _rate("fbeta", beta, preds, target, classes, **settings)
+
+
+def _rate(
+    name: str,
+    beta: float,
+    preds: Tensor,
+    target: Tensor,
+    classes: int | None,
+    *,
+    labels: int | None = None,
+    average: str | None = "macro",
+    threshold: float | None = None,
+    ignore_index: int | None = None,
+    zero_division: float | None = None,
+) -> Tensor:
+    kind = "classes" if classes else "labels" if labels else "binary"
+    check_average(average, None if kind == "binary" else kind)
+    counts = confusion_matrix(preds, target, classes, labels=labels, threshold=threshold, ignore_index=ignore_index)
+    return averaged(
+        stats(counts, kind), rates_of(name, beta), average, drops_absent=kind == "classes", zero_division=zero_division
+    )

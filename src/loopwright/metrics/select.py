@@ -1,20 +1,26 @@
-"""A metric fed from other names of a step's output."""
+"""A metric fed from other names of a step's output, and what else than an object may stand for a metric."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
-from loopwright.errors import SettingError
+from loopwright.errors import SettingError, choose
+from loopwright.metrics.algebra import Algebra, inputs_of, is_metric, leaves
+from loopwright.metrics.base import Metric
+from loopwright.metrics.function import Function
 from loopwright.metrics.memory import remember, restore
+from loopwright.metrics.named import by_name
 
-__all__ = ["On"]
+__all__ = ["On", "as_metric", "renamed"]
 
 
-class On:
+class On(Algebra):
     """``metric``, fed from the ``names`` of a step's output, in their order.
 
-    It is any object with ``update``, ``compute`` and ``reset``, and stays as it is. Raises SettingError without a name.
+    It is any object with ``update``, ``compute`` and ``reset``, and stays as it is; or a name or a function, as in
+    ``metrics=``. Raises SettingError without a name.
 
     >>> from loopwright.metrics import Accuracy
     >>> On(Accuracy(), "logits", "y").inputs
@@ -27,7 +33,9 @@ class On:
                 f"On({type(metric).__name__}, ...) needs the names of what to pass to its update, such as "
                 f'On(metric, "preds", "target"); got {", ".join(map(repr, names)) or "none"}'
             )
-        self.metric: Any = metric.metric if isinstance(metric, On) else metric
+        inner = metric.metric if isinstance(metric, On) else metric
+        made = as_metric(inner)
+        self.metric: Any = Function(made.function, *names) if made is not inner and isinstance(made, Function) else made
         self.inputs = names
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -42,6 +50,10 @@ class On:
         """Forget all that was taken in."""
         self.metric.reset()
 
+    def merge(self, other: Any) -> None:
+        """Add what ``other`` has taken in, where the metric can."""
+        self.metric.merge(other.metric)
+
     def state_dict(self) -> dict[str, Any]:
         """What the metric has taken in, as plain data and tensors; torchmetrics' states too. Empty if it has no way."""
         return remember(self.metric) or {}
@@ -49,3 +61,49 @@ class On:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         restore(self.metric, state)
+
+
+def as_metric(thing: Any) -> Any:
+    """The metric that ``thing`` stands for: a name ``"torchmetrics:..."`` or ``"sklearn:..."``, a function, itself.
+
+    >>> as_metric(lambda preds, target: float((preds - target).max())).inputs
+    ('preds', 'target')
+    """
+    if isinstance(thing, str):
+        return by_name(thing)
+    if callable(thing) and not isinstance(thing, type) and not is_metric(thing):
+        return Function(thing)
+    return thing
+
+
+def renamed(metrics: Mapping[str, Any], *, prefix: str = "", suffix: str = "", **inputs: str) -> dict[str, Any]:
+    """Copies of ``metrics`` under names with ``prefix`` and ``suffix``, fed from other names: one set for each head.
+
+    ``preds="logits"`` lets those that read ``preds`` read ``logits``. What they share they go on sharing. Raises
+    SettingError for an input that none of them reads.
+
+    >>> from loopwright.metrics import Accuracy
+    >>> heads = renamed({"accuracy": Accuracy()}, suffix="_a", preds="logits_a", target="y_a")
+    >>> list(heads), heads["accuracy_a"].inputs
+    (['accuracy_a'], ('logits_a', 'y_a'))
+    """
+    made = {name: as_metric(metric) for name, metric in metrics.items()}
+    parts = {id(leaf): leaf for metric in made.values() for leaf in leaves(metric)}
+    known = {key for leaf in parts.values() for key in inputs_of(leaf)}
+    for key in inputs:
+        if key not in known:
+            raise SettingError(f"renamed(..., {key}=...): none of the metrics reads {key!r}. {choose(key, known)}")
+    copies = {number: _reading(copy.deepcopy(leaf), inputs) for number, leaf in parts.items()}
+    return {f"{prefix}{name}{suffix}": copy.deepcopy(metric, copies) for name, metric in made.items()}
+
+
+def _reading(metric: Any, names: Mapping[str, str]) -> Any:
+    """``metric``, which is told to read others for these names, or put into ``On`` where that is not for us to say."""
+    old = tuple(inputs_of(metric))
+    new = tuple(names.get(key, key) for key in old)
+    if new == old:
+        return metric
+    if isinstance(metric, (Metric, On)):
+        metric.inputs = new
+        return metric
+    return On(metric, *new)

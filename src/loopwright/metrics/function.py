@@ -1,0 +1,195 @@
+"""A function of all predictions and targets as a metric: one's own, or one of scikit-learn or torchmetrics."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopwright.errors import MetricError, SettingError
+from loopwright.events import describe
+from loopwright.metrics.base import Metric
+
+__all__ = ["Function"]
+
+_SCORES = ("y_score", "y_scores", "y_prob", "y_proba")  # how scikit-learn calls what is no class
+
+
+class Function(Metric):
+    """``function`` of everything that was taken in: it is called once, in ``compute``, on whole tensors.
+
+    It returns a number, a vector, or a dict of such. ``inputs`` names what it is given, in order. Who calls it so is
+    told by the names of its parameters: ``f(y_true, y_pred)`` or ``f(y_true, y_score)``, as in scikit-learn, gets numpy
+    arrays, the target first, and classes or probabilities as it asks for; ``f(estimator, X, y)``, a scorer, an
+    estimator that answers with the predictions; ``f(preds, target, task)``, as in ``torchmetrics.functional``, the task
+    that the shapes tell. Anything else gets tensors in the order of ``inputs``. Scores outside of [0, 1] are logits,
+    of which softmax or sigmoid makes probabilities where those are asked for.
+
+    All inputs are kept, on their device, until the reset: memory grows with the data, and the value is the same over
+    any number of ranks. Nothing taken in gives nan.
+
+    >>> worst = Function(lambda preds, target: (preds - target).abs().max())
+    >>> worst.update(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 2.0]))
+    >>> worst.update(torch.tensor([1.0]), torch.tensor([0.0]))
+    >>> float(worst.compute())
+    2.0
+    """
+
+    def __init__(self, function: Callable[..., Any], *inputs: str) -> None:
+        if not callable(function) or isinstance(function, type):
+            raise SettingError(f"Function({function!r}): expected a function such as f(preds, target)")
+        self.function = function
+        self.inputs = inputs or ("preds", "target")
+        self.state = {str(i): "cat" for i in range(len(self.inputs))}  # type: ignore[misc]
+        self._call = _convention(function, len(self.inputs))
+
+    def update(self, *args: Any) -> None:
+        """Take in one batch."""
+        for i, (name, value) in enumerate(zip(self.inputs, args, strict=True)):
+            if not isinstance(value, Tensor):
+                try:
+                    value = torch.as_tensor(value)
+                except (TypeError, ValueError, RuntimeError):
+                    raise MetricError(
+                        f"{_name(self.function)} is given {name}: {describe(value)}; only tensors, arrays and numbers "
+                        "are kept. Return it as a tensor"
+                    ) from None
+            self.add(**{str(i): value})
+
+    def compute(self) -> Any:
+        """The function's value."""
+        values = [self.total(name) for name in self.state]
+        if not any(len(value) for value in values):
+            return math.nan
+        return self._call(self.function, *values)
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", None) or type(function).__name__)
+
+
+def _convention(function: Callable[..., Any], inputs: int) -> Callable[..., Any]:
+    """How ``function`` is called with the kept tensors, as the names of its parameters tell."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return _plainly
+    names = list(parameters)
+    if inputs == 2 and names[:1] == ["estimator"]:
+        return _as_scorer
+    if inputs == 2 and names[:1] == ["y_true"] and len(names) > 1:
+        return _with_scores if names[1] in _SCORES else _with_classes
+    task = parameters.get("task")
+    if inputs == 2 and task is not None and task.default is inspect.Parameter.empty:
+        return _with_task
+    return _plainly
+
+
+def _plainly(function: Callable[..., Any], *values: Tensor) -> Any:
+    return function(*values)
+
+
+def _with_classes(function: Callable[..., Any], preds: Tensor, target: Tensor) -> Any:
+    preds, target = _samples(function, preds, target)
+    return function(_array(target), _array(_classes(preds, target)))
+
+
+def _with_scores(function: Callable[..., Any], preds: Tensor, target: Tensor) -> Any:
+    preds, target = _samples(function, preds, target)
+    return function(_array(target), _array(_probabilities(preds)))
+
+
+def _with_task(function: Callable[..., Any], preds: Tensor, target: Tensor) -> Any:
+    _check_nan(function, preds)
+    if preds.ndim == target.ndim + 1:
+        settings: dict[str, Any] = {"task": "multiclass", "num_classes": preds.shape[1]}
+    elif not preds.is_floating_point():
+        raise MetricError(
+            f"{_name(function)}: whether preds {describe(preds)} and target {describe(target)} are two classes, "
+            "several or several labels does not follow from the shapes. Give scores, or a function that says it: "
+            f'functools.partial({_name(function)}, task="multiclass", num_classes=10)'
+        )
+    else:
+        settings = {"task": "binary"} if preds.ndim == 1 else {"task": "multilabel", "num_labels": preds.shape[1]}
+    return function(preds, target.long() if not target.is_floating_point() else target, **settings)
+
+
+def _as_scorer(function: Callable[..., Any], preds: Tensor, target: Tensor) -> Any:
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+
+    preds, target = _samples(function, preds, target)
+    answers: dict[str, Any] = {}
+
+    def answer(method: str, value: Any) -> None:
+        def call(self: Any, X: Any) -> Any:
+            return value
+
+        call.__name__ = method  # scikit-learn asks by this name
+        answers[method] = call
+
+    answer("predict", _array(_classes(preds, target)))
+    if not target.is_floating_point():
+        if preds.is_floating_point():
+            chances = _probabilities(preds)
+            answer("predict_proba", _array(torch.stack([1 - chances, chances], 1) if preds.ndim == 1 else chances))
+            answer("decision_function", _array(preds))
+        size = preds.shape[1] if preds.ndim == 2 else max(2, int(torch.maximum(preds.max(), target.max())) + 1)
+        answers["classes_"] = np.arange(size)
+    kind = RegressorMixin if target.is_floating_point() else ClassifierMixin
+    answers["__sklearn_is_fitted__"] = lambda self: True
+    estimator = type("Answers", (kind, BaseEstimator), answers)()
+    return float(function(estimator, np.zeros((len(target), 1)), _array(target)))
+
+
+def _samples(function: Callable[..., Any], preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [M, C] with targets [M], or one shape for both; further dimensions are samples too."""
+    _check_nan(function, preds)
+    if preds.ndim == target.ndim + 1 and not target.is_floating_point():
+        if preds.shape[1] == 1:
+            return preds.flatten(), target.flatten()
+        return preds.movedim(1, -1).flatten(0, -2), target.flatten()
+    if preds.shape != target.shape:
+        raise MetricError(
+            f"{_name(function)}: preds {describe(preds)} and target {describe(target)} do not fit: expected one shape "
+            "for both, or scores [N, C, ...] with class indices [N, ...]"
+        )
+    return preds, target
+
+
+def _check_nan(function: Callable[..., Any], preds: Tensor) -> None:
+    if preds.is_floating_point() and bool(preds.isnan().any()):
+        rows = int(preds.isnan().flatten(1).any(1).sum()) if preds.ndim > 1 else int(preds.isnan().sum())
+        raise MetricError(
+            f"{_name(function)}: preds are NaN in {rows} of {len(preds)} samples. Look for where they come from with "
+            "Trainer(debug=lw.Debug(anomaly=True)), or leave these samples out with lw.metrics.Where"
+        )
+
+
+def _classes(preds: Tensor, target: Tensor) -> Tensor:
+    """The class that the scores say, where the targets are classes."""
+    if target.is_floating_point() or not preds.is_floating_point():
+        return preds
+    if preds.ndim == target.ndim + 1:
+        return preds.argmax(1)
+    return (preds > (0.5 if _are_probabilities(preds) else 0.0)).long()
+
+
+def _probabilities(preds: Tensor) -> Tensor:
+    preds = preds.double()
+    if _are_probabilities(preds):
+        return preds
+    return preds.softmax(1) if preds.ndim == 2 else preds.sigmoid()
+
+
+def _are_probabilities(preds: Tensor) -> bool:
+    return bool(((preds >= 0) & (preds <= 1)).all())
+
+
+def _array(value: Tensor) -> Any:
+    value = value.detach().cpu()
+    return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()

@@ -1,0 +1,86 @@
+"""Which shapes of predictions and targets go together, and what to write where they do not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopwright.errors import MetricError, SettingError
+from loopwright.events import describe
+from loopwright.metrics.base import wide
+
+__all__ = ["best", "check_top_k", "difference", "fit", "hits"]
+
+# N samples, C classes, k guesses, ... further dimensions such as height and width
+
+
+def fit(preds: Tensor, target: Tensor, top_k: int) -> int:
+    """Classes that ``preds`` [N, C, ...] have scores for; 0 where they have the shape of ``target``.
+
+    Raises MetricError, with the way out where there is one, if the shapes fit in neither way.
+    """
+    if preds.shape == target.shape and top_k == 1:
+        return 0
+    scores = preds.ndim > 1 and preds.shape[:1] + preds.shape[2:] == target.shape
+    if not scores or preds.shape[1] < max(top_k, 2) or target.is_floating_point():
+        raise _unfit(preds, target, top_k)
+    return preds.shape[1]
+
+
+def best(scores: Tensor, top_k: int) -> Tensor:
+    """Indices [N, ...] of the largest score in [N, C, ...], or [N, k, ...] of the k largest."""
+    return scores.argmax(1) if top_k == 1 else scores.topk(top_k, 1).indices
+
+
+def hits(answer: Tensor, target: Tensor, top_k: int, threshold: float) -> Tensor:
+    """Bool, in the shape of ``target``: whether the answer (indices, or probabilities of class 1) is right."""
+    if top_k > 1:
+        return (answer == target.unsqueeze(1)).any(1)
+    if answer.is_floating_point():
+        answer = answer > threshold
+    return answer == target
+
+
+def difference(preds: Tensor, target: Tensor, least: torch.dtype | None = None) -> Tensor:
+    """``preds - target`` in floats that can hold it: an unsigned difference would wrap, a float16 one overflow."""
+    if preds.shape != target.shape:
+        raise MetricError(
+            f"preds {describe(preds)} and target {describe(target)} do not fit: "
+            f"{_squeeze(preds, target) or 'expected one shape for both'}"
+        )
+    dtype = torch.promote_types(preds.dtype, target.dtype)
+    if dtype not in (torch.float32, torch.float64):
+        preds = preds.to(least or wide(preds.device))
+    return preds - target
+
+
+def check_top_k(top_k: int) -> int:
+    """``top_k`` if it is a whole number from 1; SettingError otherwise."""
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise SettingError(f"top_k={top_k!r}: expected a whole number from 1, such as top_k=5")
+    return top_k
+
+
+def _unfit(preds: Tensor, target: Tensor, top_k: int) -> MetricError:
+    shapes = f"preds {describe(preds)} and target {describe(target)}"
+    if preds.shape == target.shape:
+        return MetricError(f"{shapes}: top_k={top_k} needs a score for each class, preds of shape [N, C, ...]")
+    if preds.ndim > 1 and preds.shape[:1] + preds.shape[2:] == target.shape:
+        classes = preds.shape[1]
+        if classes == 1:
+            return MetricError(f"{shapes}: one class only. Where one output means two, write preds.squeeze(1)")
+        if target.is_floating_point():
+            return MetricError(f"{shapes}: class indices are integers. Write target.long()")
+        return MetricError(f"{shapes}: {classes} classes are fewer than top_k={top_k}")
+    expected = "one shape for both, or scores [N, C, ...] with class indices [N, ...]"
+    return MetricError(f"{shapes} do not fit: {_squeeze(preds, target) or f'expected {expected}'}")
+
+
+def _squeeze(preds: Tensor, target: Tensor) -> str | None:
+    """What to write where a last dimension of 1 is all that is wrong."""
+    p, t = preds.shape, target.shape
+    if t[-1:] == (1,) and t[:-1] in (p, p[:1] + p[2:]):
+        return f"write target.squeeze({target.ndim - 1})"
+    if p[-1:] == (1,) and p[:-1] == t:
+        return f"write preds.squeeze({preds.ndim - 1})"
+    return None

@@ -1,0 +1,224 @@
+"""Metrics by name, and functions as metrics: what torchmetrics and scikit-learn have needs nothing of ours."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.base
+import sklearn.metrics
+import torch
+import torchmetrics
+from torch import Tensor, nn
+
+import loopwright as lw
+from loopwright.errors import MetricError, SettingError
+from loopwright.metrics import Accuracy, Function, Meters, On, check_metrics
+
+
+def scores(kind: str = "classes", n: int = 40) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    shape = {"classes": (n, 3), "binary": (n,), "labels": (n, 4), "numbers": (n,)}[kind]
+    preds = torch.randn(shape, generator=g)
+    if kind == "numbers":
+        return preds, preds + torch.randn(n, generator=g)
+    return preds, torch.randint(3 if kind == "classes" else 2, (n,) if kind != "labels" else shape, generator=g)
+
+
+def measured(metric: Any, preds: Tensor, target: Tensor) -> dict[str, float]:
+    meters = Meters({"m": metric})
+    for rows in torch.arange(len(preds)).split(7):
+        meters.feed({"preds": preds[rows], "target": target[rows]})
+    return meters.compute()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("classes", {"task": "multiclass", "num_classes": 3}),
+        ("binary", {"task": "binary"}),
+        ("labels", {"task": "multilabel", "num_labels": 4}),
+    ],
+)
+@pytest.mark.parametrize("name", ["auroc", "average_precision", "f1_score", "calibration_error"])
+def test_torchmetrics_by_name_finds_the_task_in_the_shapes(kind: str, settings: Any, name: str) -> None:
+    if (kind, name) == ("labels", "calibration_error"):
+        return  # torchmetrics has none
+    preds, target = scores(kind)
+    expected = getattr(torchmetrics.functional, name)(preds, target, **settings)
+    assert measured(f"torchmetrics:{name}", preds, target) == {"m": pytest.approx(expected.item())}
+
+
+def test_a_class_of_torchmetrics_by_name() -> None:
+    preds, target = scores("numbers")
+    found = measured("torchmetrics:MeanSquaredError", preds, target)
+    assert found == {"m": pytest.approx((preds - target).square().mean().item())}
+    with pytest.raises(
+        SettingError, match=r"'torchmetrics:AUROC' cannot be made without arguments .* pass the object, "
+    ):
+        check_metrics({"m": "torchmetrics:AUROC"})
+
+
+@pytest.mark.capability("SK-03")
+@pytest.mark.parametrize("name", sorted(sklearn.metrics.get_scorer_names()))
+def test_any_scorer_of_scikit_learn_by_name_or_as_object(name: str) -> None:
+    """Every scorer gives the number that it gives for an estimator with these answers, by name and as a callable."""
+    preds, target = _for_scorer(name)
+    scorer = sklearn.metrics.get_scorer(name)
+    expected = scorer(_Estimator(preds, target), preds.numpy(), target.numpy())
+    assert measured(f"sklearn:{name}", preds, target) == {"m": pytest.approx(expected, abs=1e-6)}
+    assert measured(scorer, preds, target) == {"m": pytest.approx(expected, abs=1e-6)}
+
+
+def _for_scorer(name: str) -> tuple[Tensor, Tensor]:
+    regression = ("error", "r2", "explained", "deviance", "d2_abs", "d2_pin", "mean_squared")
+    if any(word in name for word in regression):
+        preds, target = scores("numbers")
+        return preds.abs() + 0.1, target.abs() + 0.1
+    if "samples" in name:
+        preds, target = scores("labels")
+        preds[:, 0] = target[:, 0] = 1  # no sample without a label
+        return preds, target
+    several = any(
+        word in name for word in ("ovr", "ovo", "macro", "micro", "weighted", "log_loss", "top_k", "adjusted", "info")
+    )
+    return scores("classes" if several or name in ("accuracy", "balanced_accuracy") else "binary")
+
+
+class _Estimator(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
+    """Answers with what it was given."""
+
+    def __init__(self, preds: Tensor, target: Tensor) -> None:
+        self.preds, self.target = preds, target
+        if target.is_floating_point():
+            self.classes_ = None
+        else:
+            self.classes_ = np.arange(3 if preds.ndim == 2 and target.ndim == 1 else 2)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.estimator_type = "regressor" if self.target.is_floating_point() else "classifier"
+        return tags
+
+    def predict(self, X: Any) -> Any:
+        if self.target.is_floating_point():
+            return self.preds.numpy()
+        if self.preds.ndim > self.target.ndim:
+            return self.preds.argmax(1).numpy()
+        return (self.preds > 0).long().numpy()
+
+    def decision_function(self, X: Any) -> Any:
+        return self.preds.numpy()
+
+    def predict_proba(self, X: Any) -> Any:
+        if self.preds.ndim == 2:
+            return self.preds.double().softmax(1).numpy()
+        p = self.preds.double().sigmoid()
+        return torch.stack([1 - p, p], 1).numpy()
+
+
+def test_functions_of_scikit_learn_get_the_target_first() -> None:
+    preds, target = scores()
+    classes = preds.argmax(1)
+    recall = partial(sklearn.metrics.recall_score, average="macro")
+    expected = sklearn.metrics.recall_score(target, classes, average="macro")
+    assert expected != pytest.approx(sklearn.metrics.recall_score(classes, target, average="macro"))
+    assert measured(recall, preds, target)["m"] == pytest.approx(expected)
+    chances, two = scores("binary")
+    brier = sklearn.metrics.brier_score_loss(two, chances.sigmoid())
+    assert measured("sklearn:brier_score_loss", chances, two)["m"] == pytest.approx(brier)
+    assert measured(sklearn.metrics.r2_score, *scores("numbers"))["m"] == pytest.approx(
+        sklearn.metrics.r2_score(*reversed([t.numpy() for t in scores("numbers")]))
+    )
+
+
+def test_any_function_is_a_metric_and_may_return_a_dict() -> None:
+    preds, target = scores("numbers")
+
+    def worst(preds: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"most": (preds - target).max(), "least": (preds - target).min()}
+
+    assert measured(worst, preds, target) == {
+        "m/most": pytest.approx((preds - target).max().item()), "m/least": pytest.approx((preds - target).min().item()),
+    }  # fmt: skip
+    meters = Meters({"n": On(lambda a: len(a), "ids")})
+    meters.feed({"ids": [1, 2, 3]})
+    meters.feed({"ids": torch.tensor([4])})
+    assert meters.compute() == {"n": 4.0}
+    assert str(Function(worst).compute()) == "nan"
+
+
+def test_a_function_in_a_run_is_logged_like_any_metric() -> None:
+    preds, target = scores()
+    net = nn.Linear(3, 3)
+    metrics = {
+        "f1": "sklearn:f1_macro",
+        "auroc": "torchmetrics:auroc",
+        "gap": lambda p, t: (p.argmax(1) - t).abs().max(),
+    }
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), metrics=metrics)
+    run = lw.Trainer(epochs=1, folder=None, progress=False).fit(
+        task, lw.Loader((preds, target), batch_size=8), (preds, target)
+    )
+    logits = net(preds).detach()
+    assert run.metrics["valid/f1"] == pytest.approx(sklearn.metrics.f1_score(target, logits.argmax(1), average="macro"))
+    auroc = torchmetrics.functional.auroc(logits, target, task="multiclass", num_classes=3)
+    assert run.metrics["valid/auroc"] == pytest.approx(auroc.item())
+    assert run.exact is True
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("accuracy", "metric 'accuracy': expected a name such as 'torchmetrics:auroc' or 'sklearn:f1_macro', or an "
+         "object such as lw.metrics.Accuracy()"),
+        ("torchmetrics:aurok", "metric 'torchmetrics:aurok' is unknown. Did you mean 'auroc'? 2"),
+        ("sklearn:f1macro", "metric 'sklearn:f1macro' is unknown. Did you mean 'f1_macro', "),
+        ("torchmetrics:minkowski_distance", "metric 'torchmetrics:minkowski_distance' needs p as well: pass a "
+         "function, functools.partial(torchmetrics.functional.minkowski_distance, p=...)"),
+    ],
+)  # fmt: skip
+def test_unknown_names_tell_those_that_are_near(metric: str, message: str) -> None:
+    with pytest.raises(SettingError) as error:
+        check_metrics({"m": metric})
+    assert str(error.value).startswith(message)
+
+
+def test_a_negated_scorer_may_not_have_a_name_that_says_less_is_better() -> None:
+    with pytest.raises(SettingError) as error:
+        check_metrics({"mse": "sklearn:neg_mean_squared_error"})
+    assert str(error.value) == (
+        "metric 'mse' is neg_mean_squared_error, of which more is better, and its name says that less is: name it "
+        "'neg_mse'"
+    )
+    assert list(check_metrics({"neg_mse": "sklearn:neg_mean_squared_error"})) == ["neg_mse"]
+
+
+@pytest.mark.parametrize(("name", "extra"), [("torchmetrics:auroc", "metrics"), ("sklearn:f1_macro", "sklearn")])
+def test_a_missing_package_is_named_with_its_extra(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name.partition(":")[0], None)
+    with pytest.raises(SettingError, match=rf"pip install loopwright\[{extra}\]"):
+        check_metrics({"m": name})
+
+
+@pytest.mark.parametrize("name", ["sklearn:f1_macro", "torchmetrics:auroc", "sklearn:log_loss"])
+def test_nan_scores_are_an_error_with_the_fix(name: str) -> None:
+    preds, target = scores()
+    preds[3, 1] = preds[5, 0] = float("nan")
+    with pytest.raises(MetricError, match=r"preds are NaN in 2 of 40 samples\. Look for where they come from"):
+        measured(name, preds, target)
+
+
+def test_what_cannot_be_kept_or_told_is_refused() -> None:
+    with pytest.raises(MetricError, match=r"is given preds: \[str, str\]; only tensors, arrays and numbers are kept"):
+        Function(max).update(["a", "b"], torch.zeros(2))
+    with pytest.raises(MetricError, match=r"does not follow from the shapes\. Give scores, or a function that says it"):
+        measured("torchmetrics:accuracy", torch.tensor([1, 2]), torch.tensor([1, 2]))
+    with pytest.raises(MetricError, match=r"f1_score: preds .* do not fit: expected one shape for both"):
+        measured(sklearn.metrics.f1_score, torch.zeros(3, 2, 2), torch.zeros(3).long())
+    with pytest.raises(SettingError, match=r"Function\(<class 'int'>\): expected a function"):
+        Function(int)
+    assert list(check_metrics({"a": Accuracy(preds="logits", target="y")})["a"].inputs) == ["logits", "y"]
