@@ -378,6 +378,7 @@ class Run:
     changes: list[tuple[str, Any]] = field(default_factory=list)
     compiler: Any = None  # makes the compiled form of a step
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
+    closing: list[Callable[[Run], None]] = field(default_factory=list)  # called when the folder of the run is closed
     stage_end: Progress = field(default_factory=Progress)
     reused: list[str] = field(default_factory=list)  # names of stages that were finished before, and not trained again
     stage_ended_at: int | None = None  # the step at which ``end_stage`` was asked for
