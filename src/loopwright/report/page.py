@@ -36,6 +36,8 @@ def write(
 
     What is torn or missing is left out and said. Raises SettingError for what is no run and for unknown series.
 
+    >>> import loopwright as lw, torch
+    >>> from torch import nn
     >>> trainer = lw.Trainer(epochs=1, progress=False)
     >>> net = nn.Linear(2, 2)
     >>> task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))

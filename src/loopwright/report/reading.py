@@ -223,17 +223,18 @@ def _read_line(
             value = _NON_FINITE.get(value)
         if type(value) is not float and type(value) is not int:
             continue
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond all floats
+            continue
         column = columns.get((kind, name))
         if column is None:
             if len(columns) >= _MOST:
                 left_out.add(name)
                 continue
             column = columns[kind, name] = (array("q"), array("d"))
-        try:
-            column[1].append(value)
-        except OverflowError:  # an integer beyond all floats
-            continue
         column[0].append(step)
+        column[1].append(number)
     return True
 
 

@@ -42,6 +42,7 @@ class Report(Callback):
     Reads: the output of evaluation steps, from the device; the arguments of the first forward; Python's warnings, which
     go on to where they went before. Changes: nothing. Stops: no. A report that cannot be written is a warning.
 
+    >>> import loopwright as lw
     >>> net = nn.Linear(2, 2)
     >>> task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
     >>> data = [(torch.eye(2), torch.tensor([0, 1]))]

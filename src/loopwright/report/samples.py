@@ -50,7 +50,9 @@ class Samples:
     def add(self, output: Mapping[str, Any], batch: Any) -> None:
         """Take note of a batch. It reads predictions and targets from their device."""
         preds, target = output.get("preds"), output.get("target")
-        if not isinstance(preds, Tensor) or not isinstance(target, Tensor) or not len(target):
+        if not isinstance(preds, Tensor) or not isinstance(target, Tensor) or not preds.dim() * target.dim():
+            return
+        if not len(target):
             return
         preds, target = preds.detach().cpu(), target.detach().cpu()
         classes = as_classes(preds, target, self.loss)
@@ -60,7 +62,7 @@ class Samples:
                 self._add_classes(*classes, batch)
         elif _are_numbers(preds, target) and self.kind in (None, "numbers"):
             self.kind = "numbers"
-            self._add_numbers(preds.double().reshape(len(target), -1), target.double().flatten(1), batch)
+            self._add_numbers(preds.double().reshape(len(target), -1), target.double().reshape(len(target), -1), batch)
         self.seen += len(target)
 
     def _add_classes(self, chances: Tensor, labels: Tensor, batch: Any) -> None:

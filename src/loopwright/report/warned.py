@@ -18,6 +18,7 @@ class Warned:
 
     >>> warned = Warned()
     >>> with warnings.catch_warnings(record=True):
+    ...     warnings.simplefilter("always")
     ...     warned.start()
     ...     for _ in range(2):
     ...         warnings.warn_explicit("cold", UserWarning, "here.py", 1, registry={})
