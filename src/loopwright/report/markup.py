@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Markup", "cut", "digest", "el", "embedded", "table"]
+__all__ = ["Markup", "cut", "digest", "el", "embedded", "standard", "table"]
 
 _VOID = {"img", "meta", "br"}
 _LONGEST = 2000  # characters of a text that is shown when it is pointed at
@@ -93,17 +93,18 @@ def embedded(value: Any) -> Markup:
     >>> embedded(["</script>", float("nan")])
     '["\\\\u003c/script\\\\u003e",null]'
     """
-    text = json.dumps(_standard(value), separators=(",", ":"), allow_nan=False)  # ASCII
+    text = json.dumps(standard(value), separators=(",", ":"), allow_nan=False)  # ASCII
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
 
 
-def _standard(value: Any) -> Any:
+def standard(value: Any) -> Any:
+    """Plain data as standard JSON has it: numbers that are not finite become null."""
     if isinstance(value, dict):
-        return {str(key): _standard(item) for key, item in value.items()}
+        return {str(key): standard(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_standard(item) for item in value]
+        return [standard(item) for item in value]
     return None if isinstance(value, float) and value - value != 0 else value  # NaN and infinities
 
 

@@ -19,6 +19,7 @@ from loopwright.data import fingerprint
 from loopwright.errors import LoopwrightWarning, SettingError
 from loopwright.events import Callback
 from loopwright.model_summary import rows_of, summary
+from loopwright.report.markup import standard
 from loopwright.report.page import write
 from loopwright.report.samples import Samples
 from loopwright.report.warned import Warned
@@ -242,7 +243,7 @@ def _keep_losses(run: Run) -> int:
 def _save(file: Path, part: Any) -> None:
     file.parent.mkdir(exist_ok=True)
     temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(json.dumps(part), encoding="utf-8")
+    temporary.write_text(json.dumps(standard(part)), encoding="utf-8")
     os.replace(temporary, file)
 
 
