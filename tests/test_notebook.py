@@ -19,7 +19,9 @@ SAFE = "&lt;img src=x onerror=alert(1)&gt;"
 
 def fitted(**settings: Any) -> lw.Run:
     net = classifier()
-    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), metrics={EVIL: lw.metrics.Accuracy()})
+    task = lw.Supervised(
+        net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), metrics={EVIL: lw.metrics.Accuracy()}
+    )
     return lw.Trainer(epochs=2, progress=False, **settings).fit(task, [samples(6)] * 3, valid=[samples(4)])
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import loopwright as lw
 from loopwright.loggers import JSONLLogger
 from loopwright.report.curves import band, thin
-from loopwright.report.reading import Curve, find_run, read_run
+from loopwright.report.log import Curve
+from loopwright.report.reading import find_run, read_run
 from recorded import line, made
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from loopwright.errors import SettingError, choose
-from loopwright.report.reading import Curve, Recorded
+from loopwright.report.log import Curve
+from loopwright.report.reading import Recorded
 
 __all__ = ["band", "best_of", "chosen", "compared_charts", "own_charts", "thin"]
 

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loopwright.checkpoint import list_checkpoints
 from loopwright.errors import SettingError, choose
 from loopwright.folder import newest_folder
+from loopwright.report.log import Curve, read_log
 
-__all__ = ["Curve", "Recorded", "find_run", "read_run"]
+__all__ = ["Recorded", "find_run", "read_run"]
 
 _LARGEST = 1 << 26  # bytes of a file that is read whole
 _CONFIG = 200_000  # characters of settings that are taken apart
-_MOST = 2000  # series
-_NOT_VALUES = ("kind", "step", "epoch", "samples", "seconds")
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-@dataclass(slots=True)
-class Curve:
-    """The values of one name: ``step`` [N], int64, that never falls, and ``value`` [N], float64."""
-
-    step: NDArray[np.int64]
-    value: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        return len(self.step)
 
 
 @dataclass(slots=True)
@@ -119,7 +103,8 @@ def read_run(folder: Path) -> Recorded:
     record = _json(folder / "run.json", run.notes)
     run.record = record if isinstance(record, dict) else {}
     run.config = _config(folder / "config.yaml", run.notes)
-    _curves(folder / "metrics.jsonl", run)
+    run.curves, more = read_log(folder / "metrics.jsonl")
+    run.notes += more
     profile = _json(folder / "profile.json", run.notes)
     run.profile = profile if isinstance(profile, dict) else {}
     for name in ("about", "valid", "test", "warnings"):
@@ -173,76 +158,6 @@ def _config(file: Path, notes: list[str]) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
         notes.append(f"{file.name} is no plain YAML and is shown as it is")
         return text
-
-
-def _curves(file: Path, run: Recorded) -> None:
-    """Read the log line by line: one column of numbers a series, so that memory holds a million records."""
-    columns: dict[tuple[str, str], tuple[array[int], array[float]]] = {}
-    bad, left_out = list[int](), set[str]()
-    try:
-        with file.open("rb") as lines:
-            number = 0
-            torn = False
-            for number, line in enumerate(lines, 1):
-                torn = not line.endswith(b"\n")
-                if torn or not _read_line(line, columns, left_out):
-                    bad.append(number)
-    except OSError:
-        run.notes.append(f"{file.name} is missing: nothing was logged")
-        return
-    if torn:
-        bad.remove(number)
-        run.notes.append(
-            f"the last line of {file.name} (line {number:,}) was not written to its end and is left out: the run was "
-            "killed then, or is writing now"
-        )
-    if bad:
-        shown = ", ".join(f"{one:,}" for one in bad[:5]) + (", …" if len(bad) > 5 else "")
-        run.notes.append(f"{len(bad):,} line{'s' * (len(bad) > 1)} of {file.name} could not be read: line {shown}")
-    if left_out:
-        run.notes.append(f"{file.name} holds more than {_MOST:,} series; {len(left_out):,} are left out")
-    for (kind, name), (steps, values) in columns.items():
-        curve = _ordered(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
-        run.curves.setdefault(kind, {})[name] = curve
-
-
-def _read_line(
-    line: bytes, columns: dict[tuple[str, str], tuple[array[int], array[float]]], left_out: set[str]
-) -> bool:
-    try:
-        record = json.loads(line)
-        kind, step = str(record.get("kind", "train"))[:40], int(record["step"])
-        if not 0 <= step < 1 << 53:
-            return False
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
-        return False
-    for name, value in record.items():
-        if name in _NOT_VALUES:
-            continue
-        if type(value) is str:
-            value = _NON_FINITE.get(value)
-        if type(value) is not float and type(value) is not int:
-            continue
-        try:
-            number = float(value)
-        except OverflowError:  # an integer beyond all floats
-            continue
-        column = columns.get((kind, name))
-        if column is None:
-            if len(columns) >= _MOST:
-                left_out.add(name)
-                continue
-            column = columns[kind, name] = (array("q"), array("d"))
-        column[0].append(step)
-        column[1].append(number)
-    return True
-
-
-def _ordered(step: NDArray[np.int64], value: NDArray[np.float64]) -> Curve:
-    if len(step) > 1 and (np.diff(step) < 0).any():
-        order = step.argsort(kind="stable")
-        step, value = step[order], value[order]
-    return Curve(step, value)
 
 
 def _steps(file: Path, run: Recorded) -> None:
