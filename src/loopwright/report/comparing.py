@@ -13,7 +13,7 @@ from loopwright.text import format_count, format_time, format_value
 
 __all__ = ["differences", "group_by_seed", "labels", "overview"]
 
-_SEEDS = ("seed", "key", "resumed_from")  # settings that may differ within a group
+_SEEDS = ("seed", "key", "resumed_from", "progress", "folder")  # settings that may differ within a group
 _KEYS = 300
 
 
