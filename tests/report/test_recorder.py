@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 import loopwright as lw
+from every_step import Experiment, resumed_at_every_step
 from loopwright.report.samples import Samples
 from tiny import acts, bits, classifier, same, samples, seed_all
 
@@ -292,3 +293,15 @@ def test_what_is_shown_of_a_batch_can_be_chosen(tmp_path):
 
     run = fitted(tmp_path, lw.Report(show=show))
     assert all(one["text"] == f"sample of class {one['target']}" for one in part(run, "valid")["worst"])
+
+
+def test_a_resume_from_every_step_is_exact_with_a_report(tmp_path):
+    def make() -> Experiment:
+        net = classifier(dropout=0.2, batch_norm=True)
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), 0.01))
+        data = lw.Loader(samples(20), batch_size=7, shuffle=True)
+        return Experiment(task, data, data, settings={"epochs": 2, "callbacks": [lw.Report()], "name": "net"})
+
+    whole = resumed_at_every_step(make, tmp_path)
+    kept = load_file(whole.folder / "report" / "losses.safetensors")["loss"]
+    assert kept.tolist() == list(whole.history.losses["loss"])

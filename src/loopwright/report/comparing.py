@@ -31,7 +31,8 @@ def labels(runs: Sequence[Recorded], groups: Sequence[Sequence[int]]) -> list[st
     """A name for each group: that of its runs, with the settings in which the groups differ."""
     found = [flat(runs[group[0]].config) for group in groups]
     keys = [key for key in dict.fromkeys(key for one in found for key in one)
-            if key not in (*_SEEDS, "name", "folder") and len({one.get(key) for one in found}) > 1]  # fmt: skip
+            if key not in (*_SEEDS, "name") and len({one.get(key) for one in found}) > 1]  # fmt: skip
+    keys = [key for key in keys if not key.startswith("stages.")] or keys  # most of which only follow from others
     told = []
     for group, settings in zip(groups, found, strict=True):
         parts = [f"{key.rpartition('.')[2]}={settings.get(key, '-')[:30]}" for key in keys[:3]]
