@@ -180,7 +180,7 @@
       }
       const base = height - PAD.bottom;
       svg(canvas, "line", { class: "axis", x1: PAD.left, x2: width - PAD.right, y1: base, y2: base });
-      for (const x of ticks(x0, x1, Math.max(2, Math.floor(inner.w / 95)))) {
+      for (const x of ticks(x0, x1, Math.max(3, Math.floor(inner.w / 75)))) {
         if (x !== Math.round(x)) continue;
         const anchor = X(x) > width - 40 ? "end" : "middle";
         svg(canvas, "text", { x: X(x), y: height - 8, "text-anchor": anchor }, x === 0 ? "step 0" : steps(x));

@@ -108,7 +108,7 @@ class Report(Callback):
     def on_validation_end(self, run: Run, values: Mapping[str, float]) -> None:
         self._validating += time.perf_counter() - self._began
         told = self._ended(run)
-        if values:
+        if values and run.stages:  # none: a validation on its own, between fits
             self._parts["valid"] = {**told, "step": run.progress.step} if told else {}
 
     def on_test_end(self, run: Run, values: Mapping[str, float]) -> None:
