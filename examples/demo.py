@@ -95,8 +95,9 @@ def main(seed: int = 0, epochs: int = 24, folder: str = "runs") -> float:
         metrics={"accuracy": lw.metrics.Accuracy()},
     )
     checkpoint = lw.Checkpoint(monitor="valid/loss", keep=1)
+    report = lw.Report()
     trainer = lw.Trainer(
-        epochs=epochs, seed=seed, folder=folder, name="digits", checkpoint=checkpoint, callbacks=[Distort()]
+        epochs=epochs, seed=seed, folder=folder, name="digits", checkpoint=checkpoint, callbacks=[Distort(), report]
     )
     run = trainer.fit(task, train, valid=lw.Loader(data.valid, batch_size=256))
 
@@ -109,7 +110,8 @@ def main(seed: int = 0, epochs: int = 24, folder: str = "runs") -> float:
     tables = write_tables(findings)
     (run.folder / "report.txt").write_text(tables, encoding="utf-8")
     draw_picture(findings, run.folder / "report.png")
-    print(f"\n{tables}\n{describe_folder(run.folder)}")
+    trainer.test(task, data.test)  # adds what the best checkpoint says of them to the page
+    print(f"\n{tables}\n{describe_folder(run.folder)}\n\nOpen {report.path} in a browser: the whole run on one page")
     return findings.accuracy
 
 

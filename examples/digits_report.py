@@ -92,6 +92,8 @@ def _mistakes(findings: Findings) -> Iterator[str]:
 ABOUT = {
     "report.png": "this report as a picture: curves, confusions, hardest images",
     "report.txt": "the tables above",
+    "report.html": "the run as a page: curves to zoom into, confusions, images, settings",
+    "report": "what the page shows besides the rest of this folder",
     "metrics.jsonl": "every logged value, one JSON record a line",
     "checkpoints": "the best weights and the last, as safetensors and JSON",
     "run.json": "command, seed, versions, git commit, final metrics",

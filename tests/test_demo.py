@@ -62,6 +62,17 @@ def test_the_tables_agree_with_one_another(short):
     assert [row[2] for row in classes] == [f"{counts[i][i] / sum(counts[i]):.1%}" for i in range(10)]
 
 
+def test_it_ends_with_a_page_of_the_run(short):
+    out, run = short
+    assert out.endswith(f"\n\nOpen {run / 'report.html'} in a browser: the whole run on one page\n")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    titles = re.findall("<h2>(.*?)</h2>", page)
+    assert titles[:4] == ["Curves", "Test: confusions", "Test: worst predictions", "Test: best predictions"]
+    right, total = re.search(r": (\d+) of (\d+) images", out).groups()
+    assert f"{right} of {total} right" in page  # as the tables say
+    assert page.count("data:image/png;base64,") >= 24
+
+
 @pytest.mark.slow
 def test_the_demo_reads_99_percent_of_unseen_digits(folder):
     out, run = run_demo(folder, "--seed", "0")

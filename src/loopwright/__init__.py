@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopwright import data, losses, metrics, optim, schedules
+    from loopwright import data, losses, metrics, optim, report, schedules
     from loopwright.activations import checkpoint_activations
     from loopwright.callbacks import (
         EMA,
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from loopwright.parallel.fsdp import FSDP
     from loopwright.parallel.launch import launch
     from loopwright.replaying import Replay, replay
+    from loopwright.report import Report
     from loopwright.resume import Resume
     from loopwright.state import Duration, Phase, Progress, Run, Stage, StepResult
     from loopwright.task import Supervised, Task
@@ -99,6 +100,7 @@ _HOMES = {
     "parallel.fsdp": ["FSDP"],
     "parallel.launch": ["launch"],
     "replaying": ["Replay", "replay"],
+    "report": ["Report"],
     "resume": ["Resume"],
     "state": ["Duration", "Phase", "Progress", "Run", "Stage", "StepResult"],
     "task": ["Supervised", "Task"],
@@ -149,6 +151,7 @@ __all__ = [
     "ProgressBar",
     "RandomErasing",
     "Replay",
+    "Report",
     "Requeue",
     "Resources",
     "Resume",
@@ -183,6 +186,7 @@ __all__ = [
     "optim",
     "per_step",
     "replay",
+    "report",
     "schedules",
     "summary",
     "verify_resume",
@@ -190,7 +194,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "losses", "metrics", "optim", "schedules"):
+    if name in ("data", "losses", "metrics", "optim", "report", "schedules"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from loopwright.notebook import sparkline, table_html
+
 if TYPE_CHECKING:
     import pandas
 
@@ -165,6 +167,13 @@ class History:
     def __repr__(self) -> str:
         last = ", ".join(f"{k}={_shown(v)}" for k, v in self.records[-1].items()) if self.records else "no epoch yet"
         return f"History({len(self)} epochs; last: {last})"
+
+    def _repr_html_(self) -> str:
+        """The curve of the loss of every step, and a line an epoch."""
+        names = list(dict.fromkeys(name for record in self.records for name in record))
+        rows = [[record.get(name) for name in names] for record in self.records]
+        curve = sparkline(next(iter(self.losses.values()), []))
+        return curve + (table_html(names, rows) if rows else "<p>no epoch yet</p>")
 
     def state_dict(self) -> dict[str, Any]:
         losses = {name: torch.tensor(values, dtype=torch.float32) for name, values in self.losses.items()}

@@ -17,7 +17,7 @@ from loopwright import rng
 from loopwright.errors import SettingError
 from loopwright.events import describe
 
-__all__ = ["Layer", "ModelSummary", "summary"]
+__all__ = ["Layer", "ModelSummary", "rows_of", "summary"]
 
 
 @dataclass(slots=True)
@@ -80,6 +80,26 @@ class ModelSummary:
         body = "".join(f"<tr>{cells(_row(layer), 'td')}</tr>" for layer in self.layers)
         totals = "<br>".join(map(html.escape, self._totals()))
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{totals}</p>"
+
+
+def rows_of(module: nn.Module, found: ModelSummary | None) -> tuple[list[list[str]], list[str], int]:
+    """The table as its cells, the lines below it, and how many parameters there are.
+
+    Without a summary, of which a forward is the condition: the layers and their parameters alone.
+
+    >>> rows_of(nn.Linear(2, 1), None)
+    ([['Linear', '', '', '3', '']], ['parameters: 3'], 3)
+    """
+    if found is not None:
+        return [list(_row(layer)) for layer in found.layers], list(found._totals()), found.parameters
+    rows = []
+    for path, one in module.named_modules():
+        name, kind = path.rpartition(".")[2], type(one).__name__
+        count = sum(p.numel() for p in one.parameters() if not is_lazy(p))
+        label = f"{'  ' * (path.count('.') + bool(path))}{name} {kind}" if name else kind
+        rows.append([label, "", "", f"{count:,}" if count else "-", ""])
+    total = sum(p.numel() for p in module.parameters() if not is_lazy(p))
+    return rows, [f"parameters: {total:,}"], total
 
 
 def summary(module: nn.Module, inputs: Any, *, depth: int | None = None) -> ModelSummary:

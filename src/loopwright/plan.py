@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,11 @@ class Plan:
     def __str__(self) -> str:
         bad = [f"problem: {p}" for p in self.problems]
         return "\n".join([*self.facts, *(bad or ["no problem found"])])
+
+    def _repr_html_(self) -> str:
+        facts = "".join(f"<li>{html.escape(fact)}</li>" for fact in self.facts)
+        bad = "".join(f'<li><b style="color:#c0182b">problem:</b> {html.escape(one)}</li>' for one in self.problems)
+        return f"<ul>{facts}{bad or '<li>no problem found</li>'}</ul>"
 
 
 def make_plan(run: Run) -> Plan:

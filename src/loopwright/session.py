@@ -122,6 +122,8 @@ def _close(run: Run, error: BaseException | None) -> None:
             close_folder(
                 run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact, **ranks
             )
+        for close in run.closing:
+            close(run)
     if first is not None and first is not error:
         raise first
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from torch.optim import Optimizer
 from loopwright.accumulation import parse_accumulate
 from loopwright.errors import SettingError, choose
 from loopwright.history import History, Series
+from loopwright.notebook import sparkline, table_html
 from loopwright.progress import Duration, Every, Progress, Whole
+from loopwright.text import format_time
 
 if TYPE_CHECKING:
     import torch
@@ -378,6 +381,7 @@ class Run:
     changes: list[tuple[str, Any]] = field(default_factory=list)
     compiler: Any = None  # makes the compiled form of a step
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
+    closing: list[Callable[[Run], None]] = field(default_factory=list)  # called when the folder of the run is closed
     stage_end: Progress = field(default_factory=Progress)
     reused: list[str] = field(default_factory=list)  # names of stages that were finished before, and not trained again
     stage_ended_at: int | None = None  # the step at which ``end_stage`` was asked for
@@ -476,6 +480,15 @@ class Run:
             raise SettingError(f"run.replace has no {name!r} to replace. {choose(name, known)}")
         self.changes.append((name, obj))
         self.replaced.append(f"{name} by {type(obj).__name__} after step {self.progress.step}")
+
+    def _repr_html_(self) -> str:
+        """For a notebook: how the run stands, the latest value of each name, and the curve of the loss."""
+        p = self.progress
+        facts = {"status": self.status, "epoch": p.epoch, "step": p.step, "time": format_time(p.seconds)}
+        facts |= {"stopped": self.stop_reason} if self.stop_reason else {}
+        curve = sparkline(next(iter(self.history.losses.values()), []))
+        where = "" if self.folder is None else f"<p><code>{html.escape(str(self.folder))}</code></p>"
+        return curve + table_html(["run", ""], [*facts.items(), *self.metrics.items()]) + where
 
     def __repr__(self) -> str:
         p = self.progress

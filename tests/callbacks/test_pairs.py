@@ -7,6 +7,7 @@ A new callback needs one entry in ENTRIES.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,6 +293,19 @@ def written(trial: Trial, name: str) -> None:
         assert trial.run.metrics["valid/accuracy"] == pytest.approx(right)
 
 
+def reported(trial: Trial, name: str) -> None:
+    report = trial.callbacks[name]
+    assert report.path == trial.run.folder / "report.html"
+    page = report.path.read_text(encoding="utf-8")
+    assert "Validation: confusions" in page
+    seen = json.loads((trial.run.folder / "report" / "valid.json").read_text())
+    assert sum(map(sum, seen["counts"])) == 9
+    assert seen["step"] == trial.run.progress.step
+    if "valid/accuracy" in trial.run.metrics:
+        right = sum(seen["counts"][i][i] for i in range(CLASSES)) / 9
+        assert trial.run.metrics["valid/accuracy"] == pytest.approx(right)
+
+
 def accumulated(trial: Trial, name: str) -> None:
     assert trial.run.progress.step == 2 * trial.run.progress.epoch
     assert trial.run.progress.samples == 22 * trial.run.progress.epoch
@@ -444,6 +458,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "Resources": Entry(resources, lambda folder: lw.Resources("0.000001 s"), observes=True),
     "Predictions": Entry(written, lambda folder: lw.Predictions(folder / "predictions"), observes=True),
+    "Report": Entry(reported, lambda folder: lw.Report(), observes=True),
     "CSVLogger": Entry(
         tabled, settings=lambda folder: {"loggers": [lw.CSVLogger(folder / "metrics.csv")]}, observes=True
     ),

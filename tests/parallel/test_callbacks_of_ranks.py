@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def test_predictions_of_all_ranks_are_one_file_in_order(tmp_path: Path) -> None:
         for key in one:
             np.testing.assert_allclose(both[key], one[key], rtol=1e-4, atol=1e-6)
     assert np.load(tmp_path / "two" / names[1])["target"].tolist() == Y.tolist()
+
+
+def test_a_report_shows_the_samples_of_all_ranks(tmp_path: Path) -> None:
+    def fit(folder: Path) -> Any:
+        report = lw.Report()
+        _, run = fitted(report, folder=folder)
+        if run.comm.rank:
+            return report.path
+        seen = json.loads((run.folder / "report" / "valid.json").read_text())
+        return seen["counts"], seen["samples"], [(one["row"], one["target"]) for one in seen["worst"]]
+
+    (counts, count, worst), nothing = lw.launch(fit, 2, tmp_path / "two")
+    assert nothing is None
+    assert (counts, count) == fit(tmp_path / "one")[:2]
+    assert sorted(worst) == sorted(fit(tmp_path / "one")[2])
 
 
 def test_rates_are_those_of_all_ranks_and_the_best_weights_are_the_same_on_each() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import os
 import shutil
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TextIO
 
-import numpy as np
+from loopwright.notebook import sparkline
 
 __all__ = ["Bar", "Cell", "Display", "Lines", "Notebook", "Terminal", "display_mode", "open_display"]
 
@@ -232,24 +231,3 @@ def _bar_html(bar: Bar) -> str:
     style = "width:12em;height:0.8em;margin:0 1em;accent-color:#4c9a52"
     drawn = "  " if bar.done is None else f'<progress style="{style}" value="{bar.done:.4f}" max="1"></progress>'
     return html.escape(bar.label) + drawn + html.escape("  ".join(map(str, bar.cells)))
-
-
-def sparkline(values: Sequence[float], *, width: int = 320, height: int = 48) -> str:
-    """An SVG curve of ``values``, thinned to at most one point every 2 pixels; empty for fewer than 2.
-
-    >>> sparkline([3.0, 1.0, 2.0]).count(",")
-    3
-    """
-    stride = max(1, -(-len(values) // (width // 2)))
-    means = np.array(values[: len(values) // stride * stride], dtype=np.float64).reshape(-1, stride).mean(axis=1)
-    drawn = [(i, v) for i, v in enumerate(means.tolist()) if math.isfinite(v)]
-    if len(drawn) < 2:
-        return ""
-    low, high = min(v for _, v in drawn), max(v for _, v in drawn)
-    x, y = width / max(len(means) - 1, 1), (height - 4) / ((high - low) or 1.0)
-    points = " ".join(f"{i * x:.1f},{height - 2 - (v - low) * y:.1f}" for i, v in drawn)
-    return (
-        f'<svg width="{width}" height="{height}" style="display:block;margin:0.3em 0" role="img">'
-        f"<title>loss of each step from {drawn[0][1]:.4g} to {drawn[-1][1]:.4g}</title>"
-        f'<polyline points="{points}" fill="none" stroke="#4c9a52" stroke-width="1.5"/></svg>'
-    )

@@ -49,6 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     runs = _add(commands, "runs", _runs, "list the runs in a folder, the newest first")
     runs.add_argument("folder", nargs="?", default="runs", type=Path, help="where the runs are (default: runs)")
 
+    report = _add(commands, "report", _report, "a page that shows a run, or several side by side: one file, no network")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or runs/NAME for the newest of that name")
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="where to write it (default: report.html in the folder of a run, comparison.html here for several)",
+    )  # fmt: skip
+    report.add_argument(
+        "--series", nargs="+", metavar="NAME", help="draw these curves only, such as valid/loss 'grad/*' (default: all)"
+    )
+
     _add_launch(_add(commands, "launch", _launch, "start a script in several processes, through torchrun"))
 
     checkpoints = _add(commands, "checkpoints", None, "list, show, verify and prune the checkpoints of a run")
@@ -140,6 +150,13 @@ def _runs(args: Any) -> int:
     from loopwright.cli.runs import print_runs
 
     return print_runs(args.folder)
+
+
+def _report(args: Any) -> int:
+    from loopwright.report import write
+
+    print(write(args.runs, args.output, series=args.series))
+    return 0
 
 
 def _launch(args: Any) -> int:
