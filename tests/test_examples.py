@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SHORT = ("char_lm", "function", "gan", "handlers", "lbfgs", "plain_module", "reinforce", "task")
+SHORT = ("char_lm", "everywhere", "function", "gan", "handlers", "lbfgs", "plain_module", "reinforce", "task")
 
 
 def load(name: str) -> ModuleType:
