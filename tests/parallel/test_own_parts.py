@@ -103,7 +103,7 @@ def fit(own: bool) -> Any:
 
 @pytest.mark.capability("PL-15")
 def test_group_strategy_precision_backward_optimizer_and_scheduler_may_all_be_ones_own_at_once() -> None:
-    """Process group, gradient exchange, autocast, backward, optimizer step and scheduler are all replaced by objects."""
+    """Process group, exchange of gradients, autocast, backward, optimizer and scheduler are objects of the user."""
     (first, calls, lr, kept, steps), (second, others, *_) = lw.launch(fit, 2, True)
     assert all(map(torch.equal, first, second))
     assert kept
