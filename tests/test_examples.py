@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SHORT = ("char_lm", "function", "gan", "handlers", "lbfgs", "plain_module", "reinforce", "task")
+SHORT = ("char_lm", "everywhere", "function", "gan", "handlers", "lbfgs", "plain_module", "reinforce", "task")
 
 
 def load(name: str) -> ModuleType:
@@ -41,6 +41,7 @@ def test_an_example_says_how_to_run_it(name):
     assert f"Run: python examples/{name}.py [--" in module.__doc__
 
 
+@pytest.mark.capability("TB-03")
 def test_an_example_runs_as_a_script_from_any_folder(tmp_path):
     command = [sys.executable, str(EXAMPLES / "plain_module.py"), "--epochs", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -43,6 +43,7 @@ class Frames(torch.autograd.Function):
         return grad
 
 
+@pytest.mark.capability("PL-30")
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"precision": "bf16"}], ids=str)
 def test_at_most_four_frames_lie_between_fit_and_backward(settings: dict[str, Any]) -> None:
     Frames.seen.clear()
@@ -51,6 +52,7 @@ def test_at_most_four_frames_lie_between_fit_and_backward(settings: dict[str, An
     assert Frames.seen == [["train_step", "train_epoch", "train", "fit"]] * 2
 
 
+@pytest.mark.capability("PL-30")
 def test_a_step_adds_few_python_calls() -> None:
     """Calls of functions of Loopwright a step, with the defaults; the hand-written loop makes 134 of torch's."""
     calls: list[str] = []
@@ -70,6 +72,42 @@ def test_a_step_adds_few_python_calls() -> None:
         return len(calls)
 
     assert (measure(60) - measure(20)) / 40 <= 24
+
+
+@pytest.mark.capability("FA-28", "PL-30")
+def test_a_step_makes_no_more_calls_than_that_of_the_loop_by_hand() -> None:
+    """From a DataLoader a step of ``fit`` with its defaults makes fewer calls, Python's and C's, than plain PyTorch."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    def by_hand(data: Any) -> None:
+        net, loss = classifier(), nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        for x, y in data:
+            optimizer.zero_grad()
+            loss(net(x), y).backward()
+            optimizer.step()
+
+    def by_fit(data: Any) -> None:
+        trainer(epochs=1, log_every=1000).fit(sgd_task(classifier(), loss=nn.CrossEntropyLoss()), data)
+
+    def a_step(train: Any) -> float:
+        nonlocal calls
+        found = []
+        for steps in (20, 60):
+            data, calls = loader(32 * steps, batch_size=32, shuffle=True), 0
+            sys.setprofile(count)
+            try:
+                train(data)
+            finally:
+                sys.setprofile(None)
+            found.append(calls)
+        return (found[1] - found[0]) / 40
+
+    assert a_step(by_fit) <= a_step(by_hand)
 
 
 # -------------------------------------------------------------------------------------------------------- device reads

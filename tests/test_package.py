@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import enum
+import importlib
 import inspect
 import json
 import os
@@ -11,7 +12,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 import loopwright as lw
+from test_docs import pages, script
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "loopwright"
@@ -152,6 +154,58 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 def test_every_public_name_is_documented() -> None:
     bare = [name for name, thing in public(lw) if callable(thing) or isinstance(thing, ModuleType) if not doc(thing)]
     assert bare == []
+
+
+@pytest.mark.capability("TB-09")
+def test_every_public_name_has_an_example_and_a_test() -> None:
+    """Each public name is shown by its doctest, the docs or an example, which all run, and is used by a test."""
+    shown = taken(script(path.read_text(encoding="utf-8")) for path in pages())
+    shown |= taken(path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py"))
+    tested = taken(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    named = [(name, thing) for name, thing in public(lw) if not isinstance(thing, ModuleType)]
+    assert len(named) > 100
+    assert [name for name, thing in named if not (has_doctest(thing) or id(thing) in shown)] == []
+    assert [name for name, thing in named if id(thing) not in tested] == []
+
+
+def has_doctest(thing: object) -> bool:
+    """True where its own docstring, or that of a method, shows how it is used."""
+    parts = [thing, *(vars(thing).values() if inspect.isclass(thing) else ())]
+    return any(">>> " in doc(part) for part in parts if inspect.isclass(part) or callable(part))
+
+
+def taken(codes: Iterable[str]) -> set[int]:
+    """The ``id`` of every object of the package that ``codes`` import or reach by its dots."""
+    found: set[int] = set()
+    for code in codes:
+        known: dict[str, Any] = {"lw": lw, "loopwright": lw}
+        for node in ast.walk(ast.parse(code)):  # imports inside of functions come later than the module's own
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "loopwright":
+                module = importlib.import_module(node.module or "")
+                known |= {one.asname or one.name: getattr(module, one.name, None) for one in node.names}
+        found |= {id(thing) for thing in known.values()}
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Attribute):
+                root, *path = ast.unparse(node).split(".")
+                thing = known.get(root)
+                for name in path:
+                    thing = getattr(thing, name, None)
+                found.add(id(thing))
+    return found - {id(None)}
+
+
+def test_what_code_takes_of_the_package_is_found() -> None:
+    code = """
+import loopwright as lw
+from loopwright import data
+from loopwright.optim import Stepwise as ours
+lw.data.limit(lw.Loader([]), 3)
+data.Mix
+other.Trainer
+"""
+    found = taken([code])
+    assert {id(thing) for thing in (lw.optim.Stepwise, lw.data.limit, lw.Loader, lw.data.Mix)} <= found
+    assert not {id(lw.Trainer), id(lw.data.Blocks)} & found
 
 
 def test_the_public_surface_is_the_recorded_one() -> None:

@@ -84,7 +84,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.capability("CA-31", "CA-33", "CA-37")
+@pytest.mark.capability("CA-12", "CA-31", "CA-33", "CA-37")
 def test_the_folder_of_a_run_alone_makes_the_same_run_again_in_a_fresh_process(tmp_path: Path) -> None:
     """Two fresh processes give the same bits, and so does a third from the first one's run folder alone."""
     first = script(tmp_path / "first")

@@ -64,6 +64,7 @@ def test_truncation_has_the_bits_of_the_loop_by_hand(cell: type[nn.RNNBase], ste
     task = reading(cell, k)
     run = trainer(epochs=2).fit(task, sequences(steps))
     assert same(bits(task.module, run.optimizers["main"]), expected)
+    assert isinstance(run.stages[0].source, lw.data.Chunks)
     assert run.progress.step == 2 * 3 * -(-steps // k)
     assert run.progress.epoch == 2
 
@@ -80,8 +81,10 @@ def test_truncated_back_propagation_is_one_argument() -> None:
     assert not same(bits(whole.module), bits(task.module))
 
 
+@pytest.mark.capability("PL-09")
 @pytest.mark.parametrize("settings", [{"clip_norm": 0.1}, {"precision": "bf16"}])
 def test_clipping_and_precision_apply_to_each_piece(settings: dict[str, Any]) -> None:
+    """Clipping and 16 bits are an argument each, and have the bits of the loop by hand."""
     seed_all(2)
     net = Reader(nn.LSTM)
     optimizer = torch.optim.Adam(net.parameters(), 0.01)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -330,13 +330,36 @@ class StepResult:
     ends_epoch: bool = False
 
 
+Placement = Literal["replicated", "sharded", "own", "rank 0"]
+
+_PLACED: dict[Placement, str] = {
+    "replicated": "precision savers settings folder status exact progress stage_start metrics history stop_reason "
+    "resumed_from nonfinite skip_limit skipped replaced fingerprint schema log_every ended changes stage_end reused "
+    "stage_ended_at own_loss trainable validates_within validated_at skips_in_row stages",
+    "sharded": "task models optimizers",
+    "own": "callbacks hooks comm device state meters latest series team data handlers window open_step compiler "
+    "restore moves_batches began",
+    "rank 0": "loggers lost",
+}  # fmt: skip
+
+
 @dataclass(slots=True, eq=False)
 class Run:
     """One execution of training: handed to every hook, returned by ``fit``.
 
     Read anything. To change something there are four verbs: ``request_stop(reason)``, ``end_stage()``, ``log(values)``
-    and ``replace(name, obj)``.
+    and ``replace(name, obj)``. All fields are there from ``on_fit_start`` on, and after the fit; what lives shorter is
+    passed to the hooks in which it lives.
+
+    ``Run.placement`` says where each field is if there are several ranks. "replicated": the same on all of them when
+    ``on_step_end`` and later hooks are called. "sharded": each rank holds its part where the strategy shares parameters
+    out (``FSDP``), and all of it elsewhere. "own": each rank has its own. "rank 0": there alone; empty on the others.
+
+    >>> Run.placement["metrics"], Run.placement["optimizers"], Run.placement["latest"], Run.placement["loggers"]
+    ('replicated', 'sharded', 'own', 'rank 0')
     """
+
+    placement: ClassVar[Mapping[str, Placement]] = {n: place for place, names in _PLACED.items() for n in names.split()}
 
     task: Any
     stages: list[Stage]

@@ -96,6 +96,7 @@ def test_the_same_error_comes_again_with_the_same_bits(kind: str, accumulate: in
     error, (path,) = fit(task, folder, *breaks, accumulate=accumulate)
     assert error is not None
     found = lw.replay(path, task_of(kind), callbacks=breaks)
+    assert isinstance(found, lw.Replay)
     assert type(found.error) is type(error)
     assert str(found.error) == str(error)
     assert frames(found.error) == frames(error)[-len(frames(found.error)) :]

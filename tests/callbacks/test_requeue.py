@@ -52,9 +52,11 @@ def fit(number: signal.Signals | None = None, *, requeue: lw.Requeue | None = No
     return user.fit(sgd_task(line(), lr=0.1), DATA, resume=None if user.folder is None else "auto")
 
 
+@pytest.mark.capability("CA-38")
 def test_an_interrupted_job_is_requeued_once_it_is_saved_and_goes_on(
     job: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
+    """A SLURM job whose time is over saves, goes back to the queue, and goes on when it starts again."""
     with pytest.raises(SystemExit) as caught:
         fit(signal.SIGUSR1, folder=folder)
     assert caught.value.code == 138

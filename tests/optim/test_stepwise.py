@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loopwright as lw
 from loopwright.checkpoint import check, read, write
@@ -88,7 +89,7 @@ def test_it_is_the_optimizer_of_torch(name: str) -> None:
         assert same(weights(a), weights(b))
 
 
-@pytest.mark.capability("FA-27")
+@pytest.mark.capability("B-24", "FA-27")
 def test_a_users_adam_in_three_lines_is_that_of_torch() -> None:
     """An optimizer from statistics and a stepper: Adam in three lines equals torch's; LAMB and RAdam are as short."""
 
@@ -102,9 +103,11 @@ def test_a_users_adam_in_three_lines_is_that_of_torch() -> None:
     assert far(a, b) < 1e-6
 
 
+@pytest.mark.capability("B-24")
 @pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_state_goes_to_torch_and_back(name: str, fused: bool) -> None:
+    """What Stepwise keeps is what torch's optimizers keep: states are interchangeable, in both directions."""
     theirs, ours = TWINS[name]
     whole, a, b = net(), net(), net()
     descend(whole, ours(whole.parameters()), range(9))
@@ -239,9 +242,44 @@ def test_a_copy_goes_on_by_itself() -> None:
     assert same(weights(model), weights(other))
 
 
+class Launched(TorchDispatchMode):
+    """Counts what the device is asked to do, and what is not done for a whole list at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.capability("B-24", "FA-27")
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("layers", [1, 20])
+def test_a_step_asks_for_no_more_than_that_of_torch_whatever_the_number_of_tensors(name: str, layers: int) -> None:
+    """A step launches at most as many operations as torch's foreach form, and a few over lists do the work."""
+    counts = []
+    for make in TWINS[name]:
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+        optimizer = make(model.parameters())
+        optimizer.param_groups[0]["foreach"] = True
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        with Launched() as launched:
+            optimizer.step()
+        counts.append(launched.names)
+    theirs, ours = counts
+    assert len(ours) <= len(theirs)  # all that is asked, reading numbers of steps included
+    lists = [sum(name.startswith("_foreach_") for name in names) for names in counts]
+    assert lists[1] <= lists[0] < 12
+
+
+@pytest.mark.capability("B-24")
 @pytest.mark.parametrize("name", ["adamw", "ranger"])
 def test_a_compiled_step_is_one_graph_and_computes_the_same(name: str) -> None:
-    """With numbers of steps as tensors, so that none of them is a new graph."""
+    """A step compiles to one graph, with numbers of steps as tensors, so that none of them is a new one."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     a, b = net()[:3], net()[:3]
@@ -259,6 +297,7 @@ def test_a_compiled_step_is_one_graph_and_computes_the_same(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.capability("B-24")
 @pytest.mark.parametrize("name", ["adam", "radam", "lamb", "ranger"])
 def test_capturable_steps_are_tensors_and_the_weights_nearly_the_same(name: str) -> None:
     """Powers of float32 numbers instead of Python's: as far from it as torch's own capturable form."""

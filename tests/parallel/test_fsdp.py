@@ -293,7 +293,9 @@ def test_mistakes_are_errors_that_say_what_to_type(result: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.capability("IG-22")
 def test_tensor_parallelism_by_the_recipe_gives_the_numbers_of_one_process(place: Path) -> None:
+    """Model parallel: layers cut over two ranks by torch's parallelize_module train to the numbers of one process."""
     found = []
     for world in (1, 2):
         out = place / f"tensor-parallel-{world}.json"

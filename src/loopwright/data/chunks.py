@@ -44,6 +44,11 @@ class Chunks:
 
     All of it is in ``state_dict``, the rest of the open batch too: a resume inside of a sequence is as exact as one of
     ``source`` between its batches.
+
+    >>> from loopwright.data import as_source
+    >>> whole = as_source([torch.arange(6.0).view(1, 6)], train=True, key=0)
+    >>> [piece.tolist() for piece in Chunks(whole, lambda batch: batch.split(4, dim=1)).at(0, 0)]
+    [[[0.0, 1.0, 2.0, 3.0]], [[4.0, 5.0]]]
     """
 
     def __init__(self, source: Source, pieces: Callable[[Any], Iterable[Any]]) -> None:

@@ -53,7 +53,12 @@ class DataModule:
 
 
 def opened(data: Any, kind: str, comm: Comm) -> Any:
-    """``data`` itself, or that of a DataModule, which rank 0 prepares and every rank sets up for it."""
+    """``data`` itself, or that of a DataModule, which rank 0 prepares and every rank sets up for it.
+
+    >>> from loopwright.parallel import Single
+    >>> opened([1, 2], "train", Single())
+    [1, 2]
+    """
     if not isinstance(data, DataModule):
         return data
     comm.first(data.prepare_data)

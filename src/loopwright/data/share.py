@@ -85,6 +85,12 @@ def shared(source: Source, cut: Cut) -> Source:
     """``source``, whose ``at`` gives a ``Part`` for each batch from now on.
 
     Our own sources read their part only. Others are read whole on every rank, and sliced.
+
+    >>> import torch
+    >>> from loopwright.data import as_source
+    >>> source = shared(as_source([torch.arange(5)], train=True, key=0), Cut(1, 2))
+    >>> [(part.batch.tolist(), part.size) for part in source.at(0, 0)]
+    [([2, 3, 4], 5)]
     """
     inner: Any = source
     while hasattr(inner, "source"):  # a limit, a dataset with a state: they pass on what they are given

@@ -53,7 +53,12 @@ def as_source(data: Any, *, train: bool, key: int) -> Source:
 
 
 def as_sources(data: Any, key: int) -> dict[str, Source]:
-    """Evaluation data by name: one source without a name, or those of a dict of loaders."""
+    """Evaluation data by name: one source without a name, or those of a dict of loaders.
+
+    >>> import torch
+    >>> list(as_sources([torch.ones(2)], key=0)), list(as_sources({"near": [torch.ones(2)]}, key=0))
+    ([''], ['near'])
+    """
     if data is None:
         return {}
     several = isinstance(data, dict) and data and not any(map(_is_column, data.values()))

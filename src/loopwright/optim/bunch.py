@@ -17,6 +17,12 @@ class Bunch:
 
     ``params`` and ``grads`` are lists of equal length, to be changed by ``torch._foreach_...`` functions or by the
     methods here; ``grads`` may be replaced by another list for the functions that follow.
+
+    >>> weight = torch.ones(2, requires_grad=True)
+    >>> weight.grad = torch.tensor([1.0, -3.0])
+    >>> bunch = Bunch([weight], {weight: {}}, in_graph=False, on_device=False)
+    >>> bunch.average("mean", 0.5)
+    [tensor([ 0.5000, -1.5000])]
     """
 
     __slots__ = ("_in_graph", "_on_device", "_states", "_steps", "grads", "params")

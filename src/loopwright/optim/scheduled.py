@@ -176,6 +176,12 @@ def scheduled_in(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
     """What is set before every step of ``stage``: by its own schedule if it has one, else by those ``found``.
 
     Raises SettingError for what is no schedule of ours, and where two set the same value.
+
+    >>> from loopwright.state import Stage
+    >>> stage = Stage("all", until="1 epoch", lr=0.5)
+    >>> stage.phases = []  # which ``fit`` fills in
+    >>> scheduled_in(stage, [])
+    ()
     """
     given = stage.schedule if stage.lr is None else {"lr": stage.lr}
     moved = {id(optimizer): optimizer for phase in stage.phases for optimizer in phase.moved}

@@ -113,6 +113,12 @@ def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Sch
     a factory ``optimizer -> scheduler``, or a list of these.
 
     Raises SettingError when a scheduler belongs to another optimizer than those given.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    >>> (made,) = as_schedulers(lambda sgd: torch.optim.lr_scheduler.ExponentialLR(sgd, 0.9), (optimizer,))
+    >>> made.every
+    'epoch'
     """
     if schedule is None:
         return ()

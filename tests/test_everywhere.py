@@ -1,0 +1,113 @@
+"""examples/everywhere.py: one short script, with one process and several, in 32 and 16 bits, below any launcher."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import loopwright as lw
+from test_examples import EXAMPLES, load
+
+SCRIPT = EXAMPLES / "everywhere.py"
+Fit = Callable[..., Any]
+
+
+def trained(folder: Path) -> Path:
+    """The only run below ``folder``."""
+    (found,) = folder.glob("runs/everywhere/*")
+    return found
+
+
+def weights(run: Path) -> dict[str, Any]:
+    (newest,) = sorted((run / "checkpoints").glob("step-*"))[-1:]
+    return load_file(newest / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """The script's ``main`` with so many processes and the flags: what each rank returned, and its run folder; once."""
+    done: dict[Any, Any] = {}
+    main = load("everywhere").main
+
+    def get(nproc: int, precision: str = "fp32", strategy: str = "auto") -> Any:
+        key = nproc, precision, strategy
+        if key not in done:
+            folder, home = tmp_path_factory.mktemp("everywhere"), os.getcwd()
+            os.chdir(folder)
+            try:
+                done[key] = lw.launch(main, nproc, 1, precision, strategy), trained(folder)
+            finally:
+                os.chdir(home)
+        return done[key]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.capability("CA-04", "CA-05", "CA-11")
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_two_processes_train_to_the_weights_of_one_by_a_flag(fit: Fit, strategy: str) -> None:
+    """One script, unchanged, on one process and on two, with DDP and with FSDP: the same weights and measurements."""
+    (alone,), home = fit(1)
+    (first, second), folder = fit(2, strategy=strategy)
+    assert first == second
+    assert first["valid/accuracy"] == pytest.approx(alone["valid/accuracy"], abs=0.01)
+    assert alone["valid/accuracy"] > 0.3  # of ten digits
+    if strategy == "auto":  # with fsdp, the weights are in pieces: docs/fsdp.md
+        one, two = weights(home), weights(folder)
+        assert one.keys() == two.keys()
+        assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    assert first["valid/loss"] == pytest.approx(alone["valid/loss"], rel=1e-5)
+    assert len(json.loads((folder / "run.json").read_text())["ranks"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.capability("CA-04", "CA-05", "CA-12", "FA-26", "IG-23")
+def test_sixteen_bits_and_two_processes_are_a_word_each_in_a_script_of_80_lines(fit: Fit) -> None:
+    """Distributed and in fp16, with warm-up, accumulation, clipping, resume and requeue, in less than 80 lines."""
+    _, home = fit(1)
+    (first, second), folder = fit(2, "fp16")
+    assert first == second
+    one, two = weights(home), weights(folder)
+    assert 1e-5 < max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-2  # of 16 bits, and close
+    assert all(tensor.dtype.itemsize == 4 for tensor in two.values())
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) < 80
+
+
+@pytest.mark.slow
+@pytest.mark.capability("CA-11")
+def test_metrics_checkpoints_and_two_ways_of_logging_come_with_it_and_are_written_once(fit: Fit) -> None:
+    """Two processes leave one folder: records in JSON and CSV, a checkpoint, the settings; nothing is there twice."""
+    _, folder = fit(2)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [record for record in records if record.get("kind") == "epoch"]
+    assert [record["epoch"] for record in epochs] == [1]
+    assert sorted(row["kind"] for row in rows) == ["epoch", "train", "valid"]
+    assert {"train/loss", "valid/accuracy", "lr"} <= rows[0].keys() & epochs[0].keys()
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == [f"step-{epochs[-1]['step']:08}"]
+
+
+@pytest.mark.slow
+@pytest.mark.capability("CA-04", "CA-05")
+def test_the_script_is_the_same_below_a_launcher(tmp_path: Path) -> None:
+    """``loopwright launch`` starts the file as it is, two processes in bf16; rank 0 alone speaks."""
+    command = [sys.executable, "-m", "loopwright", "launch", "--nproc", "2", "--", str(SCRIPT), "--epochs", "1"]
+    done = subprocess.run(
+        [*command, "--precision", "bf16"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("accuracy ")
+    assert " by 2 of cpu; runs/everywhere/" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert json.loads((trained(tmp_path) / "run.json").read_text())["status"] == "done"
