@@ -71,6 +71,8 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
     callbacks += [lw.TorchProfiler(wait=1, active=2, folder=folder)] if has("torch profiler") else []
     callbacks += [lw.Doctor(2, show=False)] if has("doctor") else []
     callbacks += [lw.Audit()] if has("audit") else []
+    at = lw.Event.STEP_END(every=2) | lw.Event.VALIDATION_END
+    callbacks += [lw.Watch("parameters", "gradients", "activations", "optimizer", at=at)] if has("watch") else []
     user = lw.Trainer(
         epochs=2,
         callbacks=callbacks,
@@ -96,7 +98,7 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
 
 WATCHERS = [
     "bar", "folder", "metrics", "validation", "validate within", "often", "checkpoint", "look", "log more",
-    "every hook", "draws", "handlers", "plan", "profiler", "torch profiler", "doctor", "audit", "summary",
+    "every hook", "draws", "handlers", "plan", "profiler", "torch profiler", "doctor", "audit", "watch", "summary",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = ["History", "Series"]
 
 Sums = dict[str, tuple[float, float]]  # by name, the sum of value * weight, and that of the weights
 Join = Callable[[Sums], Sums]
+_ROWS = 20  # of a long table, at each end
 LIMIT = 1024  # rows that may wait; without a limit, values that nobody reads grow for ever
 
 
@@ -154,6 +156,11 @@ class History:
             return [record.get(key) for record in self.records]
         return self.records[key]
 
+    @property
+    def steps(self) -> list[int]:
+        """At which step each record was made: what the values of a name are drawn over."""
+        return [record["step"] for record in self.records]
+
     def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame with one row an epoch. Needs pandas: ``pip install "loopwright[pandas]"``."""
         try:
@@ -165,6 +172,16 @@ class History:
     def __repr__(self) -> str:
         last = ", ".join(f"{k}={_shown(v)}" for k, v in self.records[-1].items()) if self.records else "no epoch yet"
         return f"History({len(self)} epochs; last: {last})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: one row an epoch, of a long run the first and the last ones."""
+        names = list(dict.fromkeys(name for record in self.records for name in record))
+        rows = [[_shown(record.get(name, "")) for name in names] for record in self.records]
+        if len(rows) > 2 * _ROWS:
+            rows = [*rows[:_ROWS], ["\u22ee"] * len(names), *rows[-_ROWS:]]
+        lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in names)}</tr>"]
+        lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+        return f"<table>{''.join(lines)}</table>" if names else "<p>no epoch yet</p>"
 
     def state_dict(self) -> dict[str, Any]:
         losses = {name: torch.tensor(values, dtype=torch.float32) for name, values in self.losses.items()}
