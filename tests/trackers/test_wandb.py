@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -40,8 +41,14 @@ def messages(file: Path) -> Iterator[Any]:
 
 
 def read(folder: Path) -> list[Any]:
-    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    return [record for file in files for record in messages(file)]
+    """All records of a run, once W&B has closed its last file, which it does behind the back of ``finish``."""
+    for _ in range(600):
+        files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+        found = [list(messages(file)) for file in files]
+        if found and any(record.WhichOneof("record_type") == "exit" for record in found[-1]):
+            return [record for records in found for record in records]
+        time.sleep(0.1)
+    pytest.fail(f"W&B has not closed its file in {folder}")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ class WandbLogger:
         self._history: Any = None
         self._row: dict[str, float] = {}  # of the open step: W&B takes a row when the next one begins
         self._step = 0
-        self._there = -1  # the last step that W&B has
+        self._there = self._written = -1  # the last step that W&B had when it started, and that it was given
         self._loaded = False
 
     def start(self, run: Run) -> None:
@@ -43,7 +43,9 @@ class WandbLogger:
 
         goes_on = self.run_id is not None and (self._loaded or self._history is run.history)
         self.run_id = self.run_id if goes_on else None
-        self._there = -1 if self.run_id is None or run.folder is None else last_step(run.folder, self.run_id)
+        self._there = self._written if goes_on else -1
+        if self._loaded and self.run_id is not None and run.folder is not None:
+            self._there = last_step(run.folder, self.run_id)
         name, own = run_name(run)
         self._run = wandb.init(
             project=self.project or re.sub(r"[/\\#?%:]", "-", name)[:128], name=own or None, id=self.run_id,
@@ -83,6 +85,7 @@ class WandbLogger:
     def _write(self, values: Mapping[str, Any], step: int) -> None:
         if values and step > self._there:
             self._run.log(dict(values), step=step)
+            self._written = step
 
     def log_figure(self, progress: Progress, name: str, figure: Any) -> None:
         """Write a figure as an image."""
