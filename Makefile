@@ -11,11 +11,12 @@ WORKERS ?= 3
 BIN     := .venv/bin
 READY   := .venv/.installed
 BENCH   := .venv-bench/.installed
+TRACKERS := .venv-trackers/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test check nightly bench gpu reliability capabilities clean
+.PHONY: help demo test check trackers nightly bench gpu reliability capabilities clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -33,6 +34,9 @@ check: $(READY) ## style, types, layers, and the code in docstrings and docs
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q --doctest-modules src
 	@$(BIN)/python -m pytest -q tests/test_docs.py
+
+trackers: $(TRACKERS) ## the loggers of TensorBoard, MLflow and W&B against the real packages, offline
+	@.venv-trackers/bin/python -m pytest -q tests/trackers
 
 nightly: check ## the suite with all that takes too long for every change
 	@$(BIN)/python -m pytest -q -m "" -n $(WORKERS) --dist worksteal --ignore tests/test_docs.py
@@ -52,8 +56,8 @@ gpu: ## on a CUDA machine: the GPU tests, then benchmarks/gpu.py writes docs/ben
 reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4", QUICK=--quick), write docs/reliability.md
 	@$(BIN)/python -m reliability.run $(QUICK) $(ROWS)
 
-capabilities: $(READY) ## run the suite and write docs/capabilities.md from the tests that pass
-	@$(BIN)/python -m pytest -q -m "" -n $(WORKERS) --dist worksteal --capabilities=build/capabilities.json
+capabilities: $(TRACKERS) ## run the suite and write docs/capabilities.md from the tests that pass
+	@.venv-trackers/bin/python -m pytest -q -m "" -n $(WORKERS) --dist worksteal --capabilities=build/capabilities.json
 	@$(BIN)/python tools/capabilities.py build/capabilities.json docs/capabilities.md
 
 clean: ## remove caches and builds; environments and runs stay
@@ -76,6 +80,17 @@ endef
 
 $(READY): pyproject.toml constraints.txt
 	$(call install,dev,.[all])
+
+# on top of .venv, so that torch is there once and stays as it is
+$(TRACKERS): $(READY)
+	@echo "setting up $(@D) (once; a minute)"
+	@test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/under.pth"
+	@$(@D)/bin/python -m pip uninstall -qq -y setuptools # an old one that venv brings would hide that of .venv
+	@$(@D)/bin/python tools/groups.py trackers > $(@D)/requirements.txt
+	@$(@D)/bin/python -m pip install -qq -c constraints.txt -r $(@D)/requirements.txt
+	@touch $@
 
 $(BENCH): pyproject.toml constraints.txt
 	$(call install,bench build,.)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-# set by pytest, by torch._dynamo (with the first optimizer), threadpoolctl and gymnasium when they are imported
-FOREIGN = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "KMP_", "PYGAME_")
+# set by pytest, by torch._dynamo (with the first optimizer), threadpoolctl, gymnasium and wandb when they are imported
+FOREIGN = ("WANDB_SERVICE", "PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "KMP_", "PYGAME_")
 
 
 def process_state() -> dict[str, object]:

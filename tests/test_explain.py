@@ -67,7 +67,7 @@ stage 'main': until 3 epochs
             Clip.on_grads_ready
             if the loss or a gradient is not finite: skip
             SGD.step()
-            every 10 steps: log train/... to Log
+            every 10 steps: log train/... to JSONLLogger, Log
             CosineAnnealingLR.step()
             look, at STEP_END(every=50) | FIT_END  # on_step_end
             when due (also after validations and epochs): Checkpoint.save(run)

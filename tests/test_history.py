@@ -45,6 +45,23 @@ def test_records_are_found_by_position_by_slice_and_by_name() -> None:
     )
 
 
+def test_values_are_drawn_over_the_steps_of_their_records() -> None:
+    history = trained(3).history
+    assert history.steps == [2, 4, 6]
+    assert len(history["valid/loss"]) == 3
+
+
+def test_a_notebook_shows_a_table_in_which_names_cannot_be_markup() -> None:
+    history = History()
+    assert history._repr_html_() == "<p>no epoch yet</p>"
+    for epoch in range(1, 101):
+        history.append({"epoch": epoch, "train/<script>": 0.123456})
+    text = history._repr_html_()
+    assert text.startswith("<table><tr><th>epoch</th><th>train/&lt;script&gt;</th></tr><tr><td>1</td><td>0.1235</td>")
+    assert text.count("<tr>") == 42
+    assert "<script>" not in text
+
+
 def test_a_name_that_some_epochs_do_not_have_is_none_there() -> None:
     run = trainer(epochs=4, validate_every="2 epochs").fit(sgd_task(line()), pairs([1.0]), pairs([1.0]))
     assert run.history["valid/loss"] == [None, -2.0, None, -4.0]

@@ -399,7 +399,7 @@ def test_a_default_dtype_of_float64_changes_nothing() -> None:
 
 def test_run_log_takes_scalars_of_other_names_only() -> None:
     run = trainer(epochs=1).fit(sgd_task(line()), pairs([1.0]))
-    with pytest.raises(lw.SettingError, match="takes a number or a 0-dimensional tensor"):
+    with pytest.raises(lw.SettingError, match="takes a number, a 0-dimensional tensor, a text"):
         run.log({"x": torch.ones(3)})
     with pytest.raises(lw.SettingError, match="cannot log 'loss'"):
         run.log({"loss": 1.0})

@@ -74,6 +74,8 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
     callbacks += [lw.EMA(0.9)] if has("averages") else []
     callbacks += [lw.Throughput(), lw.Resources()] if has("throughput") else []
     callbacks += [lw.Predictions(folder, kinds="valid")] if has("predictions") else []
+    at = lw.Event.STEP_END(every=2) | lw.Event.VALIDATION_END
+    callbacks += [lw.Watch("parameters", "gradients", "activations", "optimizer", at=at)] if has("watch") else []
     user = lw.Trainer(
         epochs=2,
         callbacks=callbacks,
@@ -106,7 +108,7 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
 WATCHERS = [
     "bar", "folder", "metrics", "validation", "validate within", "often", "checkpoint", "look", "log more",
     "every hook", "draws", "handlers", "plan", "profiler", "torch profiler", "doctor", "audit", "summary",
-    "averages", "throughput", "predictions", "rehearsal", "rate finder",
+    "watch", "averages", "throughput", "predictions", "rehearsal", "rate finder",
 ]  # fmt: skip
 
 

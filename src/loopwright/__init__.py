@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopwright import data, losses, metrics, optim, report, schedules
+    from loopwright import data, loggers, losses, metrics, optim, report, schedules
     from loopwright.activations import checkpoint_activations
     from loopwright.callbacks import (
         EMA,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Resources,
         Throughput,
         TorchProfiler,
+        Watch,
     )
     from loopwright.checkpoint.weights import load_weights
     from loopwright.data import DataModule, Loader
@@ -79,7 +80,7 @@ _HOMES = {
     "callbacks": [
         "Anneal", "Audit", "BatchTransform", "Capsule", "Changes", "Checkpoint", "CutMix", "Doctor", "EMA",
         "EarlyStopping", "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar",
-        "RandomErasing", "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler",
+        "RandomErasing", "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler", "Watch",
     ],
     "checkpoint.weights": ["load_weights"],
     "data": ["DataModule", "Loader"],
@@ -173,6 +174,7 @@ __all__ = [
     "TorchProfiler",
     "Trainer",
     "Verified",
+    "Watch",
     "batch_size_find",
     "checkpoint_activations",
     "data",
@@ -180,6 +182,7 @@ __all__ = [
     "groups",
     "launch",
     "load_weights",
+    "loggers",
     "losses",
     "lr_find",
     "metrics",
@@ -194,7 +197,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "losses", "metrics", "optim", "report", "schedules"):
+    if name in ("data", "loggers", "losses", "metrics", "optim", "report", "schedules"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,22 +13,32 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal, cast, get_args
 
 from loopwright import __version__
 from loopwright.errors import SettingError, choose
 from loopwright.provenance import conda_packages, framework_archive, git_state, source_archive
 
-__all__ = ["close_folder", "hold", "newest_folder", "open_folder", "reopen_folder"]
+__all__ = [
+    "about", "close_folder", "hold", "newest_folder", "open_folder", "read_settings", "recorded", "reopen_folder",
+]  # fmt: skip
 
 Status = Literal["running", "done", "failed", "interrupted", "stopped"]
 _LONGEST = 100  # file systems end names at 255 bytes, and a letter may take four
 
 
-def open_folder(root: Path | str, name: str, *, settings: Mapping[str, Any], seed: int | None) -> Path:
+def open_folder(
+    root: Path | str,
+    name: str,
+    *,
+    settings: Mapping[str, Any],
+    seed: int | None,
+    data: Mapping[str, Any] | None = None,
+) -> Path:
     """Make ``root/name/<time>-<id>/`` for a run that begins now, and return it.
 
-    In it: ``run.json`` (status "running", command, seed, versions, host, git commit and uncommitted changes),
+    In it: ``run.json`` (status "running", command, seed, versions, host, git commit and uncommitted changes,
+    ``data``: the fingerprint of that),
     ``config.yaml`` (the settings; what is not plain data by its class), ``environment.txt`` (installed
     packages), ``environment.conda.txt`` (those of a conda environment), ``source.zip`` (the script and the modules
     imported from the working directory: no file that git ignores, none that looks like it holds a secret, at most
@@ -47,7 +57,7 @@ def open_folder(root: Path | str, name: str, *, settings: Mapping[str, Any], see
     record = {
         "status": "running", "name": name, "seed": seed, "started": now.isoformat(), "command": list(sys.argv),
         **_process(), "versions": _versions(), "git": git_state(),
-        "source": {"files": files, "left_out": left_out},
+        "source": {"files": files, "left_out": left_out}, "data": data,
     }  # fmt: skip
     try:
         folder.mkdir(parents=True)
@@ -66,6 +76,76 @@ def open_folder(root: Path | str, name: str, *, settings: Mapping[str, Any], see
             "folder='runs', or folder=None to write nothing"
         ) from error
     return folder
+
+
+def about(
+    name: str, settings: Mapping[str, Any], *, seed: int | None, data: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a tracker is told of a run, as plain data: ``name``, ``seed``, ``versions``, ``packages``, ``git`` (the
+    commit, and whether it is dirty), ``data`` (its fingerprint), ``settings``.
+
+    >>> about("digits", {"epochs": 2}, seed=0, data=None)["settings"]
+    {'epochs': 2}
+    """
+    git = {key: value for key, value in (git_state() or {}).items() if key in ("commit", "dirty")}
+    told = {"name": name, "seed": seed, "versions": _versions(), "packages": _packages(), "git": git, "data": data}
+    return cast("dict[str, Any]", _standard(told | {"settings": settings}))
+
+
+def recorded(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``about`` told of a run that was recorded in a folder, and its ``status``; other types are left out.
+
+    Raises SettingError for a folder that is not that of a run.
+    """
+    folder = Path(path)
+    record = _read(folder / "run.json")
+    if not record:
+        what = "does not exist" if not folder.exists() else "is no run: it has no run.json that can be read"
+        raise SettingError(f"{folder} {what}. Give the folder of a run, such as runs/digits/20261121-101500-1a2b3c")
+    told: dict[str, Any] = {"name": folder.resolve().parent.name, "status": "running", "seed": None, "versions": {},
+                            "git": {}, "data": None}  # fmt: skip
+    known = {"name": str, "status": str, "seed": int, "versions": dict, "git": dict, "data": dict}
+    told |= {key: record[key] for key, kind in known.items() if isinstance(record.get(key), kind)}
+    git = {key: value for key, value in told["git"].items() if key in ("commit", "dirty")}
+    return told | {"git": git, "packages": _required(folder), "settings": _settings(folder)}
+
+
+def _required(folder: Path) -> dict[str, str]:
+    try:
+        lines = (folder / "environment.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    return {name: version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+def _settings(folder: Path) -> Any:
+    try:
+        settings = read_settings((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def read_settings(text: str) -> Any:
+    """The plain data of a ``config.yaml``; ValueError if it is none.
+
+    >>> read_settings("epochs: 2")
+    {'epochs': 2}
+    """
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        """Without aliases, of which a few can stand for more than memory holds."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Plain)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"these are no settings: {error}") from error
 
 
 def close_folder(path: Path | str, status: Status, **more: Any) -> None:

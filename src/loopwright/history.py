@@ -18,6 +18,7 @@ __all__ = ["History", "Series"]
 
 Sums = dict[str, tuple[float, float]]  # by name, the sum of value * weight, and that of the weights
 Join = Callable[[Sums], Sums]
+_ROWS = 20  # of a long table, at each end
 LIMIT = 1024  # rows that may wait; without a limit, values that nobody reads grow for ever
 
 
@@ -156,6 +157,11 @@ class History:
             return [record.get(key) for record in self.records]
         return self.records[key]
 
+    @property
+    def steps(self) -> list[int]:
+        """At which step each record was made: what the values of a name are drawn over."""
+        return [record["step"] for record in self.records]
+
     def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame with one row an epoch. Needs pandas: ``pip install "loopwright[pandas]"``."""
         try:
@@ -169,9 +175,11 @@ class History:
         return f"History({len(self)} epochs; last: {last})"
 
     def _repr_html_(self) -> str:
-        """The curve of the loss of every step, and a line an epoch."""
+        """The curve of the loss of every step, and a line an epoch; of a long run the first and the last ones."""
         names = list(dict.fromkeys(name for record in self.records for name in record))
         rows = [[record.get(name) for name in names] for record in self.records]
+        if len(rows) > 2 * _ROWS:
+            rows = [*rows[:_ROWS], ["\u22ee"] * len(names), *rows[-_ROWS:]]
         curve = sparkline(next(iter(self.losses.values()), []))
         return curve + (table_html(names, rows) if rows else "<p>no epoch yet</p>")
 

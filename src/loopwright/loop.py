@@ -14,12 +14,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from loopwright.data import move
+from loopwright.delivery import log_values
 from loopwright.errors import DataError, SkipStep, StopEpoch
 from loopwright.events import add_place, end_early, fire, fold, hook_name
 from loopwright.history import Series
 from loopwright.out_of_memory import add_memory
 from loopwright.parallel import whole
-from loopwright.records import log_epoch, log_train, log_values
+from loopwright.records import log_epoch, log_train
 from loopwright.stages import apply_changes, begin_stage, end_stage, inexact, is_over
 from loopwright.state import OWED, Progress, Run, Source, Stage, StepResult
 from loopwright.steps import (

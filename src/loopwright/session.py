@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from loopwright import rng
+from loopwright.data import fingerprint
 from loopwright.data.plan import seed_from
+from loopwright.delivery import close_loggers, start_loggers
 from loopwright.errors import LoopwrightError, LoopwrightWarning
-from loopwright.folder import close_folder, hold, open_folder, reopen_folder
+from loopwright.folder import about, close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.optim import set_trainable
 from loopwright.parallel import watched
-from loopwright.records import close_loggers, start_loggers
 from loopwright.resolved import resolved
 from loopwright.stages import chooses_parameters, nothing_left, reopen
 from loopwright.state import Progress, Run, has_state
@@ -40,7 +41,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     goes_on = run.folder is not None
     if root is not None and not goes_on:
         settings = resolved(run) | resumed
-        run.folder = first(lambda: open_folder(root, label, settings=settings, seed=seed))
+        run.folder = first(lambda: open_folder(root, label, settings=settings, seed=seed, data=_fingerprint(run)))
     lock = hold(run.folder) if run.folder is not None and not rank else None
     if goes_on and run.folder is not None and not rank:
         reopen_folder(run.folder, **resumed)
@@ -53,7 +54,8 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     try:
         for handler in run.handlers:
             handler.start(run)
-        start_loggers(run)
+        wanted = any(hasattr(logger, "log_config") for logger in run.loggers)
+        start_loggers(run, about(label, resolved(run), seed=seed, data=_fingerprint(run)) if wanted else None)
         sources = [s for stage in run.stages for s in (stage.source, *stage.valid.values())]
         with closing_all(sources), watched(run, partial(_abandon, run)):
             yield
@@ -79,6 +81,10 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         finally:
             if lock is not None:
                 lock.close()
+
+
+def _fingerprint(run: Run) -> dict[str, Any] | None:
+    return None if run.data is None else fingerprint(run.data)
 
 
 def _abandon(run: Run, told: str) -> None:

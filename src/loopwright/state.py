@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loopwright.accumulation import parse_accumulate
+from loopwright.delivery import hand_over, takes
 from loopwright.errors import SettingError, choose
 from loopwright.history import History, Series
 from loopwright.notebook import sparkline, table_html
@@ -480,12 +481,20 @@ class Run:
     def log(self, values: Mapping[str, Any]) -> None:
         """Add scalars (numbers or 0-dimensional tensors) to the next record, as the mean since the last one.
 
-        Raises SettingError for anything else, and for the name "loss", which is that of the steps.
+        A text, a figure of matplotlib and a ``Path`` (a file or folder) go to every logger that takes them at once,
+        and into the run folder: ``figures/<name>-<step>.png``, ``texts/<name>-<step>.txt``, ``artifacts/<name>``.
+        Raises SettingError for anything else, where nothing takes them, and for the name "loss", which is that of the
+        steps.
         """
+        things = {k: v for k, v in values.items() if not isinstance(v, (Tensor, float, int)) and takes(v)}
+        for name, thing in things.items():
+            hand_over(self, name, thing)
+        values = {name: value for name, value in values.items() if name not in things} if things else values
         for name, value in values.items():
-            if getattr(value, "ndim", 0) != 0 or isinstance(value, (str, bytes)) or value is None:
+            if getattr(value, "ndim", 0) != 0 or isinstance(value, bytes) or not hasattr(value, "__float__"):
                 raise SettingError(
-                    f"run.log({{{name!r}: ...}}) takes a number or a 0-dimensional tensor; got {value!r}"
+                    f"run.log({{{name!r}: ...}}) takes a number, a 0-dimensional tensor, a text, a figure with "
+                    f"savefig() or a Path; got {value!r}"
                 )
             if name == "loss":
                 raise SettingError("run.log cannot log 'loss', the name of the steps' own; call it something else")

@@ -19,20 +19,20 @@ from loopwright.checkpoint.places import as_place
 from loopwright.compiling import Compiler, compile_options
 from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
 from loopwright.debug import Debug
+from loopwright.delivery import check_logger
 from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
 from loopwright.events import Callback, Hooks, check_callback
 from loopwright.explain import explain, writers
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
-from loopwright.loggers import JSONLLogger
+from loopwright.loggers import JSONLLogger, logger_named
 from loopwright.metrics import check_metrics
 from loopwright.optim import trainable_flags
 from loopwright.parallel import Single, check_strategy, pick_precision, pick_team, watched
 from loopwright.plan import Plan, make_plan
 from loopwright.prepare import Parts, assemble, measured_by, move_task
 from loopwright.progress import Duration, Every
-from loopwright.records import check_logger
 from loopwright.resume import Point, Resume, find_point
 from loopwright.reuse import keep_stages
 from loopwright.session import closing_all, go_on, session
@@ -50,8 +50,9 @@ class Trainer:
     make one optimizer step, or so many as reach "256 samples" or "4096 tokens" (of ``fit(weight=)``); it may change:
     ``[(0, 1), (1000, 4)]`` by steps of the stage, or a function of ``run.progress``. ``clip_norm`` bounds the 2-norm
     of the gradients. ``callbacks`` are called in their order.
-    ``loggers`` None means ``metrics.jsonl`` in the run folder, which is made under ``folder/name`` (``folder=None``
-    writes nothing). ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several.
+    A run has a folder ``folder/name/<time>-<id>`` with its records in ``metrics.jsonl`` (``folder=None`` writes
+    nothing); ``loggers`` are what else receives them, by name (``"tensorboard"``, ``["csv", "mlflow"]``) or as objects.
+    ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several.
     ``capsule`` keeps a step that fails in the run folder, for ``lw.replay``; ``lw.Capsule(...)`` among the callbacks
     takes its place. ``validate_every`` and ``log_every`` are durations; bare numbers are steps. ``seed`` seeds
     everything when training begins (a net made before has its weights already: call ``torch.manual_seed`` before
@@ -102,7 +103,7 @@ class Trainer:
         accumulate: Any = 1,
         clip_norm: float | None = None,
         callbacks: Sequence[Callback] = (),
-        loggers: Sequence[Any] | None = None,
+        loggers: str | Sequence[Any] | None = None,
         progress: bool | Callback = True,
         folder: str | Path | None = "runs",
         name: str | None = None,
@@ -133,7 +134,8 @@ class Trainer:
         self.devices, self.nodes, self.strategy = devices, nodes, strategy
         pick_precision(precision)
         self.compile = compile_options(compile)
-        for kind, listed in (("callbacks", callbacks), ("loggers", loggers or ())):
+        listed_loggers = [loggers] if isinstance(loggers, str) else loggers or ()
+        for kind, listed in (("callbacks", callbacks), ("loggers", listed_loggers)):
             if not isinstance(listed, (list, tuple)):
                 one = type(listed).__name__
                 raise SettingError(f"{kind}={one}: expected a list of them, such as {kind}=[{one}(...)]")
@@ -143,7 +145,8 @@ class Trainer:
         self.callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)] + self.debug.callbacks()
         given = [c for c in callbacks if isinstance(c, Checkpoint)]
         self.checkpoint = given if isinstance(checkpoint, bool) and given else checkpoint
-        self.loggers, self.progress, self.folder, self.name = loggers, progress, folder, name
+        self.loggers = [logger_named(one) if isinstance(one, str) else one for one in listed_loggers]
+        self.progress, self.folder, self.name = progress, folder, name
         self.capsule = capsule
         self.handlers: list[Handler] = []
         explicit = not isinstance(self.checkpoint, bool)
@@ -157,7 +160,7 @@ class Trainer:
                 raise SettingError(
                     "checkpoint=... needs a folder to write to; leave folder=None out, or checkpoint=False"
                 )
-        for logger in self.loggers or ():
+        for logger in self.loggers:
             check_logger(logger)
         if not isinstance(capsule, bool):
             raise SettingError(f"capsule={capsule!r}: expected True or False; lw.Capsule(...) goes among the callbacks")
@@ -428,6 +431,7 @@ class Trainer:
         others = [c for c in self.callbacks if not isinstance(c, Capsule)]  # a capsule sees all before they do
         callbacks, history = [*capsules, *others, *bar], History()
         handlers = [handler.anew() for handler in self.handlers]  # what they count belongs to the run
+        handlers += [handler for callback in callbacks for handler in getattr(callback, "handlers", list)()]
         device, team = pick_team(self.device, devices=self.devices, nodes=self.nodes, strategy=self.strategy)
         precision, models = pick_precision(self.precision, device), task.models()
         if moves:
@@ -452,9 +456,10 @@ class Trainer:
         return self.debug.rehearsed(given) if self.debug.dev_run else given
 
     def _loggers(self) -> list[Any]:
-        if self.loggers is None or self.debug.dev_run:
-            return [JSONLLogger()] if self.folder is not None else []
-        return list(self.loggers)
+        if self.debug.dev_run:
+            return [JSONLLogger()]
+        own = self.folder is not None and not any(isinstance(logger, JSONLLogger) for logger in self.loggers)
+        return ([JSONLLogger()] if own else []) + self.loggers
 
     def _evaluate(self, task: Any, data: Any, kind: str, weight: Callable[[Any], float] | None) -> dict[str, float]:
         run = self._bare(_checked(task))

@@ -422,6 +422,11 @@ def remembered(trial: Trial, name: str) -> None:
     assert {line.partition(".")[0] for line in told} == writers
 
 
+def looked(trial: Trial, name: str) -> None:
+    assert any(logged.startswith("train/gradient_norm/") for logged in trial.run.metrics)
+    assert any(logged.startswith("train/activation_std/") for logged in trial.run.metrics)
+
+
 def weighted() -> Any:
     x, y = arrays()
     weights = ((y == 1) | (y == 2)).double()
@@ -457,6 +462,9 @@ ENTRIES: dict[str, Entry] = {
         rates, lambda folder: lw.Throughput(1, tokens=lambda batch: batch[0].numel(), flops=True), observes=True
     ),
     "Resources": Entry(resources, lambda folder: lw.Resources("0.000001 s"), observes=True),
+    "Watch": Entry(
+        looked, lambda folder: lw.Watch("gradients", "activations", at=lw.Event.STEP_END(every=1)), observes=True
+    ),
     "Predictions": Entry(written, lambda folder: lw.Predictions(folder / "predictions"), observes=True),
     "Report": Entry(reported, lambda folder: lw.Report(), observes=True),
     "CSVLogger": Entry(

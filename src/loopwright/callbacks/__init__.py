@@ -23,9 +23,11 @@ from loopwright.callbacks.sharpness import SAM
 from loopwright.callbacks.stage_ends import KeepBest, Plateau
 from loopwright.callbacks.throughput import Throughput
 from loopwright.callbacks.torch_profiler import TorchProfiler
+from loopwright.callbacks.watch import Watch
 
 __all__ = [
     "Anneal", "Audit", "BatchTransform", "Capsule", "Changes", "Checkpoint", "CutMix", "Doctor", "EMA",
     "EarlyStopping", "KeepBest", "MixUp", "Penalty", "Plateau", "Predictions", "Profiler", "ProgressBar",
-    "RandomErasing", "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler", "display_mode",
+    "RandomErasing", "Requeue", "Resources", "SAM", "SWA", "Throughput", "TorchProfiler", "Watch",
+    "display_mode",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from loopwright.events import Callback
 from loopwright.progress import Duration
 from loopwright.state import Run, StepResult
 
-__all__ = ["Resources"]
+__all__ = ["Resources", "gpu_memory"]
 
 _MB = 1e6
 
@@ -60,6 +60,11 @@ class Resources(Callback):
             "machine_memory_percent": self._machine().percent,
         }
         if run.device.type == "cuda":
-            values["gpu_memory_mb"] = torch.cuda.memory_allocated(run.device) / _MB
-            values["gpu_memory_peak_mb"] = torch.cuda.max_memory_allocated(run.device) / _MB
+            values |= gpu_memory(run.device)
         run.log(values)
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """What tensors hold on a CUDA device, now and at most until now."""
+    held, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    return {"gpu_memory_mb": held / _MB, "gpu_memory_peak_mb": most / _MB}

@@ -19,6 +19,7 @@ from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
 from loopwright.data import fingerprint
 from loopwright.data.plan import seed_from
+from loopwright.delivery import logger_states, restore_logger
 from loopwright.errors import CheckpointError, choose
 from loopwright.handlers import Handler
 from loopwright.parallel import like
@@ -32,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 _COUNTERS = ("skipped", "skips_in_row", "validated_at", "stage_ended_at")
-_WATCHERS = ("handlers", "loggers", "savers")  # may differ after a resume: they change nothing in training
+_WATCHERS = ("handlers", "savers")  # may differ after a resume: they change nothing in training
 
 
 def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -60,6 +61,7 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
         "precision": _state(run.precision),
         "stage": {"index": at, **_stage(run, run.stages[at])} if run.stages else {},
         **{name: _listed(getattr(run, name)) for name in ("callbacks", *_WATCHERS)},
+        "loggers": [{"kind": _kind(logger), "state": kept} for logger, kept in logger_states(run)],
         "user": {name: _given(name, obj) for name, obj in _user(run)},
         "series": run.series.state_dict(),  # before the history, which receives what waits in it
         "history": run.history.state_dict(),
@@ -234,7 +236,7 @@ def check_fit(run: Run, data: Contents) -> None:
 def restore_loggers(run: Run, data: Contents) -> None:
     """Tell the loggers of ``run`` how far their records went; for the moment before they start."""
     for logger, saved in _matched(run.loggers, data.state["loggers"]):
-        logger.load_state_dict(saved)
+        restore_logger(run, logger, saved)
 
 
 def restore_models(run: Run, data: Contents) -> None:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.command(args)
         sys.stdout.flush()
-    except LoopwrightError as error:
+    except (LoopwrightError, ImportError) as error:  # an extra may be missing
         print(f"loopwright: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `loopwright ... | head` has read enough; nothing may be written at exit either
@@ -58,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--series", nargs="+", metavar="NAME", help="draw these curves only, such as valid/loss 'grad/*' (default: all)"
     )
+
+    log = _add(commands, "log", _log, "send what a run has recorded to another logger")
+    log.add_argument("run", metavar="RUN", help="a run folder, or runs/NAME for the newest run of that name")
+    log.add_argument(
+        "--to", required=True, metavar="LOGGER",
+        help="its name: tensorboard, mlflow, wandb, csv, or one that is installed; a colon and its first argument may "
+        "follow, such as mlflow:http://server:5000",
+    )  # fmt: skip
+    log.add_argument("--again", action="store_true", help="send all of it, also what was sent there before")
 
     _add_launch(_add(commands, "launch", _launch, "start a script in several processes, through torchrun"))
 
@@ -157,6 +166,12 @@ def _report(args: Any) -> int:
 
     print(write(args.runs, args.output, series=args.series))
     return 0
+
+
+def _log(args: Any) -> int:
+    from loopwright.cli.runs import send_run
+
+    return send_run(args.run, args.to, again=args.again)
 
 
 def _launch(args: Any) -> int:

@@ -7,7 +7,7 @@ from loopwright.checkpoint.manifest import NAME
 from loopwright.checkpoint.places import Place
 from loopwright.errors import CheckpointError, choose
 
-__all__ = ["checkpoints_at", "run_folder"]
+__all__ = ["checkpoints_at", "run_at", "run_folder"]
 
 _RUN = "run.json"
 
@@ -28,6 +28,16 @@ def checkpoints_at(path: Place) -> list[Place]:
     if runs:
         return checkpoints_at(runs[-1])
     raise CheckpointError(_nothing_at(path))
+
+
+def run_at(path: Place) -> Place:
+    """The run folder that is meant: ``path``, or the newest run in it. Raises CheckpointError if there is none."""
+    if (path / _RUN).is_file():
+        return path
+    runs = _runs_in(path)
+    if not runs:
+        raise CheckpointError(_nothing_at(path))
+    return runs[-1]
 
 
 def _runs_in(path: Place) -> list[Place]:

@@ -1,4 +1,4 @@
-"""``loopwright env`` and ``loopwright runs``."""
+"""``loopwright env``, ``loopwright runs`` and ``loopwright log``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from loopwright import __version__
 from loopwright.cli.tables import safe
 
-__all__ = ["print_environment", "print_runs"]
+__all__ = ["print_environment", "print_runs", "send_run"]
 
 
 def print_environment() -> int:
@@ -46,6 +46,18 @@ def print_runs(folder: Path) -> int:
             print(f"{safe(str(path.parent))}  unreadable run.json")
             continue
         print(safe(f"{path.parent}  {line}"))
+    return 0
+
+
+def send_run(run: str, to: str, *, again: bool) -> int:
+    """Send the records of a run to the logger of that name."""
+    from loopwright.checkpoint.places import as_place
+    from loopwright.cli.places import run_at
+    from loopwright.loggers import send
+
+    folder = run_at(as_place(run))
+    count = send(Path(str(folder)), to, again=again)
+    print(safe(f"{count} records of {folder} sent to {to}"))
     return 0
 
 

@@ -15,6 +15,7 @@ from loopwright.cli.checkpoints import marks, size_of
 from loopwright.cli.places import checkpoints_at, run_folder
 from loopwright.cli.tables import format_any, format_size, format_written, plain, table
 from loopwright.errors import CheckpointError
+from loopwright.folder import read_settings
 from loopwright.text import format_time
 
 __all__ = ["print_checkpoint"]
@@ -144,19 +145,9 @@ def _settings(path: Place) -> Any:
         text = file.read_bytes().decode() if file.is_file() and file.stat().st_size <= _LONGEST else ""
     except (OSError, ValueError):
         return None
-    import yaml
-
-    class Plain(yaml.SafeLoader):
-        """Without aliases, of which a few can stand for more than memory holds."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("an alias")
-            return super().compose_node(parent, index)
-
     try:
-        return yaml.load(text, Plain)
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
+        return read_settings(text)
+    except ValueError:
         return text
 
 

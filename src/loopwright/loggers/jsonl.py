@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loopwright.errors import DataError
+from loopwright.loggers.files import keep_artifact, keep_figure, keep_text
 from loopwright.state import Progress, Run
 
 __all__ = ["JSONLLogger", "read_jsonl"]
@@ -29,8 +30,8 @@ class JSONLLogger:
 
     A record is with the operating system when ``log`` returns: it survives the end of the process, however
     it ends, but not that of the machine. A resumed run cuts the file to where its checkpoint stood, so no
-    record is there twice. Without a folder and a ``path`` nothing is written. Of several processes only
-    rank 0 writes.
+    record is there twice. Figures, texts and files are kept beside it. Without a folder and a ``path``
+    nothing is written. Of several processes only rank 0 writes.
 
     >>> logger = JSONLLogger("metrics.jsonl")
     >>> logger.log(Progress(step=50), {"train/loss": float("nan")}, "train")
@@ -86,6 +87,21 @@ class JSONLLogger:
                 self._file.truncate(self._size)
             raise
         self._size += len(line)
+
+    def log_figure(self, progress: Progress, name: str, figure: Any) -> None:
+        """Write ``figures/<name>-<step>.png`` beside the records."""
+        if self._target is not None:
+            keep_figure(self._target.parent, progress, name, figure)
+
+    def log_text(self, progress: Progress, name: str, text: str) -> None:
+        """Write ``texts/<name>-<step>.txt`` beside the records."""
+        if self._target is not None:
+            keep_text(self._target.parent, progress, name, text)
+
+    def log_artifact(self, progress: Progress, name: str, path: Path) -> None:
+        """Copy a file or a folder to ``artifacts/<name>/`` beside the records."""
+        if self._target is not None:
+            keep_artifact(self._target.parent, name, path)
 
     def close(self, status: str) -> None:
         """Close the file; a later ``log`` still appends to it."""

@@ -1,0 +1,129 @@
+"""What Watch logs, when, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import loopwright as lw
+from tiny import classifier, line, loader, pairs, sgd_task, trainer
+
+
+class Records:
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+        if kind == "train":
+            self.seen.append((progress.step, {k: v for k, v in values.items() if k not in ("train/loss", "lr")}))
+
+
+def watched(*what: str, at: Any = None, **settings: Any) -> list[tuple[int, dict[str, float]]]:
+    records = Records()
+    callbacks = [lw.Watch(*what, at=at)]
+    user = trainer(**{"epochs": 1, "log_every": 1, "callbacks": callbacks, "loggers": [records], **settings})
+    user.fit(sgd_task(line(2.0), lr=0.5), pairs([1.0], [2.0], [3.0], [4.0]))
+    return records.seen
+
+
+def test_norms_are_those_of_the_event_and_stand_in_the_next_record() -> None:
+    seen = watched("parameters", "gradients", at=lw.Event.STEP_END(every=2))
+    assert [step for step, values in seen if values] == [3, 4]  # what is logged after the last record is in one more
+    assert seen[2][1] == {"train/parameter_norm/weight": pytest.approx(0.5), "train/gradient_norm/weight": 2.0}
+    assert seen[-1] == (4, {"train/parameter_norm/weight": pytest.approx(3.0), "train/gradient_norm/weight": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("at", "steps"),
+    [
+        (lw.Event.GRADS_READY(once=3), [3]),
+        (lw.Event.EPOCH_END, [2]),
+        (lw.Event.STEP_END(once=1) | lw.Event.FIT_END, [2, 4]),
+        (lw.Event.STEP_END(after=2, when=lambda run: run.progress.step != 3), [4]),
+    ],
+)
+def test_any_event_filter_says_when(at: Any, steps: list[int]) -> None:
+    data = pairs([1.0], [2.0])
+    records = Records()
+    user = trainer(epochs=2, log_every=1, callbacks=[lw.Watch("gradients", at=at)], loggers=[records])
+    looks: list[int] = []
+    user.on(at)(lambda run: looks.append(run.progress.step))
+    user.fit(sgd_task(line()), data)
+    assert looks
+    logged = [step for step, values in records.seen if values]
+    assert len(logged) >= min(1, len([n for n in looks if n < 4]))
+    assert logged == [step for step in logged if step in (*steps, *(n + 1 for n in looks), 4)]
+
+
+def test_activations_are_those_of_the_next_forward_and_no_hook_stays() -> None:
+    net, records = classifier(), Records()
+    outputs: list[torch.Tensor] = []
+    net[0].register_forward_hook(lambda module, args, out: outputs.append(out.detach()) if module.training else None)
+    user = trainer(
+        epochs=1, log_every=1, loggers=[records], callbacks=[lw.Watch("activations", at=lw.Event.STEP_END(once=2))]
+    )
+    user.fit(sgd_task(net, lr=0.1, loss=nn.CrossEntropyLoss()), loader(20, batch_size=5))
+    ((step, values),) = [(step, values) for step, values in records.seen if values]
+    assert step == 3
+    assert values["train/activation_mean/0"] == pytest.approx(float(outputs[2].mean()))
+    assert values["train/activation_std/0"] == pytest.approx(float(outputs[2].std(correction=0)))
+    assert {name.rpartition("/")[2] for name in values} == {"0", "1", "2"}
+    assert [len(module._forward_hooks) for module in net] == [1, 0, 0]
+
+
+def test_hooks_go_when_a_run_fails() -> None:
+    net = classifier()
+    user = trainer(epochs=1, callbacks=[lw.Watch("activations", at=lw.Event.STEP_END)])
+
+    def fail(run: lw.Run) -> None:
+        raise RuntimeError("stop")
+
+    user.on(lw.Event.STEP_END(once=2))(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        user.fit(sgd_task(net, lr=0.1, loss=nn.CrossEntropyLoss()), loader(20, batch_size=5))
+    assert not any(module._forward_hooks for module in net)
+
+
+def test_every_number_of_an_optimizer_is_logged() -> None:
+    net, records = classifier(), Records()
+    groups = [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters()}]
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.AdamW(groups, lr=0.2, weight_decay=0.5))
+    user = trainer(epochs=1, log_every=1, loggers=[records], callbacks=[lw.Watch("optimizer", at=lw.Event.STEP_END)])
+    user.fit(task, loader(10, batch_size=5))
+    values = records.seen[-1][1]
+    assert values["train/optimizer/lr/0"] == 0.1
+    assert values["train/optimizer/lr/1"] == 0.2
+    assert values["train/optimizer/weight_decay/1"] == 0.5
+    assert values["train/optimizer/betas.1/0"] == 0.999
+
+
+def test_what_cannot_be_watched_is_refused_before_step_0() -> None:
+    with pytest.raises(lw.SettingError) as error:
+        lw.Watch("gradient")
+    assert str(error.value) == (
+        "Watch('gradient'): there is nothing of that name to watch. Known: 'activations', 'gpu', 'gradients', "
+        "'optimizer', 'parameters'. Did you mean 'gradients'?"
+    )
+    with pytest.raises(lw.SettingError, match="is not an event"):
+        lw.Watch("gradients", at="STEP_END")  # type: ignore[arg-type]
+    stage = lw.Stage("one", until="1 epoch", callbacks=[lw.Watch("gradients")])
+    with pytest.raises(lw.SettingError, match="Watch belongs among the callbacks of the Trainer, not of a stage"):
+        trainer().fit(sgd_task(line()), pairs([1.0]), stages=[stage])
+    with pytest.raises(lw.SettingError, match=r"Watch\('gpu'\) looks at CUDA, and this run is on cpu; leave 'gpu' out"):
+        trainer(epochs=1, callbacks=[lw.Watch("gpu")], device="cpu").fit(sgd_task(line()), pairs([1.0]))
+
+
+def test_two_watches_look_at_their_own_events_and_a_second_fit_watches_again() -> None:
+    records = Records()
+    often = lw.Watch("gradients", at=lw.Event.STEP_END(every=2))
+    once = lw.Watch("parameters", at=lw.Event.STEP_END(once=2))
+    user = trainer(epochs=1, log_every=1, callbacks=[often, once], loggers=[records])
+    for _ in range(2):
+        records.seen.clear()
+        user.fit(sgd_task(line()), pairs([1.0], [2.0], [3.0], [4.0]))
+        names = [sorted(values) for _, values in records.seen]
+        assert names[2] == ["train/gradient_norm/weight", "train/parameter_norm/weight"]
+        assert names[-1] == ["train/gradient_norm/weight"]

@@ -1,0 +1,305 @@
+"""What a logger may have, how it is named, and what reaches it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+
+import loopwright as lw
+from loopwright.loggers import flat, points, read_jsonl
+from loopwright.loggers.files import as_path
+from tiny import line, pairs, sgd_task, trainer
+
+DATA = pairs([1.0], [2.0], [3.0], [4.0])
+
+
+class Everything:
+    """Has all that a logger may have, and notes what it was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def start(self, run: lw.Run) -> None:
+        self.calls.append(("start", run.progress.step))
+
+    def log_config(self, config: Any) -> None:
+        self.calls.append(("config", config))
+
+    def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+        self.calls.append((kind, progress.step))
+
+    def log_figure(self, progress: lw.Progress, name: str, figure: Any) -> None:
+        self.calls.append(("figure", progress.step, name, type(figure).__name__))
+
+    def log_text(self, progress: lw.Progress, name: str, text: str) -> None:
+        self.calls.append(("text", progress.step, name, text))
+
+    def log_artifact(self, progress: lw.Progress, name: str, path: Path) -> None:
+        self.calls.append(("artifact", progress.step, name, path.name))
+
+    def flush(self) -> None:
+        self.calls.append(("flush",))
+
+    def close(self, status: str) -> None:
+        self.calls.append(("close", status))
+
+
+class OnlyLog:
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+        self.kinds.append(kind)
+
+
+def shown(user: lw.Trainer, what: Any, step: int = 2) -> lw.Run:
+    """A run of 4 steps that logs ``what`` after step 2."""
+    user.on(lw.Event.STEP_END(once=step))(lambda run: run.log(what(run) if callable(what) else what))
+    return user.fit(sgd_task(line(), lr=0.0), DATA)
+
+
+def figure() -> Any:
+    made = plt.figure()
+    made.subplots().plot([1, 2])
+    return made
+
+
+def test_every_method_is_called_with_what_its_signature_says(folder: Path) -> None:
+    logger, plain, file = Everything(), OnlyLog(), Path("model.onnx")
+    file.write_text("weights")
+    run = shown(
+        trainer(epochs=1, loggers=[logger, plain], folder=folder, log_every=2, seed=3),
+        {"note": "look here", "curve": figure(), "model": file, "number": 0.5},
+    )
+    plt.close("all")
+    calls = [call for call in logger.calls if call[0] != "config"]
+    assert calls == [
+        ("start", 0), ("flush",), ("train", 2), ("text", 2, "note", "look here"), ("figure", 2, "curve", "Figure"),
+        ("artifact", 2, "model", "model.onnx"), ("train", 4), ("epoch", 4), ("flush",), ("close", "done"),
+    ]  # fmt: skip
+    assert plain.kinds == ["train", "train", "epoch"]
+    assert run.metrics["train/number"] == 0.5
+    assert run.folder is not None
+    kept = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file()}
+    assert {"figures/curve-00000002.png", "texts/note-00000002.txt", "artifacts/model/model.onnx"} <= kept
+    assert (run.folder / "figures/curve-00000002.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_logger_is_told_software_parameters_and_data() -> None:
+    logger = Everything()
+    trainer(epochs=1, loggers=[logger], seed=3, name="digits").fit(sgd_task(line(), lr=0.25), DATA)
+    (config,) = (call[1] for call in logger.calls if call[0] == "config")
+    assert config["name"] == "digits"
+    assert config["seed"] == 3
+    assert config["versions"]["loopwright"] == lw.__version__
+    assert config["packages"]["numpy"] == config["versions"]["numpy"]
+    assert config["data"]["batches"] == 4
+    settings = flat(config["settings"])
+    assert settings["optimizers.main.lr"] == 0.25
+    assert settings["models.model.parameters"] == 1
+
+
+def test_run_json_has_the_fingerprint_of_the_data(folder: Path) -> None:
+    import json
+
+    run = trainer(epochs=1, folder=folder).fit(sgd_task(line()), DATA)
+    assert run.folder is not None
+    assert json.loads((run.folder / "run.json").read_text())["data"]["kind"] == "list of batches"
+
+
+def test_the_records_of_a_run_with_a_folder_are_always_in_it(folder: Path) -> None:
+    run = trainer(epochs=1, loggers="csv", folder=folder).fit(sgd_task(line()), DATA)
+    assert run.folder is not None
+    assert len(read_jsonl(run.folder / "metrics.jsonl")) == 2
+    assert len((run.folder / "metrics.csv").read_text().splitlines()) == 3
+    elsewhere = lw.JSONLLogger("own.jsonl")
+    run = trainer(epochs=1, loggers=[elsewhere], folder=folder).fit(sgd_task(line()), DATA)
+    assert run.folder is not None
+    assert not (run.folder / "metrics.jsonl").exists()
+    assert len(read_jsonl("own.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ({"note": "text"}, "run.log({'note': ...}): no logger of this run has log_text(). Give the Trainer a folder, "
+                           "which keeps it, or a logger that takes it, such as loggers=['tensorboard']"),
+        ({"model": Path("gone.pt")}, "run.log({'model': ...}): there is no file gone.pt"),
+        ({"x": [1, 2]}, "run.log({'x': ...}) takes a number, a 0-dimensional tensor, a text, a figure with "
+                        "savefig() or a Path; got [1, 2]"),
+        ({"x": None}, "run.log({'x': ...}) takes a number, a 0-dimensional tensor, a text, a figure with "
+                      "savefig() or a Path; got None"),
+    ],
+)  # fmt: skip
+def test_nothing_that_is_asked_for_is_dropped(what: Any, says: str) -> None:
+    with pytest.raises(lw.SettingError) as error:
+        shown(trainer(epochs=1, loggers=[OnlyLog()]), what)
+    assert str(error.value) == says
+
+
+class CannotDraw(Everything):
+    def log_figure(self, progress: lw.Progress, name: str, figure: Any) -> None:
+        raise RuntimeError("no font")
+
+
+def test_a_figure_that_cannot_be_drawn_is_said_and_harms_no_record() -> None:
+    logger = CannotDraw()
+    with pytest.warns(lw.LoopwrightWarning) as caught:
+        run = shown(trainer(epochs=1, loggers=[logger], log_every=1), {"curve": figure()})
+    plt.close("all")
+    assert run.status == "done"
+    assert [str(w.message) for w in caught] == [
+        "'curve' is lost: CannotDraw.log_figure failed after step 2: RuntimeError('no font')"
+    ]
+    assert [call[1] for call in logger.calls if call[0] == "train"] == [1, 2, 3, 4]
+
+
+class Forgets(OnlyLog):
+    def state_dict(self) -> Any:
+        raise ConnectionError("the backend is down")
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def test_a_logger_that_cannot_tell_its_state_does_not_stop_a_checkpoint(folder: Path) -> None:
+    with pytest.warns(lw.LoopwrightWarning) as caught:
+        run = trainer(epochs=1, loggers=[Forgets()], folder=folder, checkpoint=lw.Checkpoint("2 steps")).fit(
+            sgd_task(line()), DATA
+        )
+    assert str(caught[0].message).startswith(
+        "Forgets.flush failed after step 0: ConnectionError('the backend is down')"
+    )
+    assert run.status == "done"
+    assert run.folder is not None
+    assert any((run.folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("valid/confusion", "valid/confusion"),
+        ("../../../etc/passwd", "%2e%2e/%2e%2e/%2e%2e/etc/passwd"),
+        ("/etc/passwd", "etc/passwd"),
+        (".hidden", "%2ehidden"),
+        ("a\\b\0:c", "a%5cb%00%3ac"),
+        ("", "%"),
+        ("..", "%2e%2e"),
+        ("\ud800", "%ed%a0%80"),
+        ("ünïcode", "ünïcode"),
+    ],
+)
+def test_no_name_leads_out_of_the_folder(name: str, path: str, folder: Path) -> None:
+    assert as_path(name) == path
+    assert len(as_path(name + "x" * 500).split("/")[-1]) <= 60
+    run = shown(trainer(epochs=1, folder=folder), {name: "text"})
+    assert run.folder is not None
+    assert (run.folder / "texts" / f"{path}-00000002.txt").read_text() == "text"
+    assert {p.name for p in Path.cwd().iterdir()} == {"runs"}
+
+
+def test_a_folder_is_copied_and_what_lies_in_the_run_folder_is_not(folder: Path) -> None:
+    Path("maps/deep").mkdir(parents=True)
+    Path("maps/deep/a.txt").write_text("a")
+    run = shown(trainer(epochs=1, folder=folder), {"maps": Path("maps")})
+    assert run.folder is not None
+    assert (run.folder / "artifacts/maps/maps/deep/a.txt").read_text() == "a"
+    run = shown(trainer(epochs=1, folder=folder), lambda run: {"own": run.folder / "run.json"})
+    assert run.folder is not None
+    assert not (run.folder / "artifacts").exists()
+    with pytest.raises(lw.SettingError, match=r"the run folder .* lies in it"):
+        shown(trainer(epochs=1, folder=folder), {"all": Path()})
+
+
+def test_a_resumed_run_writes_its_figures_once(folder: Path) -> None:
+    def fit(stop: bool) -> lw.Run:
+        user = trainer(epochs=2, folder=folder, checkpoint=lw.Checkpoint("2 steps"))
+        user.on(lw.Event.STEP_END)(lambda run: run.log({"note": f"at {run.progress.step}"}))
+        user.on(lw.Event.STEP_END(once=5))(lambda run: stop and os.kill(os.getpid(), 2))
+        return user.fit(sgd_task(line()), DATA, resume="auto")
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(stop=True)
+    run = fit(stop=False)
+    assert run.folder is not None
+    assert sorted(p.name for p in (run.folder / "texts").iterdir()) == [f"note-{n:08d}.txt" for n in range(1, 9)]
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A distribution with a logger, as pip would install it."""
+    site = tmp_path / "site"
+    (site / "notebook_log-1.0.dist-info").mkdir(parents=True)
+    (site / "notebook_log.py").write_text(
+        "class Log:\n"
+        "    def __init__(self, path='plain.txt'):\n"
+        "        self.file = open(path, 'a')\n"
+        "    def log(self, progress, values, kind):\n"
+        "        self.file.write(f'{kind} {progress.step}\\n')\n"
+        "    def close(self, status):\n"
+        "        self.file.close()\n"
+    )
+    info = site / "notebook_log-1.0.dist-info"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: notebook-log\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[loopwright.loggers]\nplaintext = notebook_log:Log\n")
+    monkeypatch.syspath_prepend(site)
+    return "plaintext"
+
+
+def test_a_plug_in_is_found_by_the_name_of_its_entry_point(installed: str) -> None:
+    trainer(epochs=1, loggers=installed).fit(sgd_task(line()), DATA)
+    assert Path("plain.txt").read_text() == "train 4\nepoch 4\n"
+    trainer(epochs=1, loggers=[f"{installed}:other.txt"]).fit(sgd_task(line()), DATA)
+    assert Path("other.txt").read_text() == "train 4\nepoch 4\n"
+    sys.modules.pop("notebook_log")
+
+
+def test_an_unknown_name_lists_the_known_ones(installed: str) -> None:
+    with pytest.raises(lw.SettingError) as error:
+        trainer(epochs=1, loggers="tensorbord")
+    assert str(error.value) == (
+        "there is no logger named 'tensorbord'. Known: 'csv', 'jsonl', 'mlflow', 'plaintext', 'table', 'tensorboard', "
+        "'wandb'. Did you mean 'tensorboard'? Another one is an object with log(progress, values, kind)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "says"),
+    [
+        ("tensorboard", "tensorboard", 'TensorBoardLogger needs tensorboard: pip install "loopwright[tensorboard]"'),
+        ("mlflow", "mlflow", 'MLflowLogger needs mlflow: pip install "loopwright[mlflow]"'),
+        ("wandb", "wandb", 'WandbLogger needs wandb: pip install "loopwright[wandb]"'),
+    ],
+)
+def test_a_missing_package_is_an_error_that_says_what_to_install(
+    name: str, package: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr("loopwright.loggers.tracking.find_spec", lambda n: None if n == package else found(n))
+    with pytest.raises(ImportError) as error:
+        trainer(epochs=1, loggers=name)
+    assert str(error.value) == says
+
+
+def test_curves_have_one_value_a_step() -> None:
+    logger = Points()
+    trainer(epochs=2, loggers=[logger], log_every=1).fit(sgd_task(line()), DATA, pairs([1.0]))
+    assert len(logger.seen) == len(set(logger.seen))
+    assert {name for name, _ in logger.seen} == {"train/loss", "lr", "valid/loss", "epoch/train/loss"}
+
+
+class Points:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+        self.seen += [(name, progress.step) for name in points(values, kind)]
