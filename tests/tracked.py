@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import loopwright as lw
-from tiny import line, pairs, sgd_task, trainer
+from tiny import acts, line, pairs, sgd_task, trainer
 
 DATA = pairs([1.0], [2.0], [3.0], [4.0])
 STEPS = 12
@@ -27,6 +29,17 @@ def fit(loggers: Any, folder: Path | None, name: str = "digits", *, kill_at: int
 
     user.on(lw.Event.STEP_END)(end)
     return user.fit(sgd_task(line(), lr=0.1), DATA, pairs([1.0]), resume="auto" if folder is not None else None)
+
+
+def failed(loggers: Any, folder: Path, name: str, at: int) -> None:
+    """A run that an error ends after step ``at``: its loggers have closed, ahead of the last checkpoint."""
+
+    def fail(run: lw.Run, result: Any) -> None:
+        if run.progress.step == at:
+            raise OSError("the power went off")
+
+    with pytest.raises(OSError, match="the power went off"):
+        fit(loggers, folder, name, callbacks=[acts(on_step_end=fail)])
 
 
 def killed(logger: str, folder: Path, name: str, kill_at: int) -> None:

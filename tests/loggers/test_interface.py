@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 import loopwright as lw
 from loopwright.loggers import flat, points, read_jsonl
@@ -303,3 +304,63 @@ class Points:
 
     def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
         self.seen += [(name, progress.step) for name in points(values, kind)]
+
+
+def test_of_several_processes_only_rank_0_hands_things_over(make_run: Any, tmp_path: Path) -> None:
+    other = make_run(rank=1)
+    other.loggers = [Everything()]
+    other.log({"note": "text"})
+    assert other.loggers[0].calls == []
+    assert not list(tmp_path.glob("texts"))
+
+
+def test_a_logger_whose_place_cannot_be_taken_back_begins_anew_and_training_goes_on(folder: Path) -> None:
+    def fit(logger: Any, epochs: int) -> lw.Run:
+        user = trainer(epochs=epochs, loggers=[logger], folder=folder, checkpoint=lw.Checkpoint("4 steps"))
+        return user.fit(sgd_task(line()), DATA, resume="auto")
+
+    fit(Remembers(), 1)
+    with pytest.warns(lw.LoopwrightWarning) as caught:
+        run = fit(Remembers(broken=True), 2)
+    assert str(caught[0].message).startswith("Remembers.load_state_dict failed after step 4: ValueError('not mine')")
+    assert (run.status, run.progress.step) == ("done", 8)
+
+
+class Remembers(OnlyLog):
+    def __init__(self, *, broken: bool = False) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def state_dict(self) -> Any:
+        return {"place": 1}
+
+    def load_state_dict(self, state: Any) -> None:
+        if self.broken:
+            raise ValueError("not mine")
+
+
+class Scored(lw.Task):
+    """Its step tells the loss and the accuracy of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = line()
+
+    def training_step(self, batch: Any) -> Any:
+        x, _ = batch
+        return {"loss": self.net(x).mean(), "accuracy": (x > 2).float().mean()}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=1.0)
+
+
+@pytest.mark.capability("FA-14")
+def test_losses_and_metrics_of_every_batch_are_recorded(folder: Path) -> None:
+    """``log_every=1`` records losses and metrics that a step returns after every batch; the run keeps every loss."""
+    run = trainer(epochs=1, log_every=1, folder=folder).fit(Scored(), pairs([1.0], [3.0], [1.0, 5.0]))
+    assert run.folder is not None
+    records = [record for record in read_jsonl(run.folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert [(r["step"], r["train/loss"], r["train/accuracy"]) for r in records] == [
+        (1, 0.0, 0.0), (2, -3.0, 1.0), (3, -12.0, 0.5),
+    ]  # fmt: skip
+    assert run.history.losses["loss"].tolist() == [0.0, -3.0, -12.0]

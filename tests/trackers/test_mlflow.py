@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 import loopwright as lw
 from loopwright.loggers import MLflowLogger, send
 from tiny import bits, line, same, sgd_task, trainer
-from tracked import DATA, expected, fit, killed
+from tracked import DATA, expected, failed, fit, killed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow, about SQLAlchemy
 
@@ -99,6 +99,12 @@ def test_a_killed_run_goes_on_as_the_same_run_without_a_point_twice_or_lost(
     assert run.resumed_from is not None
     assert curves(client, only(client, "killed")) == expected(run)
     assert only(client, "killed").info.status == "FINISHED"
+
+
+def test_a_failed_run_goes_on_without_a_point_twice(client: MlflowClient, uri: str, folder: Path) -> None:
+    failed(f"mlflow:{uri}", folder, "failed", 8)
+    run = fit(f"mlflow:{uri}", folder, "failed")
+    assert curves(client, only(client, "failed")) == expected(run)
 
 
 def test_points_that_had_arrived_before_are_not_sent_twice(client: MlflowClient, uri: str, folder: Path) -> None:

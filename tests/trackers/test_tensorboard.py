@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import loopwright as lw
 from loopwright.loggers import TensorBoardLogger, send
 from tiny import line, sgd_task, trainer
-from tracked import DATA, expected, fit, killed
+from tracked import DATA, expected, failed, fit, killed
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -59,6 +59,15 @@ def test_a_killed_run_goes_on_without_a_point_twice_or_lost(folder: Path, kill_a
     run = fit("tensorboard", folder, "killed")
     assert run.folder is not None
     assert run.resumed_from is not None or kill_at == 3
+    assert curves(run.folder / "tensorboard") == expected(run)
+
+
+@pytest.mark.parametrize("at", [4, 8, 12])
+def test_a_failed_run_goes_on_and_what_it_had_written_after_its_checkpoint_is_cut(folder: Path, at: int) -> None:
+    failed("tensorboard", folder, "failed", at)
+    failed("tensorboard", folder, "failed", at)
+    run = fit("tensorboard", folder, "failed")
+    assert run.folder is not None
     assert curves(run.folder / "tensorboard") == expected(run)
 
 

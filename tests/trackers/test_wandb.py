@@ -18,7 +18,7 @@ from wandb.proto import wandb_internal_pb2
 import loopwright as lw
 from loopwright.loggers import WandbLogger, send
 from tiny import line, sgd_task, trainer
-from tracked import DATA, expected, fit, killed
+from tracked import DATA, expected, failed, fit, killed
 
 BLOCK = 32768
 
@@ -112,6 +112,15 @@ def test_a_killed_run_goes_on_as_the_same_run_without_a_row_twice(folder: Path, 
     files = list(run.folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
     assert len({file.name for file in files}) == 1  # of one run
+    assert curves(run.folder) == expected(run)
+
+
+def test_a_failed_run_goes_on_without_a_row_twice(folder: Path) -> None:
+    failed("wandb", folder, "failed", 8)
+    (begun,) = folder.glob("failed/*")
+    rows(begun)  # until W&B has closed its file
+    run = fit("wandb", folder, "failed")
+    assert run.folder is not None
     assert curves(run.folder) == expected(run)
 
 

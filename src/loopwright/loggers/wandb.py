@@ -11,7 +11,7 @@ from typing import Any
 
 from loopwright.loggers.jsonl import read_jsonl
 from loopwright.loggers.tracking import needs, points, run_name
-from loopwright.loggers.wandb_files import last_step
+from loopwright.loggers.wandb_files import last_row
 from loopwright.state import Progress, Run
 
 __all__ = ["WandbLogger"]
@@ -35,6 +35,7 @@ class WandbLogger:
         self._row: dict[str, float] = {}  # of the open step: W&B takes a row when the next one begins
         self._step = 0
         self._there = self._written = -1  # the last step that W&B had when it started, and that it was given
+        self._had: set[str] = set()  # what the row of that step has
         self._loaded = False
 
     def start(self, run: Run) -> None:
@@ -43,9 +44,9 @@ class WandbLogger:
 
         goes_on = self.run_id is not None and (self._loaded or self._history is run.history)
         self.run_id = self.run_id if goes_on else None
-        self._there = self._written if goes_on else -1
+        self._there, self._had = (self._written if goes_on else -1), set()
         if self._loaded and self.run_id is not None and run.folder is not None:
-            self._there = last_step(run.folder, self.run_id)
+            self._there, self._had = last_row(run.folder, self.run_id)
         name, own = run_name(run)
         self._run = wandb.init(
             project=self.project or re.sub(r"[/\\#?%:]", "-", name)[:128], name=own or None, id=self.run_id,
@@ -55,14 +56,15 @@ class WandbLogger:
         self._history, self._loaded, self._row, self._step = run.history, False, {}, run.progress.step
         self.run_id = self._run.id
         if goes_on:
-            self._there = max(self._there, self._run.starting_step - 1)  # what its server has
+            if self._run.starting_step - 1 > self._there:  # what its server has
+                self._there, self._had = self._run.starting_step - 1, set()
             self._catch_up(run)
 
     def _catch_up(self, run: Run) -> None:
         """Write the rows that W&B has lost with a process that was killed: those of the records of the run."""
         file = run.folder and run.folder / "metrics.jsonl"
         for record in read_jsonl(file) if file and file.exists() else ():
-            if self._there < record["step"] <= run.progress.step:
+            if self._there <= record["step"] <= run.progress.step:
                 values = {key: value for key, value in record.items() if "/" in key or key.startswith("lr")}
                 self.log(Progress(step=record["step"]), values, record["kind"])
 
@@ -83,7 +85,11 @@ class WandbLogger:
             self._row, self._step = {}, step
 
     def _write(self, values: Mapping[str, Any], step: int) -> None:
-        if values and step > self._there:
+        if step == self._there and self._had:  # of a run that failed inside of it
+            values = {name: value for name, value in values.items() if name not in self._had}
+        elif step <= self._there:
+            return
+        if values:
             self._run.log(dict(values), step=step)
             self._written = step
 

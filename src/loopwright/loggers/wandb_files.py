@@ -6,24 +6,27 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["last_step"]
+__all__ = ["last_row"]
 
 _BLOCK, _HEAD = 32768, 7  # bytes: the log format of LevelDB, after a head of the file of 7 bytes
 _WHOLE, _LAST = 1, 4  # kinds of a part
 
 
-def last_step(folder: Path, run_id: str) -> int:
-    """The last step of which ``folder/wandb`` has a row of this run; -1 without one."""
+def last_row(folder: Path, run_id: str) -> tuple[int, set[str]]:
+    """The last step of which ``folder/wandb`` has a row of this run, and the names in it; -1 without one."""
     from wandb.proto import wandb_internal_pb2
 
-    last = -1
+    last, names = -1, set[str]()
     for file in folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"):
         for message in _messages(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(message)
             if record.WhichOneof("record_type") == "history":
-                last = max(last, record.history.step.num)
-    return last
+                step = record.history.step.num
+                found = {item.key or "/".join(item.nested_key) for item in record.history.item}
+                names = found | names if step == last else found if step > last else names
+                last = max(last, step)
+    return last, names
 
 
 def _messages(data: bytes) -> Iterator[bytes]:
