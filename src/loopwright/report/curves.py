@@ -125,7 +125,9 @@ def band(curves: Sequence[Curve]) -> tuple[Any, Any, Any, Any]:
     empty = np.array([])
     if not finite:
         return empty, empty, empty, empty
-    steps = np.unique(np.concatenate([step for step, _ in finite]))
+    steps = finite[0][0]
+    if not all(np.array_equal(steps, step) for step, _ in finite):
+        steps = np.unique(np.concatenate([step for step, _ in finite]))
     begin, end = max(step[0] for step, _ in finite), min(step[-1] for step, _ in finite)
     steps = steps[(steps >= begin) & (steps <= end)]
     values = np.stack([np.interp(steps, step, value) for step, value in finite])
