@@ -48,9 +48,10 @@ def described(obj: Any) -> Any:
     >>> described(nn.CrossEntropyLoss(label_smoothing=0.1))["label_smoothing"]
     0.1
     """
-    names = _arguments(type(obj))
+    kind: type = type(obj)
+    names = _arguments(kind)
     kept = getattr(obj, "__dict__", None) or {name: getattr(obj, name) for name in names if hasattr(obj, name)}
-    return {"class": type(obj), **{name: _bounded(name, kept[name]) for name in names if name in kept}}
+    return {"class": kind, **{name: _bounded(name, kept[name]) for name in names if name in kept}}
 
 
 @cache
