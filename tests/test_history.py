@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import loopwright as lw
 from loopwright.history import History, Series
-from tiny import line, pairs, sgd_task, trainer
+from tiny import classifier, line, pairs, samples, sgd_task, trainer
 
 
 def trained(epochs: int = 2) -> lw.Run:
@@ -74,6 +79,39 @@ def test_the_loss_of_every_step_is_kept() -> None:
     assert run.history.losses["loss"].tolist() == [0.0, -2.0, -3.0, -8.0]
     assert run.history.losses["loss"].itemsize == 4
     assert run.history["valid/loss"] == [-9.0, -18.0]
+
+
+@pytest.mark.capability("FA-14")
+def test_loss_and_metrics_are_recorded_after_every_batch(folder: Path) -> None:
+    """The loss of each batch is kept unasked; with log_every=1 each batch has a record of loss, metrics and rate."""
+    x, y = samples(20)
+    net = classifier()
+
+    class Measured(lw.Supervised):
+        def training_step(self, batch: Any, carry: Any = None) -> dict[str, Any]:
+            found = super().training_step(batch)
+            return found | {"accuracy": (found["preds"].argmax(1) == found["target"]).float().mean()}
+
+    def expected(rate: float) -> list[dict[str, float]]:
+        by_hand, told = copy.deepcopy(net), []
+        for inputs, target in zip(x.split(6), y.split(6), strict=True):
+            preds = by_hand(inputs)
+            loss = nn.functional.cross_entropy(preds, target)
+            accuracy = (preds.argmax(1) == target).float().mean()
+            told.append({"train/loss": loss.item(), "train/accuracy": accuracy.item(), "lr": rate})
+            for p, grad in zip(by_hand.parameters(), torch.autograd.grad(loss, [*by_hand.parameters()]), strict=True):
+                p.data.sub_(rate * grad)
+        return told
+
+    wanted = expected(0.5)
+    task = Measured(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.5))
+    run = lw.Trainer(epochs=1, folder=folder, progress=False, log_every=1).fit(task, lw.Loader((x, y), 6))
+    assert run.history.losses["loss"].tolist() == [record["train/loss"] for record in wanted]
+    assert run.folder is not None
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    records = [line for line in lines if line["kind"] == "train"]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [{name: record[name] for name in wanted[0]} for record in records] == wanted
 
 
 def test_losses_of_several_phases_are_kept_apart() -> None:

@@ -48,7 +48,7 @@ def described(obj: Any) -> Any:
     >>> described(nn.CrossEntropyLoss(label_smoothing=0.1))["label_smoothing"]
     0.1
     """
-    kind: Any = type(obj)
+    kind: type = type(obj)
     names = _arguments(kind)
     kept = getattr(obj, "__dict__", None) or {name: getattr(obj, name) for name in names if hasattr(obj, name)}
     return {"class": kind, **{name: _bounded(name, kept[name]) for name in names if name in kept}}
