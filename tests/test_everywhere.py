@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,6 +100,7 @@ def test_metrics_checkpoints_and_two_ways_of_logging_come_with_it_and_are_writte
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.capability("CA-04", "CA-05")
 def test_the_script_is_the_same_below_a_launcher(tmp_path: Path) -> None:
     """``loopwright launch`` starts the file as it is, two processes in bf16; rank 0 alone speaks."""
@@ -111,3 +113,25 @@ def test_the_script_is_the_same_below_a_launcher(tmp_path: Path) -> None:
     assert " by 2 of cpu; runs/everywhere/" in done.stdout
     assert done.stdout.count("\n") == 1
     assert json.loads((trained(tmp_path) / "run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.capability("CA-38")
+def test_the_script_is_the_same_as_the_tasks_of_a_slurm_job(tmp_path: Path) -> None:
+    """Two processes with the variables that srun sets train together, and write one folder."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    step = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0"}
+    step |= {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODELIST": "gpu[07-08]", "MASTER_PORT": port}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--epochs", "1"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, env=os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    (first, errors), (second, _) = (task.communicate(timeout=200) for task in tasks)
+    assert " by 2 of cpu; runs/everywhere/" in first, errors[-4000:]
+    assert second == ""
+    assert len(json.loads((trained(tmp_path) / "run.json").read_text())["ranks"]) == 2

@@ -97,6 +97,7 @@ def test_a_step_makes_no_more_calls_than_that_of_the_loop_by_hand() -> None:
     def a_step(train: Any) -> float:
         nonlocal calls
         found = []
+        train(loader(64, batch_size=32, shuffle=True))  # what is done once a process is no part of a step
         for steps in (20, 60):
             data, calls = loader(32 * steps, batch_size=32, shuffle=True), 0
             sys.setprofile(count)
@@ -107,7 +108,7 @@ def test_a_step_makes_no_more_calls_than_that_of_the_loop_by_hand() -> None:
             found.append(calls)
         return (found[1] - found[0]) / 40
 
-    assert a_step(by_fit) <= a_step(by_hand)
+    assert 0 < a_step(by_fit) <= a_step(by_hand)
 
 
 # -------------------------------------------------------------------------------------------------------- device reads

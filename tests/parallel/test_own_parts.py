@@ -31,6 +31,13 @@ def strategy_of_the_page() -> Any:
     assert len([line for line in code.splitlines() if line.strip()]) < 50
     scope: dict[str, Any] = {"torch": torch}
     exec(code, scope)
+    send = scope["Joined"].send
+
+    def counted(self: Any) -> None:
+        did["message"] = did.get("message", 0) + 1
+        send(self)
+
+    scope["Joined"].send = counted
     return scope["OneMessage"]()
 
 
@@ -107,7 +114,7 @@ def test_group_strategy_precision_backward_optimizer_and_scheduler_may_all_be_on
     (first, calls, lr, kept, steps), (second, others, *_) = lw.launch(fit, 2, True)
     assert all(map(torch.equal, first, second))
     assert kept
-    assert steps == 4
+    assert steps == calls["message"] == others["message"] == 4
     assert lr == 0.01 / 4
     assert calls["schedule"] == 1 + 2  # when it is made, and after each epoch
     assert calls["step"] == others["step"] == 4
@@ -127,9 +134,10 @@ def test_an_adapter_of_less_than_50_lines_gives_the_numbers_of_one_process() -> 
         strategy = strategy_of_the_page()
         trainer = lw.Trainer(2, strategy=strategy, accumulate=3, clip_norm=0.5, folder=None, progress=False)
         trainer.fit(task, lw.Loader((X, Y), 23))
-        return [p.detach().clone() for p in net.parameters()]
+        return [p.detach().clone() for p in net.parameters()], did["message"]
 
-    (first, second), alone = lw.launch(adapted, 2), fit(own=False)[0]
+    ((first, messages), (second, _)), alone = lw.launch(adapted, 2), fit(own=False)[0]
+    assert messages == 4
     assert all(map(torch.equal, first, second))
     for mine, one in zip(first, alone, strict=True):
         torch.testing.assert_close(mine, one, atol=1e-6, rtol=0)
