@@ -36,7 +36,7 @@ check: $(READY) ## style, types, layers, and the code in docstrings and docs
 	@$(BIN)/python -m pytest -q tests/test_docs.py
 
 trackers: $(TRACKERS) ## the loggers of TensorBoard, MLflow and W&B against the real packages, offline
-	@.venv-trackers/bin/python -m pytest -q tests/trackers
+	@.venv-trackers/bin/python -m pytest -q --doctest-modules src/loopwright/loggers tests/trackers
 
 nightly: check ## the suite with all that takes too long for every change
 	@$(BIN)/python -m pytest -q -m "" -n $(WORKERS) --dist worksteal --ignore tests/test_docs.py

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bits depend on the number of threads
@@ -15,6 +16,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 import torch
+
+# the examples of loggers whose package is not installed; `make trackers` has them all
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+collect_ignore = [f"src/loopwright/loggers/{name}.py" for name in TRACKERS if find_spec(name) is None]
 
 # set by pytest, by torch._dynamo (with the first optimizer), threadpoolctl, gymnasium and wandb when they are imported
 FOREIGN = ("WANDB_SERVICE", "PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "KMP_", "PYGAME_")

@@ -76,6 +76,7 @@ def test_anybody_can_prove_that_their_own_run_resumes_exactly(name: str) -> None
     """verify_resume stops a user's run inside of windows and validations, goes on, and compares all of it by bits."""
     make, settings = EXACT[name]
     found = lw.verify_resume(make, lw.Trainer(**settings), steps=11, stop=STOPS.get(name))
+    assert isinstance(found, lw.Verified)
     assert found.differences == found.unsteady == []
     assert found.exact
     assert (found.steps, found.stopped) == (11, STOPS.get(name, (1, 5, 10)))

@@ -30,6 +30,9 @@ class Verified:
 
     ``stopped``: after how many steps. ``differences``: by name, with the first that differ of each run. ``unsteady``:
     what is not the same in two runs of which none was stopped, such as samples a second, and was not compared.
+
+    >>> print(Verified(steps=4, stopped=(1, 3)))
+    4 steps, stopped after 1, 3 and gone on with: the same bits
     """
 
     steps: int

@@ -262,6 +262,10 @@ def test_a_plug_in_is_found_by_the_name_of_its_entry_point(installed: str) -> No
     sys.modules.pop("notebook_log")
 
 
+def test_a_name_carries_the_first_argument() -> None:
+    assert lw.loggers.logger_named("csv:table.csv").path == "table.csv"
+
+
 def test_an_unknown_name_lists_the_known_ones(installed: str) -> None:
     with pytest.raises(lw.SettingError) as error:
         trainer(epochs=1, loggers="tensorbord")

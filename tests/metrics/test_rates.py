@@ -38,6 +38,10 @@ RATES = {
     "f1": (lw.metrics.F1, "F1Score", {}),
     "fbeta": (lw.metrics.FBeta, "FBetaScore", {"beta": 0.5}),
 }
+TWINS = {
+    "precision": functional.precision, "recall": functional.recall, "specificity": functional.specificity,
+    "iou": functional.iou, "dice": functional.dice, "f1": functional.f1, "fbeta": functional.fbeta,
+}  # fmt: skip
 
 
 def data(kind: str, n: int, c: int, seed: int, *, few: bool, ignore: bool) -> tuple[Tensor, Tensor]:
@@ -78,6 +82,7 @@ def test_rates_equal_those_of_torchmetrics(
     size = {} if kind == "binary" else {kind: c}
     ignored = {"ignore_index": -1} if ignore else {}
     metric = ours(**extra, **size, **given_, **ignored, zero_division=0.0)
+    assert isinstance(metric, lw.metrics.Rate)
     other = their(name, kind, c, **given_, **ignored)
     seen = [data(kind, n, c, seed + i, few=few, ignore=ignore) for i in range(batches)]
     for preds, target in seen:
@@ -86,7 +91,7 @@ def test_rates_equal_those_of_torchmetrics(
     expected = other.compute().double()
     assert torch.allclose(torch.as_tensor(metric.compute()).double(), expected, atol=1e-6)
     together = [torch.cat(column) for column in zip(*seen, strict=True)]
-    twin = getattr(functional, name)(*together, **extra, **size, **given_, **ignored, zero_division=0.0)
+    twin: Any = TWINS[name](*together, **extra, **size, **given_, **ignored, zero_division=0.0)
     assert torch.allclose(twin, expected, atol=1e-6)
 
 

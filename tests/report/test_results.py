@@ -28,6 +28,7 @@ def test_images_are_shown_with_their_labels():
     images[torch.arange(3), 0, 0, torch.arange(3)] = 1.0
     task = lw.Supervised(nn.Sequential(nn.Flatten(), Pick()), nn.CrossEntropyLoss())
     found = lw.report.results(task, [(images, torch.tensor([0, 1, 0]))], keep=2, classes=["left", "mid", EVIL])
+    assert isinstance(found, lw.report.Results)
     assert [(one["n"], one["guess"], one["target"]) for one in found.worst] == [(2, 2, 0), (0, 0, 0)]
     page = found._repr_html_()
     assert page.count('<img src="data:image/png;base64,') == 4

@@ -37,6 +37,9 @@ class MLflowLogger:
     A resumed run goes on with the same run of MLflow; points that it has already are not sent again, and those that a
     killed process had not sent are in the checkpoint. Needs ``pip install "loopwright[mlflow]"``, which is
     mlflow-skinny with what SQLite takes.
+
+    >>> MLflowLogger("sqlite:///mlflow.db", experiment="digits").experiment
+    'digits'
     """
 
     def __init__(self, uri: str | None = None, *, experiment: str | None = None) -> None:

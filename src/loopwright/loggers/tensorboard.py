@@ -24,6 +24,9 @@ class TensorBoardLogger:
     Needs tensorboard: ``pip install "loopwright[tensorboard]"``.
 
     Raises SettingError in ``start`` without a folder and a ``path``.
+
+    >>> TensorBoardLogger("tb").path
+    'tb'
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:

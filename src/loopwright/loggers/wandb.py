@@ -24,6 +24,9 @@ class WandbLogger:
     online. A row has all values of a step. A resumed run goes on with the same run of W&B, behind the last row that it
     has; rows before the checkpoint that W&B had not written when the process was killed come from ``metrics.jsonl``.
     Needs wandb: ``pip install "loopwright[wandb]"``.
+
+    >>> WandbLogger("digits", mode="offline").mode
+    'offline'
     """
 
     def __init__(self, project: str | None = None, *, mode: str | None = None) -> None:

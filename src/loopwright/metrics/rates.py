@@ -38,6 +38,10 @@ class Rate(Derived):
     A rate of 0/0 is nan, and a warning says which class lacks what, once. In a macro or weighted mean such a
     class counts 0, as in torchmetrics and scikit-learn, with the same warning; a class (not a label) that occurs in
     neither targets nor predictions is left out of the macro mean. ``zero_division=0.0`` gives a number instead.
+
+    >>> each = Precision(classes=["cat", "dog"], average=None)
+    >>> isinstance(each, Rate), each.keys
+    (True, ('cat', 'dog'))
     """
 
     name: str = ""

@@ -32,6 +32,10 @@ class Results:
 
     A sample has ``n`` (its position in the data), ``target``, ``guess``, for classes ``p`` (the probability of the
     target), and ``text``, ``image`` (a PNG in base64) or ``row``, whichever its input is.
+
+    >>> found = Results({"loss": 0.7}, worst=[{"n": 3, "target": "cat", "guess": "dog", "p": 0.1, "text": "miaow"}])
+    >>> found.worst[0]["guess"]
+    'dog'
     """
 
     metrics: dict[str, float]
