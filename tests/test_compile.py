@@ -264,6 +264,7 @@ def test_generated_code_trains_as_eager_code_does_within_rounding() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_run_that_is_resumed_in_another_process_ends_with_the_same_bits(folder: Path) -> None:
     """What is compiled is a function of the step alone: not of the sizes that came first."""
     _, whole = fitted(True)

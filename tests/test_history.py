@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def test_a_notebook_shows_a_table_in_which_names_cannot_be_markup() -> None:
     for epoch in range(1, 101):
         history.append({"epoch": epoch, "train/<script>": 0.123456})
     text = history._repr_html_()
-    assert text.startswith("<table><tr><th>epoch</th><th>train/&lt;script&gt;</th></tr><tr><td>1</td><td>0.1235</td>")
+    assert text.startswith("<table><tr><th>epoch</th><th>train/&lt;script&gt;</th></tr>")
+    assert re.sub(" style=[^>]*", "", text).count("<tr><td>1</td><td>0.1235</td>") == 1
     assert text.count("<tr>") == 42
     assert "<script>" not in text
 

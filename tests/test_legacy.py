@@ -199,7 +199,7 @@ def test_a_whole_module_or_a_class_of_somebody_is_refused_by_its_name() -> None:
     )
 
 
-@pytest.mark.parametrize("forced", ["0", "1"])
+@pytest.mark.parametrize("forced", ["1", pytest.param("0", marks=pytest.mark.nightly)])
 def test_code_in_a_pickle_is_never_called_whatever_the_environment_says(
     forced: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +251,7 @@ def test_this_process_opens_no_pickle() -> None:
     assert torch.equal(read("ours").files["model"]["w"], torch.ones(1))
 
 
+@pytest.mark.nightly
 def test_a_module_in_the_working_directory_is_not_imported() -> None:
     torch.save({"w": torch.ones(1)}, "w.pt")
     for name in ("torch", "json", "zipfile", "numpy", "loopwright", "sitecustomize"):
@@ -266,6 +267,7 @@ def test_what_is_no_such_file_is_an_error(data: bytes) -> None:
         convert("w.pt")
 
 
+@pytest.mark.nightly
 def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
     buffer = io.BytesIO()
     torch.save({"w": torch.zeros(1 << 22)}, buffer)

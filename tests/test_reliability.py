@@ -57,7 +57,7 @@ def test_killed_processes_end_with_the_bits_of_those_that_were_not(server: Serve
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["signals", "faults"])
+@pytest.mark.parametrize("row", [pytest.param("signals", marks=pytest.mark.nightly), "faults"])
 def test_ranks_that_are_signalled_or_fail_leave_in_time_and_can_be_gone_on_from(row: str) -> None:
     """In a process without threads: it forks."""
     code = f"import json; from reliability import worlds; print(json.dumps(worlds.{row}(2)))"

@@ -498,7 +498,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]
     return ends
 
 
-@pytest.mark.parametrize("first", NAMES[:-1])
+@pytest.mark.parametrize(
+    "first", [*NAMES[:-1:2], *(pytest.param(name, marks=pytest.mark.nightly) for name in NAMES[1:-1:2])]
+)
 def test_in_every_pair_each_has_its_effect(first: str, alone: Any, tmp_path: Path) -> None:
     """All callbacks that ship, schedules, precision, accumulation, clipping, oversampling, two optimizers: in pairs."""
     for second in NAMES[NAMES.index(first) + 1 :]:

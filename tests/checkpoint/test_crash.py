@@ -22,8 +22,10 @@ def crash(*arguments: str) -> Any:
 @pytest.mark.capability("B-26")
 @pytest.mark.parametrize(
     ("least", "mode"),
-    [(100, ["--keep", "1", "--stride", "1"]), (15, ["--keep", "2", "--stride", "7", "--background"])],
-    ids=["sync", "async"],
+    [
+        pytest.param(100, ["--keep", "1", "--stride", "1"], id="sync", marks=pytest.mark.nightly),
+        pytest.param(15, ["--keep", "2", "--stride", "7", "--background"], id="async"),
+    ],
 )
 def test_after_any_operation_of_a_save_the_newest_checkpoint_is_good_and_nothing_is_left_over(
     least: int, mode: list[str]
@@ -39,7 +41,7 @@ def test_after_any_operation_of_a_save_the_newest_checkpoint_is_good_and_nothing
     "mode",
     [
         pytest.param(["--keep", "1"], id="sync", marks=pytest.mark.nightly),
-        pytest.param(["--keep", "1", "--background"], id="async"),
+        pytest.param(["--keep", "1", "--background"], id="async", marks=pytest.mark.nightly),
     ],
 )
 def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_good_and_nothing_is_left_over(mode: list[str]) -> None:

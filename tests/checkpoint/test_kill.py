@@ -32,11 +32,9 @@ for n in itertools.count(1):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param("step-{:08d}", id="a new name each time", marks=pytest.mark.nightly),
-        pytest.param("last", id="replacing"),
-    ],
+    [pytest.param("step-{:08d}", id="a new name each time"), pytest.param("last", id="replacing")],
 )
+@pytest.mark.nightly
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(name: str, tmp_path: Path) -> None:
     moments = random.Random(name)
     for attempt in range(8):

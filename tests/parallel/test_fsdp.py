@@ -130,7 +130,7 @@ def test_bfloat16_is_for_computing_only_also_in_a_block_that_was_frozen_first(re
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["fsdp-2", "fsdp-3"])
+@pytest.mark.parametrize("job", ["fsdp-2", pytest.param("fsdp-3", marks=pytest.mark.nightly)])
 def test_a_gradient_that_is_not_finite_in_the_rows_of_one_rank_is_known_to_all(result: Run, job: str) -> None:
     alone, shared = result("nonfinite", "alone-1"), result("nonfinite", job)
     assert shared["raised"].startswith("NonFiniteError: phase 'main' has a loss of")
@@ -154,7 +154,7 @@ def test_the_model_comes_out_as_it_went_in(result: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["fsdp-2", "fsdp-3"])
+@pytest.mark.parametrize("job", ["fsdp-2", pytest.param("fsdp-3", marks=pytest.mark.nightly)])
 def test_with_gather_false_the_model_stays_in_parts_and_can_be_used_so(result: Run, job: str) -> None:
     found = result("kept_shared_out", job)
     assert found["parts"]
@@ -182,10 +182,10 @@ def test_a_resume_with_as_many_ranks_gives_the_same_bits(result: Run) -> None:
     ("command", "job"),
     [
         ("resumed_from_fsdp_2", "alone-1"),
-        ("resumed_from_fsdp_2", "fsdp-3"),
-        ("resumed_from_fsdp_2", "ddp-2"),
+        pytest.param("resumed_from_fsdp_2", "fsdp-3", marks=pytest.mark.nightly),
+        pytest.param("resumed_from_fsdp_2", "ddp-2", marks=pytest.mark.nightly),
         ("resumed_from_alone", "fsdp-2"),
-        ("resumed_from_alone", "fsdp-3"),
+        pytest.param("resumed_from_alone", "fsdp-3", marks=pytest.mark.nightly),
     ],
 )
 def test_a_resume_with_other_ranks_goes_on_with_the_same_samples_and_losses(
@@ -294,6 +294,7 @@ def test_mistakes_are_errors_that_say_what_to_type(result: Run) -> None:
 
 @pytest.mark.slow
 @pytest.mark.capability("IG-22")
+@pytest.mark.nightly
 def test_tensor_parallelism_by_the_recipe_gives_the_numbers_of_one_process(place: Path) -> None:
     """Model parallel: layers cut over two ranks by torch's parallelize_module train to the numbers of one process."""
     found = []

@@ -258,7 +258,7 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.nightly)])
 def test_a_signal_to_the_one_that_launched_them_saves_the_run(number: signal.Signals, tmp_path: Path) -> None:
     body = """
     def train():

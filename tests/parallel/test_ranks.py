@@ -41,7 +41,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 
 @pytest.mark.capability("B-04", "B-05")
-@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (3, 4))])
 @pytest.mark.parametrize("name", list(cases_of_ranks.CASES))
 def test_the_numbers_do_not_depend_on_how_many_ranks_there_are(name: str, world: int, shared_folder: Path) -> None:
     alone, ranks = results(1, shared_folder)[name], results(world, shared_folder)[name]

@@ -41,6 +41,7 @@ def test_a_rank_that_is_killed_costs_nothing_where_the_launcher_restarts(full: A
     assert len(list((tmp_path / "n").iterdir())) == 1  # in the same folder
 
 
+@pytest.mark.nightly
 def test_sigterm_to_one_rank_saves_once_and_the_run_goes_on_to_the_same_bits(full: Any, tmp_path: Path) -> None:
     told = train(tmp_path, "stop")
     assert "exitcode  : 143" in told

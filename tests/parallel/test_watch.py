@@ -24,10 +24,10 @@ TIMEOUT, PROMISE = 4.0, 30.0  # of the watch; and of the test, for a machine tha
     ("kind", "world_size", "rank"),
     [
         ("raise", 2, 1),
-        ("raise in backward", 2, 0),
         ("kill", 4, 1),
         ("stop", 2, 0),
-        ("gather alone", 4, 0),
+        pytest.param("raise in backward", 2, 0, marks=pytest.mark.nightly),
+        pytest.param("gather alone", 4, 0, marks=pytest.mark.nightly),
         pytest.param("raise", 4, 0, marks=pytest.mark.nightly),
         pytest.param("kill", 2, 0, marks=pytest.mark.nightly),
         pytest.param("stop", 4, 1, marks=pytest.mark.nightly),
