@@ -338,8 +338,8 @@ _PLACED: dict[Placement, str] = {
     "resumed_from nonfinite skip_limit skipped replaced fingerprint schema log_every ended changes stage_end reused "
     "stage_ended_at own_loss trainable validates_within validated_at skips_in_row stages",
     "sharded": "task models optimizers",
-    "own": "callbacks hooks closing comm device state meters latest series team data handlers window open_step compiler "
-    "restore moves_batches began",
+    "own": "callbacks hooks comm device state meters latest series team data handlers window open_step compiler "
+    "restore moves_batches began closing",
     "rank 0": "loggers lost",
 }  # fmt: skip
 
