@@ -73,6 +73,7 @@ def test_two_processes_train_to_the_weights_of_one_by_a_flag(fit: Fit, strategy:
 
 @pytest.mark.slow
 @pytest.mark.capability("CA-04", "CA-05", "CA-12", "FA-26", "IG-23")
+@pytest.mark.nightly
 def test_sixteen_bits_and_two_processes_are_a_word_each_in_a_script_of_80_lines(fit: Fit) -> None:
     """Distributed and in fp16, with warm-up, accumulation, clipping, resume and requeue, in less than 80 lines."""
     _, home = fit(1)

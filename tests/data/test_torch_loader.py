@@ -280,6 +280,7 @@ def test_a_worker_that_cannot_start_leaves_the_generators_alone_on_resume() -> N
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_spawned_workers_resume_too() -> None:
     """What Python 3.14 does by default: the worker's parts are pickled."""
 

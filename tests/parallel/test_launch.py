@@ -228,6 +228,7 @@ def script(folder: Path, body: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_spawned_processes_do_the_same(tmp_path: Path) -> None:
     body = """
     import multiprocessing
