@@ -51,7 +51,7 @@ FEW_LINES = [page(f"recipes/{name}.md") for name in ("augmentation", "losses", "
 MARKED = [*FEW_LINES, page("callbacks.md"), page("recipes/starting_and_predicting.md")]  # they have tests of their own
 
 
-@pytest.mark.capability("TB-03", "TB-04")
+@pytest.mark.capability("TB-03")
 @pytest.mark.parametrize(
     "page", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in pages() if path not in MARKED]
 )
@@ -74,7 +74,7 @@ def test_a_page_runs_cell_by_cell_in_a_notebook(tmp_path: Path) -> None:
     assert (tmp_path / "runs").is_dir()
 
 
-@pytest.mark.capability("CA-06", "CA-12", "CA-42", "TB-04")
+@pytest.mark.capability("CA-06", "CA-12", "CA-42")
 @pytest.mark.parametrize("page", FEW_LINES, ids=lambda path: path.name)
 def test_recipes_of_a_few_lines(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Augmentation, losses and a recommender take a few lines; its parts, no class of ours, serve words unchanged."""
@@ -87,7 +87,7 @@ def test_the_page_about_callbacks_runs(tmp_path: Path, monkeypatch: pytest.Monke
     run(page("callbacks.md"), tmp_path, monkeypatch)
 
 
-@pytest.mark.capability("CA-26", "TB-04")
+@pytest.mark.capability("CA-26")
 def test_the_recipes_of_predicting_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Test-time augmentation is a predict_step of four lines, for predictions and tests."""
     run(page("recipes/starting_and_predicting.md"), tmp_path, monkeypatch)

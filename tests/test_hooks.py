@@ -189,7 +189,7 @@ LIVES = {
 }  # fmt: skip
 
 
-@pytest.mark.capability("B-13", "TB-06")
+@pytest.mark.capability("TB-06")
 @pytest.mark.parametrize("name", LIVES)
 @pytest.mark.parametrize("hook", events.HOOKS)
 def test_what_is_asked_for_outside_of_its_life_time_is_an_error_that_names_where_it_lives(name: str, hook: str) -> None:

@@ -43,7 +43,6 @@ class Frames(torch.autograd.Function):
         return grad
 
 
-@pytest.mark.capability("PL-30")
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"precision": "bf16"}], ids=str)
 def test_at_most_four_frames_lie_between_fit_and_backward(settings: dict[str, Any]) -> None:
     Frames.seen.clear()
@@ -52,7 +51,6 @@ def test_at_most_four_frames_lie_between_fit_and_backward(settings: dict[str, An
     assert Frames.seen == [["train_step", "train_epoch", "train", "fit"]] * 2
 
 
-@pytest.mark.capability("PL-30")
 def test_a_step_adds_few_python_calls() -> None:
     """Calls of functions of Loopwright a step, with the defaults; the hand-written loop makes 134 of torch's."""
     calls: list[str] = []
@@ -74,7 +72,6 @@ def test_a_step_adds_few_python_calls() -> None:
     assert (measure(60) - measure(20)) / 40 <= 24
 
 
-@pytest.mark.capability("FA-28", "PL-30")
 def test_a_step_makes_no_more_calls_than_that_of_the_loop_by_hand() -> None:
     """From a DataLoader a step of ``fit`` with its defaults makes fewer calls, Python's and C's, than plain PyTorch."""
     calls = 0

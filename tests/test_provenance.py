@@ -154,7 +154,6 @@ class Drawn(TensorDataset):
         self.size, self.names = size, names
 
 
-@pytest.mark.capability("GEN-06")
 def test_every_knob_of_a_run_is_in_one_file_and_none_can_be_misspelt_or_idle(folder: Path) -> None:
     """config.yaml has each argument of trainer, task, model, loss, metrics, callbacks, data; idle or unknown: error."""
     trainer = lw.Trainer(

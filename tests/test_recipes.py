@@ -60,7 +60,6 @@ TEN_PAPERS = {
 }
 
 
-@pytest.mark.capability("TB-04")
 @pytest.mark.parametrize("paper", TEN_PAPERS)
 def test_ten_papers_are_there_and_touch_nothing_inside(paper: str) -> None:
     """Ten odd ideas of ten papers: two ship as callbacks, eight are recipes that use public names and patch nothing."""

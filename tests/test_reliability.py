@@ -49,7 +49,6 @@ def test_a_run_resumed_after_its_steps_is_the_run_that_went_on(name: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.capability("B-01")
 def test_killed_processes_end_with_the_bits_of_those_that_were_not(server: Server) -> None:
     found = kills.chains(server, 2, (2, 3), seed=1)
     assert found["failures"] == {}

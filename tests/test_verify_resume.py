@@ -69,7 +69,6 @@ EXACT: dict[str, tuple[Any, dict[str, Any]]] = {
 STOPS = {"plateau": (3, 5, 9), "augmentation, 2 workers": (1, 6, 9)}  # a validation follows
 
 
-@pytest.mark.capability("B-01")
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_anybody_can_prove_that_their_own_run_resumes_exactly(name: str) -> None:

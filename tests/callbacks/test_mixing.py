@@ -25,7 +25,6 @@ def partners(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.capability("TB-04")
 def test_mixup_is_equation_1_of_its_paper_on_the_first_batch_and_the_hundredth(per_sample: bool) -> None:
     data = images(100)
     out = seen_through(lw.MixUp(0.4, classes=N, per_sample=per_sample), data=data)

@@ -65,7 +65,6 @@ def two_passes(
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("clip_norm", [None, 0.2])
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.capability("TB-04")
 def test_it_has_the_bits_of_two_passes_by_hand(accumulate: int, clip_norm: float | None, bf16: bool) -> None:
     """SAM has the bits of two passes by hand, with dropout, batch norm and a short last window."""
     net, data = classifier(dropout=0.3, batch_norm=True), batches()

@@ -21,7 +21,6 @@ X = torch.arange(N)
 MANY = st.integers(1, 4096)
 
 
-@pytest.mark.capability("PL-18")
 @given(st.integers(0, 100_000), MANY)
 def test_the_slices_of_a_batch_are_all_of_it_once_and_differ_by_one_sample_at_most(size: int, world: int) -> None:
     bounds = [Cut(rank, world).bounds(size) for rank in range(world)]

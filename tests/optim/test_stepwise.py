@@ -89,7 +89,7 @@ def test_it_is_the_optimizer_of_torch(name: str) -> None:
         assert same(weights(a), weights(b))
 
 
-@pytest.mark.capability("B-24", "FA-27")
+@pytest.mark.capability("FA-27")
 def test_a_users_adam_in_three_lines_is_that_of_torch() -> None:
     """An optimizer from statistics and a stepper: Adam in three lines equals torch's; LAMB and RAdam are as short."""
 
@@ -103,7 +103,6 @@ def test_a_users_adam_in_three_lines_is_that_of_torch() -> None:
     assert far(a, b) < 1e-6
 
 
-@pytest.mark.capability("B-24")
 @pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_state_goes_to_torch_and_back(name: str, fused: bool) -> None:
@@ -254,7 +253,7 @@ class Launched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.capability("B-24", "FA-27")
+@pytest.mark.capability("FA-27")
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 @pytest.mark.parametrize("layers", [1, 20])
 def test_a_step_asks_for_no_more_than_that_of_torch_whatever_the_number_of_tensors(name: str, layers: int) -> None:
@@ -276,7 +275,6 @@ def test_a_step_asks_for_no_more_than_that_of_torch_whatever_the_number_of_tenso
     assert lists[1] <= lists[0] < 12
 
 
-@pytest.mark.capability("B-24")
 @pytest.mark.parametrize("name", ["adamw", "ranger"])
 def test_a_compiled_step_is_one_graph_and_computes_the_same(name: str) -> None:
     """A step compiles to one graph, with numbers of steps as tensors, so that none of them is a new one."""
@@ -297,7 +295,6 @@ def test_a_compiled_step_is_one_graph_and_computes_the_same(name: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.capability("B-24")
 @pytest.mark.parametrize("name", ["adam", "radam", "lamb", "ranger"])
 def test_capturable_steps_are_tensors_and_the_weights_nearly_the_same(name: str) -> None:
     """Powers of float32 numbers instead of Python's: as far from it as torch's own capturable form."""

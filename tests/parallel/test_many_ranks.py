@@ -23,7 +23,6 @@ def gan() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.nightly
-@pytest.mark.capability("PL-18")
 @pytest.mark.parametrize("world", [8, 32])
 def test_a_gan_on_many_processes_has_the_weights_of_one(world: int) -> None:
     """Two networks, two optimizers, one of them every second step: 8 and 32 processes run the code of one."""

@@ -33,7 +33,6 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(tmp_path_factory.mktemp("full"), "full")
 
 
-@pytest.mark.capability("B-01")
 def test_a_rank_that_is_killed_costs_nothing_where_the_launcher_restarts(full: Any, tmp_path: Path) -> None:
     found = train(tmp_path, "die", restarts=1)
     assert found["weights"] == full["weights"]

@@ -53,7 +53,6 @@ def curves(client: MlflowClient, run: Any) -> dict[str, list[tuple[int, Any]]]:
     return {name: sorted((m.step, pytest.approx(m.value)) for m in found) for name, found in histories.items()}
 
 
-@pytest.mark.capability("IG-20")
 def test_settings_software_and_data_are_recorded_with_every_value(client: MlflowClient, uri: str, folder: Path) -> None:
     """The tracker has parameters, versions and commit, the fingerprint of the data, and every value once."""
     run = fit(f"mlflow:{uri}", folder)
