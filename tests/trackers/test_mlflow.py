@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 import loopwright as lw
+from loopwright.data import fingerprint
 from loopwright.loggers import MLflowLogger, send
 from tiny import bits, line, same, sgd_task, trainer
 from tracked import DATA, expected, failed, fit, killed
@@ -53,8 +55,16 @@ def curves(client: MlflowClient, run: Any) -> dict[str, list[tuple[int, Any]]]:
     return {name: sorted((m.step, pytest.approx(m.value)) for m in found) for name, found in histories.items()}
 
 
+def git(*arguments: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    return subprocess.run(["git", *who, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.capability("IG-20")
 def test_settings_software_and_data_are_recorded_with_every_value(client: MlflowClient, uri: str, folder: Path) -> None:
     """The tracker has parameters, versions and commit, the fingerprint of the data, and every value once."""
+    git("init")
+    git("commit", "--allow-empty", "-m", "a change")
     run = fit(f"mlflow:{uri}", folder)
     assert run.folder is not None
     found = only(client)
@@ -64,7 +74,9 @@ def test_settings_software_and_data_are_recorded_with_every_value(client: Mlflow
     assert found.data.params["optimizers.main.lr"] == "0.1"
     assert found.data.params["models.model.parameters"] == "1"
     assert found.data.tags["versions.loopwright"] == lw.__version__
+    assert found.data.tags["git.commit"] == git("rev-parse", "HEAD")
     assert found.data.tags["data.kind"] == "list of batches"
+    assert found.data.tags["data.content"] == fingerprint(DATA)["content"] != fingerprint(DATA[:1])["content"]
     config = json.loads(Path(client.download_artifacts(found.info.run_id, "config.json")).read_text())
     assert config["settings"]["epochs"] == 3
     assert "numpy" in config["packages"]
