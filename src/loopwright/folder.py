@@ -10,7 +10,7 @@ import platform
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal, cast, get_args
@@ -20,7 +20,8 @@ from loopwright.errors import SettingError, choose
 from loopwright.provenance import conda_packages, framework_archive, git_state, source_archive
 
 __all__ = [
-    "about", "close_folder", "hold", "newest_folder", "open_folder", "read_settings", "recorded", "reopen_folder",
+    "about", "close_folder", "hold", "newest_folder", "open_folder", "put", "read_settings", "recorded",
+    "reopen_folder",
 ]  # fmt: skip
 
 Status = Literal["running", "done", "failed", "interrupted", "stopped"]
@@ -297,6 +298,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(json.dumps(_standard(record), indent=1), encoding="utf-8")
-    os.replace(temporary, file)
+    text = json.dumps(_standard(record), indent=1)
+    put(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def put(file: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make the file beside its place, and move it there in one go: nobody sees a half of it.
+
+    >>> put(Path("note.txt"), lambda part: part.write_text("all of it"))
+    >>> Path("note.txt").read_text()
+    'all of it'
+    """
+    part = file.with_name(f".{file.name}.writing")
+    write(part)
+    os.replace(part, file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,9 +39,10 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         rng.seed(seed_from(run.settings["key"], "rank", rank, run.progress.step))
     resumed = {} if run.resumed_from is None else {"resumed_from": str(run.resumed_from)}
     goes_on = run.folder is not None
+    settings, data = cache(lambda: resolved(run)), cache(lambda: _fingerprint(run))  # for the folder and for loggers
     if root is not None and not goes_on:
-        settings = resolved(run) | resumed
-        run.folder = first(lambda: open_folder(root, label, settings=settings, seed=seed, data=_fingerprint(run)))
+        kept = settings() | resumed
+        run.folder = first(lambda: open_folder(root, label, settings=kept, seed=seed, data=data()))
     lock = hold(run.folder) if run.folder is not None and not rank else None
     if goes_on and run.folder is not None and not rank:
         reopen_folder(run.folder, **resumed)
@@ -55,7 +56,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         for handler in run.handlers:
             handler.start(run)
         wanted = any(hasattr(logger, "log_config") for logger in run.loggers)
-        start_loggers(run, about(label, resolved(run), seed=seed, data=_fingerprint(run)) if wanted else None)
+        start_loggers(run, about(label, settings(), seed=seed, data=data()) if wanted else None)
         sources = [s for stage in run.stages for s in (stage.source, *stage.valid.values())]
         with closing_all(sources), watched(run, partial(_abandon, run)):
             yield

@@ -93,6 +93,7 @@ def test_the_page_has_every_part(run):
         "ant",
         "optimizers.main.lr",
         "exact resume",
+        "data content",
         torch.__version__,
         "12 epochs"[3:],
         "best",
@@ -167,6 +168,7 @@ def hostile(folder: Path) -> Path:
     )
     made(folder, log, name=EVIL, status=EVIL, command=[EVIL], started=EVIL, seed=EVIL, host=EVIL, exact=[EVIL],
          error={"type": EVIL, "message": EVIL}, versions={EVIL: EVIL}, source={"left_out": [EVIL]}, restarts=[EVIL],
+         data={EVIL: [EVIL]},
          git={"commit": EVIL, "dirty": True, "diff": EVIL}, progress={"step": EVIL, "seconds": EVIL})  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps({EVIL[:-2]: [EVIL[:-2], {"a": EVIL[:-2]}]}), encoding="utf-8")
     (folder / "environment.txt").write_text(EVIL, encoding="utf-8")
@@ -182,7 +184,6 @@ def hostile(folder: Path) -> Path:
         (folder / "report" / f"{name}.json").write_text(json.dumps(seen))
     about = {
         "summary": {"rows": [[EVIL] * 5], "totals": [EVIL], "parameters": EVIL},
-        "data": {EVIL: [EVIL]},
         "device": EVIL,
     }
     (folder / "report" / "about.json").write_text(json.dumps(about))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loopwright.errors import SettingError
+from loopwright.folder import put
 from loopwright.state import Progress, Run
 
 __all__ = ["CSVLogger"]
@@ -98,10 +99,12 @@ class CSVLogger:
     def _rewrite(self, path: Path, columns: list[str], rows: list[list[str]]) -> None:
         """Write all anew beside the old file, then replace it."""
         self._columns, self._rows = list(columns), len(rows)
-        beside = path.with_name(f".{path.name}.new")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            _write(file, [columns, *(row + [""] * (len(columns) - len(row)) for row in rows)])
-        os.replace(beside, path)
+
+        def write(part: Path) -> None:
+            with part.open("w", newline="", encoding="utf-8") as file:
+                _write(file, [columns, *(row + [""] * (len(columns) - len(row)) for row in rows)])
+
+        put(path, write)
 
     def close(self, status: str) -> None:
         """Close the file; a later ``log`` still appends to it."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from loopwright.errors import SettingError
+from loopwright.folder import put
 from loopwright.state import Progress
 
 __all__ = ["as_path", "keep_artifact", "keep_figure", "keep_text"]
@@ -33,9 +33,7 @@ def _escaped(found: re.Match[str]) -> str:
 def keep_figure(folder: Path, progress: Progress, name: str, figure: Any) -> Path:
     """Write ``figures/<name>-<step>.png``; the figure is drawn now, and may be changed or closed afterwards."""
     path = _place(folder / "figures", progress, name, "png")
-    part = path.with_name(f".{path.name}.writing")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    put(path, lambda part: figure.savefig(part, format="png"))
     return path
 
 

@@ -14,9 +14,9 @@ from loopwright.errors import DataError
 from loopwright.loggers.files import keep_artifact, keep_figure, keep_text
 from loopwright.state import Progress, Run
 
-__all__ = ["JSONLLogger", "read_jsonl"]
+__all__ = ["NON_FINITE", "JSONLLogger", "read_jsonl"]
 
-_NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 _encode = json.JSONEncoder(allow_nan=False, default=float, check_circular=False).encode  # else twice the cost
 
 
@@ -167,7 +167,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            records.append({k: _NON_FINITE.get(v, v) if type(v) is str else v for k, v in record.items()})
+            records.append({k: NON_FINITE.get(v, v) if type(v) is str else v for k, v in record.items()})
         except (ValueError, AttributeError):
             raise DataError(f"{path}, line {number} is not a JSON object: {line[:80]!r}") from None
     return records

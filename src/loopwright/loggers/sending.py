@@ -13,7 +13,7 @@ import torch
 from loopwright.delivery import check_logger
 from loopwright.errors import SettingError
 from loopwright.events import Hooks
-from loopwright.folder import recorded
+from loopwright.folder import put, recorded
 from loopwright.loggers.jsonl import read_jsonl
 from loopwright.loggers.named import logger_named
 from loopwright.parallel import Plain, Single
@@ -118,9 +118,8 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, notes: dict[str, Any]) -> None:
-    beside = file.with_name(f".{file.name}.writing")
+    text = json.dumps(notes)
     try:
-        beside.write_text(json.dumps(notes), encoding="utf-8")
-        os.replace(beside, file)
+        put(file, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise SettingError(f"all was sent, but {file} cannot be written ({error}): it would be sent again") from error

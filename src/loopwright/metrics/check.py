@@ -9,8 +9,9 @@ from typing import Any
 from loopwright import monitor
 from loopwright.errors import SettingError
 from loopwright.metrics.algebra import Derived, inputs_of, is_metric, leaves
+from loopwright.metrics.around import Around
 from loopwright.metrics.base import Metric
-from loopwright.metrics.modes import Grouped, Running
+from loopwright.metrics.modes import Grouped
 from loopwright.metrics.select import On, as_metric
 from loopwright.text import with_article
 
@@ -111,7 +112,7 @@ def unwrapped(metric: Any) -> tuple[Any, Any]:
 def within(metric: Any) -> Iterator[Any]:
     """The metrics that do the work inside of ``metric``: in On and in modes, as parts of arithmetic, itself."""
     for leaf in leaves(metric):
-        if isinstance(leaf, (On, Running)):
+        if isinstance(leaf, Around):
             yield from within(leaf.metric)
         else:
             yield leaf
@@ -124,7 +125,7 @@ def keys_of(name: str, metric: Any) -> list[str] | None:
     >>> keys_of("accuracy", Accuracy()), keys_of("p", Precision(["cat", "dog"], average=None))
     (['accuracy'], ['p/cat', 'p/dog'])
     """
-    while isinstance(metric, (On, Running)) and not isinstance(metric, Grouped):
+    while isinstance(metric, Around) and not isinstance(metric, Grouped):
         metric = metric.metric
     if (
         not isinstance(metric, (Metric, Derived))

@@ -14,12 +14,12 @@ from loopwright import rng
 from loopwright.errors import CheckpointError, MetricError, SettingError, choose
 from loopwright.events import describe
 from loopwright.metrics.algebra import INPUTS, inputs_of, leaves
+from loopwright.metrics.around import Around
 from loopwright.metrics.check import check_metrics, fresh, keys_of, parts_of, unwrapped, within
 from loopwright.metrics.draws import OwnDraws
 from loopwright.metrics.function import Function
 from loopwright.metrics.memory import remember, restore
 from loopwright.metrics.modes import Running, Window, tells_each_record
-from loopwright.metrics.select import On
 from loopwright.metrics.values import flat
 from loopwright.state import has_state
 
@@ -280,7 +280,7 @@ def _merges(metric: Any) -> bool:
 
 
 def _has_window(metric: Any) -> bool:
-    inside = leaves(metric.metric) if isinstance(metric, (On, Running)) else ()
+    inside = leaves(metric.metric) if isinstance(metric, Around) else ()
     return isinstance(metric, Window) or any(map(_has_window, inside))
 
 

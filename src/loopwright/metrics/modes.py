@@ -12,14 +12,15 @@ from torch import Tensor
 
 from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
-from loopwright.metrics.algebra import Algebra, inputs_of
+from loopwright.metrics.algebra import inputs_of
+from loopwright.metrics.around import Around
 from loopwright.metrics.memory import remember, restore
 from loopwright.metrics.select import On, as_metric
 
 __all__ = ["Grouped", "Running", "Where", "Window", "tells_each_record"]
 
 
-class Running(Algebra):
+class Running(Around):
     """``metric`` over the epoch so far, in each record of the training as well as in that of the epoch.
 
     Other metrics are in the record of the epoch alone. Each record computes the value once, which reads the device.
@@ -40,26 +41,6 @@ class Running(Algebra):
     def update(self, *args: Any) -> None:
         """Take in one batch."""
         self.metric.update(*args)
-
-    def compute(self) -> Any:
-        """The metric's value."""
-        return self.metric.compute()
-
-    def reset(self) -> None:
-        """Forget all that was taken in."""
-        self.metric.reset()
-
-    def merge(self, other: Any) -> None:
-        """Add what ``other`` has taken in."""
-        self.metric.merge(other.metric)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the metric has taken in."""
-        return remember(self.metric) or {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
-        restore(self.metric, state)
 
 
 class Window(Running):

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from loopwright.errors import SettingError, choose
-from loopwright.metrics.algebra import Algebra, inputs_of, is_metric, leaves
+from loopwright.metrics.algebra import inputs_of, is_metric, leaves
+from loopwright.metrics.around import Around
 from loopwright.metrics.base import Metric
 from loopwright.metrics.function import Function
-from loopwright.metrics.memory import remember, restore
 from loopwright.metrics.named import by_name
 
 __all__ = ["On", "as_metric", "renamed"]
 
 
-class On(Algebra):
+class On(Around):
     """``metric``, fed from the ``names`` of a step's output, in their order.
 
     It is any object with ``update``, ``compute`` and ``reset``, and stays as it is; or a name or a function, as in
@@ -35,32 +35,12 @@ class On(Algebra):
             )
         inner = metric.metric if isinstance(metric, On) else metric
         made = as_metric(inner)
-        self.metric: Any = Function(made.function, *names) if made is not inner and isinstance(made, Function) else made
+        self.metric = Function(made.function, *names) if made is not inner and isinstance(made, Function) else made
         self.inputs = names
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Take in one batch."""
         self.metric.update(*args, **kwargs)
-
-    def compute(self) -> Any:
-        """The metric's value."""
-        return self.metric.compute()
-
-    def reset(self) -> None:
-        """Forget all that was taken in."""
-        self.metric.reset()
-
-    def merge(self, other: Any) -> None:
-        """Add what ``other`` has taken in, where the metric can."""
-        self.metric.merge(other.metric)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the metric has taken in, as plain data and tensors; torchmetrics' states too. Empty if it has no way."""
-        return remember(self.metric) or {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
-        restore(self.metric, state)
 
 
 def as_metric(thing: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from dataclasses import dataclass
 from itertools import islice
@@ -13,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loopwright.loggers.jsonl import NON_FINITE
+
 __all__ = ["Curve", "read_log"]
 
 _MOST = 2000  # series
 _NOT_VALUES = ("kind", "step", "epoch", "samples", "seconds")
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _NUMBERS = {float, int}
 _AT_ONCE = 1000  # lines
 
@@ -92,9 +92,7 @@ def _add(record: Any, blocks: Blocks) -> bool:
         return False
     kind = record.pop("kind", "train")
     if not _NUMBERS.issuperset(map(type, record.values())):
-        record = {
-            name: _NON_FINITE.get(value, value) if type(value) is str else value for name, value in record.items()
-        }
+        record = {name: NON_FINITE.get(value, value) if type(value) is str else value for name, value in record.items()}
         record = {name: value for name, value in record.items() if type(value) in _NUMBERS}
     try:
         values = array("d", record.values())

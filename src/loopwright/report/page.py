@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -11,6 +10,7 @@ from typing import Any
 
 from loopwright import __version__
 from loopwright.errors import SettingError
+from loopwright.folder import put
 from loopwright.report.comparing import differences, group_by_seed, labels, overview
 from loopwright.report.curves import chosen, compared_charts, own_charts
 from loopwright.report.effort import checkpoints, layers, time_and_memory
@@ -56,11 +56,9 @@ def write(
     recorded = [read_run(folder) for folder in folders]
     target = Path(path) if path is not None else _default(folders)
     page = _single(recorded[0], series) if len(recorded) == 1 else _several(recorded, series)
-    temporary = target.with_name(f".{target.name}.writing")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, target)
+        put(target, lambda part: part.write_text(page, encoding="utf-8", errors="backslashreplace"))
     except OSError as error:
         raise SettingError(f"the report cannot be written to {target}: {error.strerror or error}") from error
     return target

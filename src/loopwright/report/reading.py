@@ -12,7 +12,7 @@ import numpy as np
 
 from loopwright.checkpoint import list_checkpoints
 from loopwright.errors import SettingError, choose
-from loopwright.folder import newest_folder
+from loopwright.folder import newest_folder, read_settings
 from loopwright.report.log import Curve, read_log
 
 __all__ = ["Recorded", "find_run", "read_run"]
@@ -138,24 +138,14 @@ def _json(file: Path, notes: list[str]) -> Any:
 
 def _config(file: Path, notes: list[str]) -> Any:
     """The settings as plain data, or as the text of the file."""
-    import yaml
-
-    class Plain(yaml.SafeLoader):
-        """Without aliases, of which a few can stand for more than memory holds."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("an alias")
-            return super().compose_node(parent, index)
-
     text = _text(file)
     if text is None:
         return None
     if len(text) > _CONFIG:
         return text
     try:
-        return yaml.load(text, Plain)
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
+        return read_settings(text)
+    except ValueError:
         notes.append(f"{file.name} is no plain YAML and is shown as it is")
         return text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import warnings
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loopwright.data import fingerprint
 from loopwright.errors import LoopwrightWarning, SettingError
 from loopwright.events import Callback
+from loopwright.folder import put
 from loopwright.model_summary import rows_of, summary
 from loopwright.report.markup import standard
 from loopwright.report.page import write
@@ -168,7 +167,7 @@ class Report(Callback):
             "device": str(run.device), "threads": torch.get_num_threads(), "seconds": {"validation": self._validating},
             **_memory(run),
         }  # fmt: skip
-        for name, find in (("summary", self._layers), ("data", _data), ("losses", _keep_losses)):
+        for name, find in (("summary", self._layers), ("losses", _keep_losses)):
             try:
                 about[name] = find(run)
             except Exception as error:  # training is done: neither it nor the rest may be lost for this part
@@ -220,10 +219,6 @@ def _memory(run: Run) -> dict[str, int]:
     return found
 
 
-def _data(run: Run) -> dict[str, Any]:
-    return fingerprint(run.data)
-
-
 def _keep_losses(run: Run) -> int:
     """The loss of every step, where there is one for each; how many values that are."""
     assert run.folder is not None
@@ -234,17 +229,14 @@ def _keep_losses(run: Run) -> int:
 
         file = run.folder / "report" / "losses.safetensors"
         file.parent.mkdir(exist_ok=True)
-        part = file.with_name(f".{file.name}.writing")
-        save_file(whole, part)
-        os.replace(part, file)
+        put(file, lambda part: save_file(whole, part))
     return sum(map(len, whole.values()))
 
 
 def _save(file: Path, part: Any) -> None:
     file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(json.dumps(standard(part)), encoding="utf-8")
-    os.replace(temporary, file)
+    text = json.dumps(standard(part))
+    put(file, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def _warn(error: Exception, what: str = "the report") -> None:

@@ -224,7 +224,7 @@ def _environment(run: Recorded) -> Iterator[tuple[str, Any]]:
         yield "exact resume", Markup(f"no: {el('ul', [el('li', cut(one, 600)) for one in exact[:20]])}")
     elif exact is True:
         yield "exact resume", "yes"
-    for name, value in flat(run.part("about").get("data")).items():
+    for name, value in flat(run.fact("data")).items():
         yield f"data {name}"[:60], cut(value, 120)
     for name in ("device", "threads"):
         yield name, cut(run.part("about").get(name) or "", 80)
