@@ -16,7 +16,7 @@ TRACKERS := .venv-trackers/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test check trackers nightly bench gpu reliability capabilities clean
+.PHONY: help demo test check trackers nightly bench gpu reliability capabilities api clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -35,7 +35,7 @@ check: $(READY) ## style, types, layers, and the code in docstrings and docs
 	@$(BIN)/python -m pytest -q --doctest-modules src
 	@$(BIN)/python -m pytest -q tests/test_docs.py
 
-trackers: $(TRACKERS) ## the loggers of TensorBoard, MLflow and W&B against the real packages, offline
+trackers: $(TRACKERS) ## the loggers of TensorBoard, MLflow, W&B, Comet, Neptune, Visdom, Polyaxon against the real packages, offline
 	@.venv-trackers/bin/python -m pytest -q --doctest-modules src/loopwright/loggers tests/trackers
 
 nightly: check ## the suite with all that takes too long for every change
@@ -50,7 +50,7 @@ gpu: ## on a CUDA machine: the GPU tests, then benchmarks/gpu.py writes docs/ben
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { \
 	  echo "$(PYTHON) has no torch; name one that has it, with CUDA: make PYTHON=... gpu" >&2; exit 2; }
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --check
-	@PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
+	@PYTHONPATH=src $(PYTHON) -m pytest -q -rs -m gpu
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --write
 
 reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4", QUICK=--quick), write docs/reliability.md
@@ -59,6 +59,9 @@ reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4"
 capabilities: $(TRACKERS) ## run every test that proves a capability and write docs/capabilities.md from those that pass
 	@.venv-trackers/bin/python -m pytest -q -m capability -n $(WORKERS) --dist worksteal --capabilities=build/capabilities.json
 	@$(BIN)/python tools/capabilities.py build/capabilities.json docs/capabilities.md
+
+api: $(READY) ## write docs/api from the docstrings, and record the public surface in tests/api.txt
+	@$(BIN)/python tools/api.py docs/api tests/api.txt
 
 clean: ## remove caches and builds; environments and runs stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -82,7 +85,7 @@ $(READY): pyproject.toml constraints.txt
 	$(call install,dev,.[all])
 
 # on top of .venv, so that torch is there once and stays as it is
-$(TRACKERS): $(READY)
+$(TRACKERS): $(READY) tests/trackers/clients.txt
 	@echo "setting up $(@D) (once; a minute)"
 	@test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
 	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
@@ -90,6 +93,9 @@ $(TRACKERS): $(READY)
 	@$(@D)/bin/python -m pip uninstall -qq -y setuptools # an old one that venv brings would hide that of .venv
 	@$(@D)/bin/python tools/groups.py trackers > $(@D)/requirements.txt
 	@$(@D)/bin/python -m pip install -qq -c constraints.txt -r $(@D)/requirements.txt
+	@echo 'setuptools<81' > $(@D)/build.txt # Visdom, which is built from source, needs pkg_resources for that
+	@PIP_CONSTRAINT=$(CURDIR)/$(@D)/build.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/$(@D)/build.txt \
+	  $(@D)/bin/python -m pip install -qq --no-deps -r tests/trackers/clients.txt # those of the plug-ins, last
 	@touch $@
 
 $(BENCH): pyproject.toml constraints.txt

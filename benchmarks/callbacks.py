@@ -1,4 +1,4 @@
-"""What a callback costs in a step over the same thing written by hand: ``python benchmarks/callbacks.py``.
+"""What a callback costs in a step over the same thing written by hand: ``python benchmarks/callbacks.py --write``.
 
 Its hooks are called as the loop calls them, with batches of 64 images of 8 x 8, and beside them what people write into
 their step; both again and again by turns. The fastest of many rounds counts: it is steady also on a machine that other
@@ -7,6 +7,9 @@ work shares. Where a callback draws random numbers, by hand they come from the g
 
 from __future__ import annotations
 
+import io
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +101,65 @@ def hooks_of(callback: lw.Callback, net: nn.Module, batch: Any) -> Callable[[], 
     return step
 
 
+class StateKept(lw.Callback):
+    """By hand: what a step that fails is to be made again from."""
+
+    def on_step_start(self, run: lw.Run) -> None:
+        self.kept = run.window, run.progress, torch.get_rng_state()
+
+
+class DropoutSet(lw.Callback):
+    """By hand: a dropout rate that rises with the steps."""
+
+    def on_step_start(self, run: lw.Run) -> None:
+        run.task.module[2].p = 0.1 + 0.4 * run.progress.step / 5000
+
+
+class GeneratorSeeded(lw.Callback):
+    """By hand: a stream of random numbers for each batch."""
+
+    rng = torch.Generator()
+
+    def map_batch(self, run: lw.Run, batch: Any) -> Any:
+        self.rng.manual_seed(run.progress.batch + 10**6 * run.progress.epoch)
+        return batch
+
+
+class Clock(lw.Callback):
+    """Times every call of the hooks of one callback in a run."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind, self.found = kind, dict[str, list[float]]()
+
+    def on_fit_start(self, run: lw.Run) -> None:
+        run.hooks.wrap(self._timed)
+
+    def _timed(self, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if type(getattr(function, "__self__", None)) is not self.kind:
+            return function
+        found, clock = self.found.setdefault(hook, []), time.perf_counter
+
+        def timed(*args: Any) -> Any:
+            began = clock()
+            returned = function(*args)
+            found.append(clock() - began)
+            return returned
+
+        return timed
+
+
+def in_a_run(callback: lw.Callback, batch: Any, steps: int) -> float:
+    """What the hooks of ``callback`` take in a typical step of a run, in us: the lower quartile of each, added up."""
+    with tempfile.TemporaryDirectory() as folder:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Dropout(0.1), nn.Linear(64, CLASSES))
+        sgd, clock = torch.optim.SGD(net.parameters(), lr=0.01), Clock(type(callback))
+        settings = {"checkpoint": False, "loggers": [], "progress": False, "capsule": False, "folder": folder}
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), sgd, metrics={"accuracy": lw.metrics.Accuracy()})
+        lw.Trainer(steps=steps, callbacks=[callback, clock], **settings).fit(task, [batch] * 500, [batch])
+    quartiles = (statistics.quantiles(times, n=4)[0] for times in clock.found.values() if len(times) >= steps)
+    return sum(quartiles) * 1e6
+
+
 def fastest_us(functions: list[Callable[[], Any]], rounds: int, calls: int = 5) -> list[float]:
     best = [float("inf")] * len(functions)
     for _ in range(rounds):
@@ -147,7 +209,40 @@ def main() -> None:
     weighted = [lambda: {**both(preds, target), "preds": preds, "target": target}, summed]
     ours, hand = fastest_us(weighted, 500 if options.quick else 4000)
     goals.append(Goal("losses.Weighted over the sum by hand", ours - hand, "us", LIMIT_US, f"by hand {hand:.1f} us"))
-    print(measure.machine(), measure.goal_table(goals), sep="\n\n")
+    whole: dict[str, tuple[lw.Callback, lw.Callback | None]] = {
+        "Anneal": (lw.Anneal({"module.2.p": lw.schedules.linear(0.1, 0.5)}), DropoutSet()),
+        "BatchTransform(fn(batch, rng)), fn that does nothing": (
+            lw.BatchTransform(lambda batch, rng: batch),
+            GeneratorSeeded(),
+        ),
+        "Capsule": (lw.Capsule(), StateKept()),
+        "Changes": (lw.Changes(), None),
+        "Doctor, between two looks": (lw.Doctor(show=False), None),
+        "EarlyStopping": (lw.EarlyStopping("valid/loss", patience=100), None),
+        "KeepBest": (lw.KeepBest("valid/loss"), None),
+        "Predictions": (lw.Predictions(), None),
+        "ProgressBar": (lw.ProgressBar(file=io.StringIO(), mode="lines"), None),
+        "Report": (lw.Report(), None),
+        "Resources": (lw.Resources(), None),
+        "SWA, between two epochs": (lw.SWA("1 epoch"), None),
+        "Throughput with tokens and FLOP/s": (lw.Throughput(tokens=lambda batch: 64, flops=True), None),
+        "TorchProfiler, before it begins": (lw.TorchProfiler(wait=900), None),
+        "Watch, between two looks": (lw.Watch("gradients", "activations"), None),
+    }
+    steps = 1000 if options.quick else 5000
+    for name, (callback, by_hand) in whole.items():
+        taken, hand = in_a_run(callback, batch, steps), 0.0
+        if by_hand is not None:  # by turns, and the better of two runs: other work of the machine meets both
+            hand = min(in_a_run(by_hand, batch, steps) for _ in range(2))
+            taken = min(taken, in_a_run(callback, batch, steps))
+        note = "no tensor work" if by_hand is None else f"by hand {hand:.1f} us"
+        what = "" if by_hand is None else " over the same by hand"
+        goals.append(Goal(f"{name}, its hooks in a run{what}", taken - hand, "us", LIMIT_US, note))
+    title = "## Callbacks, over the same thing by hand, where there is no tensor work of theirs"
+    page = f"{title}\n\nMachine: {measure.machine()}.\n\n{measure.goal_table(goals)}"
+    print(page)
+    if options.write:
+        measure.write_section(options.write, "callbacks", page)
 
 
 if __name__ == "__main__":

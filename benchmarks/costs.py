@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import loopwright as lw
 import measure
 from digits import FOLDER, LR, MOMENTUM, NOTHING
+from loopwright._compat import backward
 from measure import ROOT, Goal
 from step_costs import step_costs
 
@@ -137,11 +138,11 @@ def calls_a_step() -> list[Goal]:
 
 
 def frames() -> list[Goal]:
-    """Frames of ours from ``fit`` down to ``Tensor.backward``."""
+    """Frames of ours from ``fit`` down to ``backward``: torch's own, or the one that takes its place."""
     seen: list[str] = []
 
     def look(frame, event, argument):
-        if event == "call" and frame.f_code is torch.Tensor.backward.__code__ and not seen:
+        if event == "call" and frame.f_code in (torch.Tensor.backward.__code__, backward.__code__) and not seen:
             while (frame := frame.f_back) is not None and frame.f_code.co_filename != __file__:
                 seen.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
 
@@ -154,7 +155,7 @@ def frames() -> list[Goal]:
             )
         finally:
             sys.setprofile(None)
-    return [Goal("frames between the caller and `Tensor.backward`", len(seen), "", 4, " > ".join(reversed(seen)))]
+    return [Goal("frames between the caller and `backward`", len(seen), "", 4, " > ".join(reversed(seen)))]
 
 
 def device_reads() -> list[Goal]:

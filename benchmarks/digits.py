@@ -81,14 +81,19 @@ class Lap(lw.Callback):
             self.end_of_epoch()
 
 
-def loopwright(fused: bool = False, valid: bool = False, off: bool = False):
-    """As the README shows it, with everything that is on by default, or with everything off."""
+def loopwright(fused: bool = False, valid: bool = False, off: bool = False, guards: bool = True):
+    """As the README shows it, with everything that is on by default, or with everything off.
+
+    Without ``guards`` nothing is checked or kept for the case that a step goes wrong; the rest of the defaults is on.
+    """
 
     def prepare(epochs: int, end_of_epoch: EndOfEpoch):
         net, optimizer, loader = parts(fused)
         metrics = None if off else {"accuracy": lw.metrics.Accuracy()}
         valid_loader = DataLoader(TensorDataset(*DIGITS), BATCH) if valid else None
         options = NOTHING if off else {"folder": FOLDER}
+        if not guards:
+            options |= {"nonfinite": None, "capsule": False}
 
         def go():
             task = lw.Supervised(net, loss=nn.CrossEntropyLoss(), optimizer=optimizer, metrics=metrics)

@@ -39,23 +39,26 @@ def ours(logger: Any) -> Log:
 
 def opened(folder: Path) -> JSONLLogger:
     """A logger as it is in a run: with its file open."""
-    logger = JSONLLogger(folder / "metrics.jsonl")
-    logger.start(_Run())  # type: ignore[arg-type]
+    logger = JSONLLogger()
+    logger.start(_Run(folder))  # type: ignore[arg-type]
     return logger
 
 
 class _Run:
     """As much of a run as a logger of a file looks at."""
 
-    status, folder = "running", None
+    status = "running"
 
     class comm:  # noqa: N801
         rank = 0
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
 
 def opened_csv(folder: Path) -> CSVLogger:
-    logger = CSVLogger(folder / "metrics.csv")
-    logger.start(_Run())  # type: ignore[arg-type]
+    logger = CSVLogger()
+    logger.start(_Run(folder))  # type: ignore[arg-type]
     return logger
 
 

@@ -20,13 +20,15 @@ from measure import Goal, Results
 HAND, EXPERT, EXPERT_FUSED = "hand-written loop", "expert's loop", "expert's loop, fused SGD"
 OURS, OURS_FUSED = "Loopwright defaults", "Loopwright defaults, fused SGD"
 OURS_VALID, OURS_OFF = "Loopwright defaults + validation", "Loopwright, all off"
+OURS_BARE = "Loopwright defaults, no check, no capsule"
 
 
 def races(which: str) -> list[dict[str, measure.Prepare]]:
     """Who trains side by side: few at a time, so that a lap and the one that it is compared with lie close together."""
     ours = which != "peers" and importlib.util.find_spec("loopwright")
     groups = [
-        {HAND: hand, EXPERT: expert(False)} | ({OURS: loopwright()} if ours else {}),
+        {HAND: hand, EXPERT: expert(False)}
+        | ({OURS: loopwright(), OURS_BARE: loopwright(guards=False)} if ours else {}),
         {HAND: hand, EXPERT_FUSED: expert(True)} | ({OURS_FUSED: loopwright(fused=True)} if ours else {}),
     ]
     if ours:
@@ -54,7 +56,7 @@ def ratio_table(results: list[Results]) -> str:
 
 def ratio_goals(results: list[Results]) -> list[Goal]:
     plain, fused, more, *_ = results
-    for race, name in ((plain, OURS), (more, OURS_VALID), (more, OURS_OFF)):
+    for race, name in ((plain, OURS), (plain, OURS_BARE), (more, OURS_VALID), (more, OURS_OFF)):
         assert race.same_bits(name, HAND), f"{name}: the weights are not those of the loop by hand"
 
     def goal(what, race, name, to, limit=None):
@@ -64,6 +66,12 @@ def ratio_goals(results: list[Results]) -> list[Goal]:
 
     return [
         goal("`fit` with defaults / hand-written loop", plain, OURS, HAND, 0.55),
+        goal(
+            "bar, JSONL, accuracy, history, checkpoint; no check of values, no capsule / the same",
+            plain,
+            OURS_BARE,
+            HAND,
+        ),
         goal("`fit` with defaults / expert's loop", plain, OURS, EXPERT, 1.15),
         goal("`fit` with defaults / expert's loop, fused SGD in both", fused, OURS_FUSED, EXPERT_FUSED, 1.10),
         goal("`fit` with defaults + validation / hand-written loop without", more, OURS_VALID, HAND),

@@ -87,6 +87,7 @@ def _swaps(path: Path, older: Path, foreign: Path) -> Iterator[tuple[str, list[t
     files = sorted(path.iterdir())
     for file in files:
         yield "missing", [(file, None)]
+        yield "emptied", [(file, b"")]
         for text, other in (("of an older checkpoint", older), ("of another run", foreign)):
             if (other / file.name).read_bytes() != file.read_bytes():
                 yield text, [(file, (other / file.name).read_bytes())]

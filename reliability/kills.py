@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from loopwright.checkpoint import list_checkpoints
+from loopwright.folder import newest_folder
 from reliability.server import Server
 from reliability.trial import NAME, memory
 
@@ -29,14 +31,16 @@ KILLED = (
 INTERVALS = ("1 steps", "3 steps", "7 steps", "1 epoch")
 
 
-def chains(server: Server, count: int, kills: tuple[int, int], *, seed: int, say: Any = None) -> dict[str, Any]:
+def chains(
+    server: Server, count: int, kills: tuple[int, int], *, seed: int, names: Sequence[str] = KILLED, say: Any = None
+) -> dict[str, Any]:
     """``count`` runs, each killed as often as ``kills`` (least, most) says, and then left to finish."""
     draws, failures, killed, moments = random.Random(seed), dict[int, list[str]](), 0, dict[str, int]()
     began = time.perf_counter()
-    known: dict[str, dict[str, Any]] = {name: {} for name in KILLED}
+    known: dict[str, dict[str, Any]] = {name: {} for name in names}
     with memory() as place:
         for number in range(count):
-            name = KILLED[number % len(KILLED)]
+            name = names[number % len(names)]
             every, often, own = draws.choice(INTERVALS), draws.randint(*kills), Path(place) / str(number)
             if every not in known[name]:
                 known[name][every] = _alone(server, name, every, Path(place))
@@ -82,13 +86,15 @@ def _chain(
             seed=100 * attempt + 7 if begun else SEED,
         )  # fmt: skip
         if ended is not None:  # it was done before the kill: nothing was tried
-            if kills > 1:
+            if moments:
                 break
             root = place / f"again {attempt}"
             continue
         now = _saved(root)
         moment = "before its first checkpoint" if not now else "while it resumed" if now == begun else "later"
         moments[moment] = moments.get(moment, 0) + 1
+    if not moments:
+        return ["no kill has hit"], moments
     result.unlink(missing_ok=True)
     try:
         server.run(
@@ -107,5 +113,5 @@ def _chain(
 
 def _saved(root: Path) -> list[str]:
     """Names of the checkpoints of the newest run: without any, a start begins anew and needs the seed of the script."""
-    runs = sorted((root / NAME).glob("*/run.json")) if root.exists() else []
-    return [path.name for path in list_checkpoints(runs[-1].parent / "checkpoints")] if runs else []
+    run = newest_folder(root, NAME)
+    return [path.name for path in list_checkpoints(run / "checkpoints")] if run is not None else []

@@ -25,12 +25,13 @@ class Place:
     """Where a run waits for its signal: at its call ``nth`` of a phase; in "fetch" while sample ``nth`` is read."""
 
     def __init__(self, phase: str, nth: int) -> None:
-        self.phase, self.calls, self.run = phase, 0, None
+        # not kept as phase: a resume would find that an argument of model and data is another one
+        self.waits_in, self.calls, self.run = phase, 0, None
         self.sample, self.at = nth, 1 if phase in ("fetch", "resuming", "teardown") else nth
 
     def here(self, phase: str) -> None:
-        self.calls += phase == self.phase
-        if phase != self.phase or self.calls != self.at:
+        self.calls += phase == self.waits_in
+        if phase != self.waits_in or self.calls != self.at:
             return
         worker = torch.utils.data.get_worker_info() is not None
         say(1)

@@ -28,6 +28,13 @@ ROWS: dict[str, tuple[str, str, int]] = {
     ),
     "R2": ("SIGKILL at a random moment", "the same, in processes of their own", 200),
     "R3": ("3 to 10 SIGKILLs of one run, also while it resumes and before its first step", "the same", 50),
+    "R2 ranks": (
+        "SIGKILL of 1 and 2 ranks with 0 and 2 workers, thrice each: at a random moment, with a window of accumulation "
+        "half done, inside of a validation",
+        "the same as of a run without workers that nobody killed, and `metrics.jsonl` is the same file but for the "
+        "times",
+        40,
+    ),
     "D1": (
         "SIGKILL while a checkpoint is written, keep 1, 2, 3",
         '`resume="auto"` goes on, at most one interval is lost, the bits at the end are the same, and no half-written '
@@ -75,12 +82,12 @@ a sample). Each number below was counted; none is extrapolated. The whole, with 
 """
 LIMITS = """## What is not covered
 
-On a CPU: no GPU, no mixed precision, no `torch.compile`; all rows but F2 and F3 with one process. Kills are kills of
-the process, not of the machine: what the page cache holds survives them, and no row tells what a power loss does. R1,
-R2, R3 and D4 keep their files in memory where there is `/dev/shm`, D1 on the disk of the temporary folder. R1 takes a
-new trainer, net (of another seed), data and random state for each resume, in one process; R2, R3, D1 and F1 are
-processes of their own, forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal bits
-are promised for the same versions, instructions and number of threads; a resume under others is refused.
+On a CPU: no GPU, no mixed precision, no `torch.compile`; all rows but R2 ranks, F2 and F3 with one process. Kills are
+kills of the process, not of the machine: what the page cache holds survives them, and no row tells what a power loss
+does. R1, R2, R3 and D4 keep their files in memory where there is `/dev/shm`, D1 on the disk of the temporary folder.
+R1 takes a new trainer, net (of another seed), data and random state for each resume, in one process; R2, R3, D1 and F1
+are processes of their own, forked from one that has imported torch. The nets are small (D1: 8 MB a checkpoint). Equal
+bits are promised for the same versions, instructions and number of threads; a resume under others is refused.
 """
 
 
@@ -136,7 +143,7 @@ def _variants(rows: dict[str, Any]) -> str:
 
 def _details(rows: dict[str, Any]) -> str:
     lines = []
-    for name in ("R2", "R3", "D1", "D1 async", "D4", "S", "F1", "F2", "F3"):
+    for name in ("R2", "R3", "R2 ranks", "D1", "D1 async", "D4", "S", "F1", "F2", "F3"):
         row = rows.get(name)
         if row is None:
             continue

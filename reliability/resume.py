@@ -38,9 +38,11 @@ class Consumed(lw.Callback):
         self.by_step, self.total = ledger_of, 0
 
     def on_backward_end(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: Any) -> None:
-        self.total += phase is run.stage.phases[0] if run.stage is not None else 0
+        first = run.stage is not None and phase is run.stage.phases[0]
+        self.total += first and not phase.closure  # a closure is called more than once a step
 
     def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+        self.total += run.stage is not None and run.stage.phases[0].closure
         self.by_step[run.progress.step] = self.total
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from reliability import cost, damage, hostile, kills, report, resume, saves, signals, worlds
-from reliability.server import Server
+from reliability import cost, damage, hostile, inside, kills, report, resume, saves, signals, worlds
+from reliability.server import Server, warm_up
 from reliability.variants import EXTRAS, STEPS, VARIANTS
 
 SAMPLE = (1, 31, 32, 33, 50, 64, 95)
@@ -40,7 +40,7 @@ def _served(what: Callable[..., dict[str, Any]], *arguments: Any, **settings: An
 
 def _with_torch(what: Callable[[int], dict[str, Any]], count: int) -> dict[str, Any]:
     """In a process that has all that is slow to import, for its forks."""
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch's compiler
+    warm_up()
     return what(count)
 
 
@@ -51,6 +51,7 @@ RUN: dict[str, Callable[[bool], dict[str, Any]]] = {
     "D1 async": lambda quick: _served(saves.run, 6 if quick else 250, background=True),
     "R2": lambda quick: _served(kills.chains, 8 if quick else 200, (1, 1), seed=11),
     "R3": lambda quick: _served(kills.chains, 2 if quick else 50, (3, 10), seed=13),
+    "R2 ranks": lambda quick: _with_torch(inside.run, 4 if quick else 40),
     "S": lambda quick: hostile.run(0.03 if quick else 1.0),
     "F1": lambda quick: _served(signals.run, signals.SAMPLE if quick else signals.CASES),
     "F2": lambda quick: _with_torch(worlds.signals, 6 if quick else 60),

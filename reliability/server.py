@@ -104,13 +104,12 @@ class Server:
         self.process.stdin.flush()
 
 
-def serve() -> None:
-    """The loop of the server: fork a run, tell its id, wait until the harness wants its status."""
+def warm_up() -> None:
+    """Import all that is slow, for the processes that are forked from this one."""
     import torch
 
     import loopwright as lw
     from loopwright.folder import open_folder
-    from reliability.jobs import JOBS
 
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch's compiler
@@ -118,6 +117,13 @@ def serve() -> None:
         getattr(lw, name)
     with tempfile.TemporaryDirectory() as place:
         open_folder(place, "warm", settings={}, seed=0)  # lists the installed packages
+
+
+def serve() -> None:
+    """The loop of the server: fork a run, tell its id, wait until the harness wants its status."""
+    from reliability.jobs import JOBS
+
+    warm_up()
     gc.collect()
     gc.freeze()  # a forked process that ends would look through all of it
     print("ready 1", flush=True)

@@ -72,6 +72,7 @@ def train(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if warn else "error")
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
+        warnings.filterwarnings("ignore", "this very run was done before")  # a trial compares a run with itself
         parts = make(ledger)
         settings = {"epochs": 3, "log_every": "3 steps", **parts.settings}
         settings["callbacks"] = [*settings.get("callbacks", ()), *callbacks]

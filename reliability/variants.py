@@ -257,6 +257,18 @@ def _scheduled(ledger: Ledger) -> Parts:
     return Parts(task, noisy(), tensors(9), {"epochs": None, "callbacks": [anneal]}, stages=stages)
 
 
+@variant("intervals and ends of several units", EXTRAS)
+def _units(ledger: Ledger) -> Parts:
+    net = mlp(dropout=0.3, batch_norm=True)
+    often = {"validate_every": "at 10% | 11 steps & after 40 batches", "log_every": "7 batches | at 0.5 epochs"}
+    stages = [
+        lw.Stage("first", until="35 steps & 1 epoch | 40 steps"),
+        lw.Stage("last", until="1 epoch & 61 steps", lr=lw.schedules.warmup(0.02, "9 steps | 10%")),
+    ]
+    task = supervised(net, ledger, metrics=accuracy())
+    return Parts(task, noisy(), noisy(9), {"epochs": None, **often}, stages=stages, batches=0, once=False)
+
+
 @variant("stages with a plateau", EXTRAS)
 def _plateaus(ledger: Ledger) -> Parts:
     net = Counting()
@@ -300,6 +312,25 @@ def _callbacks(ledger: Ledger) -> Parts:
     ]  # fmt: skip
     settings = {"callbacks": callbacks, "validate_every": "5 steps"}
     return Parts(supervised(mlp(dropout=0.2), ledger), tensors(), tensors(9), settings)
+
+
+def _images(batch: Any) -> Any:
+    return [batch[0].view(-1, 1, 2, FEATURES // 2), *batch[1:]]
+
+
+@variant("oversampling, batches erased and cut, a schedule on dropout", EXTRAS)
+def _images_cut(ledger: Ledger) -> Parts:
+    net = nn.Sequential(nn.Flatten(), mlp(dropout=0.2))
+    (dropout,) = (name for name, module in net.named_modules() if isinstance(module, nn.Dropout))
+    callbacks = [
+        lw.BatchTransform(_images), lw.RandomErasing(scale=(0.1, 0.5)), lw.CutMix(classes=CLASSES, target=1),
+        lw.Anneal({f"module.{dropout}.p": lw.schedules.cosine(0.5, 0.0)}),
+    ]  # fmt: skip
+    data = arrays(N)
+    sampler = lw.data.WeightedSampler.balanced(data[1], BATCH, samples=N)
+    return Parts(
+        supervised(net, ledger), lw.Loader(data, sampler=sampler), settings={"callbacks": callbacks}, once=False
+    )
 
 
 @variant("a function of the user", EXTRAS)
@@ -357,6 +388,43 @@ def _swa(ledger: Ledger) -> Parts:
     task = supervised(mlp(dropout=0.2, batch_norm=True), ledger, metrics=accuracy())
     swa = lw.SWA("1 epoch", batch_norm=noisy(25))
     return Parts(task, noisy(), noisy(13, batch_size=4), {"callbacks": [swa]})
+
+
+@variant("fp16 with a scaler of the loss", EXTRAS)
+def _fp16(ledger: Ledger) -> Parts:
+    settings = {"precision": "fp16", "clip_norm": 1.0}
+    return Parts(supervised(mlp(dropout=0.2), ledger, metrics=accuracy()), noisy(), settings=settings)
+
+
+@variant("LBFGS, which calls a closure", EXTRAS)
+def _lbfgs(ledger: Ledger) -> Parts:
+    net = mlp()
+    lbfgs = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=2, history_size=3)
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), lbfgs, inputs=0, targets=1)
+    return Parts(task, noisy(), settings={"callbacks": [_Noted(ledger)]})
+
+
+@variant("a mix of sources, cut and of a set length, with our samplers", EXTRAS)
+def _mix(ledger: Ledger) -> Parts:
+    lengths = torch.arange(N) % 7 + 1
+    weighted = lw.Loader(arrays(N), sampler=lw.data.WeightedSampler(torch.linspace(0.1, 1, N), BATCH))
+    bucketed = lw.Loader(arrays(N), sampler=lw.data.BucketSampler(lengths, BATCH, buckets=4))
+    sources = {"a": weighted, "b": lw.data.limit(bucketed, batches=9), "c": noisy()}
+    data = lw.data.epoch_length(lw.data.Mix(sources, weights={"a": 1, "b": 1, "c": 2}), PER_EPOCH)
+    return Parts(supervised(mlp(dropout=0.2), ledger, metrics=accuracy()), data, once=False)
+
+
+def _image(batch: Any, rng: torch.Generator) -> Any:
+    return [batch[0].reshape(-1, 1, 2, 3), *batch[1:]]
+
+
+@variant("images cut together and erased, watched", EXTRAS)
+def _watched_images(ledger: Ledger) -> Parts:
+    callbacks = [
+        lw.BatchTransform(_image), lw.CutMix(classes=CLASSES, target=1), lw.RandomErasing(0.7), lw.Watch("gradients"),
+    ]  # fmt: skip
+    net = nn.Sequential(nn.Flatten(), *mlp(dropout=0.2))
+    return Parts(supervised(net, ledger), tensors(), tensors(9), {"callbacks": callbacks, "validate_every": "5 steps"})
 
 
 __all__ = ["CLASSES", "EXTRAS", "FEATURES", "STEPS", "VARIANTS", "Make", "Parts"]

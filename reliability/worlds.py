@@ -43,11 +43,13 @@ RAISES = (
     "map_loss", "on_backward_end", "on_grads_ready", "on_step_end", "on_validation_start", "on_eval_batch_end",
     "on_validation_end", "on_checkpoint", "on_epoch_end", "on_stage_end", "on_fit_end",
 )  # fmt: skip
+OTHERWISE = r"collectives do not match at step \d+: .*"
 IN_STEP = ("forward", "dataset", "backward")
-OTHERS = ("SIGKILL", "SIGSTOP", "alone in a barrier", "leaves", "slow")
+IN_DATA = ("short loader",)
+OTHERS = ("SIGKILL", "SIGSTOP", "alone in a barrier", "another shape", "short loader", "leaves", "slow")
 KINDS = (
-    *RAISES, *IN_STEP, *OTHERS, "SIGKILL", "SIGSTOP", "alone in a barrier", "slow", "SIGKILL", "forward", "dataset",
-    "on_step_end", "on_validation_end", "SIGKILL", "SIGSTOP", "leaves", "backward", "slow",
+    *RAISES, *IN_STEP, *OTHERS, "SIGKILL", "SIGSTOP", "alone in a barrier", "slow", "SIGKILL", "forward",
+    "on_step_end", "another shape", "SIGSTOP", "leaves", "backward", "short loader",
 )  # fmt: skip
 
 
@@ -104,6 +106,8 @@ def spoil(kind: str) -> None:
         os._exit(0)
     elif kind == "slow":
         time.sleep(20)
+    elif kind == "short loader":
+        pass
     elif kind.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, kind))
     else:
@@ -132,22 +136,86 @@ def spoiler(kind: str, net: Net, data: Numbers) -> lw.Callback:
     return type("Spoiler", (lw.Callback,), {hook: scope[hook]})()
 
 
-def train(folder: str, *, kind: str = "", target: int = -1, pause: float = 0.0005) -> None:
-    """What each rank does; rank 0 leaves ``result.json``. It goes on from what is there."""
+class Sums(lw.Callback):
+    """Adds up three numbers over ranks after each step; from step 40 on, four on the rank that is chosen."""
+
+    def __init__(self, mine: bool) -> None:
+        self.mine = mine
+
+    def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+        wrong = self.mine and run.progress.step >= AT
+        if wrong:
+            Path(os.environ["LW_SPOILED"]).write_text(str(time.monotonic()))
+        dist.all_reduce(torch.ones(4 if wrong else 3))
+
+
+class Dies(lw.Callback):
+    """Ends its process by SIGKILL at call ``nth`` inside of a window of accumulation, or of a validation."""
+
+    def __init__(self, where: str, nth: int, folder: Path) -> None:
+        self.where, self.nth, self.deep, self.spoiled = where, nth, 0, folder / "spoiled"
+
+    def on_step_start(self, run: lw.Run) -> None:
+        self.deep = 0
+
+    def on_backward_end(self, run: lw.Run, *given: Any) -> None:
+        self.deep += 1
+        planned = run.open_step[0] or [1.0]
+        if self.deep < len(planned):  # more of the window is to come
+            self._count("window", run)
+
+    def on_eval_batch_end(self, run: lw.Run, *given: Any) -> None:
+        self._count("validation", run)
+
+    def _count(self, where: str, run: lw.Run) -> None:
+        self.nth -= where == self.where
+        if where == self.where and self.nth == 0:
+            self.spoiled.write_text(f"{where} after step {run.progress.step}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def noisy(sample: Any) -> Any:
+    """An augmentation that draws from torch."""
+    return sample[0] + 0.1 * torch.randn(5), sample[1]
+
+
+def train(
+    folder: str, *, kind: str = "", target: int = -1, pause: float = 0.0005, dies: tuple[str, int] | None = None,
+    workers: int = 0, accumulate: int = 1, steps: int = STEPS, every: int = 10, validate: int = 24,
+) -> None:  # fmt: skip
+    """What each rank does; rank 0 leaves ``result.json``. It goes on from what is there.
+
+    ``kind`` is done by the rank ``target``; ``dies``, the arguments of ``Dies``, by all.
+    """
     place, rank = Path(folder), int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
     torch.manual_seed(rank + 5)  # ranks that were not seeded alike
-    net, data = Net(), Numbers(place, rank, pause=pause)
     os.environ["LW_SPOILED"] = str(place / "spoiled")
+    net, data = Net(), Numbers(place, rank, pause=pause)
+    spoilers = [spoiler(kind, net, data)] if rank == target and kind not in IN_DATA else []
+    if kind == "another shape":
+        spoilers = [Sums(rank == target)]
+    if dies is not None:
+        spoilers = [Dies(*dies, place)]
+    batches: Any = lw.Loader(data, 16, shuffle=True, workers=workers, transform=noisy if accumulate > 1 else None)
+    if kind == "short loader":  # a generator, whose length nobody can compare at the start
+
+        def batches() -> Iterator[Any]:
+            yield from zip(data.x.split(16), data.y.split(16), strict=True)
+            if rank == target:
+                spoil(kind)
+            else:
+                yield data.x[:16], data.y[:16]
+
     task = lw.Supervised(
         net, nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), 1e-2), metrics={"hits": lw.metrics.Accuracy()}
     )
     trainer = lw.Trainer(
-        steps=STEPS, folder=place / "runs", name=NAME, progress=False, seed=3, log_every=5, validate_every=24,
-        callbacks=[spoiler(kind, net, data)] if rank == target else [],
-        checkpoint=lw.Checkpoint(10, keep=3), strategy=lw.DDP(timeout=LIMIT_S),
+        steps=steps, folder=place / "runs", name=NAME, progress=False, seed=3, log_every=5, validate_every=validate,
+        callbacks=spoilers, checkpoint=lw.Checkpoint(every, keep=3), strategy=lw.DDP(timeout=LIMIT_S),
+        accumulate=accumulate,
     )  # fmt: skip
-    run = trainer.fit(task, lw.Loader(data, 16, shuffle=True), (data.x[:50], data.y[:50]), resume="auto")
+    run = trainer.fit(task, batches, lw.Loader((data.x[:50], data.y[:50]), 16), resume="auto")
     if rank == 0:
         (place / "result.json").write_text(json.dumps(digests(observe(run))))
     if kind == "leaves":
@@ -265,7 +333,8 @@ class Ranks:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.err")))
 
 
-def _await(found: Callable[[], bool], seconds: float) -> bool:
+def await_(found: Callable[[], bool], seconds: float) -> bool:
+    """True as soon as it is ``found``, False if it is not after so many seconds."""
     until = time.monotonic() + seconds
     while not found():
         if time.monotonic() > until:
@@ -274,10 +343,10 @@ def _await(found: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def _alone(folder: Path, world: int) -> dict[str, str]:
+def alone_run(folder: Path, world: int, **settings: Any) -> dict[str, str]:
     """The digests of a run that nothing disturbs."""
     folder.mkdir()
-    ranks = Ranks("forked", folder, world)
+    ranks = Ranks("forked", folder, world, **settings)
     if ranks.wait(120) != 0:
         ranks.kill()
         raise RuntimeError(f"{world} ranks that nothing disturbs failed: {ranks.text()[-2000:]}")
@@ -294,7 +363,7 @@ def signalled(
     how = target if target in ("lw.launch", "torchrun") else "forked"
     ranks = Ranks(how, folder, world)
     try:
-        if not _await(lambda: all((folder / f"began-{r}").exists() for r in range(world)), 120):
+        if not await_(lambda: all((folder / f"began-{r}").exists() for r in range(world)), 120):
             outcome.problems.append(f"training did not begin: {ranks.text()[-1000:]}")
             return outcome
         time.sleep(delay)
@@ -352,7 +421,7 @@ def faulty(kind: str, world: int, rank: int, folder: Path) -> Outcome:
     folder.mkdir()
     ranks, spoiled = Ranks("forked", folder, world, kind=kind, target=rank), folder / "spoiled"
     try:
-        _await(spoiled.exists, 120)
+        await_(spoiled.exists, 120)
         code = ranks.wait(2 * LIMIT_S)
         if not spoiled.exists() or not spoiled.read_text():
             outcome.problems.append(f"it never came to the point: {ranks.text()[-1000:]}")
@@ -389,7 +458,9 @@ def _said(kind: str, rank: int, codes: list[int], texts: list[str]) -> Iterator[
         "SIGKILL": rf"rank {rank} ended without a word, killed or crashed \(last at step \d+",
         "SIGSTOP": rf"rank {rank} has not been heard of for \d+ s: its process was stopped by a signal \(last at step",
         "leaves": rf"rank {rank} ended without a word.*\(last at step \d+",
-        "alone in a barrier": rf"rank {rank}: step \d+, waits in barrier, .*worlds\.py:\d+ in spoil",
+        "alone in a barrier": rf"{OTHERWISE}rank {rank}: barrier\(\), .*worlds\.py:\d+ in spoil",
+        "another shape": rf"{OTHERWISE}rank {rank}: all_reduce\(float\[4\]\), .*worlds\.py:\d+ in on_step_end",
+        "short loader": rf"{OTHERWISE}rank {rank}: ",
     }
     raised = rf"rank {rank} failed at step \d+, .*worlds\.py:\d+ in spoil: ValueError: spoiled in {kind}"
     pattern = names.get(kind, raised)
@@ -405,7 +476,7 @@ def signals(count: int, *, seed: int = 19, say: Any = None) -> dict[str, Any]:
     draws, outcomes = random.Random(seed), list[Outcome]()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        alone = {world: _alone(place / f"alone-{world}", world) for world in (2, 4)}
+        alone = {world: alone_run(place / f"alone-{world}", world) for world in (2, 4)}
         for i in range(count):
             target, world = TARGETS[i % len(TARGETS)], (2, 4)[i // len(TARGETS) % 2]
             number = signal.SIGTERM if target == "torchrun" else SIGNALS[i // len(TARGETS) % len(SIGNALS)]

@@ -138,9 +138,9 @@ def fit(
     }
 
 
-def checkpoint(folder: Path, name: str) -> Path:
+def checkpoint(folder: Path, name: str, step: int = 2 * EVERY) -> Path:
     """Of the run in the folder that a command wrote to, the one in its middle."""
-    return next((folder / name).glob(f"Net/*/checkpoints/step-{2 * EVERY:08d}"))
+    return next((folder / name).glob(f"Net/*/checkpoints/step-{step:08d}"))
 
 
 @command
@@ -171,6 +171,48 @@ def resumed_from_fsdp_2(folder: Path) -> Any:
 @command
 def resumed_from_alone(folder: Path) -> Any:
     return resumed(folder, "alone-1")
+
+
+@command
+def resumed_from_fsdp_4(folder: Path) -> Any:
+    return resumed(folder, "fsdp-4")
+
+
+@command
+def resumed_from_ddp_4(folder: Path) -> Any:
+    return resumed(folder, "ddp-4")
+
+
+def second(folder: Path, of: str) -> Any:
+    """Goes on from what 4 ranks wrote first, to the middle."""
+    how = lw.Resume(checkpoint(folder, f"run-{of}", EVERY), how="approximate")
+    return fit(folder / f"second-{of}", resume=how, steps=2 * EVERY)
+
+
+def last(folder: Path, of: str) -> Any:
+    """Goes on from what was gone on to, to the end."""
+    how = lw.Resume(checkpoint(folder, f"second-{of}"), how="approximate")
+    return fit(folder / f"last-{of}", resume=how)
+
+
+@command
+def second_from_fsdp_4(folder: Path) -> Any:
+    return second(folder, "fsdp-4")
+
+
+@command
+def second_from_ddp_4(folder: Path) -> Any:
+    return second(folder, "ddp-4")
+
+
+@command
+def last_from_fsdp_4(folder: Path) -> Any:
+    return last(folder, "fsdp-4")
+
+
+@command
+def last_from_ddp_4(folder: Path) -> Any:
+    return last(folder, "ddp-4")
 
 
 @command
@@ -345,6 +387,7 @@ def kind() -> str:
 
 def main(folder: Path, names: list[str]) -> None:
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "this very run was done before")
     for name in names:
         result = COMMANDS[name](folder)
         if int(os.environ.get("RANK", "0")) == 0:

@@ -56,6 +56,7 @@ def test_a_short_last_window_is_a_true_mean_and_is_stepped(given_as: Callable[..
 
 
 @pytest.mark.capability("B-05")
+@pytest.mark.filterwarnings("ignore:accumulate=")
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(2, 37))
 def test_accumulation_equals_the_big_batch(size: int, window: int, n: int) -> None:
     """Steps over windows of small batches equal steps over the big batches to 1e-6, ragged tail and schedule too."""
@@ -245,6 +246,7 @@ def test_batches_of_a_window_are_fetched_one_at_a_time() -> None:
     assert order[:3] == ["read 0", "read 1", "backward"]
 
 
+@pytest.mark.filterwarnings("ignore:accumulate=")
 def test_a_window_of_one_batch_has_the_bits_of_no_accumulation() -> None:
     nets = [classifier(), classifier()]
     for net, accumulate in zip(nets, (1, 50), strict=True):

@@ -102,6 +102,14 @@ NO_LOSS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         "step 'main' returned a loss that depends on no trainable parameter; leave out .detach(), .item() and "
         "torch.no_grad() in the step, and check requires_grad of the parameters",
     ),
+    "a complex number": (
+        lambda preds: preds.mean().to(torch.complex64),
+        "step 'main' returned a loss of torch.complex64; return a real one, such as loss.abs() or loss.real",
+    ),
+    "a value without a name": (
+        lambda preds: {"loss": preds.mean(), 3: 1.0},
+        "a step returned a dict with the key 3; name values by strings: '3'",
+    ),
     "a tuple": (
         lambda preds: (preds.mean(), preds),
         "step 'main' returned (float32[], float32[2, 1]); return the loss (a tensor), or a dict such as "
@@ -118,6 +126,37 @@ def test_a_step_without_a_usable_loss_is_told_what_to_return(returned: str, fold
     assert str(error) == message
     assert notes(error) == [WHERE]
     assert_failed(record, error)
+
+
+@pytest.mark.parametrize(
+    ("hook", "returned", "message"),
+    [
+        ("map_output", [1.0], 'Acts.map_output returned [float]; return the loss (a tensor), or a dict such as '
+         '{"loss": loss, "preds": preds, "target": target}'),
+        ("map_output", {"los": 1.0}, "Acts.map_output returned the keys ['los']; a training step must return 'loss', "
+         "a scalar tensor. Known: 'los'. Did you mean 'los'?"),
+        ("map_loss", 1.0, "step 'main' or Acts.map_loss returned a loss of type float; return the tensor itself "
+         "(without .item() or float()), so that gradients can be computed from it"),
+    ],
+    ids=["a list", "no loss", "no tensor"],
+)  # fmt: skip
+def test_a_hook_that_returns_no_usable_loss_is_named(hook: str, returned: Any, message: str, folder: Path) -> None:
+    error, record = failure(folder, sgd_task(line()), DATA, callbacks=[acts(**{hook: lambda *args: returned})])
+    assert (type(error), str(error)) == (lw.StepOutputError, message)
+    assert notes(error) == [WHERE]
+    assert_failed(record, error)
+
+
+def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_told_once() -> None:
+    task, other = sgd_task(line()), line()
+    task.loss = lambda preds, target: other(preds.detach()).mean()
+    with pytest.warns(lw.LoopwrightWarning) as told:
+        run = trainer(epochs=2).fit(task, pairs([1.0], [2.0]))
+    assert [str(one.message) for one in told] == [
+        "the first loss of phase 'main' gave no gradient to any parameter of its SGD, which moves nothing so: compute "
+        "the loss from the very module whose parameters the optimizer has"
+    ]
+    assert run.progress.step == 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -181,10 +220,23 @@ def test_an_error_in_a_validation_step_says_where(folder: Path) -> None:
     error, record = failure(folder, task, DATA, DATA)
     assert type(error) is LookupError
     assert functions(error)[-1] == "loss"
-    assert notes(error) == ["[loopwright] after epoch 1, batch 0 of the open epoch, step 3"]
+    assert notes(error) == [
+        "[loopwright] in valid, batch 1; batch: (float32[2, 1], float32[2, 1])",
+        "[loopwright] after epoch 1, batch 0 of the open epoch, step 3",
+    ]
     assert task.module.training
     assert torch.is_grad_enabled()
     assert_failed(record, error)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_an_error_in_a_look_at_a_model_says_at_which_batch(verb: str) -> None:
+    net = line()
+    net.register_forward_pre_hook(lambda module, args: 1 / 0 if len(args[0]) == 1 else None)
+    with pytest.raises(ZeroDivisionError) as caught:
+        getattr(trainer(), verb)(sgd_task(net), DATA)
+    kind = {"validate": "valid"}.get(verb, verb)
+    assert notes(caught.value) == [f"[loopwright] in {kind}, batch 3; batch: (float32[1, 1], float32[1, 1])"]
 
 
 # -------------------------------------------------------------------------------------------------------- data
@@ -296,8 +348,9 @@ def test_a_dataset_that_raises_at_item_17_is_told_with_the_item(reader: str, fol
     assert "image 17 is torn" in str(error)
     assert "read" in functions(error) or "in read\n" in str(error)  # a worker sends its traceback as text
     assert notes(error)[0].startswith(
-        "[loopwright] while fetching batch 4 of epoch 1, dataset indices [15, 16, 17, 18, 19]"
+        "[loopwright] while fetching batch 4 of epoch 1, dataset indices [15, 16, 17, 18, 19]; "
     )
+    assert notes(error)[0].endswith("it was dataset[17] that raised")
     assert notes(error)[-1] == "[loopwright] after epoch 0, batch 3 of the open epoch, step 3"
     assert record["progress"]["step"] == 3
     assert record["error"]["type"] == "OSError"
@@ -353,6 +406,83 @@ def test_a_batch_that_does_not_fit_the_module_is_shown(folder: Path) -> None:
     assert notes(error) == [
         "[loopwright] after epoch 0, batch 0 of the open epoch, step 0; batch: {'x': float32[2, 1], 'y': float32[2, 1]}"
     ]
+
+
+def test_doubles_for_a_module_of_floats_are_told_both_ways_out(folder: Path) -> None:
+    batch = torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    error, _ = failure(folder, sgd_task(line()), [batch])
+    assert type(error) is RuntimeError
+    assert notes(error)[-1] == (
+        "[loopwright] floats of NumPy and Python are float64, weights as a rule float32: give the data as "
+        "array.astype('float32') or tensor.float(), or train in doubles with Trainer(precision='fp64')"
+    )
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_doubles_in_a_look_at_a_model_are_told_both_ways_out_too(verb: str) -> None:
+    batch = torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    with pytest.raises(RuntimeError) as caught:
+        getattr(trainer(), verb)(sgd_task(line()), [batch])
+    assert [note[:53] for note in notes(caught.value)][-1] == "[loopwright] floats of NumPy and Python are float64, "
+
+
+@pytest.mark.parametrize("weight", [None, "many", -1, float("nan"), float("inf"), torch.ones(2)])
+def test_a_weight_that_is_no_number_of_samples_is_told(weight: Any) -> None:
+    with pytest.raises(lw.DataError) as caught:
+        trainer(epochs=1).fit(sgd_task(line()), DATA, weight=lambda batch: weight)
+    assert str(caught.value) == (
+        f"weight(batch) returned {weight!r}; return how many samples or tokens the batch has: a number from 0"
+    )
+    assert notes(caught.value) == [WHERE]
+
+
+def test_a_weight_that_fails_keeps_its_error() -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        trainer(epochs=1).fit(sgd_task(line()), DATA, weight=lambda batch: 1 / 0)
+    assert functions(caught.value)[-1] == "<lambda>"
+
+
+RETURNED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "a tuple of 3": (
+        lambda task: (torch.optim.SGD(task.parameters(), lr=0.1), None, None),
+        "configure_optimizers returned a tuple of 3; return an optimizer, (optimizer, schedule), or a dict of a name "
+        'to either, such as {"body": optimizer, "head": (optimizer, schedule)}',
+    ),
+    "a name that is a number": (
+        lambda task: {0: torch.optim.SGD(task.parameters(), lr=0.1)},
+        "configure_optimizers returned the name 0; return an optimizer, (optimizer, schedule), or a dict of a name "
+        'to either, such as {"body": optimizer, "head": (optimizer, schedule)}',
+    ),
+    "a list": (
+        lambda task: [torch.optim.SGD(task.parameters(), lr=0.1)],
+        "the optimizer 'main' is a list; pass a torch optimizer such as torch.optim.AdamW(net.parameters(), lr=1e-3), "
+        "or a factory: lambda params: torch.optim.AdamW(params, lr=1e-3)",
+    ),
+    "a factory for what is frozen": (
+        lambda task: task.requires_grad_(False) and torch.optim.SGD,
+        "the factory of optimizer 'main' has nothing to move: no parameter of Own is trainable. Add the module that is "
+        "to be trained to the task, or set requires_grad_(True) on its parameters",
+    ),
+    "a schedule that is none": (
+        lambda task: (torch.optim.SGD(task.parameters(), lr=0.1), lambda optimizer: None),
+        "the factory schedule=... returned None; it must return what it makes of the optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("returned", RETURNED)
+def test_what_is_no_optimizer_is_told_with_what_to_return(returned: str) -> None:
+    made, problem = RETURNED[returned]
+    task = stepping(lambda preds: preds.mean())
+    task.configure_optimizers = lambda: made(task)  # type: ignore[method-assign]
+    with pytest.raises(lw.SettingError) as caught:
+        trainer(epochs=1).fit(task, DATA)
+    assert str(caught.value) == problem
+
+
+def test_an_unknown_argument_of_an_event_names_the_nearest() -> None:
+    with pytest.raises(TypeError, match=r"evry=3: there is no such argument.* Did you mean 'every'\?"):
+        lw.Event.STEP_END(evry=3)  # type: ignore[call-arg]
 
 
 # ----------------------------------------------------------------------------------------------------- metrics
@@ -429,15 +559,18 @@ def test_a_callback_that_raises_in_any_hook_is_named_with_the_place(hook: str, f
     assert type(error) is UsersError
     assert str(error) == "oh"
     assert functions(error)[-2:] == ["called", "happen"]
-    (note,) = notes(error)
+    note, *more = notes(error)
+    batch = "[loopwright] in valid, batch 1; batch: (float32[2, 1], float32[2, 1])"
+    assert more == ([batch] if hook in ("on_eval_batch_start", "on_eval_batch_end") else [])
     assert note.startswith(f"[loopwright] in Fails.{hook}, after epoch ")
     assert note.endswith("; batch: (float32[2, 1], float32[2, 1])") == (hook in WITH_BATCH)
     assert told == [error]
     assert_failed(record, error)
 
 
-@pytest.mark.parametrize("hook", ["on_test_start", "on_eval_batch_end", "on_test_end", "on_predict_start",
-                                  "on_predict_batch_end", "on_predict_end"])  # fmt: skip
+@pytest.mark.parametrize("hook", ["on_test_start", "on_eval_batch_start", "on_eval_batch_end", "on_test_end",
+                                  "on_predict_start", "on_predict_batch_start", "on_predict_batch_end",
+                                  "on_predict_end"])  # fmt: skip
 def test_a_callback_that_raises_in_a_test_or_a_prediction_is_named(hook: str) -> None:
     net = line()
     user = trainer(callbacks=[Fails(hook, UsersError("oh"))])

@@ -27,8 +27,24 @@ def test_the_module_is_a_command_that_says_what_it_can_do() -> None:
         assert word in text
 
 
-def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
-    assert "invalid choice: 'rums' (choose from" in run_command("rums", code=2)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["rums"], "loopwright: error: there is no command 'rums'. Known: "),
+        (["rums"], " Did you mean 'runs'?"),
+        (["checkpoints", "lss"], "loopwright checkpoints: error: there is no command 'lss'. Known: 'ls', "),
+        (["checkpoints", "prune", "x", "--keep", "1", "--kep", "2"], "--kep: there is no such argument. Known: "),
+        (["checkpoints", "prune", "x", "--keep", "1", "--kep", "2"], " Did you mean '--keep'?"),
+        (["report", "x", "--seriess"], "loopwright report: error: --seriess: there is no such argument. Known: "),
+    ],
+)
+def test_an_unknown_command_or_option_is_refused_with_the_nearest(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +106,16 @@ def test_metrics_that_are_no_numbers_do_not_stop_the_list(folder: Path, capsys: 
     (folder / "a" / "b" / "run.json").write_text(json.dumps({"metrics": {"x": "nan", "y": 2}}))
     assert main(["runs", str(folder)]) == 0
     assert capsys.readouterr().out.split()[1:] == ["?", "y", "2"]
+
+
+def test_the_runs_of_a_name_and_a_single_run_are_listed_as_well(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "b" / "run.json").write_text(json.dumps({"status": "done"}))
+    for given in (folder, folder / "a", folder / "a" / "b"):
+        assert main(["runs", str(given)]) == 0
+        assert capsys.readouterr().out.split() == [str(folder / "a" / "b"), "done"]
 
 
 def test_a_folder_without_runs_says_so(capsys: pytest.CaptureFixture[str]) -> None:

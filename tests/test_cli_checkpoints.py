@@ -242,6 +242,22 @@ def test_show_of_a_damaged_file_says_how_to_check(command: Command) -> None:
     assert f"loopwright checkpoints verify {path}" in error
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_show_of_a_checkpoint_with_a_wrong_bit_shows_it_and_ends_with_1(name: str, command: Command) -> None:
+    paths = make_all()
+    assert "DAMAGED" not in command("show", str(paths[0]))[1]
+    bad = damage(paths[0], name)
+    status, text, _ = command("show", str(paths[0]))
+    assert status == 1
+    assert "optimizer.safetensors" in text
+    assert text.splitlines()[-2].startswith(f"DAMAGED: {bad} is damaged: its blake2b is ")
+    assert text.splitlines()[-1] == f"Which to use instead: loopwright checkpoints verify {RUN}/checkpoints"
+    status, text, _ = command("show", str(paths[0]), "--json")
+    assert status == 1
+    assert json.loads(text)["damage"].startswith(f"{bad} is damaged")
+    assert json.loads(command("show", str(paths[1]), "--json")[1])["damage"] is None
+
+
 def test_what_a_terminal_would_obey_is_written_out(command: Command) -> None:
     path = make(1, metrics={"\x1b[2Jclear": 1.0}, monitor="\x1b]0;title\x07")
     for arguments in (["ls", str(path)], ["show", str(path)]):

@@ -47,7 +47,10 @@ def test_one_epoch_gives_the_whole_report(short):
     (best,) = (run / "checkpoints").glob("step-*")
     assert sum(weights.numel() for weights in load_file(best / "model.safetensors").values()) > 30_000
     assert f"{run}/\n  report.png " in out
-    assert all(f"  {path.name}" in out for path in run.iterdir())
+    listed = out.partition(f"{run}/\n")[2].partition("\n\n")[0].splitlines()
+    names, about = zip(*(line.split(maxsplit=1) for line in listed), strict=True)  # a line about each
+    assert sorted(names) == sorted(path.name for path in run.iterdir() if not path.name.startswith("."))
+    assert all(about)
 
 
 def test_the_tables_agree_with_one_another(short):

@@ -60,12 +60,66 @@ def test_inputs_alone_are_compared_with_those_of_training() -> None:
         trainer().predict(task, X[:, None])
 
 
+@pytest.mark.capability("B-30")
 def test_other_sizes_may_be_meant_and_are_told() -> None:
     net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
     task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
     trainer(epochs=1).fit(task, (torch.zeros(8, 1, 9), torch.zeros(8, dtype=torch.int64)))
     with pytest.warns(LoopwrightWarning, match=r"has shape \(any, 1, 12\), and the model was trained on \(any, 1, 9\)"):
         assert trainer().predict(task, torch.zeros(3, 1, 12)).shape == (3, 2)
+
+
+class Fails(nn.Module):
+    """Fails with what is longer than in training, in a way of its own."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.layer, self.error = nn.Linear(1, 2), error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.size(1) > 9:
+            raise self.error
+        return self.layer(x.mean(1, keepdim=True))  # type: ignore[no-any-return]
+
+
+def failing(error: BaseException, sizes: tuple[int, ...] = (9,)) -> lw.Supervised:
+    net = Fails(error)
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
+    trainer(epochs=1).fit(task, [(torch.zeros(2, n), torch.zeros(2, dtype=torch.int64)) for n in sizes])
+    return task
+
+
+def test_the_error_of_a_later_batch_of_another_size_names_it() -> None:
+    error = IndexError("too long\nby far")
+    with pytest.raises(DataError) as caught:
+        trainer().predict(failing(error), [torch.zeros(2, 9), torch.zeros(2, 12)])
+    assert str(caught.value) == (
+        "predict batch has shape (any, 12), and the model was trained on (any, 9); IndexError: too long. Make this "
+        "data as the training data was made, or train on data like this"
+    )
+    assert caught.value.__cause__ is error
+    assert caught.value.__notes__[0].startswith("[loopwright] in predict, batch 2; batch: ")
+
+
+def test_an_error_that_has_nothing_to_do_with_sizes_stays_what_it_is() -> None:
+    """Sizes that varied in training are free; memory that runs out, and what the user interrupts, is something else."""
+    with pytest.raises(IndexError, match=r"^too long\n\[loopwright\] in predict, batch 1; batch: float32\[2, 12\]$"):
+        trainer().predict(failing(IndexError("too long"), (9, 8)), torch.zeros(2, 12))
+    for error in (torch.OutOfMemoryError("no memory"), KeyboardInterrupt()):
+        with pytest.warns(LoopwrightWarning, match="has shape"), pytest.raises(type(error)):
+            trainer().predict(failing(error), torch.zeros(2, 12))
+
+
+def test_data_of_another_size_to_validate_on_is_named_in_a_fit() -> None:
+    net = classifier()
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
+    with (
+        pytest.warns(LoopwrightWarning, match="has shape"),
+        pytest.raises(
+            DataError, match=r"^valid batch\[0\] has shape \(any, 6\), and the model was trained on \(any, 5\)"
+        ),
+    ):
+        trainer(epochs=1).fit(task, (X, Y), (torch.zeros(4, 6), Y[:4]))
 
 
 def test_sizes_that_varied_in_training_are_free() -> None:

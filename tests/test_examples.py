@@ -13,7 +13,8 @@ import torch
 from sklearn.datasets import load_digits
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SHORT = ("char_lm", "everywhere", "function", "gan", "handlers", "lbfgs", "plain_module", "reinforce", "task")
+SHORT = ("char_lm", "dqn", "everywhere", "function", "gan", "handlers", "lbfgs", "plain_module", "reinforce", "task")
+PARTS = ("cartpole", "demo", "digits", "digits_picture", "digits_report", "run_folder")  # of the demo and of DQN
 
 
 def load(name: str) -> ModuleType:
@@ -22,15 +23,17 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)  # as for a script: its neighbours can be imported
+        spec.loader.exec_module(module)
     return module
 
 
 def test_every_example_is_tested_here_or_is_part_of_the_demo():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHORT, "demo", "digits_report", "dqn"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHORT, *PARTS}
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [*SHORT, *PARTS])
 def test_an_example_is_shorter_than_80_lines(name):
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
 
@@ -56,6 +59,7 @@ def test_plain_module_finds_malignant_tumours(capsys):
     assert f"test accuracy {result['test/accuracy']:.1%}" in capsys.readouterr().out
 
 
+@pytest.mark.capability("CA-02")
 def test_task_reads_digits_and_draws_them_again(capsys):
     result = load("task").main(epochs=8)
     assert result["test/accuracy"] >= 0.92
@@ -95,6 +99,7 @@ def test_char_lm_learns_to_expect_the_next_character():
     assert set(text) <= set(module.CHARS)
 
 
+@pytest.mark.capability("CA-02")
 def test_gan_draws_images_that_look_more_like_digits_than_noise_does():
     drawn, path = load("gan").main(epochs=12)
     real = torch.from_numpy(load_digits().data).float() / 8 - 1

@@ -12,7 +12,7 @@ from loopwright.events import HOOKS
 from tiny import acts, line, pairs, recorder, sgd_task, trainer
 
 DATA = pairs([1.0], [2.0], [3.0])
-AFTERWARDS = {"on_test_start", "on_test_end", "on_predict_start", "on_predict_batch_end", "on_predict_end"}
+AFTERWARDS = {hook for hook in HOOKS if hook.startswith(("on_test", "on_predict"))}
 IN_FIT = [hook for hook in HOOKS if hook not in AFTERWARDS | {"on_exception"}]
 
 

@@ -179,6 +179,6 @@ def test_a_full_disk_tears_no_record_of_our_own_loggers(kind: Any, tmp_path: Pat
     else:
         head, *rows = path.read_text().splitlines()
         assert {len(row.split(",")) for row in rows} == {len(head.split(","))}
-        steps = [int(row.split(",")[1]) for row in rows]
+        steps = [int(row.split(",")[2]) for row in rows]  # after run and kind
     assert steps == [*range(1, 6), *range(12, 21), 20]  # asked in vain at 6 and 8
     assert str(caught[-1].message) == f"6 records were lost by {kind.__name__}, which failed 2 times"

@@ -296,3 +296,22 @@ def test_numpy_draws_are_put_back_as_well() -> None:
     before = np.random.get_state(legacy=False)["state"]["pos"]
     lw.lr_find(trainer(epochs=1, seed=7), task_of(classifier()), loader(40, noisy=True, batch_size=8), steps=20)
     assert np.random.get_state(legacy=False)["state"]["pos"] == before
+
+
+def test_what_is_printed_of_a_curve_is_one_line_with_its_suggestions() -> None:
+    found = curve(lambda k: 1.0 - k / 100)
+    told = repr(found)
+    assert told.startswith(f"LRCurve(valley {found.valley:.1e}, steep {found.steep:.1e}, slide {found.slide:.1e}; 100 ")
+    assert told.endswith(f"steps, lr {found.lrs[0]:.1e} to {found.lrs[-1]:.1e})")
+    assert len(told) < 120
+    shown = found._repr_html_()
+    assert "<polyline" in shown
+    assert f"{found.valley:.1e}" in shown
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_a_curve_too_short_to_judge_by_says_so_where_it_is_printed(count: int) -> None:
+    found = LRCurve([1e-3] * count, [1.0] * count)
+    steps = f"{count} step{'s' * (count != 1)}, lr 1.0e-03 to 1.0e-03" if count else "no step"
+    assert repr(found) == f"LRCurve(no suggestion: too few losses to judge by; {steps})"
+    assert f"{count} losses are too few to judge by" in found._repr_html_()

@@ -38,7 +38,8 @@ def test_a_new_run_has_its_own_folder() -> None:
     run = record(paths.pop())
     assert run["status"] == "running"
     assert run["seed"] == 3
-    assert run["command"] == sys.argv
+    assert (run["typed"], run["cwd"]) == (sys.argv, os.getcwd())
+    assert run["command"][-1:] == sys.argv[-1:]
     assert run["pid"] == os.getpid()
     assert run["versions"]["torch"] == metadata.version("torch")
     assert set(run["versions"]) == {"python", "torch", "numpy", "loopwright"}
@@ -234,12 +235,14 @@ def test_what_git_ignores_what_is_secret_and_what_is_large_is_left_out() -> None
     git("init")
     Path(".gitignore").write_text("private/\n")
     put(
-        private__data="", secrets_local="", my_credentials="", api_key="", tokenizer="ok = 1", keyboard="ok = 1",
-        big="#" * 1_000_001, pem="k = '''-----BEGIN RSA PRIVATE KEY-----'''", aws=f"k = 'AKIA{'A' * 16}'",
+        private__data="", secrets_local="", my_credentials="", api_key="", tokenizer="ok = 1", parts__tokens="ok = 1",
+        key_value_attention="ok = 1",
+        big="#" * 1_000_001, pem=f"k = '''-----BEGIN {'RSA'} PRIVATE KEY-----'''", aws=f"k = 'AKIA{'A' * 16}'",
     )  # fmt: skip
     left = ["api_key", "aws", "big", "my_credentials", "pem", "private/data", "secrets_local"]
-    path = script(*[name.replace("/", ".") for name in left], "tokenizer", "keyboard")
-    assert archived(path) == ["keyboard.py", "tokenizer.py", "train.py"]
+    kept = ["key_value_attention", "parts/tokens", "tokenizer"]  # code, whatever the words of its name
+    path = script(*[name.replace("/", ".") for name in (*left, *kept)])
+    assert archived(path) == [f"{name}.py" for name in (*kept, "train")]
     assert record(path)["source"]["left_out"] == [f"{name}.py" for name in left]
 
 
@@ -256,3 +259,83 @@ def test_the_archive_follows_the_files() -> None:
     finally:
         sys.path.remove(os.getcwd())
         sys.modules.pop("net")
+
+
+def told(folder: Path, *command: str, **environment: str) -> tuple[list[Path], str]:
+    """What a command prints, as paths, and what it says on stderr."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [folder / line for line in done.stdout.split()], done.stderr
+
+
+@pytest.mark.nightly
+def test_code_that_is_piped_into_python_is_said_to_be_lost() -> None:
+    done = subprocess.run([sys.executable, "-"], input=SCRIPT, capture_output=True, text=True, check=True)
+    assert record(Path(done.stdout.strip()))["source"] == {"files": 0, "left_out": ["<stdin>"]}
+    assert "<stdin>: it was typed or piped into Python, not written in a file" in done.stderr
+
+
+@pytest.mark.nightly
+def test_what_stands_behind_c_is_kept() -> None:
+    put(net="")
+    (path,), said = told(Path.cwd(), "-c", SCRIPT, "net")
+    assert (archived(path), said) == (["command.py", "net.py"], "")
+    assert record(path)["command"] == ["command.py", "net"]
+
+
+def test_modules_of_a_script_elsewhere_and_of_other_folders_are_kept_by_the_names_they_are_imported_by() -> None:
+    """Those beside the script, those of the working directory, those of PYTHONPATH; what is ignored there is not."""
+    put(
+        proj__train=SCRIPT,
+        proj__pkg__net="",
+        proj__local="",
+        proj__big="#" * 1_000_001,
+        proj__credentials="",
+        lib__shared__tool="",
+        here__beside="",
+    )
+    git("init", "proj")
+    Path("proj/.gitignore").write_text("local.py")
+    lib = os.pathsep.join([str(Path("lib").absolute()), str(Path("here").absolute()), os.environ.get("PYTHONPATH", "")])
+    command = ["../proj/train.py", "pkg.net", "local", "big", "credentials", "shared.tool", "beside"]
+    (path,), said = told(Path("here").absolute(), *command, PYTHONPATH=lib)
+    assert archived(path) == ["beside.py", "pkg/net.py", "shared/tool.py", "train.py"]
+    run = record(path)
+    assert run["source"]["left_out"] == ["big.py", "credentials.py", "local.py"]
+    assert said.count("LoopwrightWarning") == 1
+    assert (
+        "not all of your code is kept with the run. Left out of source.zip: big.py: it is larger than 1 MB; "
+        "credentials.py: its name says that it holds secrets; local.py: git ignores it. Keep it elsewhere"
+    ) in said
+    assert (run["command"], run["typed"]) == (["train.py", *command[1:]], command)
+    assert run["cwd"] == str(Path("here").absolute())
+
+
+@pytest.mark.nightly
+def test_a_script_that_is_profiled_is_kept() -> None:
+    put(train="import sys; sys.stdout.flush()\n" + SCRIPT, net="")
+    (path, *_), _ = told(Path.cwd(), "-m", "cProfile", "-o", "times", "train.py", "net")
+    assert (record(path)["command"], archived(path)) == (["train.py", "net"], ["net.py", "train.py"])
+
+
+LATER = """
+from loopwright.folder import close_folder
+import net
+open("net.py", "a").write("# edited since")
+import late, big
+close_folder(path, "done")
+"""
+
+
+def test_what_is_first_imported_during_the_run_is_added_at_its_end_and_a_module_is_run_again_as_one() -> None:
+    put(pkg__train=SCRIPT + LATER, net="", late="late = 1", big="#" * 1_000_001)
+    (path,), said = told(Path.cwd(), "-m", "pkg.train", "net")
+    assert record(path)["command"] == ["-m", "pkg.train", "net"]
+    assert archived(path) == ["late.py", "net.py", "pkg/train.py"]
+    assert record(path)["source"] == {"files": 3, "left_out": ["big.py"], "later": ["late.py"]}
+    assert said.count("LoopwrightWarning") == 1
+    with zipfile.ZipFile(path / "source.zip") as archive:
+        assert (archive.read("net.py"), archive.read("late.py")) == (b"", b"late = 1")  # as it was at the start

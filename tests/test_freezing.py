@@ -110,6 +110,18 @@ def test_gradual_unfreezing_is_a_list_of_stages() -> None:
     assert steps == [HEAD, HEAD | NORM_1, set(before)]
 
 
+def test_a_stage_that_freezes_all_that_it_could_move_is_refused_before_step_0() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+    stages = [lw.Stage("a", until="1 epoch"), lw.Stage("b", until="1 epoch", freeze=["module.0.*", "module.1.*"])]
+    with pytest.raises(lw.PlanError) as caught:
+        trainer().fit(task, loader(batch_size=8), stages=stages)
+    assert caught.value.problems == [
+        "stage 'b' freezes every parameter that it could move; leave some of them out of freeze=['module.0.*', "
+        "'module.1.*']"
+    ]
+
+
 def test_resumed_in_any_stage_it_freezes_what_was_frozen(folder: Path) -> None:
     def fit(resume: Any, **settings: Any) -> lw.Run:
         task = task_of(net_with_norm())

@@ -157,6 +157,7 @@ def test_a_step_of_step_functions_is_recorded_in_a_cuda_graph(name: str) -> None
     assert optimizers[0].state[weights[0]]["step"].item() == 8
 
 
+@pytest.mark.filterwarnings("ignore:.*what the first has mixed is mixed again")
 def test_batches_are_mixed_on_the_device_by_the_draws_of_the_cpu() -> None:
     def mixed(device: str) -> list[Any]:
         seen: list[Any] = []
@@ -169,3 +170,25 @@ def test_batches_are_mixed_on_the_device_by_the_draws_of_the_cpu() -> None:
         assert there.device == target.device == CUDA
         torch.testing.assert_close(there.cpu(), x)
         torch.testing.assert_close(target.cpu(), y)
+
+
+def test_memory_and_utilisation_of_the_gpu_are_in_every_record() -> None:
+    """As torch says: at least what the weights take, the peak never below; a utilisation in percent."""
+    pytest.importorskip("pynvml", reason='needs nvidia-ml-py: pip install "loopwright[gpu]"')
+    seen: list[dict[str, float]] = []
+
+    class Keep:
+        def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+            if kind == "train":
+                seen.append(dict(values))
+
+    wide = nn.Linear(5, 200_000).to(CUDA)  # 4 MB and more
+    watch = lw.Watch("gpu", "optimizer", at=lw.Event.STEP_START)
+    task = lw.Supervised(wide, lambda preds, target: preds.mean(), torch.optim.SGD(wide.parameters(), lr=0.01))
+    trainer(epochs=1, log_every=1, callbacks=[watch], loggers=[Keep()], device="cuda").fit(task, batches())
+    assert len(seen) == 8
+    for values in seen:
+        assert 4.0 < values["train/gpu_memory_mb"] <= values["train/gpu_memory_peak_mb"]
+        assert values["train/gpu_memory_peak_mb"] <= torch.cuda.max_memory_allocated(CUDA) / 1e6 + 1e-3
+        assert 0 <= values["train/gpu_utilization"] <= 100
+        assert values["train/optimizer/lr"] == pytest.approx(0.01)

@@ -34,6 +34,17 @@ def test_there_is_one_record_an_epoch_with_means_over_its_samples() -> None:
     assert second["seconds"] >= first["seconds"] > 0
 
 
+def test_a_record_that_is_not_there_is_an_error_that_tells_which_are() -> None:
+    history = History()
+    with pytest.raises(IndexError, match=r"^history\[-1\]: the history has no record yet$"):
+        history[-1]
+    history = trained().history
+    assert history[-2]["epoch"] == 1
+    with pytest.raises(IndexError, match=r"^history\[-99\]: the history has 2 records, one an epoch: -2 to 1$"):
+        history[-99]
+    assert history[5:] == []
+
+
 def test_records_are_found_by_position_by_slice_and_by_name() -> None:
     history = trained(3).history
     assert history[-1]["epoch"] == 3

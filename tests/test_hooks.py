@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from tiny import acts, classifier, line, loader, mean_of_preds, pairs, recorder,
 STEP = ["on_step_start"]
 BATCH = ["on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end"]
 READY = ["on_grads_ready", "on_step_end"]
-VALID = ["on_validation_start", "on_eval_batch_end", "on_validation_end"]
+LOOK = ["on_loader_start", "on_eval_batch_start", "on_eval_batch_end", "on_loader_end"]
+VALID = ["on_validation_start", *LOOK, "on_validation_end"]
 TRAINING_HOOKS = [*STEP, *BATCH, *READY]
 
 
@@ -48,9 +51,10 @@ def test_windows_validations_and_checkpoints_fire_where_they_belong(folder: Path
         pairs([1], [2], [3]), accumulate=2, checkpoint=lw.Checkpoint("1 epoch", at_end=False), folder=folder
     )
     assert seen == [
-        *("on_fit_start", "on_stage_start", "on_epoch_start"),
+        *("on_fit_start", "on_stage_start", "on_epoch_start", "on_loader_start"),
         *(*STEP, *BATCH, *BATCH, *READY),
         *(*STEP, *BATCH, *READY),
+        "on_loader_end",
         *VALID,
         *("on_epoch_end", "on_checkpoint", "on_stage_end", "on_fit_end"),
     ]
@@ -76,7 +80,7 @@ def test_with_two_phases_batches_are_prepared_once_and_phases_follow_one_another
 
     trainer(epochs=1, accumulate=2, callbacks=[recorder(seen, note=note)]).fit(Two(), pairs([1], [2]))
     prepared = [("on_batch_start",), ("map_batch",)]
-    assert seen[4:-4] == [
+    assert seen[5:-5] == [
         *prepared * 2,
         *[("map_output", "a"), ("map_loss", "a"), ("on_backward_end", "a")] * 2,
         ("on_grads_ready", "a"),
@@ -85,16 +89,112 @@ def test_with_two_phases_batches_are_prepared_once_and_phases_follow_one_another
     ]
 
 
+@pytest.mark.capability("CA-07")
+def test_callbacks_and_handlers_are_called_anywhere_in_the_loop() -> None:
+    """At start and end of stage, epoch, each loader, step and batch, and at an exception; each is told where it is."""
+    seen: list[Any] = []
+    loaders = {"clean": pairs([1.0], [3.0]), "noisy": pairs([2.0])}
+    stages = [lw.Stage(name, until="1 epoch") for name in ("head", "all")]
+    user = trainer(
+        callbacks=[
+            acts(
+                on_stage_start=lambda run, stage: seen.append(("stage", stage.name)),
+                on_stage_end=lambda run, stage: seen.append(("end of stage", stage.name)),
+                on_loader_start=lambda run, kind, name: seen.append((kind, name)),
+                on_loader_end=lambda run, kind, name, values: seen.append((f"end of {kind}", name, dict(values))),
+                on_exception=lambda run, error: seen.append(str(error)),
+            )
+        ],
+    )
+    at = lw.Event
+    for event in (at.EPOCH_START, at.STEP_START, at.BATCH_START, at.BACKWARD_END, at.STEP_END, at.VALIDATION_START,
+                  at.LOADER_START, at.EVAL_BATCH_START, at.EVAL_BATCH_END, at.EPOCH_END):  # fmt: skip
+        user.on(event, event.name)(lambda run, told: seen.append(told))
+
+    @user.on(lw.Event.LOADER_END(once=6))
+    def fail(run: lw.Run, kind: str, name: str, values: Any) -> None:
+        raise ValueError(f"{kind}, {name}: {sorted(values)}")
+
+    with pytest.raises(ValueError, match="valid, noisy"):
+        user.fit(sgd_task(line(), lr=0.0), pairs([1.0]), loaders, stages=stages)
+    epoch = ["EPOCH_START", ("train", ""), "LOADER_START", "STEP_START", "BATCH_START", "BACKWARD_END", "STEP_END",
+             ("end of train", ""), "VALIDATION_START"]  # fmt: skip
+    batch = ["EVAL_BATCH_START", "EVAL_BATCH_END"]
+    means = [list(one[2]) for one in seen if isinstance(one, tuple) and one[0] == "end of valid"]
+    assert means == [["loss"]] * 4
+    looks = [("valid", "clean"), "LOADER_START", *batch, *batch, ("end of valid", "clean"),
+             ("valid", "noisy"), "LOADER_START", *batch, ("end of valid", "noisy")]  # fmt: skip
+    assert [one[:2] if isinstance(one, tuple) else one for one in seen] == [
+        *[("stage", "head"), *epoch, *looks, "EPOCH_END", ("end of stage", "head")],
+        *[("stage", "all"), *epoch, *looks, "valid, noisy: ['loss']"],
+    ]
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_training_loader_starts_and_ends_once_an_epoch_also_after_a_resume(at: int, folder: Path) -> None:
+    def fit(name: str, *more: lw.Callback, resume: str | None = None) -> list[str]:
+        seen: list[str] = []
+        marks = acts(
+            on_loader_start=lambda run, kind, name: seen.append(f"start {kind} at {run.progress.batch}"),
+            on_step_end=lambda run, result: seen.append(f"step {run.progress.step}"),
+            on_loader_end=lambda run, kind, name, values: seen.append(
+                f"end {kind} at {run.progress.batch} {[*values]}"
+            ),
+        )
+        user = trainer(epochs=2, folder=folder, name=name, callbacks=[*more, marks])
+        with suppress(SystemExit):
+            user.fit(sgd_task(line()), pairs([1.0], [2.0], [3.0]), resume=resume)
+        return seen
+
+    def leave(run: lw.Run, result: lw.StepResult) -> None:
+        if run.progress.step == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    epoch = ["start train at 0", *["step {}"] * 3, "end train at 3 []"]
+    alone = fit("alone")
+    assert alone == [one.format(n) for one, n in zip(epoch * 2, [0, 1, 2, 3, 0, 0, 4, 5, 6, 0], strict=True)]
+    assert fit("cut", acts(on_step_end=leave)) + fit("cut", resume="auto") == alone
+
+
+@pytest.mark.capability("CA-07")
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_an_exception_that_leaves_an_evaluation_is_told(verb: str) -> None:
+    """Callbacks and handlers hear of it as in training; one that fails in turn does not hide it."""
+    told: list[Any] = []
+
+    def fail(batch: Any) -> Any:
+        raise ZeroDivisionError(verb)
+
+    def fail_again(run: lw.Run, error: BaseException) -> None:
+        raise KeyError("again")
+
+    task = sgd_task(line())
+    task.validation_step = task.test_step = task.predict_step = fail
+    user = trainer(callbacks=[acts(on_exception=fail_again), acts(on_exception=lambda run, error: told.append(error))])
+    user.on(lw.Event.EXCEPTION)(lambda run, error: told.append(str(error)))
+    with pytest.raises(ZeroDivisionError) as caught:
+        getattr(user, verb)(task, pairs([1.0]))
+    assert told == [caught.value, verb]
+    kind = "valid" if verb == "validate" else verb
+    assert caught.value.__notes__ == [
+        f"[loopwright] in {kind}, batch 1; batch: (float32[1, 1], float32[1, 1])",
+        "[loopwright] Acts.on_exception failed as well: KeyError('again')",
+    ]
+
+
+@pytest.mark.capability("CA-07")
 def test_test_and_predict_fire_their_own_hooks_for_callbacks_and_handlers() -> None:
     seen: list[str] = []
     user = trainer(callbacks=[recorder(seen)])
     user.on(lw.Event.TEST_END)(lambda run, values: seen.append(f"handler: {sorted(values)}"))
     user.on(lw.Event.PREDICT_END)(lambda run: seen.append("handler"))
     user.test(sgd_task(line()), pairs([1], [2]))
-    assert seen == ["on_test_start", *["on_eval_batch_end"] * 2, "on_test_end", "handler: ['test/loss']"]
+    start, *batch, end = LOOK
+    assert seen == ["on_test_start", start, *batch * 2, end, "on_test_end", "handler: ['test/loss']"]
     seen.clear()
     user.predict(sgd_task(line()), pairs([1], [2]))
-    assert seen == ["on_predict_start", *["on_predict_batch_end"] * 2, "on_predict_end", "handler"]
+    batch = ["on_predict_batch_start", "on_predict_batch_end"]
+    assert seen == ["on_predict_start", start, *batch * 2, end, "on_predict_end", "handler"]
     seen.clear()
     user.validate(sgd_task(line()), pairs([1]))
     assert seen == VALID
@@ -176,14 +276,14 @@ def test_every_hook_sees_the_hyper_parameters_and_the_weights(hook: str) -> None
 
 
 LIVES = {
-    "batch": ["on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_eval_batch_end",
-              "on_predict_batch_end"],
+    "batch": ["on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_eval_batch_start",
+              "on_eval_batch_end", "on_predict_batch_start", "on_predict_batch_end"],
     "output": ["map_output", "map_loss", "on_backward_end", "on_eval_batch_end", "on_predict_batch_end"],
     "loss": ["map_loss", "on_backward_end"],
     "phase": ["map_output", "map_loss", "on_backward_end", "on_grads_ready"],
     "grad_norm": ["on_grads_ready"],
     "result": ["on_step_end"],
-    "values": ["on_validation_end", "on_test_end"],
+    "values": ["on_loader_end", "on_validation_end", "on_test_end"],
     "path": ["on_checkpoint"],
     "error": ["on_exception"],
 }  # fmt: skip
@@ -219,6 +319,87 @@ def test_what_is_asked_for_outside_of_its_life_time_is_an_error_that_names_where
             trainer(epochs=1).on(event)(scope["handle"])
         offers = [one.removeprefix("on_").upper() for one in lives if one.startswith("on_")]
         assert str(refused.value).endswith(f". {name} is offered at {', '.join(offers)}")
+
+
+@pytest.mark.capability("TB-06", "B-13")
+@pytest.mark.parametrize("name", LIVES)
+def test_the_run_says_where_it_lives_what_is_asked_of_it_at_any_event(name: str) -> None:
+    """``run.batch`` is an AttributeError at every event, in a step and after the fit, and names the valid events."""
+    told: dict[str, str] = {}
+
+    def ask(at: str, run: lw.Run, args: tuple[Any, ...] = ()) -> str:
+        assert not hasattr(run, name)
+        with pytest.raises(AttributeError) as caught:
+            getattr(run, name)
+        told[at] = str(caught.value)
+        return at
+
+    def step(run: lw.Run, batch: Any) -> dict[str, float]:
+        ask("step", run)
+        return {"loss": 0.0}
+
+    user = trainer(epochs=1, callbacks=[recorder([], note=ask)], checkpoint=lw.Checkpoint("1 epoch"), folder="runs")
+    run = user.fit(task := sgd_task(line()), pairs([1.0]), pairs([1.0]))
+    trainer(epochs=1).run(step, [[1.0]])
+    user.test(task, pairs([1.0]))
+    user.predict(task, pairs([1.0]))
+    ask("after", run)
+    assert set(told) == {"step", "after", *events.HOOKS} - {"on_exception"}
+    assert set(told.values()) == {
+        f"Run has no {name!r}, which lives shorter than a run: take it where it is passed, in {', '.join(LIVES[name])}"
+    }
+
+
+@pytest.mark.capability("B-13")
+@pytest.mark.parametrize("hook", ["on_fit_start", *TRAINING_HOOKS, *VALID, "on_epoch_end", "on_fit_end"])
+def test_all_that_is_a_field_is_there_at_every_event(hook: str) -> None:
+    """From on_fit_start on, and after the fit, each field has its value; for what is none the nearest is told."""
+    seen: list[str] = []
+
+    def look(run: lw.Run, *args: Any) -> Any:
+        seen[:] = [name for name in lw.Run.placement if hasattr(run, name)]
+        for name in ("task", "stages", "models", "optimizers", "callbacks", "hooks", "comm", "precision", "device"):
+            assert getattr(run, name) is not None
+        with pytest.raises(AttributeError, match=r"^Run has no 'progres'\. Did you mean 'progress'"):
+            run.progres  # type: ignore[attr-defined]  # noqa: B018
+        return args[0] if hook.startswith("map_") else None
+
+    run = trainer(epochs=1, callbacks=[acts(**{hook: look})]).fit(sgd_task(line()), pairs([1.0]), pairs([1.0]))
+    assert sorted(seen) == sorted(lw.Run.placement)
+    look(run, None)
+
+
+ASKS = """
+import loopwright as lw
+class Asks(lw.Callback):
+    def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+        reveal_type(run.metrics)
+        reveal_type(run.progress.step)
+        run.batch
+        run.progres
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.capability("B-13")
+def test_a_type_checker_knows_the_fields_and_what_is_none(tmp_path: Path) -> None:
+    """mypy knows the type of each field, and marks a name that is none, as an editor does by the same annotations."""
+    api = pytest.importorskip("mypy.api")
+    (tmp_path / "asks.py").write_text(ASKS, encoding="utf-8")
+    kept = f"--cache-dir={tmp_path / 'cache'}"
+    told, _, _ = api.run(["--strict", "--follow-imports=silent", "--config-file=", kept, str(tmp_path / "asks.py")])
+    assert re.findall(r"asks.py:(\d+): (.*)", told) == [
+        ("5", 'note: Revealed type is "dict[str, float]"'),
+        ("6", 'note: Revealed type is "int"'),
+        ("7", 'error: "Run" has no attribute "batch"  [attr-defined]'),
+        ("8", 'error: "Run" has no attribute "progres"; maybe "progress"?  [attr-defined]'),
+    ]
+
+
+def test_editors_are_offered_the_fields_and_told_their_types() -> None:
+    hints = {name: str(kind) for name, kind in inspect.get_annotations(lw.Run).items()}
+    assert set(lw.Run.placement) <= set(dir(lw.Run)) & set(hints)
+    assert (hints["metrics"], hints["progress"], hints["folder"]) == ("dict[str, float]", "Progress", "Path | None")
 
 
 # ---------------------------------------------------------------------------------------------- what they may change

@@ -276,7 +276,7 @@ def test_skip_step_inside_a_closure_puts_the_parameters_back() -> None:
         ({"clip_norm": 1.0}, "clip_norm=1.0"),
         ({"nonfinite": "skip"}, "nonfinite='skip'"),
         ({"precision": "bf16"}, "precision='bf16'"),
-        ({"callbacks": [acts(on_grads_ready=lambda *args: None)]}, "on_grads_ready"),
+        ({"callbacks": [acts(on_grads_ready=lambda *args: None)]}, "Acts.on_grads_ready"),
     ],
 )
 def test_what_cannot_apply_to_lbfgs_is_refused_before_step_0(settings: dict[str, Any], shown: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,34 @@ def test_a_step_put_in_the_place_of_torchs_own_is_called() -> None:
     Wrapped.step = around(Wrapped.step, "class")  # type: ignore[method-assign]
     trained(lambda params: Wrapped(params, lr=0.1), take_step)
     assert called == ["instance"] * 3 + ["class"] * 3
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradients_are_recorded_afterwards_as_before_also_after_an_error(enabled: bool) -> None:
+    class Odd(torch.optim.SGD):
+        def _init_group(self, *args: Any) -> bool:
+            assert not torch.is_grad_enabled()
+            raise ValueError("no group")
+
+    torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    for make in (Odd, torch.optim.SGD):
+        net = nn.Linear(1, 1)
+        net(torch.ones(1, 1)).sum().backward()
+        optimizer = make(net.parameters(), lr=0.1)
+        with torch.set_grad_enabled(enabled):
+            with pytest.raises(ValueError, match="no group") if make is Odd else contextlib.nullcontext():
+                take_step(optimizer)
+            assert torch.is_grad_enabled() is enabled
+
+
+def test_a_differentiable_step_records_gradients() -> None:
+    start = torch.ones(2, requires_grad=True)
+    moved = start.clone()
+    moved.grad = 3 * start
+    take_step(torch.optim.SGD([moved], lr=0.5, differentiable=True))
+    moved.sum().backward()
+    assert start.grad is not None
+    assert torch.equal(start.grad, torch.full((2,), 1 - 0.5 * 3))
 
 
 def test_a_scheduler_sees_the_steps() -> None:

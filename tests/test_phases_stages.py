@@ -324,7 +324,7 @@ def test_a_stage_ends_after_its_time() -> None:
 def test_a_part_of_an_epoch_needs_data_of_known_length() -> None:
     with pytest.raises(lw.SettingError) as caught:
         trainer(epochs=1.5).fit(sgd_task(line()), lambda: iter(pairs([1.0], [1.0])))
-    assert str(caught.value).endswith("'1.5 epochs' needs data with a known number of batches; count steps instead")
+    assert "'1.5 epochs' needs data with a known number of batches; count steps instead" in str(caught.value)
 
 
 def test_a_stage_that_ends_inside_an_epoch_is_followed_by_a_new_epoch() -> None:
@@ -459,7 +459,8 @@ def test_stages_go_on_with_their_own_optimizers_after_a_stop() -> None:
             lw.Stage("all", "1 epoch", optimizer=(adam, lambda o: lw.per_step(LinearLR(o)))),
         ]
         stopper = trainer()
-        stopper.on(lw.Event.STEP_END(once=stop_at or 99))(lambda run: run.request_stop("enough"))
+        if stop_at:
+            stopper.on(lw.Event.STEP_END(once=stop_at))(lambda run: run.request_stop("enough"))
         run = stopper.fit(task, train, stages=stages)
         if stop_at:
             run = stopper.fit(task, train, stages=stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ MISTAKES: dict[str, Case] = {
     ),
     "LBFGS with a hook on its gradients": (
         lbfgs(callbacks=[acts(on_grads_ready=lambda run, phase, norm: None)]),
-        "on_grads_ready cannot apply to LBFGS, which calls the step back as often as it needs; leave it out",
+        "Acts.on_grads_ready cannot apply to LBFGS, which calls the step back as often as it needs; leave it out",
     ),
 }  # fmt: skip
 
@@ -230,7 +231,9 @@ def test_a_mistake_is_found_before_step_0(mistake: str) -> None:
     with pytest.raises(lw.PlanError) as caught:
         user.fit(task, DATA, valid)
     assert caught.value.problems == [problem]
-    assert str(caught.value) == f"this run cannot start:\n  - {problem}"
+    told, _, place = str(caught.value).partition("\n    at ")
+    assert told == f"this run cannot start:\n  - {problem}"
+    assert re.fullmatch(r".*tests/(test_plan|tiny)\.py:\d+", place)
     assert not hasattr(task, "_run")  # nothing was begun
 
 
@@ -260,7 +263,8 @@ def test_all_problems_are_told_at_once() -> None:
     user = trainer(epochs=1, callbacks=[lw.EarlyStopping()], validate_every="2 steps")
     plan = user.plan(lw.Supervised(line(), nn.MSELoss(), sgd(line())), DATA)
     assert len(plan.problems) == 3
-    assert str(plan).splitlines()[-3:] == [f"problem: {problem}" for problem in plan.problems]
+    told = [f"problem: {problem} (at {plan.places[problem]})" for problem in plan.problems]
+    assert str(plan).splitlines()[-3:] == told
     with pytest.raises(lw.PlanError, match=r"(?s)this run cannot start:\n  - .*\n  - .*\n  - "):
         plan.check()
 
@@ -314,6 +318,73 @@ def test_how_long_to_train_is_said_once(settings: dict[str, Any], problem: str) 
     with pytest.raises(lw.SettingError) as caught:
         trainer(**settings).fit(sgd_task(line()), DATA, stages=stages)
     assert str(caught.value) == problem
+
+
+def saved(folder: Path, net: nn.Module, **settings: Any) -> Any:
+    """A run of 3 of 6 steps, to go on from."""
+    user = trainer(steps=3, folder=folder, name="first", checkpoint=lw.Checkpoint(), loggers=[], **settings)
+    return user.fit(lw.Supervised(net, nn.CrossEntropyLoss(), sgd(net)), samples())
+
+
+@pytest.mark.filterwarnings("ignore:accumulate=")
+@pytest.mark.parametrize("how", ["exact", "weights"])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"net": lambda: classifier(batch_norm=True)}, "  - model, missing there: 1.weight, 1.bias, 1.running_mean"),
+        ({"optimizer": torch.optim.Adam}, "  - optimizer 'main' is SGD there and Adam here"),
+        ({"accumulate": 2}, "cannot be resumed with the same bits:\n  - stages/main/accumulate was 1 and is 2"),
+        ({"torn": True}, "is damaged: "),
+        ({"gone": True}, " is not a checkpoint: it does not exist. Give the folder of a run or of a checkpoint"),
+    ],
+    ids=["it fits", "other weights", "another optimizer", "other settings", "it is damaged", "it is gone"],
+)
+def test_a_plan_says_whether_a_checkpoint_can_be_gone_on_from(
+    how: Any, change: dict[str, Any], problem: str | None, folder: Path
+) -> None:
+    """The plan of a resume has the words of the fit that would fail, and loads nothing."""
+    run, change = saved(folder, classifier()), dict(change)
+    path = next((run.folder / "checkpoints").glob("step-*"))
+    if change.pop("torn", False):
+        (path / "model.safetensors").write_bytes(b"torn")
+    path = path / "gone" if change.pop("gone", False) else path
+    net = change.pop("net", classifier)()
+    optimizer = change.pop("optimizer", torch.optim.SGD)(net.parameters(), lr=0.1)
+    before, files = bits(net), sorted(folder.rglob("*"))
+
+    def job() -> dict[str, Any]:
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), optimizer)
+        return {"task": task, "train": samples(), "resume": lw.Resume(path, how=how)}
+
+    def user() -> lw.Trainer:
+        return trainer(**{"steps": 6, "folder": folder, "name": "first", "loggers": [], **change})
+
+    plan = user().plan(**job())
+    assert same(bits(net), before)
+    assert sorted(folder.rglob("*")) == files
+    weights_only = how == "weights" and problem is not None and ("Adam" in problem or "accumulate" in problem)
+    if problem is None or weights_only:
+        assert plan.problems == []
+        assert f"goes on from {path}" in plan.facts
+        assert user().fit(**job()).status == "done"
+        return
+    (told,) = plan.problems
+    assert problem in told
+    assert re.fullmatch(r".*test_plan\.py:\d+", plan.places[told])
+    with pytest.raises(lw.CheckpointError) as caught:
+        user().fit(**job())
+    assert str(caught.value) == told
+    assert same(bits(net), before)
+
+
+def test_a_tensor_that_is_moved_and_that_no_checkpoint_holds_makes_a_resume_inexact() -> None:
+    net, free = line(), torch.zeros(1, requires_grad=True)
+    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD([*net.parameters(), free], lr=0.1))
+    reason = "the optimizer 'main' moves 1 tensors that are no parameters of the task's models"
+    assert trainer(epochs=1).plan(task, DATA).facts[-1] == f"exact resume: no, since {reason}"
+    assert trainer(epochs=1).fit(task, DATA).exact == [reason]
+    assert trainer(epochs=1).fit(sgd_task(line()), DATA).exact is True
 
 
 # ----------------------------------------------------------------------------------------------------- no false alarm
@@ -397,6 +468,17 @@ def returns_more() -> tuple[lw.Trainer, Any, dict[str, Any]]:
     )  # fmt: skip
 
 
+def adds_values() -> tuple[lw.Trainer, Any, dict[str, Any]]:
+    """A callback puts more into the values of a validation."""
+
+    class Adds(lw.Callback):
+        def on_loader_end(self, run: lw.Run, kind: str, name: str, values: Any) -> None:
+            values["gain"] = 1.0
+
+    user = trainer(epochs=1, callbacks=[Adds(), lw.EarlyStopping("valid/gain", mode="max")])
+    return user, sgd_task(line()), {"train": DATA, "valid": DATA}
+
+
 def manual() -> tuple[lw.Trainer, Any, dict[str, Any]]:
     """The step moves its optimizer itself."""
     net = line()
@@ -441,7 +523,17 @@ def learned_loss() -> tuple[lw.Trainer, Any, dict[str, Any]]:
 
 CLEAN: dict[str, Callable[..., tuple[lw.Trainer, Any, dict[str, Any]]]] = {
     made.__name__: made
-    for made in (gan, fine_tuned, frozen_body, logs_itself, returns_more, manual, lbfgs_alone, learned_loss)
+    for made in (
+        gan,
+        fine_tuned,
+        frozen_body,
+        logs_itself,
+        returns_more,
+        adds_values,
+        manual,
+        lbfgs_alone,
+        learned_loss,
+    )
 }
 
 

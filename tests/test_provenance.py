@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -111,6 +113,76 @@ def test_the_folder_of_a_run_alone_makes_the_same_run_again_in_a_fresh_process(t
     assert read(path).info["step"] == record["progress"]["step"] == 8
 
 
+@pytest.mark.slow
+@pytest.mark.capability("CA-33")
+@pytest.mark.parametrize(
+    ("where", "command"),
+    [("else", ["../proj/parts/train.py"]), ("proj", ["-m", "parts.train"])],
+    ids=["elsewhere", "-m"],
+)
+def test_the_whole_experiment_is_kept_and_runs_from_there_however_it_was_started(
+    tmp_path: Path, where: str, command: list[str]
+) -> None:
+    """From another directory or as a module: script, callbacks and what is imported late, and none of the originals."""
+    home = script(tmp_path / "proj")
+    (home / "else").mkdir()
+    (home / "train.py").rename(home / "parts/train.py")
+    if where == "else":  # beside its modules, some of which have words of secrets in their names
+        (home / "parts/net.py").rename(home / "parts/tokens.py")
+        (home / "parts/train.py").write_text(
+            SCRIPT.replace("from parts import callbacks", "import callbacks").replace("parts.net", "tokens")
+        )
+    (tmp_path / "else").mkdir()
+    late = "        import key_value_attention\n"
+    with (home / "parts/callbacks.py").open("a") as file:
+        file.write(late)
+    (home / ("parts" if where == "else" else "") / "key_value_attention.py").write_text("")
+    printed = started(tmp_path / where, command)
+    (kept,) = (tmp_path / where / "runs/again").iterdir()
+    kept = Path(shutil.copytree(kept, tmp_path / "kept"))
+    shutil.rmtree(home)
+    record = json.loads((kept / "run.json").read_text())
+    with zipfile.ZipFile(kept / "source.zip") as archive:
+        names = sorted(archive.namelist())
+        archive.extractall(tmp_path / "again")
+    whole = ["callbacks.py", "key_value_attention.py", "tokens.py", "train.py"]
+    if where == "proj":
+        whole = ["key_value_attention.py", *(f"parts/{name}.py" for name in ("__init__", "callbacks", "net", "train"))]
+    assert names == whole
+    assert record["source"] == {"files": len(whole), "left_out": [], "later": ["key_value_attention.py"]}
+    assert record["command"] == (["train.py"] if where == "else" else command)
+    assert started(tmp_path / "again", record["command"]) == printed
+
+
+CELLS = [
+    "from parts.net import make\n" + SCRIPT.partition("torch.manual_seed")[0].replace("from parts.net import make", ""),
+    "token = 'hf_" + "a" * 32 + "'",
+    "torch" + SCRIPT.partition("\ntorch")[2],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.capability("CA-33")
+def test_the_cells_of_a_notebook_are_kept_and_run_as_a_script(tmp_path: Path) -> None:
+    """Those executed up to the fit, less one with a secret, of which is warned; and the modules that they import."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    home = script(tmp_path / "proj")
+    cells = [nbformat.v4.new_code_cell(cell) for cell in CELLS]
+    nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=120).execute(cwd=str(home))
+    texts = {out["name"]: out["text"] for out in cells[-1].outputs if "text" in out}
+    (kept,) = (home / "runs/again").iterdir()
+    kept = Path(shutil.copytree(kept, tmp_path / "kept"))
+    shutil.rmtree(home)
+    record = json.loads((kept / "run.json").read_text())
+    with zipfile.ZipFile(kept / "source.zip") as archive:
+        assert sorted(archive.namelist()) == ["cells.py", "parts/__init__.py", "parts/callbacks.py", "parts/net.py"]
+        archive.extractall(tmp_path / "again")
+    assert record["source"] == {"files": 4, "left_out": ["a part of cells.py"]}
+    assert "a part of cells.py: it looks as if it held a secret" in texts["stderr"]
+    assert record["command"] == ["cells.py"]
+    assert started(tmp_path / "again", record["command"]) == texts["stdout"].strip()
+
+
 def test_every_setting_stands_in_one_file() -> None:
     """Those that were given, those that were not, and those of optimizer, schedule and data."""
     net = nn.Linear(4, 2)
@@ -135,8 +207,22 @@ def test_every_setting_stands_in_one_file() -> None:
         {"class": "<torch.optim.lr_scheduler.StepLR>", "every": "epoch", "step_size": 1, "gamma": 0.1}
     ]
     assert (stage["data"]["batch_size"], stage["data"]["batches"]) == (4, 3)
-    assert stage["data"]["sampler"] == "<torch.utils.data.sampler.RandomSampler>"
+    assert stage["data"]["sampler"]["class"] == "<torch.utils.data.sampler.RandomSampler>"
     assert stage["valid"]["valid"]["batch_size"] == 5
+
+
+class Mine(lw.Callback):
+    def __init__(self, *, threshold: float = 1.0) -> None:
+        self.threshold = threshold
+
+
+def lw_callbacks() -> list[Any]:
+    """Each callback that has arguments, and one of a user's own."""
+    kinds = [getattr(lw, name) for name in lw.__all__]
+    kinds = [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, lw.Callback)]
+    found = [kind for kind in kinds if kind is not lw.Callback and inspect.signature(kind).parameters]
+    assert len(found) > 20
+    return [*found, Mine]
 
 
 class Fitted(lw.Supervised):
@@ -188,13 +274,117 @@ def test_every_knob_of_a_run_is_in_one_file_and_none_can_be_misspelt_or_idle(fol
         lw.Trainer(epochs=2, acumulate=4)  # type: ignore[arg-type]
     assert str(caught.value).startswith("acumulate=4: there is no such argument. Known: 'accumulate', 'callbacks', ")
     assert str(caught.value).endswith("Did you mean 'accumulate'?")
-    for make in (lw.Supervised, lw.Loader, lw.Checkpoint, lw.EarlyStopping, lw.Stage, lw.Phase):
-        name = {lw.Supervised: "module", lw.Loader: "data", lw.Stage: "name", lw.Phase: "name"}.get(make)
-        required = {} if name is None else {name: nn.Linear(1, 1)}
-        with pytest.raises(TypeError, match="zzz"):
-            make(**required, zzz=1)
-    with pytest.raises(lw.PlanError, match="validate_every='2 epochs', but there is no validation data"):
-        lw.Trainer(epochs=2, folder=None, validate_every="2 epochs").fit(Fitted(8), data)
+
+
+class Scaled:
+    """A transform of a user's own, in which there is another object."""
+
+    def __init__(self, by: float, noise: Any) -> None:
+        self.by, self._noise = by, noise
+
+    def __call__(self, sample: Any) -> Any:
+        return sample[0] * self.by, sample[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    level: float
+    kind: str = "normal"
+
+
+def test_an_object_within_an_object_is_told_with_what_it_was_made_with(folder: Path) -> None:
+    """A strategy, a precision, samplers, transforms, a loader of which a part is read, functions with arguments."""
+    weights, x, y = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64)
+    ours = lw.Loader(
+        (x, y), sampler=lw.data.WeightedSampler(weights, 2, samples=8), transform=Scaled(0.5, Noise(0.1)),
+        collate=functools.partial(torch.utils.data.default_collate),
+    )  # fmt: skip
+    drawn = torch.utils.data.WeightedRandomSampler([1.0, 3.0], 6, generator=torch.Generator().manual_seed(5))
+    theirs = DataLoader(torch.utils.data.Subset(Drawn(4, ["a"]), [3, 1]), sampler=drawn, batch_size=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=7)
+    trainer = lw.Trainer(
+        epochs=1, progress=False, folder=folder, strategy=lw.DDP(find_unused=True, timeout=9.0), precision=scaler,
+        device=torch.device("cpu"), debug=lw.Debug(train=2), capsule=False,
+    )  # fmt: skip
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
+    net = nn.Linear(4, 2)
+    task = lw.Supervised(net, loss, torch.optim.SGD(net.parameters(), 0.1))
+    mixed = lw.data.Mix({"ours": ours, "theirs": theirs}, weights={"ours": 1, "theirs": 3}, until="longest")
+    run = trainer.fit(task, mixed, ours, weight=float_of)
+    assert run.folder is not None
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+
+    assert config["strategy"] == {
+        "class": "<loopwright.parallel.ddp.DDP>", "find_unused": True, "timeout": 9.0, "options": {}
+    }  # fmt: skip
+    assert (config["precision"]["growth_interval"], config["device"]) == (7, "cpu")
+    assert (config["debug"], config["loss"]["weight"]) == ({"train": 2}, [1.0, 2.0])
+    stage = config["stages"]["main"]
+    assert stage["weight"] == f"<{__name__}.float_of>"
+    valid = stage["valid"]["valid"]
+    assert valid["sampler"] == {
+        "class": "<loopwright.data.samplers.WeightedSampler>", "weights": weights.tolist(), "batch_size": 2,
+        "samples": 8,
+    }  # fmt: skip
+    noise = {"class": f"<{__name__}.Noise>", "level": 0.1, "kind": "normal"}
+    assert valid["transform"] == {"class": f"<{__name__}.Scaled>", "by": 0.5, "noise": noise}
+    assert valid["collate"]["func"] == "<torch.utils.data._utils.collate.default_collate>"
+    assert (stage["data"]["count"], stage["data"]["batches"]) == (2, 2)  # the part that lw.Debug leaves
+    mix = stage["data"]["source"]
+    assert mix["mix"]["weights"] == {"ours": 1, "theirs": 3}
+    assert (mix["mix"]["until"], mix["mix"]["seed"], mix["mix"]["tag"]) == ("longest", None, False)
+    assert mix["mix"]["sources"]["ours"]["transform"]["by"] == 0.5
+    told = mix["mix"]["sources"]["theirs"]
+    assert (told["batch_size"], told["drop_last"], told["num_workers"]) == (3, False, 0)
+    assert (told["dataset"]["indices"], told["dataset"]["dataset"]["size"]) == ([3, 1], 4)
+    assert told["sampler"] == {
+        "class": "<torch.utils.data.sampler.WeightedRandomSampler>", "weights": [1.0, 3.0], "num_samples": 6,
+        "replacement": True, "generator": {"class": "<torch._C.Generator>", "seed": 5},
+    }  # fmt: skip
+
+
+def float_of(batch: Any) -> float:
+    return float(len(batch[0]))
+
+
+KINDS: dict[Any, tuple[str, str]] = {  # an argument that is misspelt, and what is meant
+    lw.Trainer: ("validate_evry", "validate_every"),
+    lw.Supervised: ("optimiser", "optimizer"),
+    lw.Stage: ("accumulates", "accumulate"),
+    lw.Phase: ("clipnorm", "clip_norm"),
+    lw.Debug: ("overfits", "overfit"),
+    lw.Loader: ("shufle", "shuffle"),
+    lw.CSVLogger: ("pth", "path"),
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *lw_callbacks()], ids=lambda kind: kind.__name__)
+def test_a_misspelt_argument_is_refused_and_the_nearest_named(kind: Any) -> None:
+    """Of the Trainer, tasks, stages, phases, loaders, loggers and of every callback, also of one's own."""
+    named = [name for name, one in inspect.signature(kind).parameters.items() if one.kind is not one.VAR_POSITIONAL]
+    wrong, meant = KINDS.get(kind, (f"{named[0]}_", named[0]))
+    with pytest.raises(TypeError) as caught:
+        kind(**{wrong: 1})
+    assert str(caught.value).startswith(f"{wrong}=1: there is no such argument. Known: ")
+    assert str(caught.value).endswith(f" Did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"trainer": {"epochs": 1, "validate_every": "3 steps"}}, "validate_every"),
+        ({"trainer": {}, "stages": [lw.Stage("a", "1 epoch", freeze="modul.*")]}, "'modul.*' matches no"),
+        ({"trainer": {"epochs": 1, "callbacks": [lw.EarlyStopping("valid/loss")]}}, "valid/loss"),
+    ],
+)
+def test_an_argument_that_would_be_idle_is_refused(settings: dict[str, Any], says: str) -> None:
+    """An interval of a validation that is not made, a pattern that matches nothing, a monitor that nothing produces."""
+    net = nn.Linear(4, 2)
+    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), 0.1))
+    trainer = lw.Trainer(progress=False, folder=None, **settings["trainer"])
+    with pytest.raises(lw.LoopwrightError) as caught:
+        trainer.fit(task, (torch.zeros(10, 4), torch.zeros(10, 2)), stages=settings.get("stages"))
+    assert says in str(caught.value)
 
 
 @pytest.mark.slow
@@ -226,7 +416,8 @@ def test_the_source_of_the_framework_is_kept_whole_and_runs_from_there(tmp_path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
 
 
 def test_distributions_of_every_kind_are_listed_the_first_on_the_path_wins(
@@ -240,11 +431,11 @@ def test_distributions_of_every_kind_are_listed_the_first_on_the_path_wins(
     ):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [str(tmp_path / part) for part in ("none", "a", "b")])
-    folder_module._packages.cache_clear()
+    folder_module.packages.cache_clear()
     try:
-        assert folder_module._packages() == {"PyYAML": "6.0", "torch": "9.0+cpu", "x_y": "2"}
+        assert folder_module.packages() == {"PyYAML": "6.0", "torch": "9.0+cpu", "x_y": "2"}
     finally:
-        folder_module._packages.cache_clear()
+        folder_module.packages.cache_clear()
 
 
 @pytest.mark.capability("CA-35")

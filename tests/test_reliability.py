@@ -48,21 +48,44 @@ def test_a_run_resumed_after_its_steps_is_the_run_that_went_on(name: str) -> Non
     assert row["count"] == 2
 
 
+CHAINED = ("augmentation, 2 workers", "accumulation 4, killed inside a window", "validation inside epochs")
+
+
 @pytest.mark.slow
 def test_killed_processes_end_with_the_bits_of_those_that_were_not(server: Server) -> None:
-    found = kills.chains(server, 2, (2, 3), seed=1)
-    assert found["failures"] == {}
-    assert found["count"] == 2
+    assert set(CHAINED) < set(kills.KILLED)
+    found = kills.chains(server, 3, (2, 3), seed=1, names=CHAINED)
+    assert found["failures"] == {}  # one that no kill has hit is among them
+    assert found["count"] == 3
+    assert found["kills"] >= 3
+
+
+def forking(call: str) -> Any:
+    """What a function of the harness returns, in a process without threads: it forks."""
+    code = f"import json; from reliability import inside, server, worlds; server.warm_up(); print(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [pytest.param("signals", marks=pytest.mark.nightly), "faults"])
 def test_ranks_that_are_signalled_or_fail_leave_in_time_and_can_be_gone_on_from(row: str) -> None:
-    """In a process without threads: it forks."""
-    code = f"import json; from reliability import worlds; print(json.dumps(worlds.{row}(2)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    found = json.loads(done.stdout)
-    assert (found["count"], found["failures"]) == (2, {}), done.stderr
+    found = forking(f"worlds.{row}(2)")
+    assert (found["count"], found["failures"]) == (2, {})
+
+
+@pytest.mark.slow
+@pytest.mark.capability("B-01")
+def test_ranks_killed_inside_of_a_window_or_a_validation_end_with_the_same_bits_and_log() -> None:
+    """Real processes, 1 and 2 ranks, 0 and 2 workers; each run is killed inside of a window of accumulation, and
+    when it has been started again, inside of a validation.
+    """
+    found = forking('inside.run(4, places=("window", "validation"))')
+    assert found["failures"] == {}  # other weights or another log, lines that are there twice, a kill that did not hit
+    assert found["kinds"] == [[1, 0], [1, 2], [2, 0], [2, 2]]
+    assert found["places"] == {"window": 4, "validation": 4}
+    assert found["kills"] == 8
 
 
 @pytest.mark.slow

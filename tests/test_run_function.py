@@ -189,3 +189,18 @@ def test_what_cannot_be_run_or_saved_is_refused(step: Any, state: dict[str, Any]
 def test_what_cannot_be_logged_is_refused(returned: Any) -> None:
     with pytest.raises(lw.StepOutputError, match=r"^step 'main' returned .*; return the loss"):
         trainer(epochs=1).run(lambda run, batch: returned, [1])
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (3, "run.log(3) takes a dict with a name for each: run.log({'name': value})"),
+        ({3: 1.0}, "run.log({3: ...}): names are texts; write {'3': ...}"),
+        ({"a": [1]}, "run.log({'a': ...}) takes a number, a 0-dimensional tensor, a text, a figure with savefig() or a "
+                     "Path; got [1]"),
+    ],
+)  # fmt: skip
+def test_what_run_log_cannot_take_is_refused_with_what_it_takes(values: Any, says: str) -> None:
+    with pytest.raises(lw.SettingError) as caught:
+        trainer(epochs=1).run(lambda run, batch: run.log(values), [1])
+    assert str(caught.value) == says

@@ -321,11 +321,42 @@ def test_another_length_or_schedule_is_refused_since_the_bits_would_be_others(tm
         return lw.Trainer(epochs, folder=tmp_path, progress=False).fit(task, BATCHES, resume=resume)
 
     fit(1, cosine(1.0, 0.0))
-    with pytest.raises(lw.CheckpointError, match=r"over 1 epoch'\] and is \['\{lr: .*over 2 epochs'\]"):
+    with pytest.raises(lw.CheckpointError, match="schedules/0/over was '1 epoch' and is '2 epochs'"):
         fit(2, cosine(1.0, 0.0), "auto")
     with pytest.raises(lw.CheckpointError, match="cosine"):
         fit(2, linear(1.0, 0.0), "auto")
     assert fit(2, cosine(1.0, 0.0), "approximate").progress.step == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "text"),
+    [
+        ("lr", linear(1.0, -1.0), "gives -0.0625 when 0.53125 of the stage is done; expected 0 or more"),
+        ("lr", scaled(linear(1.0, -1.0)), "gives -0.0625 when 0.53125 of the stage is done; expected 0 or more"),
+        ("lr", lambda f: float("inf"), "gives inf when 0 of the stage is done; expected 0 or more"),
+        ("weight_decay", -0.1, "gives -0.1 when 0 of the stage is done; expected 0 or more"),
+        ("momentum", 1.0, "gives 1 when 0 of the stage is done; expected a number from 0 to below 1"),
+        ("betas", (0.9, linear(0.9, 1.5)), "gives 1.0125 when 0.1875 of the stage is done; expected a number from 0 "
+         "to below 1"),
+        ("lr", lambda f: 1 / (f - 0.5), "gives -2 when 0 of the stage is done; expected 0 or more"),
+        ("lr", lambda f: 1 / f, "fails when 0 of the stage is done: ZeroDivisionError('float division by zero'). It is "
+         "called with numbers from 0 to 1 and gives a number"),
+        ("lr", lambda f: None, "fails when 0 of the stage is done: TypeError(\"float() argument must be a string or a "
+         "real number, not 'NoneType'\"). It is called with numbers from 0 to 1 and gives a number"),
+    ],
+)  # fmt: skip
+def test_values_that_torch_refuses_of_an_optimizer_are_told_by_plan(name: str, schedule: Any, text: str) -> None:
+    """A learning rate below 0, betas of 1, what is no number."""
+    net = line()
+    task = lw.Supervised(net, nn.MSELoss(), torch.optim.Adam(net.parameters()), schedule={name: schedule})
+    assert trainer(epochs=1).plan(task, BATCHES).problems == [f"the schedule of {name!r} {text}"]
+
+
+def test_a_factor_of_a_beta_may_be_1_and_a_momentum_that_is_no_beta_above_it() -> None:
+    net = line()
+    for kind, schedule in ((torch.optim.Adam, scaled(linear(1.0, 0.5))), (torch.optim.RMSprop, constant(1.0))):
+        task = lw.Supervised(net, nn.MSELoss(), kind(net.parameters()), schedule={"momentum": schedule})
+        assert trainer(epochs=1).plan(task, BATCHES).problems == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

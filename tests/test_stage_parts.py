@@ -29,7 +29,7 @@ class Scripted(lw.Supervised):
     def validation_step(self, batch: Any) -> dict[str, float]:
         value = self.values[min(int(self.asked), len(self.values) - 1)]
         self.asked += 1
-        return {"loss": value}
+        return {"loss": value, "gain": value}
 
     def models(self) -> dict[str, nn.Module]:
         return {"model": self}
@@ -46,7 +46,7 @@ class Scripted(lw.Supervised):
         ([lw.Plateau("valid/loss", patience=2), "50 epochs"], 5),
         (lw.Plateau("valid/loss", patience=1), 3),
         (lw.Plateau("valid/loss", patience=2, min_delta=0.5), 4),
-        (lw.Plateau("valid/loss", mode="max", patience=3), 4),
+        (lw.Plateau("valid/gain", mode="max", patience=3), 4),
     ],
 )
 def test_a_stage_ends_where_a_value_stays_or_its_bound_is_reached(until: Any, epochs: int) -> None:

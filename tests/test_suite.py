@@ -67,6 +67,7 @@ def test_seed_b():
 """
 
 
+@pytest.mark.nightly
 def test_a_test_that_leaves_the_process_changed_fails_alone_and_says_what(tmp_path: Path) -> None:
     done = run_suite(tmp_path, LEAKS)
     blamed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ERROR ")]
@@ -143,6 +144,7 @@ def test_a_capability_is_proved_by_tests_whose_every_part_passed(tmp_path: Path,
     ]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("mark", ['"SK07"', ""], ids=["mistyped", "empty"])
 def test_a_capability_mark_without_a_true_id_is_refused(tmp_path: Path, mark: str) -> None:
     code = f"import pytest\n@pytest.mark.capability({mark})\ndef test_it(): pass\n"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import loopwright as lw
+from loopwright.loggers import read_jsonl
 from tiny import bits, classifier, line, loader, mean_of_preds, pairs, same, samples, seed_all, sgd_task, trainer
 
 DATA = pairs([1.0, 1.0], [2.0])
@@ -79,10 +80,10 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
         ({"precision": "fp23"}, "precision='fp23' is unknown. Known: 'bf16', 'bf16-true', 'fp16', 'fp32', 'fp64'. Did "
                                 "you mean 'fp32'?"),
         ({"precision": 16}, "precision=16 is called 'fp16' here: precision='fp16'"),
-        ({"validate_every": "1 epock"}, "unknown unit 'epock' in the duration '1 epock'. Known: 'day', 'days', "
-                                        "'epoch', "
-         "'epochs', 'h', 'hour', 'hours', 'min', 'minute', 'minutes', 's', 'sample', 'samples', 'sec', 'second', "
-         "'seconds', 'step', 'steps'. Did you mean 'epoch'?"),
+        ({"validate_every": "1 epock"}, "unknown unit 'epock' in the duration '1 epock'. Known: '%', 'batch', "
+         "'batches', 'day', 'days', 'epoch', 'epochs', 'h', 'hour', 'hours', 'min', 'minute', 'minutes', 'percent', "
+         "'s', 'sample', 'samples', 'sec', 'second', 'seconds', 'step', 'steps', 'token', 'tokens'. Did you mean "
+         "'epoch'?"),
         ({"log_every": 0}, "the duration 0 must be a positive number"),
         ({"callbacks": lw.EarlyStopping()}, "callbacks=EarlyStopping: expected a list of them, such as "
                                             "callbacks=[EarlyStopping(...)]"),
@@ -264,6 +265,7 @@ class Squares(lw.DataModule):
         return self.x
 
 
+@pytest.mark.capability("PL-24")
 def test_a_data_module_serves_fit_validate_test_and_predict() -> None:
     """The same module serves every verb, is prepared once for each, and can be swapped for another one."""
     task = sgd_task(nn.Linear(1, 1), loss=nn.MSELoss(), lr=0.1)
@@ -319,6 +321,39 @@ def test_a_folder_names_the_module_and_tells_how_it_went(folder: Path) -> None:
     assert (
         repr(run) == f"Run(done, epoch=1, step=2, valid/loss=-4, train/loss=-0.6667, lr=1, folder={str(run.folder)!r})"
     )
+
+
+@pytest.mark.capability("PL-12")
+def test_records_checkpoints_and_early_stopping_take_no_code_of_ones_own() -> None:
+    """Records, checkpoints and going on are there unasked, early stopping by one argument, load and save by a call."""
+
+    def fit(epochs: int, *callbacks: lw.Callback, **how: Any) -> tuple[nn.Module, lw.Run]:
+        net = classifier(seed=5)
+        adam = torch.optim.Adam(net.parameters(), lr=0.1)
+        user = lw.Trainer(epochs=epochs, progress=False, callbacks=callbacks)
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), adam, metrics={"accuracy": lw.metrics.Accuracy()})
+        return net, user.fit(task, loader(20, batch_size=4), loader(20, batch_size=20), **how)
+
+    net, run = fit(50, lw.EarlyStopping("valid/loss", patience=2, min_delta=0.02))
+    assert str(run.stop_reason).startswith("valid/loss has not improved")
+    assert run.progress.epoch < 50
+
+    assert run.folder is not None
+    records = read_jsonl(run.folder / "metrics.jsonl")
+    for name in ("train/loss", "train/accuracy", "valid/loss", "valid/accuracy", "lr"):
+        assert [record[name] for record in records if record["kind"] == "epoch"] == run.history[name]
+    (saver,) = run.savers
+    assert (saver.every, saver.at_end) == ("5 min", True)
+
+    fresh = classifier(seed=6)
+    lw.load_weights(fresh, run.folder)
+    assert same(fresh.state_dict(), net.state_dict())
+
+    whole, _ = fit(6)
+    _, short = fit(3)
+    longer, run = fit(6, resume=short.folder)
+    assert run.resumed_from is not None
+    assert same(longer.state_dict(), whole.state_dict())
 
 
 def test_nothing_is_written_without_a_folder(tmp_path: Path) -> None:
@@ -409,6 +444,11 @@ def test_a_handler_sees_the_loader_and_settings_of_the_run() -> None:
     [
         ({"epochs": "5 min"}, "epochs='5 min' is not a number of epochs; write time='5 min' instead"),
         ({"steps": "2 epochs"}, "steps='2 epochs' is not a number of steps; write epochs='2 epochs' instead"),
+        (
+            {"epochs": "5 batches"},
+            "epochs='5 batches' is not a number of epochs; write fit(..., "
+            "stages=[lw.Stage('all', until='5 batches')]) instead",
+        ),
     ],
 )
 def test_a_length_in_another_unit_is_refused(settings: dict[str, Any], text: str) -> None:

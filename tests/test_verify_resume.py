@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ EXACT: dict[str, tuple[Any, dict[str, Any]]] = {
 STOPS = {"plateau": (3, 5, 9), "augmentation, 2 workers": (1, 6, 9)}  # a validation follows
 
 
+@pytest.mark.capability("B-01")
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_anybody_can_prove_that_their_own_run_resumes_exactly(name: str) -> None:
@@ -82,6 +84,7 @@ def test_anybody_can_prove_that_their_own_run_resumes_exactly(name: str) -> None
     assert str(found).endswith(" and gone on with: the same bits")
 
 
+@pytest.mark.capability("B-01")
 def test_a_run_is_stopped_inside_of_a_window_or_a_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     raised: list[str] = []
     monkeypatch.setattr(_Cut, "__init__", lambda self: raised.append(inspect.stack()[2].function))
@@ -129,6 +132,51 @@ def test_what_no_checkpoint_holds_is_found_by_name() -> None:
 def test_a_module_that_counts_in_an_attribute_is_found() -> None:
     found = lw.verify_resume(lambda: (task_of(Drifting()), samples(40)), lw.Trainer(epochs=9), steps=4)
     assert len(found.differences) == 3
+
+
+class Hides(nn.Module):
+    """Draws from generators that nobody else knows: of Python, NumPy and torch, one of them in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.torch, self.python = classifier(), torch.Generator().manual_seed(1), random.Random(1)
+        self.others = [np.random.default_rng(1), np.random.RandomState(1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape, generator=self.torch) + self.python.random()
+        return self.net(x + noise + sum(float(other.normal()) for other in self.others))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_generators_that_hang_on_a_module_go_on_where_they_were(accumulate: int) -> None:
+    def make() -> Any:
+        return task_of(Hides()), lw.Loader(samples(37), 8, shuffle=True), samples(9)
+
+    found = lw.verify_resume(make, lw.Trainer(epochs=3, accumulate=accumulate), steps=6)
+    assert found.exact, str(found)
+
+
+def test_generators_of_the_task_itself_and_of_its_loss_go_on_as_well() -> None:
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rng = torch.Generator().manual_seed(2)
+
+        def forward(self, preds: Tensor, target: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(preds + torch.rand(preds.shape, generator=self.rng), target)
+
+    class Own(lw.Supervised):
+        def training_step(self, batch: Any, carry: Any = None) -> Any:
+            return super().training_step([batch[0] * self.scale.random(), batch[1]])
+
+    def make() -> Any:
+        net = classifier()
+        task = Own(net, Noise(), torch.optim.Adam(net.parameters(), 0.01))
+        task.scale = random.Random(3)
+        return task, samples(40)
+
+    found = lw.verify_resume(make, lw.Trainer(epochs=9), steps=4)
+    assert found.exact, str(found)
 
 
 def test_a_run_that_refuses_to_be_resumed_is_told_with_its_reasons() -> None:

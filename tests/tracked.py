@@ -14,8 +14,10 @@ import pytest
 import loopwright as lw
 from tiny import acts, line, pairs, sgd_task, trainer
 
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "trackers"))  # plug-ins
 DATA = pairs([1.0], [2.0], [3.0], [4.0])
 STEPS = 12
+CURVES = ("train/loss", "epoch/train/loss", "valid/loss", "epoch/train/error", "valid/error")
 
 
 def fit(loggers: Any, folder: Path | None, name: str = "digits", *, kill_at: int = 0, **settings: Any) -> lw.Run:
@@ -28,7 +30,8 @@ def fit(loggers: Any, folder: Path | None, name: str = "digits", *, kill_at: int
             os.kill(os.getpid(), signal.SIGKILL)
 
     user.on(lw.Event.STEP_END)(end)
-    return user.fit(sgd_task(line(), lr=0.1), DATA, pairs([1.0]), resume="auto" if folder is not None else None)
+    task = sgd_task(line(), lr=0.1, metrics={"error": lw.metrics.MAE()})
+    return user.fit(task, DATA, pairs([1.0]), resume="auto" if folder is not None else None)
 
 
 def failed(loggers: Any, folder: Path, name: str, at: int) -> None:
@@ -53,16 +56,33 @@ def killed(logger: str, folder: Path, name: str, kill_at: int) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+def plug_in(name: str) -> Any:
+    """A logger of the examples by its name, made for working offline; any other name as it is."""
+    if name == "comet":
+        from comet_logger import CometLogger
+
+        return [CometLogger(online=False)]
+    if name == "neptune":
+        from neptune_logger import NeptuneLogger
+
+        return [NeptuneLogger("someone/digits", mode="offline")]
+    if name == "visdom":
+        from visdom_logger import VisdomLogger
+
+        return [VisdomLogger(offline=True)]
+    if name == "polyaxon":
+        from polyaxon_logger import PolyaxonLogger
+
+        return [PolyaxonLogger("someone", "digits", offline=True)]
+    return name
+
+
 def expected(run: lw.Run) -> dict[str, list[tuple[int, float]]]:
     """The points of each curve, from what the run itself remembers."""
-    losses = run.history.losses["loss"].tolist()
-    steps = run.history.steps
-    return {
-        "train/loss": [(i + 1, loss) for i, loss in enumerate(losses)],
-        "epoch/train/loss": list(zip(steps, run.history["train/loss"], strict=True)),
-        "valid/loss": list(zip(steps, run.history["valid/loss"], strict=True)),
-    }
+    steps = {"train/loss": list(enumerate(run.history.losses["loss"].tolist(), 1))}
+    history = {name: run.history[name.removeprefix("epoch/")] for name in CURVES[1:]}
+    return steps | {name: list(zip(run.history.steps, told, strict=True)) for name, told in history.items()}
 
 
 if __name__ == "__main__":
-    fit(sys.argv[1], Path(sys.argv[2]), sys.argv[3], kill_at=int(sys.argv[4]))
+    fit(plug_in(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], kill_at=int(sys.argv[4]))

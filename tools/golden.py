@@ -2,7 +2,8 @@
 
 Run it once a release, and commit what it writes: tests/golden/<version>/. ``expected.json`` beside the checkpoint holds
 the values as the run had them, not as they are read back. A folder that exists is never written again: old checkpoints
-must be read for ever, and tests/checkpoint/test_migrations.py reads all of them.
+must be read for ever, and tests/checkpoint/test_migrations.py reads all of them. The short examples of the version are
+kept beside it, and tests/test_contract.py runs them with every later one.
 Run: python tools/golden.py [FOLDER]
 """
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import loopwright as lw
 
+EXAMPLES = ("handlers", "lbfgs", "plain_module", "task")
 STEPS, MORE = 8, 4  # 5 steps an epoch: the checkpoint stands after 3 steps of the second one
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 
@@ -76,6 +78,9 @@ def main(target: Path) -> None:
         assert run.folder is not None
         (written,) = (run.folder / "checkpoints").glob("step-*")
         shutil.copytree(written, target / written.name)
+    (target / "examples").mkdir()
+    for name in EXAMPLES:
+        shutil.copy(GOLDEN.parent.parent / "examples" / f"{name}.py", target / "examples")
     expected = {**values(run), "later": values(later)["weights"]}
     (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
 

@@ -97,11 +97,11 @@ def parse_accumulate(given: Any) -> int | Accumulation:
     return made
 
 
-def check_unit(unit: str, *, counts_samples: bool) -> None:
+def check_unit(unit: str, *, counts_samples: bool, who: str = "accumulate") -> None:
     """Raise SettingError where ``unit`` is not what weighs a batch: the mean of a step is taken over that."""
     if unit == "tokens" and counts_samples:
         raise SettingError(
-            "accumulate counts tokens, and nothing says how many a batch has; pass fit(..., weight=lambda batch: ...)"
+            f"{who} counts tokens, and nothing says how many a batch has; pass fit(..., weight=lambda batch: ...)"
         )
     if unit == "samples" and not counts_samples:
         raise SettingError(

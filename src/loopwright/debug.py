@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,8 @@ from loopwright.callbacks import Audit, Checkpoint, Profiler
 from loopwright.callbacks.anomaly import Anomaly
 from loopwright.data import limit, samples
 from loopwright.data.held import close, streams_of
-from loopwright.errors import SettingError
+from loopwright.data.trained_on import TrainedOn
+from loopwright.errors import SettingError, name_nearest
 from loopwright.events import Callback
 from loopwright.progress import Duration
 from loopwright.state import Run, Source, Stage, has_state
@@ -70,7 +71,7 @@ class Debug:
         for name in ("anomaly", "audit", "profile"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingError(f"Debug({name}={getattr(self, name)!r}): expected True or False")
-        data = [f"{name}={value!r}" for name, value in asdict(self).items() if name in _OF_DATA and value]
+        data = [f"{name}={value!r}" for name, value in self.settings().items() if name in _OF_DATA]
         if len(data) > 1 and data[0].startswith(("dev_run", "overfit")):
             raise SettingError(f"Debug({', '.join(data)}): each says which batches there are; give one of them")
 
@@ -78,7 +79,7 @@ class Debug:
 
     def settings(self) -> dict[str, Any]:
         """What is switched on, as plain data."""
-        return {name: value for name, value in asdict(self).items() if value}
+        return {name: value for name in self.__slots__ if (value := getattr(self, name))}
 
     def callbacks(self) -> list[Callback]:
         """What is added to the callbacks, after them: Anomaly sees the loss as the backward does."""
@@ -132,6 +133,9 @@ class Debug:
 _OF_DATA = ("dev_run", "overfit", "train", "valid")
 
 
+name_nearest(Debug)
+
+
 def _part(value: float) -> dict[str, Any]:
     return {"batches": value} if isinstance(value, int) else {"fraction": value}
 
@@ -148,6 +152,7 @@ def _put_back(run: Run) -> Iterator[None]:
     stateful = [*run.optimizers.values(), *schedulers, *filter(has_state, run.state.values())]
     states = [copy.deepcopy(one.state_dict()) for one in stateful]
     previous, random = run.task.__dict__.get("_run"), rng.get()
+    loaded = {module: TrainedOn.remembered([module]) for module in (run.task, *run.models.values())}
     try:
         yield
     finally:
@@ -159,6 +164,10 @@ def _put_back(run: Run) -> Iterator[None]:
             one.load_state_dict(state)
         rng.set(random)
         run.task.__dict__["_run"] = previous
+        for module, trained_on in loaded.items():
+            TrainedOn.forget([module])
+            if trained_on is not None:
+                trained_on.remember(module)
 
 
 class First:

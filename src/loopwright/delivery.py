@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopwright.errors import HookError, LoopwrightWarning, SettingError
+from loopwright.errors import HookError, SettingError
+from loopwright.rng import forked
+from loopwright.written import warn
 
 if TYPE_CHECKING:
     from loopwright.state import Run
@@ -71,9 +72,10 @@ def start_loggers(run: Run, config: Mapping[str, Any] | None = None) -> None:
 
 
 def _start(run: Run, logger: Any, config: Mapping[str, Any] | None) -> None:
-    _call(logger, "start", run)
-    if config is not None:
-        _call(logger, "log_config", config)
+    with forked():  # some clients draw the name of a run
+        _call(logger, "start", run)
+        if config is not None:
+            _call(logger, "log_config", config)
 
 
 def log_values(run: Run, values: Mapping[str, float], kind: str) -> None:
@@ -122,9 +124,7 @@ def hand_over(run: Run, name: str, thing: Any) -> None:
         except SettingError:
             raise
         except Exception as error:  # it may be the figure that cannot be drawn: records go on
-            _warn(
-                f"{name!r} is lost: {type(logger).__name__}.{method} failed after step {run.progress.step}: {error!r}"
-            )
+            warn(f"{name!r} is lost: {type(logger).__name__}.{method} failed after step {run.progress.step}: {error!r}")
 
 
 def logger_states(run: Run) -> list[tuple[Any, dict[str, Any]]]:
@@ -159,7 +159,7 @@ def close_loggers(run: Run) -> None:
             _rest(run, logger, "close", error)
         lost = run.lost.get(id(logger))
         if lost is not None and lost.records:
-            _warn(f"{lost.records} records were lost by {type(logger).__name__}, which failed {lost.failures} times")
+            warn(f"{lost.records} records were lost by {type(logger).__name__}, which failed {lost.failures} times")
 
 
 def _is_back(run: Run, logger: Any) -> bool:
@@ -186,7 +186,7 @@ def _rest(run: Run, logger: Any, method: str, error: Exception) -> Lost:
     lost.failures += 1
     lost.rest = 2 ** min(lost.failures, 6) - 1
     if lost.failures == 1:
-        _warn(
+        warn(
             f"{type(logger).__name__}.{method} failed after step {run.progress.step}: {error!r}. Training goes on, and "
             "it is asked again at later records; how many were lost is said at the end. Mend what it writes to, or "
             "leave it out of Trainer(loggers=[...])"
@@ -197,7 +197,3 @@ def _rest(run: Run, logger: Any, method: str, error: Exception) -> Lost:
 def _call(logger: Any, method: str, *arguments: Any) -> None:
     if hasattr(logger, method):
         getattr(logger, method)(*arguments)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, LoopwrightWarning, stacklevel=2)

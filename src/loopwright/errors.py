@@ -6,7 +6,8 @@ Messages say what happened with the values, what was expected, and what to type.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -33,7 +34,12 @@ R = TypeVar("R")
 
 
 class LoopwrightError(Exception):
-    """Base of all errors of this package: ``except lw.LoopwrightError`` catches them and nothing else."""
+    """Base of all errors of this package: ``except lw.LoopwrightError`` catches them and nothing else.
+
+    ``place``: the file and line at which its cause is written, where that is not a line of the traceback.
+    """
+
+    place: str | None = None
 
 
 class LoopwrightWarning(UserWarning):
@@ -45,11 +51,15 @@ class SettingError(LoopwrightError, ValueError):
 
 
 class PlanError(SettingError):
-    """Raised before step 0 when the run as a whole cannot work; ``problems`` lists every reason found."""
+    """Raised before step 0 when the run as a whole cannot work; ``problems`` lists every reason found.
 
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("this run cannot start:\n" + "\n".join(f"  - {p}" for p in self.problems))
+    ``places``: for each of them the file and line where it was said, as far as that can be told.
+    """
+
+    def __init__(self, problems: Iterable[str], places: Mapping[str, str] | None = None) -> None:
+        self.problems, self.places = list(problems), dict(places or {})
+        at = {problem: f"\n    at {place}" for problem, place in self.places.items()}
+        super().__init__("this run cannot start:\n" + "\n".join(f"  - {p}{at.get(p, '')}" for p in self.problems))
 
 
 class StepOutputError(LoopwrightError, TypeError):
@@ -103,6 +113,11 @@ def choose(name: object, known: Iterable[object]) -> str:
     return f"Known: {', '.join(map(repr, names)) or 'none'}.{hint}"
 
 
+def name_nearest(kind: type) -> None:
+    """Let ``kind(...)`` name the nearest argument for one that it lacks, where no ``@elsewhere`` can stand."""
+    setattr(kind, "__init__", elsewhere()(kind.__init__))  # type: ignore[misc]  # noqa: B010
+
+
 def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: an unknown argument is a TypeError that tells the nearest, or ours for a name of other libraries.
 
@@ -118,6 +133,8 @@ def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         code = function.__code__
+        if code.co_flags & inspect.CO_VARKEYWORDS:
+            return function  # it takes any name
         known = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]} - {"self"}
 
         @wraps(function)
@@ -125,7 +142,12 @@ def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for name in sorted(kwargs.keys() - known):
                 if name in ours:
                     raise TypeError(f"{name}={kwargs[name]!r}: that argument is called {ours[name]} here")
-                raise TypeError(f"{name}={kwargs[name]!r}: there is no such argument. {choose(name, known)}")
+                near = difflib.get_close_matches(name, [*sorted(known), *ours], n=1)[:1]
+                theirs = near[0] if near and near[0] not in known else None
+                meant = choose(name, known)
+                if theirs is not None:
+                    meant = f"{choose('', known)} Did you mean {ours[theirs]!r}, called {theirs} elsewhere?"
+                raise TypeError(f"{name}={kwargs[name]!r}: there is no such argument. {meant}")
             return function(*args, **kwargs)
 
         return call

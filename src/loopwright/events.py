@@ -4,14 +4,19 @@ The order in which they fire, recorded from a run with one phase (a test compare
 
     on_fit_start
       on_stage_start
-        on_epoch_start
+        on_epoch_start, on_loader_start
           on_step_start                        # an optimizer step: a window of 1..accumulate batches
             on_batch_start, map_batch          # each batch (with several phases: all of them first, once)
             map_output, map_loss, on_backward_end
             on_grads_ready                     # each phase, before its optimizers move
           on_step_end
-          on_validation_start, on_eval_batch_end, on_validation_end      # when due
-          on_checkpoint                                                  # when due
+          on_validation_start                  # when due: between two steps, or after the on_loader_end of training
+            on_loader_start                    # each loader, each of its batches
+              on_eval_batch_start, on_eval_batch_end
+            on_loader_end
+          on_validation_end
+          on_checkpoint                        # when due
+        on_loader_end
         on_epoch_end                           # after the validation of that epoch, before its checkpoint
       on_stage_end
     on_fit_end                                 # on_exception instead, if one leaves the loop
@@ -23,13 +28,13 @@ place in ``on_grads_ready`` and nowhere else. Callbacks are called in the order 
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from loopwright.errors import HookError, LoopwrightWarning, SkipBatch, SkipStep, StopEpoch, choose
+from loopwright.errors import HookError, SkipBatch, SkipStep, StopEpoch, choose, name_nearest
 from loopwright.state import Phase, Run, Stage, StepResult
+from loopwright.written import warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +62,12 @@ class Callback:
 
     changes: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """An unknown argument of a callback is an error that names the nearest, as everywhere."""
+        super().__init_subclass__(**settings)
+        if "__init__" in vars(cls) and not hasattr(cls.__init__, "__wrapped__"):
+            name_nearest(cls)
+
     def problems(self, run: Run) -> Iterable[str]:
         """Why this callback cannot do its work in ``run``, each with the fix: PlanError before step 0."""
         return ()
@@ -68,7 +79,14 @@ class Callback:
         """A stage begins: its optimizers and phases are ready."""
 
     def on_epoch_start(self, run: Run) -> None:
-        """An epoch begins; its data has not been touched."""
+        """An epoch begins, which is a pass over the training data; none of it has been touched."""
+
+    def on_loader_start(self, run: Run, kind: str, name: str) -> None:
+        """A pass over one loader begins. ``kind`` is "train", "valid", "test" or "predict".
+
+        ``name`` is its key where a dict of loaders was given, else "". In training it comes once an epoch, not again
+        where a resume goes on in the middle of one.
+        """
 
     def on_step_start(self, run: Run) -> None:
         """An optimizer step begins; no batch has been moved."""
@@ -97,8 +115,19 @@ class Callback:
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """The optimizers have moved and ``run.progress`` has counted it."""
 
+    def on_loader_end(self, run: Run, kind: str, name: str, values: Mapping[str, float]) -> None:
+        """A pass over one loader has ended; in training before the validation at the end of the epoch.
+
+        ``values`` has the means over a loader of validation or test, such as ``loss``, without kind and name. It is
+        empty for training, whose means come with the record of the epoch, for prediction, and where a signal cut a
+        validation short. Where a signal cuts short the validation of an epoch's end, a resume makes that end again.
+        """
+
     def on_validation_start(self, run: Run) -> None:
         """A validation begins: modules are in eval mode, random generators are forked."""
+
+    def on_eval_batch_start(self, run: Run, batch: Any) -> None:
+        """A batch of validation or test is on the device."""
 
     def on_eval_batch_end(self, run: Run, output: Any, batch: Any) -> None:
         """A batch of validation or test has been evaluated."""
@@ -122,7 +151,7 @@ class Callback:
         """Training has ended by itself or by a stop request."""
 
     def on_exception(self, run: Run, error: BaseException) -> None:
-        """An exception leaves the loop; it is raised again afterwards."""
+        """An exception leaves the loop, in training or from a verb such as ``trainer.test``; it is raised again."""
 
     def on_test_start(self, run: Run) -> None:
         """A test begins."""
@@ -132,6 +161,9 @@ class Callback:
 
     def on_predict_start(self, run: Run) -> None:
         """A prediction begins."""
+
+    def on_predict_batch_start(self, run: Run, batch: Any) -> None:
+        """A batch to predict is on the device."""
 
     def on_predict_batch_end(self, run: Run, output: Any, batch: Any) -> None:
         """A batch has been predicted."""
@@ -149,6 +181,9 @@ class Callback:
 
 Calls = tuple[Callable[..., Any], ...]
 HOOKS = tuple(name for name in vars(Callback) if name.startswith(("on_", "map_")))
+_MEANT = {  # a window may have several batches, which all phases go over before its step ends
+    "on_batch_end": "After each optimizer step comes on_step_end; after each backward of a batch, on_backward_end"
+}
 _OF_FIT = ("on_fit_start", "on_fit_end", "on_exception")
 
 
@@ -163,6 +198,7 @@ class Hooks:
     on_fit_start: Calls
     on_stage_start: Calls
     on_epoch_start: Calls
+    on_loader_start: Calls
     on_step_start: Calls
     on_batch_start: Calls
     map_batch: Calls
@@ -171,7 +207,9 @@ class Hooks:
     on_backward_end: Calls
     on_grads_ready: Calls
     on_step_end: Calls
+    on_loader_end: Calls
     on_validation_start: Calls
+    on_eval_batch_start: Calls
     on_eval_batch_end: Calls
     on_validation_end: Calls
     on_checkpoint: Calls
@@ -182,6 +220,7 @@ class Hooks:
     on_test_start: Calls
     on_test_end: Calls
     on_predict_start: Calls
+    on_predict_batch_start: Calls
     on_predict_batch_end: Calls
     on_predict_end: Calls
 
@@ -191,8 +230,17 @@ class Hooks:
         for callback in callbacks:
             check_callback(callback)
         for hook in HOOKS:
-            found = tuple(h.bound(hook) for h in handlers if hook in h.tests)
-            setattr(self, hook, _overridden(hook, callbacks) + found)
+            found = tuple(h.bound(hook) for h in handlers if hook in h.tests) if handlers else ()
+            setattr(self, hook, _overridden(hook, callbacks) + found if callbacks else found)
+
+    @staticmethod
+    def passed_to(name: str) -> list[str]:
+        """The hooks that are passed ``name``: what lives shorter than the run is seen there and nowhere else.
+
+        >>> Hooks.passed_to("grad_norm")
+        ['on_grads_ready']
+        """
+        return [hook for hook in HOOKS if name in list(inspect.signature(getattr(Callback, hook)).parameters)[2:]]
 
     def admit(self, callbacks: Iterable[Callback]) -> None:
         """Let the callbacks of stages know when the fit begins and ends."""
@@ -256,7 +304,8 @@ def _check_class(kind: type) -> None:
         if not name.startswith(("on_", "map_")) or not callable(method) or method is getattr(Callback, name, None):
             continue
         if name not in HOOKS:
-            raise HookError(f"{kind.__name__}.{name} is not a hook of Loopwright. {choose(name, HOOKS)}")
+            meant = _MEANT.get(name) or choose(name, HOOKS)
+            raise HookError(f"{kind.__name__}.{name} is not a hook of Loopwright. {meant}")
         expected = inspect.signature(getattr(Callback, name))
         given = len(expected.parameters) - isinstance(inspect.getattr_static(kind, name), staticmethod)
         try:
@@ -269,18 +318,9 @@ def _check_class(kind: type) -> None:
             ) from None
 
 
-def passed_to(name: str) -> list[str]:
-    """The hooks that are passed ``name``: what lives shorter than the run is seen there and nowhere else.
-
-    >>> passed_to("grad_norm")
-    ['on_grads_ready']
-    """
-    return [hook for hook in HOOKS if name in list(inspect.signature(getattr(Callback, hook)).parameters)[2:]]
-
-
 def _elsewhere(hook: str, asked: Iterable[str]) -> str:
     """Where the parameters are to be had that ``hook`` is not passed."""
-    known = ((name, passed_to(name)) for name in asked)
+    known = ((name, Hooks.passed_to(name)) for name in asked)
     return "".join(f". {name} is passed to {', '.join(at)}" for name, at in known if at and hook not in at)
 
 
@@ -297,17 +337,15 @@ def fire(hooks: Calls, run: Run, *args: Any) -> None:
             raise wrong
 
 
-def end_early(hooks: Calls, run: Run) -> None:
-    """Call every ``on_validation_end`` without values. A hook that fails must not cost the run its last checkpoint."""
+def end_early(hooks: Calls, run: Run, *where: str) -> None:
+    """Call every hook that ends a validation without values. One that fails must not cost the run its checkpoint."""
     for hook in hooks:
         try:
-            fire((hook,), run, {})
+            fire((hook,), run, *where, {})
         except Exception as error:
-            warnings.warn(
+            warn(
                 f"{hook_name(hook, run)} failed on a validation that {run.stop_reason} cut short, where values is "
-                f"empty: {error!r}. Begin it with: if not values: return",
-                LoopwrightWarning,
-                stacklevel=2,
+                f"empty: {error!r}. Begin it with: if not values: return"
             )
 
 

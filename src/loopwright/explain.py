@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from loopwright.errors import SettingError, choose
-from loopwright.events import HOOKS, hook_name, passed_to
+from loopwright.events import HOOKS, Hooks, hook_name
+from loopwright.every import Every
 from loopwright.state import Phase, Run, Stage
 from loopwright.text import rule_name
 
@@ -33,6 +34,7 @@ def explain(run: Run) -> str:
         put_hook(1, "on_stage_start")
         put(1, "for each epoch:")
         put_hook(2, "on_epoch_start")
+        put_hook(2, "on_loader_start")
         size = "batch" if stage.accumulate == 1 else f"window of up to {stage.accumulate} batches"
         if not isinstance(stage.accumulate, int):
             size = f"window of {stage.accumulate}"
@@ -41,16 +43,16 @@ def explain(run: Run) -> str:
             put(3, f"set {', '.join(scheduled.schedules)} of {type(scheduled.optimizer).__name__} by schedule")
         put_hook(3, "on_step_start")
         _steps(run, stage, put, put_hook)
-        put(3, f"every {run.log_every.duration}: log train/..." + (f" to {_names(run.loggers)}" if run.loggers else ""))
+        put(3, f"{_when(run.log_every)}: log train/..." + (f" to {_names(run.loggers)}" if run.loggers else ""))
         for phase in stage.phases:
             for scheduler in phase.step_schedulers:
                 put(3, f"{type(scheduler.torch).__name__}.step()")
         put_hook(3, "on_step_end")
-        every = stage.validate_every.duration
-        within = stage.valid and (every.unit != "epochs" or every.is_part)
+        within = stage.valid and stage.validate_every.inside
         if within:
             _validation(stage, 3, put, put_hook)
         _saving(run, 3, put, put_hook)
+        put_hook(2, "on_loader_end")
         if stage.valid and not within:
             _validation(stage, 2, put, put_hook)
         put(2, "append the record of the epoch to run.history")
@@ -120,13 +122,14 @@ def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
 
 
 def _validation(stage: Stage, depth: int, put: Any, put_hook: Any) -> None:
-    put(
-        depth, f"every {stage.validate_every.duration}: validate, with random generators and train/eval flags put back:"
-    )
+    put(depth, f"{_when(stage.validate_every)}: validate, with random generators and train/eval flags put back:")
     put_hook(depth + 1, "on_validation_start")
     for name in stage.valid:
+        put_hook(depth + 1, "on_loader_start")
         put(depth + 1, f"for each batch of valid{f' {name!r}' if name else ''}: validation_step(batch), update metrics")
+        put_hook(depth + 2, "on_eval_batch_start")
         put_hook(depth + 2, "on_eval_batch_end")
+        put_hook(depth + 1, "on_loader_end")
     put_hook(depth + 1, "on_validation_end")
 
 
@@ -134,6 +137,11 @@ def _saving(run: Run, depth: int, put: Any, put_hook: Any) -> None:
     for saver in run.savers:
         put(depth, f"when due (also after validations and epochs): {type(saver).__name__}.save(run)")
         put_hook(depth + 1, "on_checkpoint")
+
+
+def _when(every: Every) -> str:
+    """An interval in words."""
+    return " | ".join(part if part.startswith("at ") else f"every {part}" for part in str(every).split(" | "))
 
 
 def _names(objects: list[Any]) -> str:
@@ -164,7 +172,7 @@ def writers(run: Run, name: str) -> str:
 
 def _readers(run: Run, name: str) -> Iterator[str]:
     """Callbacks and handlers that are given ``name`` in training, to look at it."""
-    at = passed_to(name)
+    at = Hooks.passed_to(name)
     for hook in (hook for hook in at if hook not in _OF_OTHERS and hook != f"map_{name}"):
         yield from (hook_name(f, run) for f in getattr(run.hooks, hook) if getattr(f, "__self__", None) is not None)
         for handler in run.handlers:
@@ -172,7 +180,7 @@ def _readers(run: Run, name: str) -> Iterator[str]:
                 yield f"{handler.name}, at {handler.event}"
 
 
-_OF_OTHERS = ("on_eval_batch_end", "on_predict_batch_end")
+_OF_OTHERS = ("on_eval_batch_start", "on_eval_batch_end", "on_predict_batch_start", "on_predict_batch_end")
 
 
 def _hooks(run: Run, hook: str) -> Iterator[str]:

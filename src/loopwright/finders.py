@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from loopwright.data import Loader
-from loopwright.errors import SettingError
+from loopwright.errors import LoopwrightWarning, SettingError, elsewhere
 from loopwright.events import HOOKS, Callback
 from loopwright.lr_curve import LRCurve
 from loopwright.out_of_memory import is_out_of_memory
@@ -25,6 +26,7 @@ from loopwright.untouched import untouched
 __all__ = ["batch_size_find", "lr_find"]
 
 
+@elsewhere(min_lr="start", start_lr="start", max_lr="end", end_lr="end", num_training="steps", num_it="steps")
 def lr_find(
     trainer: Trainer,
     task: Task,
@@ -67,6 +69,7 @@ def lr_find(
     return LRCurve([schedule(k / steps) for k in range(taken)], probe.smoothed, probe.losses)
 
 
+@elsewhere(init_val="start", steps_per_trial="steps", max_val="limit", max_batch_size="limit")
 def batch_size_find(
     trainer: Trainer,
     task: Task,
@@ -166,7 +169,9 @@ def _try(trainer: Trainer, task: Task, data: Any, *, until: str, schedule: Any =
             "nonfinite": None, "callbacks": [*changing, watch],
             "precision": precision if isinstance(precision, str) else copy.deepcopy(precision),
         }  # fmt: skip
-        Trainer(**settings).fit(task, data, stages=[Stage("trial", until=until, schedule=schedule)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoopwrightWarning)  # of batches and windows that only the trial has
+            Trainer(**settings).fit(task, data, stages=[Stage("trial", until=until, schedule=schedule)])
 
 
 def _changes(callback: Callback) -> bool:

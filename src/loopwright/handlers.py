@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import NoneType
 from typing import Any
 
-from loopwright.errors import SettingError, choose
-from loopwright.events import HOOKS, Callback, passed_to
-from loopwright.state import Duration, Every, Run, Stage
+from loopwright.errors import SettingError, choose, elsewhere
+from loopwright.events import HOOKS, Callback, Hooks
+from loopwright.every import Every
+from loopwright.state import Duration, Run
+from loopwright.written import caller
 
 __all__ = ["Event", "Filter", "Handler"]
 
 Test = Callable[[Run, int], bool]
+Needs = Mapping[str, float]  # how much of each unit of progress must be completed before; "" counts occurrences
 
 
 class Filter:
@@ -22,8 +27,11 @@ class Filter:
     ``a | b`` means at either, ``a & b`` (of one event) when both hold. A filter may serve several handlers.
     """
 
-    def __init__(self, hooks: Iterable[str], make: Callable[[list[Every]], dict[str, Test]], text: str) -> None:
-        self.hooks, self.text = tuple(hooks), text
+    def __init__(
+        self, hooks: Iterable[str], make: Callable[[list[Every]], dict[str, Test]], text: str,
+        needs: Mapping[str, Needs],
+    ) -> None:  # fmt: skip
+        self.hooks, self.text, self.needs = tuple(hooks), text, needs
         self.make = make  # the tests by hook, anew for each handler: an interval is used up by what it fires for
 
     def __or__(self, other: Filter | Event) -> Filter:
@@ -35,7 +43,11 @@ class Filter:
                 tests[hook] = _either(tests[hook], test) if hook in tests else test
             return tests
 
-        return Filter(dict.fromkeys(self.hooks + other.hooks), make, f"{self.text} | {other.text}")
+        needs = {**self.needs, **other.needs}
+        for hook in self.needs.keys() & other.needs.keys():  # the one that needs less: what both need
+            one, two = self.needs[hook], other.needs[hook]
+            needs[hook] = {unit: min(one[unit], two[unit]) for unit in one.keys() & two.keys()}
+        return Filter(dict.fromkeys(self.hooks + other.hooks), make, f"{self.text} | {other.text}", needs)
 
     def __and__(self, other: Filter | Event) -> Filter:
         other = _as_filter(other)
@@ -46,7 +58,10 @@ class Filter:
             (hook, a), b = *self.make(intervals).items(), next(iter(other.make(intervals).values()))
             return {hook: lambda run, n: a(run, n) & b(run, n)}
 
-        return Filter(self.hooks, make, f"{_in_brackets(self)} & {_in_brackets(other)}")
+        (hook,) = self.hooks
+        one, two = self.needs[hook], other.needs[hook]
+        needs = {unit: max(one.get(unit, 0), two.get(unit, 0)) for unit in one.keys() | two.keys()}
+        return Filter(self.hooks, make, f"{_in_brackets(self)} & {_in_brackets(other)}", {hook: needs})
 
     def __repr__(self) -> str:
         return self.text
@@ -65,9 +80,12 @@ class Event:
     """The moments at which handlers can be called: ``trainer.on(lw.Event.STEP_END(every=50))``.
 
     Call an event to choose among its occurrences, which count from 1: ``every=5`` takes the 5th, 10th, ...;
-    ``every="10 min"`` one each ten minutes; ``once=20`` the 20th alone; ``after=3`` those beyond the third,
-    ``before=3`` the first two; ``when=`` a function of the run. Steps, epochs and stages count over the whole run,
-    also after a resume; batches, validations and checkpoints are counted as they come.
+    ``once=20`` the 20th alone; ``after=3`` those beyond the third, ``before=3`` the first two; ``when=`` a function of
+    the run. Steps, epochs and stages count over the whole run, also after a resume; batches, validations and
+    checkpoints are counted as they come.
+    Durations go by what the run has completed: ``every="10 min"`` takes one each ten minutes, and anything else that
+    ``Trainer(log_every=...)`` takes; ``once="20 epochs"`` the first by which so much is completed, ``after=`` all of
+    these, ``before=`` those with less.
 
     >>> Event.EPOCH_END(every=5) | Event.FIT_END
     EPOCH_END(every=5) | FIT_END
@@ -76,12 +94,15 @@ class Event:
     FIT_START: Event
     STAGE_START: Event
     EPOCH_START: Event
+    LOADER_START: Event
     STEP_START: Event
     BATCH_START: Event
     BACKWARD_END: Event
     GRADS_READY: Event
     STEP_END: Event
+    LOADER_END: Event
     VALIDATION_START: Event
+    EVAL_BATCH_START: Event
     EVAL_BATCH_END: Event
     VALIDATION_END: Event
     CHECKPOINT: Event
@@ -92,6 +113,7 @@ class Event:
     TEST_START: Event
     TEST_END: Event
     PREDICT_START: Event
+    PREDICT_BATCH_START: Event
     PREDICT_BATCH_END: Event
     PREDICT_END: Event
 
@@ -99,44 +121,50 @@ class Event:
         self.hook = hook
         self.name = _event(hook)
 
+    @elsewhere()
     def __call__(
         self,
         every: int | str | Duration | None = None,
         *,
-        once: int | None = None,
-        after: int | None = None,
-        before: int | None = None,
+        once: int | str | Duration | None = None,
+        after: int | str | Duration | None = None,
+        before: int | str | Duration | None = None,
         when: Callable[[Run], bool] | None = None,
     ) -> Filter:
         given = {"every": every, "once": once, "after": after, "before": before, "when": when}
         given = {k: v for k, v in given.items() if v is not None}
+        said = {k: v for k, v in given.items() if isinstance(v, (str, Duration))}
         for name in ("once", "after", "before"):
-            value = given.get(name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise SettingError(f"{self.name}({name}={value!r}): count occurrences from 1, such as {name}=20")
+            value = given.get(name, 1)
+            if name not in said and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise SettingError(
+                    f"{self.name}({name}={value!r}): count occurrences from 1, such as {name}=20, or give a duration "
+                    "'20 epochs'"
+                )
         if when is not None and not callable(when):
             raise SettingError(f"{self.name}(when={when!r}): expected a function of the run that returns True or False")
         if isinstance(every, float) and every % 1 == 0:
-            every = int(every)
+            given["every"] = every = int(every)
         number = isinstance(every, int) and not isinstance(every, bool) and every > 0
         if not number and not isinstance(every, (str, Duration, NoneType)):
             raise SettingError(f"{self.name}(every={every!r}): expected a whole number from 1, or a duration '10 min'")
-        duration = Duration.parse(every) if isinstance(every, (str, Duration)) else None
-        count = every if isinstance(every, int) else 1
+        counted: dict[str, Any] = {k: v for k, v in given.items() if k not in said and k != "when"}
+        for name in said:
+            _interval(name, said[name])  # raises for what is no duration
 
         def make(intervals: list[Every]) -> dict[str, Test]:
-            interval = None if duration is None else Every(duration)
-            intervals += [] if interval is None else [interval]
+            mine = [_interval(name, one) for name, one in said.items()]
+            intervals += mine
 
             def test(run: Run, n: int) -> bool:
-                ok = n % count == 0 if interval is None else interval.due(run.progress)
-                ok = ok and (once is None or n == once) and (after is None or n > after)
-                return ok and (before is None or n < before) and (when is None or bool(when(run)))
+                due = [one.due(run.progress) for one in mine]  # all are asked each time
+                ok = all(due) and all(_COUNTS[name](n, count) for name, count in counted.items())
+                return ok and (when is None or bool(when(run)))
 
             return {self.hook: test}
 
         text = ", ".join(f"{k}={getattr(v, '__name__', None) or repr(v)}" for k, v in given.items())
-        return Filter((self.hook,), make, f"{self.name}({text})" if text else self.name)
+        return Filter((self.hook,), make, f"{self.name}({text})" if text else self.name, {self.hook: _needs(given)})
 
     def __or__(self, other: Filter | Event) -> Filter:
         return self() | other
@@ -146,6 +174,41 @@ class Event:
 
     def __repr__(self) -> str:
         return self.name
+
+
+_COUNTS: dict[str, Callable[[int, int], bool]] = {
+    "every": lambda n, count: n % count == 0,
+    "once": lambda n, count: n == count,
+    "after": lambda n, count: n > count,
+    "before": lambda n, count: n < count,
+}
+
+
+def _needs(given: Mapping[str, Any]) -> dict[str, float]:
+    """What is needed for the first occurrence that an event is asked for; infinity where there can be none.
+
+    >>> _needs({"every": 5, "after": 12}), _needs({"once": "20 epochs"}), _needs({"before": 1})
+    ({'': 15}, {'epochs': 20.0}, {'': inf})
+    """
+    needs: dict[str, float] = {}
+    for name, said in given.items():
+        if name != "before" and isinstance(said, (str, Duration)):
+            with suppress(SettingError):  # several, as "500 steps | 2 epochs": what all need is not worked out
+                one = Duration.parse(said)
+                needs[one.unit] = one.value
+    counts = {k: v for k, v in given.items() if isinstance(v, int)}
+    if counts:
+        step, after = counts.get("every", 1), counts.get("after", 0)
+        first = counts.get("once", (after // step + 1) * step)
+        possible = first > after and first % step == 0 and first < counts.get("before", math.inf)
+        needs[""] = first if possible else math.inf
+    return needs
+
+
+def _interval(name: str, given: str | Duration) -> Every:
+    """What ``every``, ``once``, ``after`` or ``before`` means with a duration."""
+    word = {"every": "", "once": "at "}.get(name, f"{name} ")
+    return Every(f"{word}{given}", inside=True, bounds=name != "every")
 
 
 def _event(hook: str) -> str:
@@ -173,7 +236,10 @@ class Handler:
     VALIDATION_END) receives it. Raises SettingError if the function cannot be called so.
     """
 
-    def __init__(self, event: Event | Filter, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(
+        self, event: Event | Filter, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        made_at: str | None = None,
+    ) -> None:  # fmt: skip
         self.event, self.fn, self.args, self.kwargs = _as_filter(event), fn, args, kwargs
         if not callable(fn):
             raise SettingError(f"{fn!r} cannot be called; register a function: @trainer.on(lw.Event.{self.event})")
@@ -183,6 +249,7 @@ class Handler:
         self.tests = self.event.make(self.intervals)
         self.counts = dict.fromkeys(self.tests, 0)
         self.passed = {hook: self._passed(hook) for hook in self.tests}
+        self.made_at = made_at or caller()
 
     def _passed(self, hook: str) -> list[tuple[int, str]]:
         """Positions and names of the hook's arguments that the function asks for by name."""
@@ -196,7 +263,7 @@ class Handler:
             signature.bind(None, *self.args, **self.kwargs, **{n: None for _, n in wanted})
         except TypeError as error:
             offers = f" (this event also offers {', '.join(offered)})" if offered else ""
-            events = {n: [_event(h) for h in passed_to(n) if h.startswith("on_")] for n in signature.parameters}
+            events = {n: [_event(h) for h in Hooks.passed_to(n) if h.startswith("on_")] for n in signature.parameters}
             lives = "".join(
                 f". {n} is offered at {', '.join(at)}" for n, at in events.items() if at and n not in offered
             )
@@ -208,7 +275,7 @@ class Handler:
 
     def anew(self) -> Handler:
         """This handler with nothing counted yet, for one run."""
-        copy = Handler(self.event, self.fn, self.args, self.kwargs)
+        copy = Handler(self.event, self.fn, self.args, self.kwargs, self.made_at)  # not where the run begins
         copy.removed = self.removed
         return copy
 
@@ -220,13 +287,13 @@ class Handler:
     def start(self, run: Run) -> None:
         """Begin with ``run``: intervals stand where its progress does."""
         for interval in self.intervals:
-            interval.start(run.progress, run.stage.source.batches if run.stage is not None else None)
+            interval.begin(run)
 
-    def start_stage(self, run: Run, stage: Stage) -> None:
-        """Parts of an epoch go by the number of batches in an epoch of ``stage``."""
+    def start_stage(self, run: Run) -> None:
+        """What goes by the length of a stage, or of its epochs, goes by that of the one that begins."""
         for interval in self.intervals:
-            if interval.duration.is_part:
-                interval.start(run.progress, stage.source.batches)
+            if interval.of_stage:
+                interval.begin(run)
 
     def bound(self, hook: str) -> Callable[..., None]:
         """The function that a run calls for ``hook``."""

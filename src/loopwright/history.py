@@ -155,6 +155,10 @@ class History:
                 names = {name for record in self.records for name in record}
                 raise KeyError(f"the history has no {key!r}. {choose(key, names)}")
             return [record.get(key) for record in self.records]
+        if isinstance(key, int) and not -len(self) <= key < len(self):
+            n = len(self)
+            held = f"{n} record{'s' * (n != 1)}, one an epoch: {-n} to {n - 1}" if n else "no record yet"
+            raise IndexError(f"history[{key}]: the history has {held}")
         return self.records[key]
 
     @property

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from loopwright.state import SIGNALS, Run
 
@@ -37,13 +38,17 @@ def watch_signals(run: Run) -> Iterator[None]:
             before, pressed_at = pressed_at, time.monotonic()
             if before is not None and pressed_at - before >= _ONE_PRESS_S:
                 raise KeyboardInterrupt
+        if name == "SIGTERM":  # of the step that is open, while its weights have not moved
+            run.hooks.on_grads_ready, run.at_sigterm = (*run.at_sigterm, *run.hooks.on_grads_ready), ()
         # a SIGTERM at the limit of a job does not undo the SIGUSR1 that asks to requeue it
         if run.team is not None:
             run.request_stop(name)  # all ranks stop after the same step
         elif not run.interrupted:
             run.stop_reason = name
 
-    old = {number: signal.signal(number, handle) for number in _free()}
+    old = dict(_free())
+    for number in old:
+        signal.signal(number, handle)
     try:
         yield
     finally:
@@ -51,14 +56,13 @@ def watch_signals(run: Run) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _free() -> Iterator[signal.Signals]:
-    """The signals to watch: those that exist here, are not ignored, and, for SIGUSR1, not the user's own."""
+def _free() -> Iterator[tuple[signal.Signals, Any]]:
+    """The signals to watch, with their handlers: not those that are ignored, nor a SIGUSR1 that the user handles."""
     for name in SIGNALS:
         number: signal.Signals | None = getattr(signal, name, None)
-        if number is None or signal.getsignal(number) is signal.SIG_IGN:
-            continue
-        if name != "SIGUSR1" or signal.getsignal(number) is signal.SIG_DFL:
-            yield number
+        handler = signal.SIG_IGN if number is None else signal.getsignal(number)
+        if number is not None and handler is not signal.SIG_IGN and (name != "SIGUSR1" or handler is signal.SIG_DFL):
+            yield number, handler
 
 
 def leave_if_interrupted(run: Run) -> None:

@@ -7,7 +7,8 @@ and ``predict`` read a model and change nothing. A *window* is the 1..accumulate
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from loopwright.stages import apply_changes, begin_stage, end_stage, inexact, is
 from loopwright.state import OWED, Progress, Run, Source, Stage, StepResult
 from loopwright.steps import (
     as_output,
+    backward,
     closure_step,
     end_scaling,
     explain,
+    mapped,
     nonfinite,
     noted,
     prepared,
@@ -45,7 +48,7 @@ from loopwright.unseen import read, unseen
 def train(run: Run) -> None:
     """Train ``run`` from where its progress stands to the end of its last stage, or until a stop is requested."""
     hooks = run.hooks
-    try:
+    with leaving(run):
         run.began = time.perf_counter() - run.progress.seconds
         fire(hooks.on_fit_start, run)
         if run.restore is not None:
@@ -80,10 +83,18 @@ def train(run: Run) -> None:
                 save(run, saver)
             saver.end(run)
         fire(hooks.on_fit_end, run)
+
+
+@contextmanager
+def leaving(run: Run) -> Iterator[None]:
+    """An exception that leaves the loop is told to the callbacks, and says where training stood."""
+    try:
+        yield
     except BaseException as error:
-        add_place(error, run)
+        if run.stages:  # else nothing is trained
+            add_place(error, run)
         add_memory(error, run)
-        for hook in hooks.on_exception:
+        for hook in run.hooks.on_exception:
             try:
                 fire((hook,), run, error)
             except Exception as second:
@@ -96,6 +107,7 @@ def train_epoch(run: Run, stage: Stage) -> None:
     hooks, source = run.hooks, stage.source
     if run.progress.batch == 0:
         fire(hooks.on_epoch_start, run)
+        fire(hooks.on_loader_start, run, "train", "")
     at = source.at if run.team is None else run.team.begin_epoch(source)
     batches = at(run.progress.epoch, run.progress.batch)
     if run.schema is None:
@@ -178,16 +190,16 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
                     if type(output) is not dict or "loss" not in output:
                         output = as_output(output, phase)
                     if hooks.map_output:
-                        output = fold(hooks.map_output, run, output, batch, phase)
+                        output = mapped(run, output, batch, phase)
                     if phase.moved:
                         if hooks.map_loss:
                             output["loss"] = fold(hooks.map_loss, run, output["loss"], output, batch, phase)
                         loss = output["loss"] if scaler is None else scaler.scale(output["loss"])
                         if total is None:
-                            loss.backward()
+                            backward(loss)
                         else:  # the same bits as (loss * (weight / total)).backward(), for less
                             loss = loss if loss.dim() == 0 else loss.reshape(())
-                            loss.backward(loss.new_full((), weight * ranks / total))
+                            backward(loss, loss.new_full((), weight * ranks / total))
                 scalars(output, values, prefix, None if total is None else weight / total, shares)
                 if meters is not None:
                     if may_skip:
@@ -317,6 +329,7 @@ def look(run: Run, stage: Stage, *, validates: bool) -> None:
 
 def end_epoch(run: Run, stage: Stage) -> None:
     """Count the epoch, validate if due, keep its record, step what is scheduled by epochs, save if due."""
+    fire(run.hooks.on_loader_end, run, "train", "", {})
     open_epoch = run.progress
     run.progress = run.progress._replace(epoch=run.progress.epoch + 1, batch=0)
     due = bool(stage.valid) and not run.validates_within and stage.validate_every.due(run.progress)
@@ -373,10 +386,14 @@ def evaluate(
         fire(hooks.on_test_start if kind == "test" else hooks.on_validation_start, run)
         for name, source in sources.items():
             series, mine = Series(), []
+            fire(hooks.on_loader_start, run, kind, name)
             for batch in read(run, source, kind):
                 if run.interrupted:
+                    end_early(hooks.on_loader_end, run, kind, name)
                     end_early(hooks.on_validation_end, run)
                     return {}
+                if hooks.on_eval_batch_start:
+                    fire(hooks.on_eval_batch_start, run, batch)
                 with run.precision.autocast(run.device):
                     output = as_output(step(batch), None)
                 found: dict[str, Any] = {}
@@ -399,6 +416,7 @@ def evaluate(
             if meters is not None:
                 measured |= meters.compute()
                 meters.reset()
+            fire(hooks.on_loader_end, run, kind, name, measured)
             values |= {f"{kind}/{name}/{k}" if name else f"{kind}/{k}": v for k, v in measured.items()}
         log_values(run, values, kind)
         if kind == "test":
@@ -416,7 +434,10 @@ def predict(run: Run, source: Source, step: Callable[[Any], Any]) -> list[Any]:
     hooks, outputs = run.hooks, []
     with unseen(run):
         fire(hooks.on_predict_start, run)
+        fire(hooks.on_loader_start, run, "predict", "")
         for batch in read(run, source, "predict"):
+            if hooks.on_predict_batch_start:
+                fire(hooks.on_predict_batch_start, run, batch)
             with run.precision.autocast(run.device):
                 output = step(batch)
             if hooks.on_predict_batch_end:
@@ -426,5 +447,6 @@ def predict(run: Run, source: Source, step: Callable[[Any], Any]) -> list[Any]:
                 outputs[-1] = run.team.batch, outputs[-1]
         if run.team is not None:
             run.team.keep_up(run, step)
+        fire(hooks.on_loader_end, run, "predict", "", {})
         fire(hooks.on_predict_end, run)
     return outputs if run.team is None else run.team.in_order(outputs)

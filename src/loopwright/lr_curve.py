@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopwright.errors import SettingError
+from loopwright.notebook import sparkline, table_html
 
 __all__ = ["LRCurve"]
 
@@ -16,7 +17,7 @@ _MARGIN = 5  # losses at the end, where they explode
 _WINDOW, _SLOPE = 15, 0.005  # of the sliding window: its steps, and what its slopes may differ by
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class LRCurve:
     """What ``lr_find`` has seen: the learning rate of each step, and the loss after smoothing (and as it was, ``raw``).
 
@@ -25,13 +26,34 @@ class LRCurve:
 
     >>> rates = [10 ** (k / 10 - 5) for k in range(50)]
     >>> curve = LRCurve(rates, [1 / (1 + (rate / 1e-3) ** 2) + rate for rate in rates])
-    >>> f"{curve.steep:.1e}"
-    '1.0e-03'
+    >>> curve
+    LRCurve(valley 5.0e-04, steep 1.0e-03, slide 1.6e-04; 50 steps, lr 1.0e-05 to 7.9e-01)
     """
 
     lrs: list[float]
     losses: list[float]
-    raw: list[float] = field(default_factory=list, repr=False)
+    raw: list[float] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        try:
+            told = ", ".join(f"{name} {lr:.1e}" for name, lr in self.suggestions.items())
+        except SettingError:
+            told = "no suggestion: too few losses to judge by"
+        return f"LRCurve({told}; {self._tried()})"
+
+    def _tried(self) -> str:
+        n = len(self.lrs)
+        return f"{n} step{'s' * (n != 1)}, lr {self.lrs[0]:.1e} to {self.lrs[-1]:.1e}" if n else "no step"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the losses over the logarithm of the rate, and a line a suggestion."""
+        top = max(self.losses[: len(self.losses) // 2 + 1], default=0.0)  # an explosion would flatten all else
+        try:
+            rows = [(name, f"{lr:.1e}") for name, lr in self.suggestions.items()]
+        except SettingError as error:
+            rows = [("none", str(error))]
+        rows.append(("tried", self._tried()))
+        return sparkline([min(loss, top) for loss in self.losses]) + table_html(["suggestion", "learning rate"], rows)
 
     @property
     def valley(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from typing import Literal
@@ -22,6 +23,7 @@ _MAX = re.compile(
     r"|sensitivity|similarity|auroc"
     r"|(?<![a-z])(acc|auc|ap|map|f\d|fbeta|iou|miou|r2|mcc|bleu|rouge\w?|meteor|ndcg|mrr|psnr|ssim|elbo|hits?|top)(?![a-z])"
 )
+_COMMON = ("loss", "accuracy", "error", "precision", "recall", "score", "perplexity", "auroc", "f1", "rmse")
 
 
 def better(name: str) -> Direction | None:
@@ -55,9 +57,12 @@ def direction(monitor: str, mode: str | None = None) -> Direction:
         return "min" if mode == "min" else "max"
     found = better(monitor)
     if found is None:
+        kind, slash, name = monitor.rpartition("/")
+        near = difflib.get_close_matches(name, _COMMON, n=1, cutoff=0.75)
+        meant = f". Did you mean {kind + slash + near[0]!r}?" if near else ""
         raise SettingError(
             f"whether {monitor!r} should fall or rise does not follow from its name; "
-            "add mode='min' (smaller is better) or mode='max'"
+            f"add mode='min' (smaller is better) or mode='max'{meant}"
         )
     return found
 

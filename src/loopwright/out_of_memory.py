@@ -1,8 +1,9 @@
-"""What to say when memory runs out in a step: what fills it, and what to do, the cheapest first."""
+"""Memory: the most that was taken, and what to say when it runs out in a step, the cheapest remedy first."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from loopwright.events import describe
 from loopwright.state import Run
 
-__all__ = ["add_memory", "is_out_of_memory"]
+__all__ = ["add_memory", "is_out_of_memory", "peak_memory"]
 
 # the CPU allocator, and allocators of devices that raise no class of their own
 _TEXT = re.compile(r"can't allocate memory|not enough memory|out of memory", re.I)
@@ -33,6 +34,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return type(error) is RuntimeError and _TEXT.search(str(error)) is not None
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peaks in bytes, where the system tells them: ``memory`` of this process, ``device_memory`` of CUDA's tensors.
+
+    >>> all(size > 0 for size in peak_memory(torch.device("cpu")).values())
+    True
+    """
+    found = {}
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # there is none on Windows
+        pass
+    if device.type == "cuda":
+        found["device_memory"] = torch.cuda.max_memory_allocated(device)
+    return found
 
 
 def _note(run: Run, batch: Any) -> str:

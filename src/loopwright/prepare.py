@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,16 +15,20 @@ from torch.optim import Optimizer
 
 from loopwright.accumulation import parse_accumulate
 from loopwright.data import Chunks, DataModule, as_source, as_sources, data_of, opened, samples
-from loopwright.errors import SettingError, choose
+from loopwright.errors import DataError, SettingError, choose
 from loopwright.events import Callback, check_callback
+from loopwright.every import Every
 from loopwright.metrics import Meters, check_metrics
-from loopwright.optim import Scheduled, as_schedulers, match_names, scheduled_in
+from loopwright.optim import Scheduled, as_schedulers, match_names, scheduled_in, trainable_flags
 from loopwright.parallel import is_shard
-from loopwright.progress import Duration, Every, Whole
-from loopwright.stages import needs_closure
+from loopwright.progress import Duration, Ends, Whole
+from loopwright.recorded import rules_of
+from loopwright.stages import end_in, needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
+from loopwright.text import with_article
+from loopwright.written import placed, written_by_user
 
-__all__ = ["Parts", "assemble", "measured_by", "sample_count"]
+__all__ = ["Parts", "assemble", "measured_by", "number_of", "sample_count"]
 
 
 @dataclass(slots=True)
@@ -99,24 +105,32 @@ def assemble(
     converted = move_task(task, models, run.device, holds)
     if run.team is not None:
         run.team.shard(run, previous.optimizers.values() if previous is not None else ())
-    metrics = check_metrics(task.configure_metrics())
+    with placed("the metrics", written_by_user(task.configure_metrics) or getattr(task, "_made_at", None)):
+        metrics = check_metrics(task.configure_metrics())
+    at = written_by_user(task.configure_optimizers) or getattr(task, "_made_at", None)
+    with placed(type(task).__name__, at):
+        run.recorded = rules_of(task)
     old = previous.stages if previous is not None else []
     if previous is None:
-        given = _named(task.configure_optimizers())
+        with placed("the optimizer", at):
+            given = _named(task.configure_optimizers())
     else:
         own = tuple(f"{stage.name}." for stage in old)  # those of a stage come with it
         given = {name: (o, None) for name, o in previous.optimizers.items() if not (own and name.startswith(own))}
     parts = Parts(models, {}, [], metrics, kept=previous.optimizers if previous is not None else {})
     schedules: dict[str, Any] = {}
     for name, (optimizer, schedule) in given.items():
-        parts.optimizers[name] = parts.shared[name] = _optimizer(optimizer, task, name)
+        with placed(f"the optimizer {name!r}", at):
+            parts.optimizers[name] = parts.shared[name] = _optimizer(optimizer, task, name)
         schedules[name] = schedule
     base = Stage("main", until, train, valid, None, accumulate, weight, validate_every)
+    base.made_at = None  # what it says was said to the Trainer
     _unique("stage", [stage.name for stage in stages or []])
     for i, stage in enumerate(stages or [base]):
         before = old[i].phases if i < len(old) else []
         inherited = [s for one in (*old[i : i + 1], *old) for s in one.scheduled if not s.of_stage]
-        parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key, before, inherited))
+        with placed(f"stage {stage.name!r}", stage.made_at):
+            parts.stages.append(_stage(stage, base, task, parts, schedules, clip_norm, key, before, inherited))
     for optimizer in parts.optimizers.values():
         _move_state(optimizer, converted=converted)
     return parts
@@ -145,9 +159,23 @@ def sample_count(batch: Any) -> int:
         return 1
 
 
-def _number_of(weight: Callable[[Any], Any]) -> Callable[[Any], float]:
-    """``weight`` with a number as its result, also where it returns a tensor."""
-    return lambda batch: float(weight(batch))
+def number_of(weight: Callable[[Any], Any]) -> Callable[[Any], float]:
+    """``weight`` with a number as its result, also where it returns a tensor; DataError for what weighs nothing."""
+
+    @wraps(weight)
+    def number(batch: Any) -> float:
+        found = weight(batch)
+        try:
+            value = float(found)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise DataError(
+                f"weight(batch) returned {found!r}; return how many samples or tokens the batch has: a number from 0"
+            )
+        return value
+
+    return number
 
 
 def measured_by(metrics: Mapping[str, Any]) -> Meters | None:
@@ -158,6 +186,13 @@ def measured_by(metrics: Mapping[str, Any]) -> Meters | None:
 def _named(found: Any) -> dict[str, tuple[Any, Any]]:
     """``configure_optimizers`` may return an optimizer, ``(optimizer, schedule)``, or a dict of name to either."""
     pairs = found if isinstance(found, Mapping) else {"main": found}
+    for name, pair in pairs.items():
+        if not isinstance(name, str) or (isinstance(pair, tuple) and len(pair) != 2):
+            got = f"a tuple of {len(pair)}" if isinstance(name, str) else f"the name {name!r}"
+            raise SettingError(
+                f"configure_optimizers returned {got}; return an optimizer, (optimizer, schedule), or a dict of a name "
+                'to either, such as {"body": optimizer, "head": (optimizer, schedule)}'
+            )
     return {name: pair if isinstance(pair, tuple) else (pair, None) for name, pair in pairs.items()}
 
 
@@ -168,11 +203,16 @@ def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None) -> Op
         return optimizer
     if not callable(optimizer):
         raise SettingError(
-            f"the optimizer {name!r} is {optimizer!r}; pass a torch optimizer such as "
+            f"the optimizer {name!r} is {_short(optimizer)}; pass a torch optimizer such as "
             f"torch.optim.AdamW(net.parameters(), "
             "lr=1e-3), or a factory: lambda params: torch.optim.AdamW(params, lr=1e-3)"
         )
     named = dict(task.named_parameters())
+    if not any(p.requires_grad for p in named.values()) and patterns is None:
+        raise SettingError(
+            f"the factory of optimizer {name!r} has nothing to move: no parameter of {type(task).__name__} is "
+            "trainable. Add the module that is to be trained to the task, or set requires_grad_(True) on its parameters"
+        )
     chosen = named if patterns is None else {n: named[n] for n in named if n in match_names(patterns, named)}
     made = optimizer([p for p in chosen.values() if p.requires_grad or patterns is not None])
     if not isinstance(made, Optimizer):
@@ -182,9 +222,15 @@ def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None) -> Op
     return made
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else with_article(type(value).__name__)
+
+
 def _check_moved(optimizer: Optimizer, task: Any, name: str) -> None:
     """Refuse an optimizer that was made before the parameters were shared out: it would move what nobody uses."""
-    models = task.models().values()
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    models = task.models().values() if grouped else ()
     if not any(is_shard(p) for model in models for p in model.parameters()):
         return
     if any(is_shard(p) for group in optimizer.param_groups for p in group["params"]):
@@ -203,16 +249,17 @@ def _stage(
 ) -> Stage:  # fmt: skip
     """A resolved copy of ``stage``; what it leaves out comes from ``fit``."""
     made = replace(stage)
+    made.made_at = stage.made_at
     ends = [one for one in _listed(stage.until) if isinstance(one, Callback)]
-    made.until = [Duration.parse(one, unit="epochs") for one in _listed(stage.until) if one not in ends]
-    made.callbacks, made.ends = [*stage.callbacks, *ends], [str(one) for one in (*made.until, *ends)]
+    until = [Ends.parse(one, unit="epochs") for one in _listed(stage.until) if one not in ends]
+    made.callbacks, made.ends = [*stage.callbacks, *ends], [str(one) for one in (*until, *ends)]
     _check_stage(stage, task, made.callbacks)
     made.source = as_source(base.source if stage.source is None else stage.source, train=True, key=key)
     made.valid = as_sources(base.valid if stage.valid is None else stage.valid, key)
     made.accumulate = parse_accumulate(base.accumulate if stage.accumulate is None else stage.accumulate)
     made.weight = stage.weight or base.weight
     made.counts_samples = made.weight is None
-    made.weight = _number_of(made.weight) if made.weight else samples if isinstance(task, nn.Module) else sample_count
+    made.weight = number_of(made.weight) if made.weight else samples if isinstance(task, nn.Module) else sample_count
     made.validate_every = Every(base.validate_every if stage.validate_every is None else stage.validate_every)
     optimizers = dict(parts.shared)
     if stage.optimizer is not None:
@@ -233,8 +280,11 @@ def _stage(
     if stage.schedule is not None or stage.lr is not None:  # in place of all others
         schedules, known, inherited = {}, {}, []
         phases = [replace(phase, schedule=None) for phase in phases]
+    said = any(one is not None for one in (stage.phases, stage.optimizer, stage.schedule, stage.lr))
+    own = stage.made_at if said else written_by_user(task.phases) or getattr(task, "_made_at", None)
     for phase in phases:
-        found += _phase(phase, optimizers, schedules, parts, clip_norm, known, inherited, alone=len(phases) == 1)
+        with placed(f"phase {phase.name!r}", own):
+            found += _phase(phase, optimizers, schedules, parts, clip_norm, known, inherited, alone=len(phases) == 1)
         for scheduler in phase.epoch_schedulers if made.valid else ():
             scheduler.default_monitor = "/".join(["valid", *filter(None, [next(iter(made.valid))]), "loss"])
     stepped: set[int] = set()
@@ -252,6 +302,7 @@ def _stage(
         made.source = Chunks(made.source, task.chunks)
         for phase in phases:
             phase.step = made.source.carrying(phase.name, phase.step)
+    made.until = [end_in(made, part) for end in until for part in end.parts]
     steps, batches = made.epoch_steps, made.source.batches
     made.whole = Whole(tuple(made.until), steps, batches / steps if steps and batches else 1)
     made.scheduled = scheduled_in(made, found)
@@ -259,11 +310,14 @@ def _stage(
 
 
 def _check_stage(stage: Stage, task: Any, callbacks: list[Any]) -> None:
-    """Raise for a callback that is none, or that a Trainer has to have, and for a loss that cannot take a place."""
+    """Raise for a callback that is none or a Trainer's, a pattern that matches nothing, a loss without a place."""
     for callback in callbacks:
         if hasattr(callback, "due"):
             raise SettingError(f"stage {stage.name!r}: a {type(callback).__name__} belongs to Trainer(checkpoint=...)")
         check_callback(callback)
+    for patterns in (stage.train, stage.freeze):
+        if patterns is not None and isinstance(task, nn.Module):
+            match_names(patterns, trainable_flags(task))
     if stage.loss is None:
         return
     if not hasattr(task, "loss"):
@@ -335,8 +389,10 @@ def move_task(
     dtype can hold.
     """
     converted = False
-    for module in (*([task] if isinstance(task, nn.Module) else []), *models.values()):
-        tensors = [*module.parameters(), *module.buffers()]
+    inside = {*task.modules()} if isinstance(task, nn.Module) else set[nn.Module]()
+    for module in (*([task] if inside else []), *(model for model in models.values() if model not in inside)):
+        kept = [(*part._parameters.values(), *part._buffers.values()) for part in module.modules()]
+        tensors = [tensor for of_part in kept for tensor in of_part if tensor is not None]
         if any(tensor.device != device for tensor in tensors):
             module.to(device)
         if holds is not None and any(tensor.is_complex() for tensor in tensors):

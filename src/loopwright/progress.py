@@ -1,15 +1,17 @@
-"""How far a run is, and how long or how often something lasts: progress, durations, intervals."""
+"""How far a run is, and how long something lasts: progress, durations, the ends of a stage."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from loopwright.errors import SettingError, choose
 
-__all__ = ["Duration", "Every", "Progress", "Whole"]
+__all__ = ["Duration", "Ends", "Progress", "Whole", "alternatives", "field_of", "is_counted"]
 
 
 class Progress(NamedTuple):
@@ -35,16 +37,21 @@ class Progress(NamedTuple):
 
 _UNITS = {
     "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs",
-    "sample": "samples", "samples": "samples", "s": "seconds", "sec": "seconds",
+    "sample": "samples", "samples": "samples", "token": "tokens", "tokens": "tokens", "batch": "batches",
+    "batches": "batches", "%": "percent", "percent": "percent", "s": "seconds", "sec": "seconds",
     "second": "seconds", "seconds": "seconds", "min": "minutes", "minute": "minutes", "minutes": "minutes",
     "h": "hours", "hour": "hours", "hours": "hours", "day": "days", "days": "days",
 }  # fmt: skip
+_WHOLE = ("steps", "samples", "tokens", "batches")
+_COUNTED = {"steps": "step", "epochs": "epoch", "samples": "samples", "tokens": "samples", "seconds": "seconds"}
 _SECONDS = {"minutes": 60.0, "hours": 3600.0, "days": 86400.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """A length of training: a number of steps, epochs, samples or seconds.
+    """A length of training: a number of steps, epochs, samples, tokens, batches or seconds, or a part of a stage.
+
+    Tokens are what ``fit(weight=)`` gives.
 
     >>> Duration.parse("10 min")
     Duration(value=600.0, unit='seconds')
@@ -57,32 +64,17 @@ class Duration:
 
     @classmethod
     def parse(cls, text: Duration | int | str, *, unit: str = "steps") -> Duration:
-        """Read ``"500 steps"``, ``"2 epochs"``, ``"10 min"``, ``"1e6 samples"`` or a bare number of ``unit``.
+        """Read "500 steps", "2 epochs", "10 min", "1e6 samples", "10%" or a bare number of ``unit``.
 
         Raises SettingError for an unknown unit, and for a value that is not a positive number.
         """
         if isinstance(text, Duration):
             return text
-        match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
-        try:
-            if match is None or isinstance(text, bool):
-                raise ValueError
-            value, name = float(match[1]), match[2].lower() or unit
-        except ValueError:
-            raise SettingError(
-                f"{text!r} is not a duration; write a number and a unit, such as '500 steps', '2 epochs', "
-                "'10 min' or '1e6 samples'"
-            ) from None
-        if name not in _UNITS:
-            raise SettingError(f"unknown unit {name!r} in the duration {text!r}. {choose(name, _UNITS)}")
-        unit = _UNITS[name]
-        if not value > 0 or math.isinf(value) or (unit in ("steps", "samples") and value % 1):
-            raise SettingError(f"the duration {text!r} must be a positive {'whole ' if value % 1 else ''}number")
-        return cls(value * _SECONDS.get(unit, 1.0), "seconds" if unit in _SECONDS else unit)
+        return (_read if isinstance(text, (str, int, float)) else _read.__wrapped__)(text, unit)
 
     def position(self, progress: Progress, batches: int | None = None) -> float:
         """Where ``progress`` stands in this unit; epochs count fractions when ``batches`` an epoch are known."""
-        counted: float = progress[_field_of(self.unit)]  # type: ignore[assignment]
+        counted: float = progress[field_of(self)]  # type: ignore[assignment]
         return counted + (progress.batch / batches if batches and self.unit == "epochs" else 0.0)
 
     @property
@@ -91,48 +83,87 @@ class Duration:
         return self.unit == "epochs" and self.value % 1 != 0
 
     def __str__(self) -> str:
-        return f"{self.value:.15g} {self.unit if self.value != 1 else self.unit[:-1]}"
+        if self.unit == "percent":
+            return f"{self.value:.15g}%"
+        singular = "batch" if self.unit == "batches" else self.unit[:-1]
+        return f"{self.value:.15g} {self.unit if self.value != 1 else singular}"
 
 
-def _field_of(unit: str) -> int:
-    """Which field of a Progress counts ``unit``."""
-    return Progress._fields.index({"steps": "step", "epochs": "epoch"}.get(unit, unit))
+@lru_cache(maxsize=256, typed=True)  # every fit reads the same few
+def _read(text: int | str, unit: str) -> Duration:
+    match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]*|%)\s*", str(text), re.IGNORECASE)
+    try:
+        if match is None or isinstance(text, bool):
+            raise ValueError
+        value, name = float(match[1]), match[2].lower() or unit
+    except ValueError:
+        raise SettingError(
+            f"{text!r} is not a duration; write a number and a unit, such as '500 steps', '2 epochs', "
+            "'10 min' or '1e6 samples'"
+        ) from None
+    if name not in _UNITS:
+        raise SettingError(f"unknown unit {name!r} in the duration {text!r}. {choose(name, _UNITS)}")
+    unit = _UNITS[name]
+    if not value > 0 or math.isinf(value) or (unit in _WHOLE and value % 1):
+        raise SettingError(f"the duration {text!r} must be a positive {'whole ' if value % 1 else ''}number")
+    if unit == "percent" and value > 100:
+        raise SettingError(f"the duration {text!r} is more than all; write at most 100%")
+    return Duration(value * _SECONDS.get(unit, 1.0), "seconds" if unit in _SECONDS else unit)
 
 
-class Every:
-    """An interval: ``due`` is true when a multiple of the duration has been completed since it was asked last.
+def field_of(duration: Duration) -> int:
+    """Which field of a Progress counts the unit of ``duration``."""
+    return Progress._fields.index(_COUNTED[duration.unit])
 
-    Multiples count from the start of the run, so nothing needs saving and a resumed run fires where it would have.
 
-    >>> every = Every("2 steps")
-    >>> [every.due(Progress(step=n)) for n in (1, 2, 3, 4, 5)]
-    [False, True, False, True, False]
+def is_counted(duration: Duration) -> bool:
+    """True for what progress alone tells, without the length of a stage or of its epochs."""
+    return duration.unit in _COUNTED and not duration.is_part
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Several durations as one: "10 epochs | 2 h" lasts until the first is over, "2 epochs & 500 steps" until both are.
+
+    ``parts``: the first of them that is over counts; each is over with the last of its own.
+
+    >>> str(Ends.parse("500 steps & 2 epochs | 1 h"))
+    '500 steps & 2 epochs | 3600 seconds'
     """
 
-    __slots__ = ("_field", "batches", "duration", "next")
+    parts: tuple[tuple[Duration, ...], ...]
 
-    def __init__(self, duration: Duration | int | str, *, unit: str = "steps") -> None:
-        self.duration = Duration.parse(duration, unit=unit)
-        self._field = _field_of(self.duration.unit)
-        self.start(Progress())
+    @classmethod
+    def parse(cls, text: Ends | Duration | int | str, *, unit: str = "steps") -> Ends:
+        """Read durations joined by "|" and "&", which binds closer. Raises SettingError as ``Duration.parse`` does."""
+        if isinstance(text, Ends):
+            return text
+        if not isinstance(text, str):
+            return cls(((Duration.parse(text, unit=unit),),))
+        return cls(tuple(tuple(Duration.parse(d, unit=unit) for d in part) for part in alternatives(text)))
 
-    def start(self, progress: Progress, batches: int | None = None) -> None:
-        """Begin, or begin again after a resume, at ``progress``; ``batches`` an epoch allow parts of an epoch."""
-        self.batches = batches if self.duration.is_part else None
-        self._after(self.duration.position(progress, self.batches))
+    @property
+    def alone(self) -> Duration | None:
+        """The duration, if it is one."""
+        return self.parts[0][0] if len(self.parts) == len(self.parts[0]) == 1 else None
 
-    def _after(self, position: float) -> None:
-        self.next = (math.floor(position / self.duration.value + 1e-9) + 1) * self.duration.value - 1e-9
+    def share(self, of: Callable[[Duration], float]) -> float:
+        """What part of a whole it is, by what part each of its durations is."""
+        return min(max(of(duration) for duration in part) for part in self.parts)
 
-    def due(self, progress: Progress) -> bool:
-        """True once for each multiple reached; one long step that passes several counts once."""
-        if self.batches is None and progress[self._field] < self.next:  # type: ignore[operator]
-            return False  # nearly always, hence first
-        position = self.duration.position(progress, self.batches)
-        if position < self.next:
-            return False
-        self._after(position)
-        return True
+    def __str__(self) -> str:
+        return " | ".join(" & ".join(map(str, part)) for part in self.parts)
+
+
+def alternatives(text: str) -> list[list[str]]:
+    """What stands between "|", and in each what stands between "&", which binds closer. SettingError for brackets.
+
+    >>> alternatives("500 steps & 2 epochs | 1 h")
+    [['500 steps ', ' 2 epochs '], [' 1 h']]
+    """
+    if "(" in text or ")" in text:
+        raise SettingError(f"{text!r}: write it without brackets; '&' binds closer than '|': 'a & c | b & c'")
+    return [part.split("&") for part in text.split("|")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +210,17 @@ class Whole:
 
     def share(self, duration: Duration) -> float:
         """What part of the stage ``duration`` is. Raises SettingError where it cannot be known before it is over."""
-        same = [end.value for end in self.ends if end.unit == duration.unit]
+        if duration.unit == "percent":
+            return duration.value / 100
+        unit = "samples" if duration.unit == "tokens" else duration.unit
+        same = [end.value for end in self.ends if end.unit == unit]
         if same:
             return duration.value / min(same)
         if self.per_epoch is not None:
-            each = {"steps": 1, "epochs": self.per_epoch}
+            each = {"steps": 1, "epochs": self.per_epoch, "batches": 1 / self.accumulate}
             steps = [end.value * each[end.unit] for end in self.ends if end.unit in each]
-            if steps and duration.unit in each:
-                return duration.value * each[duration.unit] / min(steps)
+            if steps and unit in each:
+                return duration.value * each[unit] / min(steps)
         raise SettingError(
             f"what part '{duration}' is of a stage that lasts {self} is not known before it is over; give a fraction "
             f"such as 0.1, or a duration in {' or '.join(sorted({end.unit for end in self.ends})) or 'its own unit'}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from loopwright.delivery import log_values
+from loopwright.errors import choose
+from loopwright.recorded import at, unmet
 from loopwright.state import Run, Stage
+from loopwright.written import warn
 
 __all__ = ["learning_rates", "log_epoch", "log_train"]
 
@@ -16,7 +19,10 @@ def log_train(run: Run) -> None:
             if phase.meters is not None:
                 told = phase.meters.each_record(run.team and run.team.comm.gather)
                 means |= {f"{phase.prefix}{name}": value for name, value in told.items()}
-        log_values(run, {**{f"train/{name}": value for name, value in means.items()}, **learning_rates(run)}, "train")
+        values = {f"train/{name}": value for name, value in means.items()}
+        if run.recorded:
+            values = at(run.recorded, values, "step")
+        log_values(run, {**values, **learning_rates(run)}, "train")
         last = run.history[-1] if len(run.history) else {}
         if last.get("step") == run.progress.step:  # what is left over of an epoch does not hide the mean over it
             run.metrics.update({name: value for name, value in last.items() if "/" in name})
@@ -32,6 +38,9 @@ def log_epoch(run: Run, stage: Stage) -> None:
                 phase.meters.join(run.team.comm.gather(phase.meters.cut()))
             values |= {f"train/{phase.prefix}{name}": value for name, value in phase.meters.compute().items()}
             phase.meters.reset()
+    if run.recorded:
+        _check_recorded(run, values)
+        values = at(run.recorded, values, "epoch")
     if run.validated_at == run.progress.step:
         values |= {name: value for name, value in run.metrics.items() if name.startswith("valid/")}
     values |= learning_rates(run)
@@ -39,6 +48,17 @@ def log_epoch(run: Run, stage: Stage) -> None:
     record = {"epoch": p.epoch, "step": p.step, "samples": p.samples, "seconds": p.seconds, **values}
     run.history.append(record if len(run.stages) == 1 else {**record, "stage": run.stages[p.stage].name})
     log_values(run, values, "epoch")
+
+
+def _check_recorded(run: Run, values: dict[str, float]) -> None:
+    """After the first epoch, say which names of ``Task.recorded`` nothing has."""
+    names = {*values, *run.metrics}
+    for name in unmet(run.recorded, names) if not len(run.history) else ():
+        kind = type(run.task).__name__
+        warn(
+            f"{kind}.recorded says where {name!r} is to be seen, and no step has returned it. "
+            f"{choose(name, [n.partition('/')[2] for n in names if '/' in n])}"
+        )
 
 
 def learning_rates(run: Run) -> dict[str, float]:

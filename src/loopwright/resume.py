@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from loopwright.bodies import edited
 from loopwright.checkpoint import Contents, find, list_checkpoints, newest, read, snapshot, sweep
 from loopwright.checkpoint.manifest import parse
 from loopwright.checkpoint.places import Place, as_place
-from loopwright.data import Schema, changes, fingerprint
-from loopwright.errors import CheckpointError, DataError, LoopwrightWarning, SettingError, choose
+from loopwright.compared import Differences, compared
+from loopwright.data import changes, fingerprint
+from loopwright.data.trained_on import TrainedOn
+from loopwright.errors import CheckpointError, DataError, SettingError, choose
 from loopwright.events import fire
 from loopwright.folder import hold, newest_folder
 from loopwright.parallel import Single
+from loopwright.resolved import resolved
 from loopwright.stages import nothing_left, reopen
 from loopwright.state import Comm, Run, has_state
+from loopwright.written import warn
 
 __all__ = ["Point", "Resume", "find_point"]
 
 How = Literal["exact", "approximate", "weights"]
 _ALONE: Comm = Single()
+_LOADING = re.compile(r"stages/[^/]+/data/")  # settings of which the data itself tells more
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +67,45 @@ class Point:
     folder: Path | None
     auto: bool
     reasons: list[str] = field(default_factory=list)
+    settings: Differences = field(default_factory=lambda: Differences([], [], []))
+    edits: list[str] = field(default_factory=list)
 
     @property
     def key(self) -> int | None:
         """The key of the streams of the saved run; a new process would choose another. None to begin anew."""
         return None if self.how == "weights" else self.data.state.get("recipe", {}).get("key")
+
+    def check(self, run: Run) -> None:
+        """Raise CheckpointError for what does not fit ``run``; changes nothing.
+
+        So it does for what cannot go on exactly, as far as that can be told without the order of the data.
+        """
+        if self.how == "weights":
+            snapshot.check_models(run, self.data)
+            return
+        self._check_fit(run)
+        self._refuse(self._compare(run, []))
+
+    def _check_fit(self, run: Run) -> None:
+        if "progress" not in self.data.state:
+            raise CheckpointError(
+                f"{self.data.path} holds weights and nothing to go on with. Begin with them: fit(..., "
+                f"resume=lw.Resume({str(self.data.path)!r}, how='weights'))"
+            )
+        snapshot.check_fit(run, self.data)
+
+    def _refuse(self, reasons: list[str]) -> None:
+        if reasons and self.how == "exact":
+            listed = "".join(f"\n  - {reason}" for reason in reasons)
+            again, weights = (
+                repr(how) if self.auto else f"lw.Resume({str(self.data.path)!r}, how={how!r})"
+                for how in ("approximate", "weights")
+            )
+            raise CheckpointError(
+                f"{self.data.path} cannot be resumed with the same bits:{listed}\nMend that; or begin another run, "
+                f"resume=None, also from these weights, resume={weights}; or go on all the same: "
+                f"fit(..., resume={again})"
+            )
 
     def prepare(self, run: Run) -> None:
         """Let ``run``, whose stages and optimizers are ready, begin at this point; before anything is opened.
@@ -75,26 +115,18 @@ class Point:
         if self.how == "weights":
             snapshot.restore_models(run, self.data)
             return
-        if "progress" not in self.data.state:
-            raise CheckpointError(
-                f"{self.data.path} holds weights and nothing to go on with. Begin with them: fit(..., "
-                f"resume=lw.Resume({str(self.data.path)!r}, how='weights'))"
-            )
-        snapshot.check_fit(run, self.data)
+        self._check_fit(run)
         state = self.data.state
-        self.reasons = list(self._reasons(run))
-        if self.reasons and self.how == "exact":
-            listed = "".join(f"\n  - {reason}" for reason in self.reasons)
-            again = "'approximate'" if self.auto else f"lw.Resume({str(self.data.path)!r}, how='approximate')"
-            raise CheckpointError(
-                f"{self.data.path} cannot be resumed with the same bits:{listed}\nMend that, or go on all the same: "
-                f"fit(..., resume={again})"
-            )
+        resolved(run)  # as they were made: what the checkpoint holds is not in the data yet
+        self.reasons = self._compare(run, list(self._order(run)))
+        self._refuse(self.reasons)
+        if not run.comm.rank:
+            self._warn()
         run.progress, run.stage_start = snapshot.progress(self.data), snapshot.progress(self.data, "stage_start")
         run.stage_ended_at = state["counters"].get("stage_ended_at")
         run.history.load_state_dict(state["history"])
         run.metrics.update(state["metrics"])
-        run.schema = None if state["data"]["schema"] is None else Schema.from_dict(state["data"]["schema"])
+        run.schema = TrainedOn.from_dict(state["data"]).schema
         run.folder, run.resumed_from, run.restore = self.folder, self.data.path, lambda: self.restore(run)
         snapshot.restore_loggers(run, self.data)
         if self.auto:
@@ -125,6 +157,8 @@ class Point:
             callback.put_back(run)
         run.status = "stopped" if run.stop_reason else "done"
         run.task.__dict__["_run"] = run
+        TrainedOn.forget((run.task, *run.models.values()))
+        TrainedOn.leave(run)
 
     def _open(self, run: Run) -> None:
         """Open the stage that is to go on: the last one again, or one that was added to a run that had ended."""
@@ -133,14 +167,42 @@ class Point:
             run.stage_start, run.stage_ended_at = run.progress, None
         reopen(run)
 
-    def _reasons(self, run: Run) -> Iterator[str]:
-        """Why the bits could be others than those of the run that was never stopped."""
+    def _compare(self, run: Run, order: list[str]) -> list[str]:
+        """Why the bits could be others than those of the run that was never stopped; ``order``: what its data says."""
         told: list[list[str]] = [exact for exact in (self.data.info["exact"], run.exact) if isinstance(exact, list)]
-        yield from dict.fromkeys(why for exact in told for why in exact)
         saved = self.data.state["data"]["fingerprint"]
-        yield from changes(saved, fingerprint(run.data)) if saved is not None else ()
-        for kind in ("conditions", "recipe"):
-            yield from _changes(self.data.state[kind], getattr(snapshot, kind)(run))
+        others = changes(saved, fingerprint(run.data)) if saved is not None else []
+        data = [*(others or _other_columns(run, self.data.state["data"])), *order]
+        now = snapshot.conditions(run)
+        conditions = [f"{name} was {was!r} and is {now[name]!r}" for name, was in self.data.state["conditions"].items()
+                      if name in now and now[name] != was]  # fmt: skip
+        state = self.data.state
+        self.settings, (lambdas, self.edits) = run.comm.first(
+            lambda: (compared(state["recipe"], resolved(run)), edited(state.get("code", {}), run.code))
+        )
+        decides = [one for one in self.settings.decides if not (data and _LOADING.match(one))]
+        inexact = dict.fromkeys(why for exact in told for why in exact)
+        return [*inexact, *data, *conditions, *self._stages(run), *decides, *lambdas]
+
+    def _stages(self, run: Run) -> Iterator[str]:
+        """Stages that were begun in the saved run, and that this one has not, or not in their order."""
+        begun = list(self.data.state["recipe"].get("stages", ()))[: self.data.state["stage"].get("index", 0) + 1]
+        now = [stage.name for stage in run.stages]
+        if begun != now[: len(begun)]:
+            yield f"the stages began with {', '.join(map(repr, begun))} and are {', '.join(map(repr, now))}"
+
+    def _warn(self) -> None:
+        """Tell of what may be another run from here on, or is measured in another way; once, at the call of ``fit``."""
+        step = self.data.info["step"]
+        told = [f"{'; '.join(self.edits)}: not as it was when {self.data.path} was written. If what it computes has "
+                "changed, the rest of the run is another one"] if self.edits else []  # fmt: skip
+        told += [f"what is measured from step {step} on cannot be compared with what was measured before: "
+                 f"{'; '.join(self.settings.measures)}"] if self.settings.measures else []  # fmt: skip
+        if told:
+            warn(f"the run goes on, but {'. And '.join(told)}")
+
+    def _order(self, run: Run) -> Iterator[str]:
+        """Why the order of the data could be another one; the source stands at the checkpoint afterwards."""
         state, stage = self.data.state["stage"], run.stages[min(self.data.state["stage"]["index"], len(run.stages) - 1)]
         if not has_state(stage.source):
             return
@@ -154,15 +216,25 @@ class Point:
                 order["digest"] = None  # a sampler that does not repeat itself is accepted
 
 
+def _other_columns(run: Run, saved: Mapping[str, Any]) -> list[str]:
+    """What a fingerprint may have left out: it tells the first 100 columns."""
+    try:
+        TrainedOn.from_dict(saved).check(run.stages[0].source, "train")
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
 def find_point(
     wanted: Resume | Place | str, root: str | Path | None, label: str, *, elsewhere: Sequence[Place] = (),
-    comm: Comm = _ALONE, mesh: Any = None,
+    comm: Comm = _ALONE, mesh: Any = None, tidy: bool = True,
 ) -> Point | None:  # fmt: skip
     """The checkpoint that ``wanted`` means for a run called ``label`` in ``root``, read; None to begin anew.
 
     ``mesh``: of the ranks, where parameters are shared out over them: each reads its part.
 
-    ``elsewhere``: other folders in which savers of this run write. A damaged checkpoint is passed over with a warning
+    ``elsewhere``: other folders in which savers of this run write. ``tidy`` removes what an interrupted write has left
+    in the folder. A damaged checkpoint is passed over with a warning
     when an older good one of the same run is there. Raises CheckpointError when there is none, and SettingError when
     another process is training in that folder.
     """
@@ -172,7 +244,7 @@ def find_point(
 
     def look() -> tuple[Any, ...] | None:
         nonlocal point
-        point = _find(wanted, root, label, elsewhere, mesh)
+        point = _find(wanted, root, label, elsewhere, mesh, tidy)
         return None if point is None else (point.data.path, point.folder)
 
     found = comm.first(look)
@@ -182,7 +254,9 @@ def find_point(
     return point
 
 
-def _find(wanted: Resume, root: str | Path | None, label: str, elsewhere: Sequence[Place], mesh: Any) -> Point | None:
+def _find(
+    wanted: Resume, root: str | Path | None, label: str, elsewhere: Sequence[Place], mesh: Any, tidy: bool
+) -> Point | None:
     auto = wanted.path == "auto"
     if auto:
         if root is None and not elsewhere:
@@ -202,7 +276,7 @@ def _find(wanted: Resume, root: str | Path | None, label: str, elsewhere: Sequen
             return Point(read(path, mesh), wanted.how, own, auto)
         places = [find(path).parent]
         owner = _owner(places[0])
-    if owner is not None and wanted.how != "weights":
+    if owner is not None and tidy and wanted.how != "weights":
         with hold(owner):  # what is being written there is not ours to sweep
             sweep(owner / "checkpoints")
     found = [data for place in places if (data := _newest_good(place, mesh)) is not None]
@@ -230,18 +304,9 @@ def _newest_good(folder: Place, mesh: Any) -> Contents | None:
             bad.append(str(error))
     if data is not None:
         if bad:
-            warnings.warn(f"{'; '.join(bad)}. Going on from {data.path}", LoopwrightWarning, stacklevel=5)
+            warn(f"{'; '.join(bad)}. Going on from {data.path}")
         return data
     if bad:
         listed = "".join(f"\n  - {text}" for text in bad)
         raise CheckpointError(f"no checkpoint in {folder} can be read:{listed}\nTo begin anew: fit(..., resume=None)")
     return None
-
-
-def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    for name, value in now.items():
-        was = saved.get(name)
-        if isinstance(value, Mapping) and isinstance(was, Mapping):
-            yield from _changes(was, value, f"{where}{name}/")
-        elif name in saved and was != value:
-            yield f"{where}{name} was {was!r} and is {value!r}"

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import inspect
 import types
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,14 +17,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loopwright import rng
+from loopwright.bodies import is_filled
 from loopwright.callbacks import Capsule, ProgressBar
 from loopwright.checkpoint import Contents, list_checkpoints, read, snapshot, write
 from loopwright.data import fingerprint
-from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
+from loopwright.errors import CheckpointError, SettingError
 from loopwright.events import Callback
 from loopwright.optim import settings_of
 from loopwright.resume import Point
 from loopwright.state import Run, Stage, has_state
+from loopwright.written import warn
 
 __all__ = ["Kept", "keep_stages"]
 
@@ -52,7 +53,7 @@ class Kept(Callback):
             try:
                 data = _fitting(run, index, read(found[-1]))
             except CheckpointError as error:
-                warnings.warn(f"stage {stage.name!r} is trained again: {error}", LoopwrightWarning, stacklevel=6)
+                warn(f"stage {stage.name!r} is trained again: {error}")
                 continue
             self._begun_at = place
             run.reused = [one.name for one in run.stages[: index + 1]]
@@ -128,7 +129,7 @@ def _digests(run: Run, given: Sequence[Stage]) -> Iterator[tuple[str, str]]:
         moved = {id(o): o for phase in stage.phases for o in phase.moved}
         _add(digest, [
             named, stage.ends, stage.accumulate if isinstance(stage.accumulate, int) else str(stage.accumulate),
-            str(stage.validate_every.duration), [_of_data(one) for one in data],
+            str(stage.validate_every), [_of_data(one) for one in data],
             [[p.name, p.every, p.clip_norm, p.step] for p in stage.phases],
             [settings_of(s) for s in schedules], list(moved.values()),
         ])  # fmt: skip
@@ -179,7 +180,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
         yield from (value.__func__.__qualname__, type(value.__self__))
     elif isinstance(value, types.FunctionType):
         yield _text(value)
-        yield from (value.__defaults__, [c.cell_contents for c in value.__closure__ or () if _is_filled(c)])
+        yield from (value.__defaults__, [c.cell_contents for c in value.__closure__ or () if is_filled(c)])
     elif isinstance(value, Optimizer):
         settings = [{k: v for k, v in group.items() if k != "params"} for group in value.param_groups]
         yield from (type(value), settings, [[p.shape for p in g["params"]] for g in value.param_groups])
@@ -191,14 +192,6 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
         for name, part in sorted(getattr(value, "__dict__", {}).items()):
             if not name.startswith("_") and name not in remembered and not isinstance(part, (Optimizer, Run)):
                 yield from (name, part)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _text(code: Any) -> str:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["forked", "get", "seed", "set"]
+__all__ = ["READ", "forked", "get", "same", "seed", "set"]
+
+# of the generators that every process has: how to take the state of each
+READ: dict[str, Callable[[], Any]] = {
+    "torch": torch.default_generator.get_state,
+    "python": random.getstate,
+    "numpy": lambda: np.random.get_state(legacy=False),
+}
 
 
 def get() -> dict[str, Any]:
@@ -25,11 +32,7 @@ def get() -> dict[str, Any]:
     >>> torch.equal(torch.rand(2), first)
     True
     """
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-    }
+    state = {name: read() for name, read in READ.items()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -51,6 +54,25 @@ def set(state: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(state["mps"])
 
 
+def same(a: Any, b: Any) -> bool:
+    """True for equal states: of one generator, or all that ``get`` gives.
+
+    >>> state = get()
+    >>> same(state, get())
+    True
+    >>> _ = torch.rand(1)
+    >>> same(state, get()), same(state["python"], random.getstate())
+    (False, True)
+    """
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):  # one a device
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else bool(a == b)
+
+
 def seed(number: int) -> None:
     """Seed the global generators of Python, NumPy and torch, every device's too.
 
@@ -62,7 +84,10 @@ def seed(number: int) -> None:
     """
     random.seed(number)
     np.random.seed(number % 2**32)
-    torch.manual_seed(number)
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:  # which would keep a stack trace for each kind of device that is not there: 70 times the cost
+        torch.default_generator.manual_seed(number)
 
 
 class forked:  # noqa: N801 - reads as a verb: with rng.forked()

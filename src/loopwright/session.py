@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -15,15 +14,18 @@ from torch import nn
 from loopwright import rng
 from loopwright.data import fingerprint
 from loopwright.data.plan import seed_from
+from loopwright.data.trained_on import TrainedOn
 from loopwright.delivery import close_loggers, start_loggers
-from loopwright.errors import LoopwrightError, LoopwrightWarning
+from loopwright.errors import LoopwrightError
 from loopwright.folder import about, close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.optim import set_trainable
 from loopwright.parallel import watched
+from loopwright.repeated import identity, note_finished, same_as_before, say_if_repeated
 from loopwright.resolved import resolved
 from loopwright.stages import chooses_parameters, nothing_left, reopen
 from loopwright.state import Progress, Run, has_state
+from loopwright.written import warn
 
 __all__ = ["closing_all", "go_on", "session"]
 
@@ -39,19 +41,20 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         rng.seed(seed_from(run.settings["key"], "rank", rank, run.progress.step))
     resumed = {} if run.resumed_from is None else {"resumed_from": str(run.resumed_from)}
     goes_on = run.folder is not None
-    settings, data = cache(lambda: resolved(run)), cache(lambda: _fingerprint(run))  # for the folder and for loggers
+    settings, data = partial(resolved, run), cache(lambda: _fingerprint(run))  # for the folder and for loggers
     if root is not None and not goes_on:
-        kept = settings() | resumed
-        run.folder = first(lambda: open_folder(root, label, settings=kept, seed=seed, data=data()))
+        run.folder = first(lambda: _open(run, root, label, settings() | resumed, data(), seed))
     lock = hold(run.folder) if run.folder is not None and not rank else None
     if goes_on and run.folder is not None and not rank:
-        reopen_folder(run.folder, **resumed)
+        who = same_as_before(run.folder, identity(run, settings(), data(), seed=seed), resumed=bool(resumed))
+        reopen_folder(run.folder, settings=settings(), step=run.progress.step, **resumed, identity=who)
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if deterministic:  # only then: torch's own function imports its compiler, which takes a second
         torch.use_deterministic_algorithms(True)
     error: BaseException | None = None
     run.status = "running"
     run.task.__dict__["_run"] = run
+    TrainedOn.forget((run.task, *run.models.values()))
     try:
         for handler in run.handlers:
             handler.start(run)
@@ -69,6 +72,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         run.status = "interrupted" if isinstance(caught, KeyboardInterrupt) else "failed"
         raise
     finally:
+        TrainedOn.leave(run)
         if deterministic:
             torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         if run.team is not None:
@@ -84,8 +88,17 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
                 lock.close()
 
 
+def _open(run: Run, root: Path | str, label: str, settings: Any, data: Any, seed: int | None) -> Path:
+    """The folder of a run that begins; it is said if the same one has been done before."""
+    who = identity(run, settings, data, seed=seed) if run.resumed_from is None and run.progress.step == 0 else None
+    say_if_repeated(root, label, who)
+    return open_folder(root, label, settings=settings, seed=seed, data=data, identity=who)
+
+
 def _fingerprint(run: Run) -> dict[str, Any] | None:
-    return None if run.data is None else fingerprint(run.data)
+    if run.fingerprint is None and run.data is not None:
+        run.fingerprint = fingerprint(run.data)  # checkpoints keep it as well
+    return run.fingerprint
 
 
 def _abandon(run: Run, told: str) -> None:
@@ -129,6 +142,8 @@ def _close(run: Run, error: BaseException | None) -> None:
             close_folder(
                 run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact, **ranks
             )
+            if status in ("done", "stopped"):
+                note_finished(run.folder)
         for close in run.closing:
             close(run)
     if first is not None and first is not error:
@@ -146,7 +161,7 @@ def go_on(run: Run, previous: Run) -> None:
     )  # fmt: skip
     run.latest = dict(previous.latest)
     run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema
-    run.trainable, run.validated_at = previous.trainable, previous.validated_at
+    run.trainable, run.validated_at = previous.trainable or run.trainable, previous.validated_at
     run.folder = previous.folder if _keeps_folder(run, previous) else None
     scaled, before = cast(Any, run.precision), cast(Any, previous.precision)
     if has_state(scaled) and type(scaled) is type(before):  # the scale of the gradients
@@ -186,12 +201,10 @@ def _keeps_folder(run: Run, previous: Run) -> bool:
 
 
 def _say_what_is_lost(progress: Progress, given: int) -> None:
-    warnings.warn(
+    warn(
         f"the last fit ended inside a step: {progress.batch} batches of epoch {progress.epoch + 1} were trained on, "
         f"but its data had already given {given}, and cannot go back. This fit goes on with epoch "
-        f"{progress.epoch + 2}; ask the Trainer for one more epoch to make up for it",
-        LoopwrightWarning,
-        stacklevel=5,
+        f"{progress.epoch + 2}; ask the Trainer for one more epoch to make up for it"
     )
 
 
@@ -200,13 +213,9 @@ def _say_what_is_odd(run: Run) -> None:
         for name, model in run.models.items():
             if not model.training:
                 model.train()
-                warnings.warn(
-                    f"{name} was in eval mode; it has been set to train mode", LoopwrightWarning, stacklevel=7
-                )
+                warn(f"{name} was in eval mode; it has been set to train mode")
     if run.progress.step > 0 and run.resumed_from is None and nothing_left(run):
-        warnings.warn(
+        warn(
             f"this task has already been trained for {run.progress.epoch} epochs ({run.progress.step} steps): nothing "
-            "to do. Ask the Trainer for more, or make a new task to start anew",
-            LoopwrightWarning,
-            stacklevel=7,
+            "to do. Ask the Trainer for more, or make a new task to start anew"
         )

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from loopwright.accumulation import check_unit
 from loopwright.data import Chunks, as_source, as_sources
 from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
+from loopwright.progress import Duration
 from loopwright.state import Progress, Run, Stage
 
 __all__ = [
-    "admit_callbacks", "apply_changes", "begin_stage", "chooses_parameters", "end_stage", "inexact", "is_over",
-    "needs_closure", "nothing_left", "reopen",
+    "admit_callbacks", "apply_changes", "begin_stage", "chooses_parameters", "end_in", "end_stage", "inexact",
+    "is_over", "needs_closure", "nothing_left", "reopen",
 ]  # fmt: skip
 
 
 def begin_stage(run: Run, stage: Stage) -> bool:
     """Make ``stage`` the open one: its end, intervals and trainable parameters. False if it was open before."""
-    p, start, batches = run.progress, run.stage_start, stage.source.batches
+    p, start = run.progress, run.stage_start
     run.stage_end = _end_of(run, stage)
     others = [c for other in run.stages for c in other.callbacks]
     if others:
@@ -31,14 +33,12 @@ def begin_stage(run: Run, stage: Stage) -> bool:
     if any(other.loss is not None for other in run.stages):
         loss = run.own_loss if stage.loss is None else stage.loss
         run.task.replace("loss", loss.to(run.device) if isinstance(loss, nn.Module) else loss)
-    run.log_every.start(p, batches)
+    run.log_every.begin(run)
     for handler in run.handlers:
-        handler.start_stage(run, stage)
-    run.validates_within = False
+        handler.start_stage(run)
+    run.validates_within = bool(stage.valid) and stage.validate_every.inside
     if stage.valid:
-        stage.validate_every.start(p, batches)
-        every = stage.validate_every.duration
-        run.validates_within = every.unit != "epochs" or every.is_part
+        stage.validate_every.begin(run)
     if chooses_parameters(run):
         set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
     if run.team is not None:
@@ -82,6 +82,33 @@ def _end_of(run: Run, stage: Stage) -> Progress:
         end["steps"] = min(end["steps"], run.stage_ended_at)
     steps, samples = end["steps"], end["samples"]
     return Progress(epoch=end["epochs"], step=steps, samples=samples, seconds=end["seconds"])  # type: ignore[arg-type]
+
+
+def end_in(stage: Stage, part: tuple[Duration, ...]) -> Duration:
+    """What a stage can count of its own end: durations that are all to be over, and batches, as steps."""
+    if len(part) == 1 and part[0].unit == "tokens":
+        check_unit("tokens", counts_samples=stage.counts_samples, who=f"until '{part[0]}'")
+        return Duration(part[0].value, "samples")
+    if len(part) == 1 and part[0].unit not in ("batches", "percent"):
+        return part[0]
+    return Duration(max(_steps(one, stage) for one in part), "steps")
+
+
+def _steps(end: Duration, stage: Stage) -> float:
+    """The steps in which a stage gets to ``end``. Raises SettingError where that is not known before."""
+    batches: int | None = stage.source.batches
+    each = stage.epoch_steps
+    if end.unit == "steps":
+        return end.value
+    if end.unit == "epochs" and each is not None:
+        return max(1, round(end.value * each))
+    if end.unit == "batches" and batches and each is not None and isinstance(stage.accumulate, int):
+        epochs, rest = divmod(end.value, batches)
+        return epochs * each + ceil(rest / stage.accumulate)
+    raise SettingError(
+        f"stage {stage.name!r}: how many steps '{end}' of it are is not known before; let it end with one duration, in "
+        "steps, epochs, samples or time, or by run.end_stage() in a callback"
+    )
 
 
 def reopen(run: Run) -> None:
@@ -217,6 +244,10 @@ def inexact(run: Run) -> list[str]:
     stage, at = run.stage, run.progress.batch
     if stage is not None and stage.loop is not None and stage.source.state_dict().get("batch", at) != at:
         reasons.append(f"the loop of stage {stage.name!r} has not done with a batch that its data has given")
+    held = {id(p) for model in run.models.values() for p in model.parameters()}
+    for name, optimizer in run.optimizers.items() if isinstance(run.task, nn.Module) else ():
+        if lost := sum(id(p) not in held for group in optimizer.param_groups for p in group["params"]):
+            reasons.append(f"the optimizer {name!r} moves {lost} tensors that are no parameters of the task's models")
     if run.replaced:
         reasons.append(f"objects were replaced: {', '.join(run.replaced)}")
     return list(dict.fromkeys(reasons))

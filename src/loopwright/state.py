@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 
 from loopwright.accumulation import parse_accumulate
 from loopwright.delivery import hand_over, takes
-from loopwright.errors import SettingError, choose
+from loopwright.errors import SettingError, choose, name_nearest
+from loopwright.every import Every
 from loopwright.history import History, Series
 from loopwright.notebook import sparkline, table_html
-from loopwright.progress import Duration, Every, Progress, Whole
-from loopwright.text import format_time
+from loopwright.progress import Duration, Progress, Whole
+from loopwright.text import format_time, format_value
+from loopwright.written import caller
 
 if TYPE_CHECKING:
     import torch
@@ -247,7 +249,8 @@ class Phase:
 class Stage:
     """A part of an experiment: "train the head for 1 epoch, then all for 4" is a list of two.
 
-    ``until`` is a duration counted from the start of the stage. ``source``, ``valid``, ``phases``, ``accumulate``,
+    ``until`` is a duration counted from the start of the stage, or several: "10 epochs | 2 h" (whichever is over
+    first), "2 epochs & 500 steps" (both are). ``source``, ``valid``, ``phases``, ``accumulate``,
     ``weight`` and ``validate_every`` left None are those of ``fit``. ``weight(batch)`` gives the samples or tokens of
     a batch. ``train`` holds name patterns (``"head.*"``) of the parameters that this stage trains, ``freeze`` of those
     that it does not; with neither, requires_grad is left as the user set it. ``schedule`` takes the place of all
@@ -285,6 +288,7 @@ class Stage:
     loop: Callable[[Run, Stage], None] | None = None
     ends: list[str] = field(default_factory=list, init=False, repr=False)  # ``until`` in words
     counts_samples: bool = field(default=True, init=False, repr=False)  # no weight function: sizes come from the plan
+    made_at: str | None = field(default_factory=caller, init=False, repr=False, compare=False)  # file and line
 
     def __post_init__(self) -> None:
         if self.accumulate is not None:
@@ -314,6 +318,10 @@ class Stage:
         return None if sizes is None else self.accumulate.steps(sizes)
 
 
+for _kind in (Phase, Stage):  # an unknown argument is an error that names the nearest, as everywhere
+    name_nearest(_kind)
+
+
 @dataclass(slots=True)
 class StepResult:
     """What an optimizer step left behind.
@@ -336,10 +344,10 @@ Placement = Literal["replicated", "sharded", "own", "rank 0"]
 _PLACED: dict[Placement, str] = {
     "replicated": "precision savers settings folder status exact progress stage_start metrics history stop_reason "
     "resumed_from nonfinite skip_limit skipped replaced fingerprint schema log_every ended changes stage_end reused "
-    "stage_ended_at own_loss trainable validates_within validated_at skips_in_row stages",
+    "stage_ended_at own_loss trainable validates_within validated_at skips_in_row stages recorded",
     "sharded": "task models optimizers",
-    "own": "callbacks hooks comm device state meters latest series team data handlers window open_step compiler "
-    "restore moves_batches began closing",
+    "own": "callbacks hooks comm device state meters latest series team data handlers window looking open_step "
+    "compiler restore moves_batches began closing at_sigterm config code",
     "rank 0": "loggers lost",
 }  # fmt: skip
 
@@ -350,7 +358,7 @@ class Run:
 
     Read anything. To change something there are four verbs: ``request_stop(reason)``, ``end_stage()``, ``log(values)``
     and ``replace(name, obj)``. All fields are there from ``on_fit_start`` on, and after the fit; what lives shorter is
-    passed to the hooks in which it lives.
+    passed to the hooks in which it lives: ``run.batch`` is an AttributeError that names them.
 
     ``Run.placement`` says where each field is if there are several ranks. "replicated": the same on all of them when
     ``on_step_end`` and later hooks are called. "sharded": each rank holds its part where the strategy shares parameters
@@ -376,6 +384,8 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)  # the user's own objects that checkpoints hold
     meters: dict[str, Any] = field(default_factory=dict)  # "valid", "test"; those of training are on the phases
     settings: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # every setting as it came out, once it was told
+    code: dict[str, dict[str, Any]] = field(default_factory=dict)  # digests of the functions that train
     folder: Path | None = None
     status: Literal["created", "running", "done", "stopped", "interrupted", "failed"] = "created"
     exact: bool | list[str] = True
@@ -397,15 +407,18 @@ class Run:
     fingerprint: dict[str, Any] | None = None  # of that data, once a checkpoint was taken
     schema: Any = None  # what its first batches are made of
     handlers: list[Any] = field(default_factory=list)
+    recorded: Mapping[str, frozenset[str]] = field(default_factory=dict)  # what the task says of its values
     log_every: Every = field(default_factory=lambda: Every("50 steps"))
     lost: dict[int, Any] = field(default_factory=dict)  # of a logger that fails: what was lost
     window: Iterable[Any] = ()  # the batches of the open step, as the source gives them
     open_step: tuple[list[float] | None, dict[str, Any]] = (None, {})  # planned weights, values so far
+    looking: tuple[str, int, Any] | None = None  # in an evaluation: its kind, the number of its batch, and that
     ended: bool = False  # all is trained, validated and recorded; what is left is to save it
     changes: list[tuple[str, Any]] = field(default_factory=list)
     compiler: Any = None  # makes the compiled form of a step
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
     closing: list[Callable[[Run], None]] = field(default_factory=list)  # called when the folder of the run is closed
+    at_sigterm: tuple[Callable[..., None], ...] = ()  # these become hooks, on_grads_ready, when SIGTERM comes
     stage_end: Progress = field(default_factory=Progress)
     reused: list[str] = field(default_factory=list)  # names of stages that were finished before, and not trained again
     stage_ended_at: int | None = None  # the step at which ``end_stage`` was asked for
@@ -416,6 +429,15 @@ class Run:
     validated_at: int = -1
     skips_in_row: int = 0
     began: float = 0.0
+
+    if not TYPE_CHECKING:  # type checkers and editors know the fields, and mark what is none
+
+        def __getattr__(self, name: str) -> Any:
+            """Only asked for what is no field: AttributeError that names the hooks in which it lives."""
+            at = [] if name == "hooks" else self.hooks.passed_to(name)  # there is none while a copy is made
+            where = f", which lives shorter than a run: take it where it is passed, in {', '.join(at)}"
+            known = "" if at else f". {choose(name, [one.name for one in fields(self)])}"
+            raise AttributeError(f"Run has no {name!r}{where if at else known}", name=name, obj=self)
 
     @property
     def stage(self) -> Stage | None:
@@ -486,6 +508,8 @@ class Run:
         Raises SettingError for anything else, where nothing takes them, and for the name "loss", which is that of the
         steps.
         """
+        if not isinstance(values, Mapping):
+            raise SettingError(f"run.log({values!r}) takes a dict with a name for each: run.log({{'name': value}})")
         things = {k: v for k, v in values.items() if not isinstance(v, (Tensor, float, int)) and takes(v)}
         for name, thing in things.items():
             hand_over(self, name, thing)
@@ -496,6 +520,8 @@ class Run:
                     f"run.log({{{name!r}: ...}}) takes a number, a 0-dimensional tensor, a text, a figure with "
                     f"savefig() or a Path; got {value!r}"
                 )
+            if not isinstance(name, str):
+                raise SettingError(f"run.log({{{name!r}: ...}}): names are texts; write {{{str(name)!r}: ...}}")
             if name == "loss":
                 raise SettingError("run.log cannot log 'loss', the name of the steps' own; call it something else")
         self.series.add({name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()})
@@ -516,11 +542,12 @@ class Run:
     def _repr_html_(self) -> str:
         """For a notebook: how the run stands, the latest value of each name, and the curve of the loss."""
         p = self.progress
-        facts = {"status": self.status, "epoch": p.epoch, "step": p.step, "time": format_time(p.seconds)}
+        facts = {"status": self.status, "epoch": str(p.epoch), "step": f"{p.step:,}", "time": format_time(p.seconds)}
         facts |= {"stopped": self.stop_reason} if self.stop_reason else {}
+        values = [(name, format_value(value)) for name, value in self.metrics.items()]
         curve = sparkline(next(iter(self.history.losses.values()), []))
         where = "" if self.folder is None else f"<p><code>{html.escape(str(self.folder))}</code></p>"
-        return curve + table_html(["run", ""], [*facts.items(), *self.metrics.items()]) + where
+        return curve + table_html(["run", ""], [*facts.items(), *values]) + where
 
     def __repr__(self) -> str:
         p = self.progress

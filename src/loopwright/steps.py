@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, repeat
 from operator import itemgetter
@@ -13,20 +12,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loopwright._compat import any_nonfinite, has_unscaled, may_alias, overflowed, take_step
+from loopwright._compat import any_nonfinite, backward, has_unscaled, may_alias, overflowed, take_step
 from loopwright.accumulation import Amount, check_unit
 from loopwright.data import Chunks, move, schema_of
+from loopwright.doubles import add_doubles
 from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
-from loopwright.events import add_place, describe, fire, fold
+from loopwright.events import add_place, describe, fire, fold, hook_name
 from loopwright.out_of_memory import add_memory
 from loopwright.parallel import Spare, is_shard, local
 from loopwright.state import Phase, Run, Stage
+from loopwright.written import warn
 
 __all__ = [
     "as_output",
+    "backward",
     "closure_step",
     "end_scaling",
     "explain",
+    "mapped",
     "nonfinite",
     "noted",
     "prepared",
@@ -160,8 +163,11 @@ def zero_grad(optimizer: Optimizer) -> None:
             parameter.grad = None
 
 
-def as_output(output: Any, phase: Phase | None) -> dict[str, Any]:
-    """A step's return value as a dict; ``loss`` must be in it where a phase moves optimizers."""
+def as_output(output: Any, phase: Phase | None, by: str = "") -> dict[str, Any]:
+    """A step's return value as a dict; ``loss`` must be in it where a phase moves optimizers.
+
+    ``by``: who returned it, if not the step.
+    """
     if isinstance(output, Tensor):
         return {"loss": output}
     known = isinstance(output, Mapping)
@@ -172,7 +178,7 @@ def as_output(output: Any, phase: Phase | None) -> dict[str, Any]:
             return {"loss": float(output)}
     elif known and "loss" in output:
         return dict(output)
-    name = "the step" if phase is None else f"step {phase.name!r}"
+    name = by or ("the step" if phase is None else f"step {phase.name!r}")
     if not known:
         raise StepOutputError(
             f"{name} returned {describe(output) if output is not None else 'None'}; return the loss (a tensor), or a "
@@ -182,6 +188,15 @@ def as_output(output: Any, phase: Phase | None) -> dict[str, Any]:
         f"{name} returned the keys {sorted(map(str, output))}; a training step must return 'loss', a scalar tensor. "
         f"{choose('loss', output)}"
     )
+
+
+def mapped(run: Run, output: dict[str, Any], batch: Any, phase: Phase) -> dict[str, Any]:
+    """What the ``map_output`` hooks make of a step's output."""
+    for hook in run.hooks.map_output:
+        output = fold((hook,), run, output, batch, phase)
+        if type(output) is not dict or "loss" not in output:
+            output = as_output(output, phase, hook_name(hook, run))
+    return output
 
 
 def scalars(
@@ -194,16 +209,17 @@ def scalars(
                 if name != "loss" or value.numel() != 1:
                     continue
                 value = value.reshape(())
-            # what may be a parameter, a buffer or a view is copied: it is read later, and must not hold or follow it
-            copied = may_alias(value)
-            if value.requires_grad:
+            # what may be a parameter, a buffer or a view must not be held or followed: on the CPU it is read at once
+            if may_alias(value):
+                value = value.item() if value.is_cpu and name != "loss" else value.detach().clone()
+            elif value.requires_grad:
                 value = value.detach()
-            if copied:
-                value = value.clone()
         elif not isinstance(value, (int, float)):
             if getattr(value, "ndim", None) != 0:  # a numpy scalar is one, too
                 continue
             value = float(value)
+        if not isinstance(name, str):
+            raise StepOutputError(f"a step returned a dict with the key {name!r}; name values by strings: '{name}'")
         if prefix:
             name = prefix + name
         if share is None:
@@ -241,7 +257,7 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         for p in group["params"]
         if (grad := p.grad) is not None
     ]
-    shared = "torch.distributed.tensor" in sys.modules and any(map(is_shard, grads))  # no call for nothing
+    shared = set(map(type, grads)) != {Tensor} and any(map(is_shard, grads))  # as a rule no call for each
     if shared:
         grads = [local(grad) for grad in grads]
     found = norm is not None and not math.isfinite(norm.item())  # clipped by it, every gradient would be 0
@@ -250,6 +266,8 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         found = run.team.comm.any(found)
     if not found:
         run.skips_in_row = 0
+        if not grads and loss is not None and phase.name not in run.progress.phase_steps:
+            _say_idle(phase)
         return False
     run.skips_in_row += 1
     if run.nonfinite == "skip" and run.skips_in_row <= run.skip_limit:
@@ -273,6 +291,14 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         f"{run.progress.step + 1}{where}{rule}. The parameters are those of before this step. Look for a learning "
         "rate too high, log or division of 0, or bad input; "
         'nonfinite="skip" leaves such steps out, nonfinite=None trains on'
+    )
+
+
+def _say_idle(phase: Phase) -> None:
+    names = " and ".join(type(optimizer).__name__ for optimizer in phase.moved)
+    warn(
+        f"the first loss of phase {phase.name!r} gave no gradient to any parameter of its {names}, which moves nothing "
+        "so: compute the loss from the very module whose parameters the optimizer has"
     )
 
 
@@ -374,6 +400,7 @@ def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: An
     add_memory(error, run, batch)
     if run.compiler is not None and type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
         error.add_note("[loopwright] this came while the step was compiled; Trainer(compile=False) trains without that")
+    add_doubles(error)
     loss = output.get("loss") if isinstance(output, dict) else None
     better: Exception | None = None
     if isinstance(error, SkipBatch):
@@ -381,18 +408,23 @@ def explain(error: BaseException, run: Run, phase: Phase, output: Any, batch: An
             "SkipBatch came after map_batch had returned; raise lw.SkipStep to drop the step instead"
         )
     elif isinstance(error, (RuntimeError, AttributeError, ValueError)) and phase.moved and isinstance(output, dict):
+        who = " or ".join([f"step {phase.name!r}", *(hook_name(hook, run) for hook in run.hooks.map_loss)])
         if not isinstance(loss, Tensor):
             better = StepOutputError(
-                f"step {phase.name!r} returned a loss of type {type(loss).__name__}; return the tensor itself "
+                f"{who} returned a loss of type {type(loss).__name__}; return the tensor itself "
                 "(without .item() or float()), so that gradients can be computed from it"
             )
         elif loss.numel() != 1:
             better = StepOutputError(
-                f"step {phase.name!r} returned a loss of shape {list(loss.shape)}; return a scalar, such as loss.mean()"
+                f"{who} returned a loss of shape {list(loss.shape)}; return a scalar, such as loss.mean()"
+            )
+        elif loss.is_complex():
+            better = StepOutputError(
+                f"{who} returned a loss of {loss.dtype}; return a real one, such as loss.abs() or loss.real"
             )
         elif not loss.requires_grad:
             better = StepOutputError(
-                f"step {phase.name!r} returned a loss that depends on no trainable parameter; leave out .detach(), "
+                f"{who} returned a loss that depends on no trainable parameter; leave out .detach(), "
                 ".item() and torch.no_grad() in the step, and check requires_grad of the parameters"
             )
     if better is not None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from loopwright.data import chunked
 from loopwright.errors import SettingError, StepOutputError, choose, elsewhere
 from loopwright.events import describe
+from loopwright.metrics.check import check_metrics
 from loopwright.state import Phase, has_state
 from loopwright.text import with_article
+from loopwright.written import caller
 
 __all__ = ["StepTask", "Supervised", "Task"]
 
@@ -42,6 +44,15 @@ class Task(nn.Module):
     Each batch is cut into pieces of so many steps along dimension 1, and each piece is an optimizer step of its own.
     ``training_step(self, batch, carry=None)`` returns ``{"loss": ..., "carry": h}``; ``carry`` is that of the piece
     before, detached, or None where a sequence begins. Validation sees whole sequences.
+    """
+
+    recorded: Mapping[str, str] = {}
+    """Where the values that steps return are to be seen, for those that are not to be seen everywhere.
+
+    Unless something else is said, each is in the records of the steps, as the mean since the last one, in the record
+    of its epoch, as the mean over it, and in the progress bar as far as there is room. ``{"kl": "epoch",
+    "noise": "step", "accuracy": "step epoch bar"}`` says where alone it is; with "bar" it is shown while an epoch goes
+    on as well.
     """
 
     def chunks(self, batch: Any) -> Iterable[Any]:
@@ -149,8 +160,11 @@ class Supervised(Task):
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
+        if metrics is not None and not hasattr(metrics, "keys"):
+            check_metrics(metrics)  # raises: a dict is needed
         self.metrics = dict(metrics or {})
         self.inputs, self.targets = inputs, targets
+        self._made_at = caller()  # for problems that are found later
 
     def training_step(self, batch: Any, carry: Any = None) -> dict[str, Any]:
         """Loss, predictions and target of a batch; with ``truncate`` what is to be carried as well."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["format_count", "format_time", "format_value", "rule_name", "with_article"]
+__all__ = [
+    "format_bytes", "format_count", "format_spent", "format_time", "format_value", "rule_name", "with_article",
+]  # fmt: skip
 
 
 def format_value(value: float | None) -> str:
@@ -37,6 +39,28 @@ def format_time(seconds: float) -> str:
     days, h = divmod(hours, 24)
     clock = f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
     return f"{days} d {clock}" if days else clock
+
+
+def format_spent(seconds: float) -> str:
+    """Like ``format_time``, with less than a second in thousandths of it.
+
+    >>> format_spent(0.0314), format_spent(62)
+    ('31 ms', '1:02')
+    """
+    return f"{1e3 * seconds:.0f} ms" if seconds < 0.95 else format_time(seconds)
+
+
+def format_bytes(size: float) -> str:
+    """A size in memory or on disk, with three digits.
+
+    >>> [format_bytes(n) for n in (999, 1_234_567, 2e13)]
+    ['999 B', '1.23 MB', '20 TB']
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.95:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def format_count(number: float) -> str:

@@ -16,29 +16,35 @@ from loopwright import loop
 from loopwright.accumulation import parse_accumulate
 from loopwright.callbacks import Capsule, Checkpoint, ProgressBar
 from loopwright.checkpoint.places import as_place
+from loopwright.checkpoint.snapshot import unsaveable
 from loopwright.compiling import Compiler, compile_options
+from loopwright.cost import Meter, Rehearsal, cost_of
 from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
+from loopwright.data.trained_on import TrainedOn
 from loopwright.debug import Debug
 from loopwright.delivery import check_logger
 from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
 from loopwright.events import Callback, Hooks, check_callback
+from loopwright.every import Every
 from loopwright.explain import explain, writers
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
 from loopwright.loggers import JSONLLogger, logger_named
+from loopwright.loggers.named import usual_loggers
 from loopwright.metrics import check_metrics
 from loopwright.optim import trainable_flags
 from loopwright.parallel import Single, check_strategy, pick_precision, pick_team, watched
-from loopwright.plan import Plan, make_plan
-from loopwright.prepare import Parts, assemble, measured_by, move_task
-from loopwright.progress import Duration, Every
+from loopwright.plan import Plan, facts_of, make_plan
+from loopwright.prepare import Parts, assemble, measured_by, move_task, number_of
+from loopwright.progress import Duration
 from loopwright.resume import Point, Resume, find_point
 from loopwright.reuse import keep_stages
 from loopwright.session import closing_all, go_on, session
-from loopwright.stages import admit_callbacks, inexact
+from loopwright.stages import admit_callbacks, chooses_parameters, inexact
 from loopwright.state import Run, Stage
 from loopwright.task import StepTask, Supervised, Task  # noqa: F401 - Supervised is for the doctest
+from loopwright.written import blamed, caller, warn
 
 __all__ = ["Trainer"]
 
@@ -51,10 +57,12 @@ class Trainer:
     ``[(0, 1), (1000, 4)]`` by steps of the stage, or a function of ``run.progress``. ``clip_norm`` bounds the 2-norm
     of the gradients. ``callbacks`` are called in their order.
     A run has a folder ``folder/name/<time>-<id>`` with its records in ``metrics.jsonl`` (``folder=None`` writes
-    nothing); ``loggers`` are what else receives them, by name (``"tensorboard"``, ``["csv", "mlflow"]``) or as objects.
+    nothing); ``loggers`` are what else receives them, by name (``"tensorboard"``, ``["csv", "mlflow"]``) or as objects;
+    None are those that the environment variable ``LOOPWRIGHT_LOGGERS`` names.
     ``checkpoint`` is True (every 5 minutes and at the end), False, a ``Checkpoint`` or several.
     ``capsule`` keeps a step that fails in the run folder, for ``lw.replay``; ``lw.Capsule(...)`` among the callbacks
-    takes its place. ``validate_every`` and ``log_every`` are durations; bare numbers are steps. ``seed`` seeds
+    takes its place. ``validate_every`` and ``log_every`` are durations, bare numbers steps, or several in
+    the language of ``docs/guide.md``: "500 steps & after 1 epoch | at 10 min". ``seed`` seeds
     everything when training begins (a net made before has its weights already: call ``torch.manual_seed`` before
     making it), None leaves the global generators alone. ``deterministic`` asks torch for deterministic algorithms
     during the fit.
@@ -117,7 +125,10 @@ class Trainer:
         compile: bool | Mapping[str, Any] = False,
         debug: Debug | None = None,
     ) -> None:
+        if loggers is None and folder is not None:
+            loggers = usual_loggers() or None
         self.settings = {k: v for k, v in locals().items() if k != "self"}  # as given: one experiment, readable back
+        self._made_at = caller()
         limits = (("epochs", epochs, "epochs"), ("steps", steps, "steps"), ("time", time, "seconds"))
         self.until = [_limit(name, value, unit) for name, value, unit in limits if value is not None]
         self.nonfinite, self.skip_limit = _nonfinite(nonfinite)
@@ -125,7 +136,7 @@ class Trainer:
             raise SettingError(f"clip_norm={clip_norm!r}: expected a positive number, or None for no clipping")
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise SettingError(f"seed={seed!r}: expected a whole number from 0, or None to leave the generators alone")
-        Duration.parse(validate_every), Duration.parse(log_every)
+        Every(validate_every), Every(log_every)
         self.accumulate = parse_accumulate(accumulate)
         self.clip_norm, self.seed, self.deterministic = clip_norm, seed, deterministic
         self.validate_every, self.log_every = validate_every, log_every
@@ -144,7 +155,12 @@ class Trainer:
         self.debug = debug or Debug()
         self.callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)] + self.debug.callbacks()
         given = [c for c in callbacks if isinstance(c, Checkpoint)]
-        self.checkpoint = given if isinstance(checkpoint, bool) and given else checkpoint
+        if given and checkpoint is not True:
+            raise SettingError(
+                f"a Checkpoint is among the callbacks, and checkpoint={checkpoint!r} says otherwise; give all of them "
+                "in one place: checkpoint=[lw.Checkpoint(...), ...]"
+            )
+        self.checkpoint = given or checkpoint
         self.loggers = [logger_named(one) if isinstance(one, str) else one for one in listed_loggers]
         self.progress, self.folder, self.name = progress, folder, name
         self.capsule = capsule
@@ -279,23 +295,59 @@ class Trainer:
         one entry a batch.
         """
         run = self._bare(_checked(task))
-        run.schema = _schema_of(task)
         source = as_source(opened(data, "predict", run.comm), train=False, key=self._key())
+        _compare(run, {"": source}, "predict")
         if run.team is not None:
             source = _begin_evaluation(run, {"": source})[""]
-        with closing_all([source]), watched(run):
+        with loop.leaving(run), closing_all([source]), watched(run):
             return joined(loop.predict(run, source, _compiled(run, task.predict_step)))
 
-    def plan(self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None) -> Plan:
-        """Check all that can be checked before step 0, and say what the run will do. Reads no batch."""
+    def plan(
+        self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None,
+        weight: Callable[[Any], float] | None = None, resume: Resume | str | Path | None = None, measure: int = 0,
+    ) -> Plan:  # fmt: skip
+        """Check all that can be checked before step 0, and say what the run will do. Reads no batch.
+
+        What a checkpoint could not hold is among the problems, and why a resume could not be exact among the facts.
+        With ``resume``, as it is given to ``fit``, so is a checkpoint that is not there, is damaged, does not fit or
+        could not go on exactly; nothing is loaded. ``weight`` is that of ``fit``.
+        ``measure=20`` trains as ``lw.Debug(dev_run=20)`` does, two epochs of so many batches, and puts back all that
+        this has changed; ``plan.cost`` then says how many steps the whole run has, and what it takes: time, memory,
+        bytes of checkpoints.
+
+        >>> net = nn.Linear(2, 1)
+        >>> task = Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> Trainer(epochs=50).plan(task, (torch.ones(640, 2), torch.zeros(640, 1)), measure=3).cost.steps
+        500
+        """
+        if type(measure) is not int or measure < 0:
+            raise SettingError(
+                f"measure={measure!r}: expected a number of batches, such as measure=20; 0 measures none"
+            )
+        plan = Plan()
         try:
-            run, parts, _ = self._prepare(task, train, valid, stages, None)
+            run, parts, point = self._prepare(task, train, valid, stages, weight, resume, tidy=False)
+            try:
+                plan = make_plan(run, made_at=self._made_at)
+                plan.facts += facts_of(run)
+                plan.add(unsaveable(run).items() if run.savers else ())  # in a fit, savers say so themselves
+                if point is not None:
+                    plan.facts.append(f"goes on from {point.data.path}")
+                    point.check(run)
+            finally:
+                parts.undo()
         except LoopwrightError as error:
-            return Plan(problems=[str(error)])
-        try:
-            return make_plan(run)
-        finally:
-            parts.undo()
+            plan.add([(str(error), blamed(error) or caller())])
+            return plan
+        if measure and not plan.problems:
+            meter = Meter()
+            given = {"callbacks": [*self.settings["callbacks"], meter], "progress": False}
+            rehearsal = Trainer(**{**self.settings, **given, "debug": Rehearsal(dev_run=measure)})
+            rehearsal.handlers = self.handlers
+            rehearsal.fit(task, train, valid, stages=stages, weight=weight)
+            plan.cost = cost_of(run, meter)
+            plan.facts.append(f"cost: {plan.cost}")
+        return plan
 
     def explain(
         self,
@@ -341,6 +393,8 @@ class Trainer:
         stages: Sequence[Stage] | None,
         weight: Callable[[Any], float] | None,
         resume: Resume | str | Path | None = None,
+        *,
+        tidy: bool = True,
     ) -> tuple[Run, Parts, Point | None]:
         if not isinstance(task, StepTask):
             _checked(task)
@@ -357,7 +411,7 @@ class Trainer:
         point = None
         if resume is not None:
             mesh = None if run.team is None else run.team.sharing(run.device)
-            point = find_point(resume, self.folder, label, elsewhere=elsewhere, comm=run.comm, mesh=mesh)
+            point = find_point(resume, self.folder, label, elsewhere=elsewhere, comm=run.comm, mesh=mesh, tidy=tidy)
         if self.debug.dev_run and resume is not None:
             raise SettingError("Debug(dev_run=...) rehearses a run from its start; leave resume out of fit")
         begins = point is not None or self.debug.dev_run
@@ -384,8 +438,8 @@ class Trainer:
         run.settings = {**self.settings, "key": key, "debug": self.debug.settings() or None}
         run.meters["valid"] = measured_by(parts.metrics)
         run.savers, run.loggers = self._savers(), self._loggers() if run.comm.rank == 0 else []
-        run.log_every, run.nonfinite, run.skip_limit = Every(self.log_every), self.nonfinite, self.skip_limit
-        run.trainable = trainable_flags(task) if isinstance(task, nn.Module) else {}
+        run.nonfinite, run.skip_limit = self.nonfinite, self.skip_limit
+        run.trainable = trainable_flags(task) if chooses_parameters(run) and isinstance(task, nn.Module) else {}
         if run.compiler is not None:
             for phase in (phase for stage in run.stages for phase in stage.phases):
                 phase.step = run.compiler(phase.step)
@@ -401,7 +455,10 @@ class Trainer:
     def _begins(self, run: Run, parts: Parts, point: Point | None, stages: Sequence[Stage] | None = None) -> bool:
         """Check all that can be; False if the run has been resumed at its end, and there is nothing left to do."""
         with parts.undone_unless_begun(run):
-            make_plan(run).check()
+            plan = make_plan(run, made_at=self._made_at)
+            plan.check()
+            for odd in plan.warnings:
+                warn(plan.with_place(odd))
             if (point is None or point.how == "exact") and run.progress.step == 0:
                 kept = keep_stages(run, stages, self.folder, parts.label)
                 point = kept.find(run) if kept is not None and point is None else point
@@ -443,7 +500,7 @@ class Trainer:
             hooks=Hooks(callbacks, handlers), comm=Single() if team is None else team.comm, team=team,
             precision=precision, device=device,
             handlers=handlers, moves_batches=device.type != "cpu" or precision.holds is not None,
-            history=history, series=Series(history.losses),
+            history=history, series=Series(history.losses), log_every=Every(self.log_every),
             compiler=None if self.compile is None else Compiler(self.compile, device),
         )  # fmt: skip
 
@@ -463,14 +520,14 @@ class Trainer:
 
     def _evaluate(self, task: Any, data: Any, kind: str, weight: Callable[[Any], float] | None) -> dict[str, float]:
         run = self._bare(_checked(task))
-        run.schema = _schema_of(task)
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = _compiled(run, task.test_step if kind == "test" else task.validation_step)
         sources = as_sources(opened(data, kind, run.comm), self._key())
+        _compare(run, sources, kind)
         if run.team is not None:
             sources = _begin_evaluation(run, sources)
-        with closing_all(sources.values()), watched(run):
-            return loop.evaluate(run, sources, step, weight or samples, kind=kind)
+        with loop.leaving(run), closing_all(sources.values()), watched(run):
+            return loop.evaluate(run, sources, step, number_of(weight) if weight else samples, kind=kind)
 
 
 def joined(outputs: list[Any]) -> Any:
@@ -535,20 +592,28 @@ def _compiled(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return compiled
 
 
-def _schema_of(task: Any) -> Any:
-    """What the batches were made of on which ``task`` was trained; None if it was not trained here."""
-    trained: Run | None = getattr(task, "_run", None)
-    return trained and trained.schema
+def _compare(run: Run, sources: Mapping[str, Any], kind: str) -> None:
+    """Refuse tables with other columns than those on which the task was trained, and let batches be compared.
+
+    What it was trained on is known where it was trained, or where its weights were loaded from.
+    """
+    trained: Run | None = getattr(run.task, "_run", None)
+    known = TrainedOn.remembered((run.task, *run.models.values()))
+    if known is None and trained is not None:
+        known = TrainedOn.of(trained)
+    if known is not None:
+        run.schema = known.schema
+        for source in sources.values():
+            known.check(source, kind)
 
 
 def _limit(name: str, value: Any, unit: str) -> Duration:
     limit = Duration.parse(value, unit=unit)
     if limit.unit != unit:
-        raise SettingError(f"{name}={value!r} is not a number of {unit}; write {_KINDS[limit.unit]}={value!r} instead")
+        argument = {"epochs": "epochs", "steps": "steps", "seconds": "time"}.get(limit.unit)
+        instead = f"{argument}={value!r}" if argument else f"fit(..., stages=[lw.Stage('all', until={value!r})])"
+        raise SettingError(f"{name}={value!r} is not a number of {unit}; write {instead} instead")
     return limit
-
-
-_KINDS = {"epochs": "epochs", "steps": "steps", "seconds": "time", "samples": "until of a lw.Stage"}
 
 
 def _nonfinite(value: str | None) -> tuple[str | None, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,13 @@ from torch import nn
 from loopwright import rng
 from loopwright.data import move
 from loopwright.data.generators import Streams, find_on_modules, kept
-from loopwright.data.schema import Schema
-from loopwright.errors import DataError, LoopwrightWarning
+from loopwright.data.schema import AS_TRAINED, Schema, other_sizes
+from loopwright.doubles import add_doubles
+from loopwright.errors import DataError, LoopwrightError, SkipBatch, SkipStep, StopEpoch
+from loopwright.events import describe
+from loopwright.out_of_memory import is_out_of_memory
 from loopwright.state import Run, Source
+from loopwright.written import warn
 
 __all__ = ["read", "unseen"]
 
@@ -44,8 +47,9 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
                 if run.team is not None and run.team.fills:
                     run.team.spare = batch
                 if not spare:
+                    run.looking = (kind, n, batch)
                     yield batch
-                batch = None  # or two would be held while the next one is fetched
+                run.looking = batch = None  # or two would be held while the next one is fetched
         except Exception as error:
             error.add_note(f"[loopwright] in {kind}, batch {n}")
             raise
@@ -65,7 +69,20 @@ def _compare(schema: Schema, batch: Any, kind: str) -> None:
     if told:
         if schema.loose().differences(batch, partial=True):
             schema.check(batch, f"{kind} batch", partial=True)
-        warnings.warn(f"{'; '.join(told)}. If that is meant, all is well", LoopwrightWarning, stacklevel=2)
+        warn(f"{'; '.join(told)}. If that is meant, all is well")
+
+
+def _as_drift(run: Run, error: BaseException) -> DataError | None:
+    """What to raise for ``error``, which a step raised, if its batch has sizes that training did not have."""
+    own = (LoopwrightError, SkipBatch, SkipStep, StopEpoch)  # which say themselves what they are
+    if run.looking is None or run.schema is None or not isinstance(error, Exception) or isinstance(error, own):
+        return None
+    if is_out_of_memory(error):  # may be caught by its type
+        return None
+    kind, _, batch = run.looking
+    told = other_sizes(run.schema, batch, f"{kind} batch")
+    why = str(error).partition("\n")[0]
+    return DataError(f"{'; '.join(told)}; {type(error).__name__}: {why}. {AS_TRAINED}") if told else None
 
 
 def _streams(source: Source) -> Streams:
@@ -77,7 +94,8 @@ def _streams(source: Source) -> Streams:
 def unseen(run: Run) -> Iterator[None]:
     """Modules in eval mode, each with its own flag put back; all random generators forked; no gradients.
 
-    The generators are the global ones, and those that hang on the task and its modules.
+    The generators are the global ones, and those that hang on the task and its modules. What goes wrong with a batch
+    that ``read`` has given is noted with the batch; it is a DataError if the batch has other sizes than in training.
     """
     roots = [run.task] if isinstance(run.task, nn.Module) else list(run.models.values())
     modules = [module for root in roots for module in root.modules()]
@@ -87,6 +105,17 @@ def unseen(run: Run) -> Iterator[None]:
     try:
         with rng.forked(), kept(find_on_modules(modules)), torch.no_grad():
             yield
+    except BaseException as error:
+        if run.looking is not None:
+            kind, n, batch = run.looking
+            drift = _as_drift(run, error)
+            told = drift or error
+            told.add_note(f"[loopwright] in {kind}, batch {n}; batch: {describe(batch)}")
+            add_doubles(told)
+            if drift is not None:
+                raise drift from error
+        raise
     finally:
+        run.looking = None
         for module, training in flags:
             module.training = training

@@ -11,7 +11,7 @@ from torch import nn
 
 import loopwright as lw
 from anywhere import ends_alike
-from loopwright.schedules import concat, cosine, linear, scaled, warmup
+from loopwright.schedules import concat, constant, cosine, linear, scaled, warmup
 from tiny import acts, classifier, loader, seed_all, sgd_task, trainer
 
 
@@ -50,6 +50,81 @@ def test_a_tensor_is_filled_in_place_and_another_object_can_be_meant() -> None:
     assert task.alpha is held
 
 
+def test_where_setting_does_more_it_is_set_as_by_hand() -> None:
+    """A property and a ``__setattr__`` of one's own see every value; a plain number of a module is only there."""
+
+    class Told(nn.Dropout):
+        def __init__(self) -> None:
+            super().__init__(0.5)
+            self.seen: list[tuple[str, float]] = []
+
+        @property
+        def rate(self) -> float:
+            return self.p
+
+        @rate.setter
+        def rate(self, value: float) -> None:
+            self.seen.append(("rate", value))
+            self.p = value
+
+    class Strict(Told):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "p" and hasattr(self, "seen"):
+                self.seen.append((name, value))
+            super().__setattr__(name, value)
+
+    for layer, name in ((Told(), "rate"), (Strict(), "p"), (Told(), "p")):
+        net = nn.Sequential(layer, nn.Linear(5, 3))
+        task = sgd_task(net, lr=0.1, loss=nn.CrossEntropyLoss())
+        anneal = lw.Anneal({f"module.0.{name}": linear(0.0, 0.5)})
+        trainer(epochs=1, callbacks=[anneal]).fit(task, loader(16, batch_size=8))
+        plain = type(layer) is Told and name == "p"
+        assert layer.seen == ([] if plain else [(name, 0.0), (name, 0.25)])
+        assert layer.p == 0.25
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_alpha_of_a_mixture_follows_its_schedule(per_sample: bool) -> None:
+    """0 mixes nothing; a small alpha leaves samples nearly whole, a large one makes halves."""
+    mix = lw.MixUp(0.4, classes=3, per_sample=per_sample)
+    shares: list[float] = []
+    look = acts(map_batch=lambda run, batch: shares.append(float(batch[1].amax(1).mean())) or batch)
+    anneal = lw.Anneal({"alpha": concat([0.0, 0.01, 500.0], ["10 steps", "60 steps"])}, of=mix)
+    data = [(torch.randn(3, 5), torch.arange(3))] * 120
+    trainer(epochs=1, callbacks=[anneal, mix, look], seed=1).fit(dropout_task(), data)
+    none, small, large = shares[:10], shares[10:60], shares[60:]
+    assert none == [1.0] * 10
+    assert sum(small) / len(small) > 0.95
+    assert sum(large) / len(large) < 0.75  # a half, and whole where a sample is its own partner
+    below = acts(on_step_start=lambda run: setattr(mix, "alpha", -1.0))
+    with pytest.raises(lw.SettingError, match="MixUp: alpha has become -1; expected 0"):
+        trainer(epochs=1, callbacks=[below, mix]).fit(dropout_task(), data)
+
+
+def test_the_decay_of_an_average_follows_its_schedule() -> None:
+    ema, seen = lw.EMA(0.9), []
+    weight = lambda run: run.task.module[0].weight.detach().clone()  # noqa: E731
+    look = acts(on_step_end=lambda run, result: seen.append(weight(run)))
+    anneal = lw.Anneal({"decay": linear(0.0, 1.0)}, of=ema)
+    trainer(epochs=1, callbacks=[anneal, ema, look]).fit(dropout_task(), loader(40, batch_size=8))
+    wanted = seen[0]
+    for k, values in enumerate(seen[1:], 1):
+        wanted = torch.lerp(values, wanted, k / 5)
+    torch.testing.assert_close(ema.averages["model"].module[0].weight, wanted)
+
+
+@pytest.mark.parametrize("kind", ["alpha", "decay"])
+def test_with_what_it_moves_on_a_callback_a_resume_is_exact(kind: str, folder: Path) -> None:
+    def fit(resume: Any, **settings: Any) -> lw.Run:
+        seed_all()
+        other = lw.MixUp(0.4, classes=3) if kind == "alpha" else lw.EMA(0.9, replace_at_end=True)
+        callbacks = [lw.Anneal({kind: linear(0.1, 0.9)}, of=other), other]
+        data = loader(40, batch_size=8, shuffle=True)
+        return lw.Trainer(2, callbacks=callbacks, **settings).fit(dropout_task(), data, resume=resume)
+
+    assert ends_alike(fit, folder) == 9
+
+
 def test_resumed_at_any_step_it_goes_on_where_it_stood(folder: Path) -> None:
     def fit(resume: Any, **settings: Any) -> lw.Run:
         seed_all()
@@ -58,6 +133,27 @@ def test_resumed_at_any_step_it_goes_on_where_it_stood(folder: Path) -> None:
         return lw.Trainer(2, callbacks=[anneal], **settings).fit(dropout_task(), data, resume=resume)
 
     assert ends_alike(fit, folder) == 9
+
+
+@pytest.mark.parametrize(
+    ("path", "schedule", "of", "text"),
+    [
+        ("module.2.p", linear(0, 2), None, "1.0625 when 0.53125 of the stage is done; expected a number from 0 to 1"),
+        ("module.2.p", lambda f: float("nan"), None, "nan when 0 of the stage is done; expected a number from 0 to 1"),
+        ("alpha", linear(1, -1), lw.MixUp(classes=3), "-0.0625 when 0.53125 of the stage is done; expected 0 or more"),
+        ("decay", constant(1.5), lw.EMA(), "1.5 when 0 of the stage is done; expected a number from 0 to 1"),
+    ],
+)
+def test_values_that_a_number_cannot_have_are_told_by_plan(path: str, schedule: Any, of: Any, text: str) -> None:
+    callbacks = [lw.Anneal({path: schedule}, of=of), *([of] if of else [])]
+    (problem,) = trainer(epochs=1, callbacks=callbacks).plan(dropout_task(), loader(40, batch_size=8)).problems
+    assert problem == f"Anneal of {path!r}, stage 'main': the schedule of {path!r} gives {text}"
+
+
+def test_the_ends_of_what_a_number_may_be_are_allowed() -> None:
+    ema = lw.EMA()
+    callbacks = [lw.Anneal({"module.2.p": linear(1.0, 0.0)}), lw.Anneal({"decay": constant(1.0)}, of=ema), ema]
+    assert trainer(epochs=1, callbacks=callbacks).plan(dropout_task(), loader(40, batch_size=8)).problems == []
 
 
 def test_what_it_cannot_set_is_told_by_plan() -> None:
@@ -73,6 +169,9 @@ def test_what_it_cannot_set_is_told_by_plan() -> None:
     )
     assert told(lw.Anneal({"module.2": 0.5})) == ("Anneal: 'module.2' is a Dropout, no number. Known: none.")
     assert "'9 steps' is longer than the whole" in told(lw.Anneal({"module.2.p": warmup(0.5, "9 steps")}))
+    assert told(lw.Anneal({"decay": 0.5}, of=lw.EMA())) == (
+        "Anneal(of=EMA) moves numbers of a callback that is not in this run; add that EMA to callbacks"
+    )
     assert told(lw.Anneal({"module.2.p": 0.5}), compile=True) == (
         "Anneal changes numbers which a compiled step has built in; train with compile=False"
     )

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 import loopwright as lw
 from loopwright.errors import SettingError
-from tiny import acts, classifier, loader, same, samples, trainer
+from tiny import acts, classifier, line, loader, pairs, same, samples, sgd_task, trainer
 
 
 def task(net: nn.Module, **more: Any) -> lw.Supervised:
@@ -369,6 +369,19 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
         pass
 
 
+@pytest.mark.parametrize("average", [lambda: lw.SWA("15 epochs"), lambda: lw.EMA(every="15 epochs")])
+def test_an_average_that_never_begins_says_so(average: Any) -> None:
+    made = average()
+    told = f"{type(made).__name__} has averaged nothing: it begins after '15 epochs', and the run ended after 2 epochs"
+    with pytest.warns(lw.LoopwrightWarning, match=told):
+        trainer(epochs=2, callbacks=[made]).fit(task(classifier()), loader(20, batch_size=8))
+    trainer(epochs=2, callbacks=[average()], debug=lw.Debug(dev_run=2)).fit(
+        task(classifier()), loader(20, batch_size=8)
+    )
+    stop = acts(on_epoch_end=lambda run: run.request_stop("enough"))
+    trainer(epochs=2, callbacks=[average(), stop]).fit(task(classifier()), loader(20, batch_size=8))
+
+
 def test_another_model_in_the_middle_of_a_run_is_refused() -> None:
     def change(run: lw.Run, result: Any) -> None:
         if run.progress.step == 2:
@@ -395,3 +408,10 @@ def test_what_several_ranks_cannot_average_alike_is_refused_at_the_start() -> No
     ):
         with pytest.raises(SettingError, match=match):
             lw.launch(lambda average=average, strategy=strategy: with_ranks(average, strategy), 2)
+
+
+def test_an_average_each_so_many_tokens_asks_how_many_there_are() -> None:
+    (problem,) = trainer(epochs=1, callbacks=[lw.EMA(every="5 tokens")]).plan(sgd_task(line()), pairs([1.0])).problems
+    assert problem == (
+        "EMA: '5 tokens' counts tokens, and nothing says how many a batch has; pass fit(..., weight=lambda batch: ...)"
+    )

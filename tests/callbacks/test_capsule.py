@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
-import textwrap
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import loopwright as lw
 from loopwright.checkpoint import read
+from loopwright.replaying import replay_command
 from tiny import acts, bits, classifier, line, loader, pairs, same, samples, seed_all, sgd_task
 
 BAD = 5  # the forward, counted from 1 over the run
@@ -116,6 +120,20 @@ def test_what_is_drawn_before_the_first_batch_is_drawn_again(accumulate: int, fo
     assert lw.replay(path, task_of("forward"), callbacks=[draws]).same_error  # its text holds the values
 
 
+def plain() -> lw.Supervised:
+    return sgd_task(classifier(), lr=0.1, loss=nn.CrossEntropyLoss())
+
+
+def failing_at(step: int) -> Any:
+    """A hook that raises after the backward of the step after ``step``, with the loss in its words."""
+
+    def fail(run: lw.Run, loss: Tensor, *args: Any) -> None:
+        if run.progress.step == step:
+            raise ValueError(f"a loss of {loss.item()!r}")
+
+    return fail
+
+
 @pytest.mark.parametrize(("first", "same", "limits"), [(3, True, 0), (20, True, 1), (18, False, 1)])
 def test_who_begins_to_draw_late_is_named(first: int, same: bool, limits: int, folder: Path) -> None:
     """The random state is read at few steps as long as nobody draws; the last case is the one that this costs."""
@@ -123,30 +141,149 @@ def test_who_begins_to_draw_late_is_named(first: int, same: bool, limits: int, f
     def draw(run: lw.Run, batch: Any) -> Any:
         return [batch[0] * torch.rand(()), batch[1]] if run.progress.batch >= first else batch
 
-    def fail(run: lw.Run, loss: Tensor, *args: Any) -> None:
-        if run.progress.batch == 20:
-            raise ValueError(f"a loss of {loss.item()!r}")
-
-    def plain() -> lw.Supervised:
-        return sgd_task(classifier(), lr=0.1, loss=nn.CrossEntropyLoss())
-
-    hooks = acts(map_batch=draw, on_backward_end=fail)
+    hooks = acts(map_batch=draw, on_backward_end=failing_at(20))
     _, (path,) = fit(plain(), folder, hooks, data=loader(60, batch_size=2, shuffle=True))
     found = lw.replay(path, plain(), callbacks=[hooks])
     assert found.same_error == same
     assert sum("was read up to 15 steps before" in limit for limit in found.limits) == limits
 
 
+DRAWS: dict[str, Any] = {
+    "Python": random.random, "NumPy": np.random.rand, "NumPy's normal, of which two are made at once": np.random.randn,
+    "torch": lambda: torch.rand(()).item(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("whose", DRAWS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_draws_inside_of_the_step_are_made_again_whoever_draws(whose: str, accumulate: int, folder: Path) -> None:
+    """Of Python, NumPy and torch: the error, which tells what was drawn, and the loss, have the same bits."""
+
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = classifier()
+
+        def forward(self, x: Tensor) -> Tensor:
+            drawn = DRAWS[whose]()
+            if x.shape[0] == 3:  # the last batch
+                raise ValueError(f"{drawn!r} was drawn")
+            return self.net(x) * drawn  # type: ignore[no-any-return]
+
+    def task() -> lw.Supervised:
+        seed_all(3)
+        return sgd_task(Draws(), lr=0.1, loss=nn.CrossEntropyLoss())
+
+    error, (path,) = fit(task(), folder, data=loader(107, batch_size=4, shuffle=True), accumulate=accumulate)
+    found = lw.replay(path, task())
+    assert re.fullmatch(r"-?\d\.\d+ was drawn", str(error))
+    assert str(found.error) == str(error)
+    assert found.same_error
+    assert found.same_values is (None if accumulate == 1 else True)
+    assert found.limits == []
+
+
+@pytest.mark.parametrize(("first", "limits"), [(0, 0), (60, 0), (64, 2), (90, 2)])
+def test_who_begins_to_draw_from_python_and_numpy_late_is_named(first: int, limits: int, folder: Path) -> None:
+    def draw(run: lw.Run, batch: Any) -> Any:
+        return [batch[0] * random.random() * float(np.random.rand()), batch[1]] if run.progress.step >= first else batch
+
+    hooks = acts(map_batch=draw, on_backward_end=failing_at(90))
+    _, (path,) = fit(plain(), folder, hooks, data=loader(200, batch_size=2, shuffle=True))
+    found = lw.replay(path, plain(), callbacks=[hooks])
+    assert found.limits == [
+        f"{whose}'s random state was read up to 63 steps before: until then no step had drawn"
+        for whose in ("Python", "NumPy")[:limits]
+    ]
+    assert found.same_error or limits
+
+
+IN_STEP = ("on_step_start", "on_batch_start", "on_grads_ready", "on_step_end")
+
+
+def kills_itself(step: int, hook: str) -> lw.Callback:
+    def kill(run: lw.Run, *args: Any) -> None:
+        if run.progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return acts(**{hook: kill})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("hook", ["on_step_start", "on_backward_end"])
+def test_a_step_to_which_sigterm_comes_has_a_capsule_and_a_checkpoint(hook: str, accumulate: int, folder: Path) -> None:
+    """Its batch, random state, weights and place are kept as they were before it: replayed, it has the same loss."""
+    task = task_of("fine")
+    error, (path,) = fit(task, folder, kills_itself(2, hook), accumulate=accumulate, checkpoint=True, clip_norm=1.0)
+    assert isinstance(error, SystemExit)
+    assert error.code == 143
+    assert path.name == "step-00000003-SIGTERM"
+    (checkpoint,) = folder.glob("x/*/checkpoints/step*")
+    assert checkpoint.name == "step-00000003"  # after that step, from which the run goes on
+    kept = read(path)
+    assert kept.state["progress"]["step"] == 2
+    assert len(kept.state["window"]) == accumulate
+    before = {name: value.clone() for name, value in task_of("fine").state_dict().items()}
+    again, absent = task_of("fine"), ["callbacks of the run that are not here: Acts"]
+    found = lw.replay(path, again)
+    assert (found.same_error, found.same_values, found.error, found.limits) == (True, True, None, absent)
+    assert found.saved_values["loss"] == task._run.history.losses["loss"][2]
+    assert str(found).splitlines()[1] == "error    SIGTERM: it came to this step, which had no error"
+    assert str(found).endswith("the step was reproduced")
+    moved = dict(again.named_parameters())["module.net.0.weight"]
+    assert not torch.equal(moved, before["module.net.0.weight"])  # those of step 2, where it was made again
+
+
+def test_a_replay_of_other_weights_is_not_the_step_that_sigterm_came_to(folder: Path) -> None:
+    _, (path,) = fit(task_of("fine"), folder, lw.Capsule(10**4), kills_itself(2, "on_backward_end"), checkpoint=True)
+    assert lw.replay(path, task_of("fine")).same_values
+    state = read(path).state
+    assert state["phase"] == "main"
+
+    class Doubled(Broken):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    seed_all(3)
+    net = Doubled("fine")
+    other = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), 0.01))
+    found = lw.replay(path, other)
+    assert (found.same_error, found.same_values) == (True, False)
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "on_epoch_start"])
+def test_sigterm_between_steps_leaves_no_capsule_of_the_step_before(hook: str, folder: Path) -> None:
+    error, capsules = fit(task_of("fine"), folder, kills_itself(1 if hook == "on_step_end" else 0, hook))
+    assert isinstance(error, SystemExit)
+    assert [path.name for path in capsules] == ([] if hook == "on_step_end" else ["step-00000001-SIGTERM"])
+
+
+def test_sigterm_in_a_step_of_two_phases_keeps_the_first_of_them(folder: Path) -> None:
+    class Two(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            seed_all(4)
+            self.a, self.b = classifier(dropout=0.5), classifier(dropout=0.5, seed=2)
+
+        def configure_optimizers(self) -> Any:
+            return {n: torch.optim.SGD(getattr(self, n).parameters(), 0.1) for n in "ab"}
+
+        def phases(self) -> list[lw.Phase]:
+            step = nn.functional.cross_entropy
+            return [lw.Phase(n, lambda batch, n=n: step(getattr(self, n)(batch[0]), batch[1]), n) for n in "ab"]
+
+    _, (path,) = fit(Two(), folder, kills_itself(2, "on_step_start"))
+    found = lw.replay(path, Two())
+    assert (found.same_error, found.same_values) == (True, True)
+    assert list(found.saved_values) == ["a/loss"]
+
+
 def test_a_capsule_costs_one_hook_a_step_where_windows_are_single_batches(folder: Path) -> None:
-    fired: list[tuple[int, int, int]] = []
-    watch = acts(
-        on_epoch_start=lambda run: fired.append(
-            tuple(len(getattr(run.hooks, name)) for name in ("on_step_start", "on_batch_start", "on_step_end"))
-        )
-    )
+    fired: list[tuple[int, ...]] = []
+    watch = acts(on_epoch_start=lambda run: fired.append(tuple(len(getattr(run.hooks, name)) for name in IN_STEP)))
     for accumulate in (1, 2):
         fit(task_of("none"), folder, watch, accumulate=accumulate)
-    assert fired == [(1, 0, 0), (1, 1, 1)]
+    assert fired == [(1, 0, 0, 0), (1, 1, 0, 1)]
 
 
 def test_a_replay_leaves_the_generators_and_the_last_run_of_a_task_alone(folder: Path) -> None:
@@ -341,17 +478,28 @@ def test_a_capsule_is_no_checkpoint_and_a_checkpoint_no_capsule(folder: Path) ->
         lw.replay(path, task_of())
 
 
-def test_a_run_in_the_place_of_its_capsule_tells_which_there_are(folder: Path) -> None:
+def test_a_run_in_the_place_of_a_capsule_is_replayed_from_its_newest_one(folder: Path) -> None:
     _, (path,) = fit(task_of(), folder)
-    run = path.parent.parent
-    with pytest.raises(lw.CheckpointError) as error:
-        lw.replay(run, task_of())
-    assert str(error.value) == (
-        f"{run} is a run; give one of its crash capsules, the newest first:\n  lw.replay({str(path)!r}, task)"
-    )
-    path.rename(folder / "elsewhere")
-    with pytest.raises(lw.CheckpointError, match="is a run, and it has no crash capsule: none of its steps has failed"):
-        lw.replay(run, task_of())
+    run, old = path.parent.parent, path.with_name("step-00000001-Old")
+    shutil.copytree(path, old)
+    os.utime(old / "manifest.json", (1, 1))
+    fit(task_of("fine"), folder)  # a newer run of that name, without one
+    for where in (run, run.parent, path.parent, str(run)):
+        found = lw.replay(where, task_of())
+        assert (found.path, found.same_error) == (str(path), True)
+    for gone in (path, old):
+        gone.rename(folder / f"elsewhere-{gone.name}")
+    for where in (run, run.parent):
+        with pytest.raises(lw.CheckpointError) as error:
+            lw.replay(where, task_of())
+        assert str(error.value) == f"{where} has no crash capsule: none of its steps has failed"
+    for where, told in (
+        (folder / "no", "does not exist"),
+        (run / "report", "is no crash capsule, and no run that has"),
+    ):
+        (run / "report").mkdir(exist_ok=True)
+        with pytest.raises(lw.CheckpointError, match=re.escape(f"{where} {told}")):
+            lw.replay(where, task_of())
 
 
 def test_what_is_no_path_is_no_capsule() -> None:
@@ -385,41 +533,122 @@ def test_sizes_that_are_none(size: Any) -> None:
         lw.Capsule(size)
 
 
-PROGRAM = """
-import sys, torch, loopwright as lw
+NET = """
 from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.checked(self.net(x), x)
+
+    def checked(self, preds, x):
+        if x[0, 0] == 13:
+            raise ValueError("an unlucky batch")
+        return preds
+"""
+PROGRAM = """
+import os, signal, torch, traceback, loopwright as lw
+from parts.net import Net
+
+def loss(preds, target):
+    return (preds / (target - 3)).mean()
 
 def make():
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    return lw.Supervised(net, lambda preds, target: (preds / (target - 3)).mean(), optimizer)
+    net = Net()
+    return lw.Supervised(net, loss, torch.optim.SGD(net.parameters(), 0.1))
+
+class Terminated(lw.Callback):
+    def on_backward_end(self, run, *given):
+        if run.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+def fit(first, *callbacks):
+    data = [(torch.full((4, 2), first + i), torch.full((4, 1), float(i))) for i in range(5)]
+    lw.Trainer(epochs=1, folder="runs", name="x", progress=False, callbacks=callbacks).fit(make(), data)
 
 if __name__ == "__main__":
-    data = [(torch.ones(4, 2), torch.full((4, 1), float(i))) for i in range(5)]
-    lw.Trainer(epochs=1, folder="runs", name="x", progress=False).fit(make(), data)
+    for first in (11.0, 1.0):  # the third batch is an unlucky one; the loss of the fourth is infinite
+        try:
+            fit(first)
+        except Exception:
+            traceback.print_exc()
+    fit(1.0, Terminated())
 """
+FRAME = re.compile(r'^  File "(.*)", line (\d+), in (\S+)', re.MULTILINE)
 
 
-def test_one_command_makes_it_happen_again_in_another_process(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Python, in a folder that has the program."""
+    command, env = [sys.executable, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
-    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
 
-    first = python("program.py")
-    assert first.returncode == 1
-    (path,) = (tmp_path / "runs" / "x").glob("*/capsules/*")
-    command = ("-m", "loopwright", "replay", str(path), "--task")
-    again = python(*command, "program:make")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.endswith("the error was reproduced\n")
-    assert again.stdout.startswith("values  the same bits")
-    assert (again.stdout + again.stderr).count("NonFiniteError: ") == 1  # it is said once
-    line_of = re.compile(r"loopwright\.errors\.NonFiniteError: .*")
-    assert line_of.findall(again.stderr) == line_of.findall(first.stderr)
-    missing = python(*command, "program:makes")
-    assert missing.returncode != 0
-    assert "--task 'program:makes' cannot be imported" in missing.stderr
+def within(fit: str) -> list[tuple[str, str, str]]:
+    """File, line and function of each frame of a traceback below the fit: the user's, and those between."""
+    frames = FRAME.findall(fit)
+    began = [i for i, (file, _, function) in enumerate(frames) if function == "fit" and file.endswith("trainer.py")]
+    return frames[began[0] + 1 :]
+
+
+@pytest.mark.slow
+def test_one_command_makes_each_happen_again_in_another_process(tmp_path: Path) -> None:
+    """An exception, a value that is not finite, and a step to which SIGTERM came: the same traceback, the same bits."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "net.py").write_text(NET)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    first = started(tmp_path, "program.py")
+    _, told = first.communicate()
+    assert first.returncode == 143, told
+    tracebacks = dict(
+        zip(("ValueError", "NonFiniteError"), told.split("Traceback (most recent call last):")[1:], strict=True)
+    )
+    made = {path.name.rpartition("-")[2]: path for path in (tmp_path / "runs" / "x").glob("*/capsules/*")}
+    assert {name: path.name[:13] for name, path in made.items()} == {
+        "ValueError": "step-00000003", "NonFiniteError": "step-00000004", "SIGTERM": "step-00000002"
+    }  # fmt: skip
+    command = ("-m", "loopwright", "replay")
+    again = {name: started(tmp_path, *command, str(path), "--task", "program:make") for name, path in made.items()}
+    printed = {name: process.communicate() for name, process in again.items()}
+    for name, (out, err) in printed.items():
+        assert again[name].returncode == 0, err
+        assert err == ""
+        result, _, trace = out.partition("\n\ntraceback of the error that was reproduced:\n\n")
+        lines = result.splitlines()
+        assert lines[0] == f"capsule  {made[name]}"
+        if name == "SIGTERM":
+            assert lines[1] == "error    SIGTERM: it came to this step, which had no error"
+            assert lines[2].startswith("values   the same bits: then {")
+            assert (lines[-1], trace) == ("the step was reproduced", "")
+            continue
+        assert within(trace) == within(tracebacks[name]) != []
+        said = re.compile(rf"^(?:loopwright\.errors\.)?{name}: .*", re.MULTILINE)
+        assert said.findall(trace) == said.findall(tracebacks[name]) != []
+        assert lines[1].removeprefix("error    ") == said.findall(trace)[0].removeprefix("loopwright.errors.")
+        measured = "none were measured before the error" if name == "ValueError" else "the same bits: then {"
+        assert lines[2].startswith(f"values   {measured}")
+        assert lines[-1] == "the error was reproduced"
+    users = [frame for frame in within(tracebacks["ValueError"]) if frame[0].startswith(str(tmp_path))]
+    line = NET.splitlines().index("        return self.checked(self.net(x), x)") + 1
+    net = str(tmp_path / "parts" / "net.py")
+    assert users == [(net, str(line), "forward"), (net, str(line + 4), "checked")]
+
+
+def test_a_task_that_cannot_be_made_is_named_after_a_path_that_is_none(folder: Path) -> None:
+    _, (path,) = fit(task_of(), folder)
+    for spec, says in (
+        ("no_such_program:make", "--task 'no_such_program:make' cannot be imported from "),
+        (
+            "json:loads",
+            "--task 'json:loads': missing a required argument: 's'; expected a function that is called with",
+        ),
+        ("json", "--task 'json' does not say where the task is made; write --task module:function"),
+    ):
+        with pytest.raises(lw.SettingError, match=re.escape(says)):
+            replay_command(path, spec)
+    with pytest.raises(lw.CheckpointError, match=r"^x does not exist"):
+        replay_command("x", "no_such_program:make")

@@ -39,8 +39,8 @@ class Looks(lw.Callback):
     def map_output(self, run: lw.Run, output: Any, batch: Any, phase: lw.Phase) -> Any:
         return output
 
-    def map_loss(self, run: lw.Run, loss: Tensor, output: Any, batch: Any, phase: lw.Phase) -> Tensor:
-        return loss
+    def on_backward_end(self, run: lw.Run, loss: Tensor, output: Any, batch: Any, phase: lw.Phase) -> None:
+        loss.detach().item()
 
 
 def ones(preds: Tensor, target: Tensor) -> Tensor:

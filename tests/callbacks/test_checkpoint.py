@@ -13,7 +13,7 @@ from torch import nn
 import loopwright as lw
 from loopwright.checkpoint import index, list_checkpoints, read
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
-from tiny import acts, loader, trainer
+from tiny import acts, line, loader, pairs, sgd_task, trainer
 
 
 def fit(*savers: lw.Checkpoint, epochs: int = 4, scores: list[float] | None = None, callbacks: Any = ()) -> lw.Run:
@@ -314,3 +314,10 @@ def test_several_at_once_share_a_folder_and_none_deletes_what_another_wants(back
         again = lw.Checkpoint("1 day", monitor=saver.monitor, keep=1)
         again.start(run)
         assert (again.best, again.best_value) == (saver.best, saver.best_value)
+
+
+def test_a_best_that_nothing_was_judged_by_is_told(folder: Path) -> None:
+    best = lw.Checkpoint(monitor="valid/loss", restore="best")
+    user = trainer(epochs=1, folder=folder, checkpoint=best)
+    with pytest.warns(lw.LoopwrightWarning, match="restored nothing: .* 'valid/loss', which was nan. The weights are"):
+        user.fit(sgd_task(line()), pairs([1.0]), pairs([float("nan")]))

@@ -27,9 +27,15 @@ class Given(nn.Module):
         return output.sum() * 0 + (0.5 if self.training else next(self.losses))
 
 
+class Gains(lw.Supervised):
+    def validation_step(self, batch):
+        output = self.training_step(batch)
+        return {**output, "gain": output["loss"]}
+
+
 def fit(losses, stop, **settings):
     net = Given(losses)
-    task = lw.Supervised(net, net.loss, torch.optim.SGD(net.parameters(), lr=0.1))
+    task = Gains(net, net.loss, torch.optim.SGD(net.parameters(), lr=0.1))
     batch = (torch.ones(2, 1), torch.ones(2, 1))
     given = {"epochs": len(losses), "folder": None, "progress": False, "callbacks": [stop]} | settings
     return lw.Trainer(**given).fit(task, [batch, batch], [batch])
@@ -55,7 +61,7 @@ def test_an_improvement_begins_a_new_count():
 
 
 def test_mode_max_turns_the_comparison_around():
-    run = fit([0.1, 0.2, 0.3, 0.25, 0.2], EarlyStopping(patience=2, mode="max"))
+    run = fit([0.1, 0.2, 0.3, 0.25, 0.2], EarlyStopping("valid/gain", patience=2, mode="max"))
     assert run.progress.epoch == 5
     assert run.stop_reason.endswith("best 0.3 at step 6, last 0.2 at step 10")
 
@@ -111,7 +117,7 @@ def test_a_value_that_is_reached_stops_at_once():
     assert run.progress.epoch == 2
     assert run.stop_reason == "valid/loss has reached 0.5 at step 4; asked for was 0.5"
     assert fit([0.9, 0.51, 0.52], EarlyStopping(stop_at=0.5)).stop_reason is None
-    assert fit([0.1, 0.7, 0.8], EarlyStopping(stop_at=0.6, mode="max")).progress.epoch == 2
+    assert fit([0.1, 0.7, 0.8], EarlyStopping("valid/gain", stop_at=0.6, mode="max")).progress.epoch == 2
 
 
 def test_a_value_that_has_diverged_stops_at_once():

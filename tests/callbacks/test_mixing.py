@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -62,6 +63,7 @@ def test_cutmix_pastes_a_rectangle_and_mixes_targets_by_its_area_on_the_first_ba
     assert len(set(areas)) > 10
 
 
+@pytest.mark.filterwarnings("ignore:.*what the first has mixed is mixed again")
 def test_training_on_mixed_batches_is_the_hand_written_loop_on_them() -> None:
     mixed: list[Any] = []
     first, data = net(), images(20)
@@ -115,6 +117,7 @@ def test_the_draws_depend_on_the_key_the_epoch_and_the_batch() -> None:
     assert shares(lw.EarlyStopping("train/loss")) == twice[:4]
 
 
+@pytest.mark.filterwarnings("ignore:.*what the first has mixed is mixed again")
 def test_two_of_a_kind_draw_differently() -> None:
     out: list[Any] = []
     seen_through(lw.MixUp(classes=N), spy(out), lw.MixUp(classes=N))
@@ -122,6 +125,7 @@ def test_two_of_a_kind_draw_differently() -> None:
     assert not torch.equal(out[0][1] @ out[0][1], again[0][1])
 
 
+@pytest.mark.filterwarnings("ignore:.*what the first has mixed is mixed again")
 def test_they_compose_in_the_order_of_the_list() -> None:
     between: list[Any] = []
     (mixed, y), (x, _) = seen_through(lw.MixUp(classes=N), spy(between), lw.CutMix(classes=N))[0], images()[0]
@@ -137,6 +141,7 @@ def test_they_compose_in_the_order_of_the_list() -> None:
     assert torch.equal(mixed, torch.where(mask, half[order], half))
 
 
+@pytest.mark.filterwarnings("ignore:.*what the first has mixed is mixed again")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_with_them_resumes_to_the_bit(accumulate: int, folder: Any) -> None:
     def make() -> tuple[Any, list[lw.Callback]]:
@@ -271,9 +276,15 @@ def test_arguments_that_cannot_be_used_are_refused(make: Any, text: str) -> None
         (lw.MixUp(), (torch.rand(3, 2), torch.rand(2)), "MixUp needs a tensor of targets, one for each sample; got "
          "float32[2]"),
         (lw.CutMix(), (torch.rand(3, 2), torch.rand(3)), "CutMix needs images [samples, ..., height, width]; got "
-         "float32[3, 2]"),
+         "float32[3, 2]. Give them that shape in the dataset, or take lw.MixUp, which mixes any inputs"),
         (lw.RandomErasing(), (torch.rand(3, 2), torch.rand(3)), "RandomErasing needs images [samples, ..., height, "
-         "width]; got float32[3, 2]"),
+         "width]; got float32[3, 2]. Give them that shape in the dataset, or leave it out"),
+        (lw.MixUp(classes=2), (torch.rand(3, 2), torch.tensor([0, 2, 1])), "the target has classes from 0 to 2, and "
+         "MixUp(classes=2) makes soft targets for 0 to 1; say classes=3, and leave out samples without a class"),
+        (lw.CutMix(classes=2), (torch.rand(1, 2, 2), torch.tensor([[-1, 1]])), "the target has classes from -1 to 1, "
+         "and CutMix(classes=2) makes soft targets for 0 to 1; say classes=2, and leave out samples without a class"),
+        (lw.MixUp(classes=3), (torch.rand(3, 2), torch.rand(3, 1)), "MixUp(classes=3) makes soft targets of class "
+         "indices, and the target is float32[3, 1], which is mixed as it is; leave classes out"),
         (lw.RandomErasing(1.0, scale=(1, 1), ratio=(4, 4)), images()[0], "RandomErasing(scale=(1, 1), ratio=(4, 4)): "
          "of 1024 such rectangles none lies inside of an image of 8 x 8; ask for smaller ones"),
     ],
@@ -284,3 +295,75 @@ def test_batches_that_cannot_be_mixed_are_refused(callback: Any, batch: Any, tex
     with pytest.raises(lw.DataError) as caught:
         callback.map_batch(run, batch)
     assert str(caught.value) == text
+
+
+def test_soft_targets_of_so_many_classes_are_mixed_and_measured() -> None:
+    soft = [(x, torch.eye(N)[y]) for x, y in images()]
+    run = trainer(epochs=1, callbacks=[lw.MixUp(classes=N)]).fit(
+        sgd_task(net(), loss=nn.CrossEntropyLoss(), metrics={"accuracy": lw.metrics.Accuracy()}), soft
+    )
+    assert 0 <= run.metrics["train/accuracy"] <= 1
+
+
+@pytest.mark.parametrize("classes", [N + 2, N - 1])
+def test_targets_of_other_classes_than_the_net_has_are_told_with_their_maker(classes: int) -> None:
+    data = [(x, y.clamp(max=classes - 1)) for x, y in images()]
+    with pytest.raises(RuntimeError) as caught:
+        trainer(epochs=1, callbacks=[lw.MixUp(classes=classes)]).fit(sgd_task(net(), loss=nn.CrossEntropyLoss()), data)
+    assert caught.value.__notes__[-1] == (
+        f"[loopwright] MixUp(classes={classes}) has made the target float32[6, {classes}]: the loss has to take it, "
+        "and the net to give as many scores for each sample"
+    )
+
+
+def test_what_is_sure_to_be_mixed_twice_is_warned_of() -> None:
+    told = (
+        "MixUp and CutMix both change a batch: what the first has mixed is mixed again. Say how often each is to: "
+        "p=0.5, or leave one out"
+    )
+    task = sgd_task(net(), loss=nn.CrossEntropyLoss())
+
+    def warnings_of(*callbacks: lw.Callback) -> list[str]:
+        return trainer(epochs=1, callbacks=callbacks).plan(task, images()).warnings
+
+    assert warnings_of(lw.MixUp(classes=N), lw.CutMix(classes=N)) == [told]
+    assert warnings_of(lw.MixUp(classes=N, p=0.5), lw.CutMix(classes=N, p=0.6)) == [told]
+    assert warnings_of(lw.MixUp(classes=N, p=0.5), lw.CutMix(classes=N, p=0.5)) == []
+    assert warnings_of(lw.MixUp(classes=N), lw.CutMix(classes=N, inputs=1)) == []  # of another image
+    stages = [lw.Stage("a", "1 epoch", callbacks=[lw.MixUp(classes=N)]),
+              lw.Stage("b", "1 epoch", callbacks=[lw.CutMix(classes=N)])]  # fmt: skip
+    assert trainer().plan(task, images(), stages=stages).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (nn.NLLLoss(), "NLLLoss takes class indices alone"),
+        (nn.functional.nll_loss, "nll_loss takes class indices alone"),
+        (lw.losses.Weighted({"ce": nn.CrossEntropyLoss(), "margin": nn.MultiMarginLoss()}), "MultiMarginLoss takes "
+         "class indices alone"),
+        (nn.CrossEntropyLoss(ignore_index=0), "CrossEntropyLoss(ignore_index=0) needs class indices to leave one out"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), None),
+        (nn.MSELoss(), None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("of_stage", [False, True])
+def test_a_loss_that_takes_no_soft_targets_is_refused_before_anything_runs(
+    loss: Any, text: str | None, of_stage: bool
+) -> None:
+    """Losses that are refused are those that torch refuses."""
+    task = sgd_task(net(), loss=nn.CrossEntropyLoss() if of_stage else loss)
+    stages = [lw.Stage("one", until="1 epoch", loss=loss if of_stage else None)]
+    user = trainer(callbacks=[lw.CutMix(classes=N)])
+    told = user.plan(task, images(1), stages=stages).problems
+    assert told == (
+        []
+        if text is None
+        else [
+            f"CutMix makes soft targets, rows of a share for each class, and {text}; train with "
+            "nn.CrossEntropyLoss(), on scores without a softmax, or leave it out"
+        ]
+    )
+    preds, target = torch.rand(2, 3).log_softmax(1), torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
+    with nullcontext() if text is None else pytest.raises((RuntimeError, ValueError)):
+        loss(preds, target)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import loopwright as lw
+from loggers.test_plugin import printed
 from tiny import acts, bits, same, seed_all
 
 CLASSES, SIDE, BATCH, EPOCHS = 6, 8, 6, 3
@@ -44,7 +47,7 @@ class Trial:
         self.callbacks: dict[str, Any] = {}
         self.seen = {name: Seen() for name in names}
         self.results: list[lw.StepResult] = []
-        self.lrs: list[float] = []
+        self.lrs: list[list[float]] = []  # of each optimizer
         self.grads: list[float] = []
         self.dropout: list[float] = []
         self.after: list[list[Tensor]] = []  # weights, after each step
@@ -55,9 +58,11 @@ class Trial:
         entries = [ENTRIES[name] for name in self.names]
         settings: dict[str, Any] = {"checkpoint": False, "loggers": [], "log_every": 1, "capsule": False}
         for entry in entries:
-            settings |= entry.settings(self.folder)
+            given = entry.settings(self.folder)
+            settings |= given | {"loggers": [*settings["loggers"], *given.get("loggers", [])]}
         net = model()
-        task = next((e.task(net) for e in entries if e.task), None) or supervised(net)
+        schedule = next((entry.schedule for entry in entries if entry.schedule), None)
+        task = next((entry.task for entry in entries if entry.task), supervised)(net, schedule)
         data = next((e.data() for e in entries if e.data), None) or images()
         listed = self._between_spies(entries)
         savers = [c for c in self.callbacks.values() if isinstance(c, lw.Checkpoint)]
@@ -96,7 +101,7 @@ class Trial:
         def note(run: lw.Run, result: lw.StepResult) -> None:
             result.output = dict(result.output)
             self.results.append(result)
-            self.lrs.append(float(run.lr or 0.0))
+            self.lrs.append([optimizer.param_groups[0]["lr"] for optimizer in run.optimizers.values()])
             self.dropout.append(run.task.module[3].p)
             self.after.append([p.detach().clone() for p in run.models["model"].parameters()])
 
@@ -123,7 +128,8 @@ class Entry:
     effect: Callable[[Trial, str], None]
     make: Callable[[Path], Any] | None = None
     settings: Callable[[Path], dict[str, Any]] = lambda folder: {}
-    task: Callable[[nn.Module], lw.Task] | None = None
+    task: Callable[[nn.Module, Any], lw.Task] | None = None
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None  # of each optimizer of the task
     data: Callable[[], Any] | None = None
     observes: bool = False  # with and without it, every weight is the same
 
@@ -138,10 +144,15 @@ def model() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, CLASSES))
 
 
-def supervised(net: nn.Module, **settings: Any) -> lw.Supervised:
+def supervised(net: nn.Module, schedule: Any = None) -> lw.Supervised:
     sgd = torch.optim.SGD(net.parameters(), lr=0.05)
     accuracy = {"accuracy": lw.metrics.Accuracy()}
-    return lw.Supervised(net, nn.CrossEntropyLoss(), sgd, metrics=accuracy, **settings)
+    return lw.Supervised(net, nn.CrossEntropyLoss(), sgd, metrics=accuracy, schedule=schedule)
+
+
+def optimizers(parts: dict[str, nn.Module], schedule: Any) -> dict[str, Any]:
+    made = {name: torch.optim.SGD(part.parameters(), lr=0.05) for name, part in parts.items()}
+    return {name: (sgd, schedule(sgd)) for name, sgd in made.items()} if schedule else made
 
 
 def arrays(n: int = 22, *, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -156,9 +167,9 @@ def images(n: int = 22, *, seed: int = 1) -> DataLoader[Any]:
 class Two(lw.Task):
     """A body and a head, each with an optimizer and a phase of its own."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, schedule: Any = None) -> None:
         super().__init__()
-        self.module = net
+        self.module, self.schedule = net, schedule
 
     def training_step(self, batch: Any) -> Any:
         preds = self.module(batch[0])
@@ -168,8 +179,41 @@ class Two(lw.Task):
         return [lw.Phase(name, self.training_step, optimizers=name) for name in ("body", "head")]
 
     def configure_optimizers(self) -> Any:
-        body, head = self.module[1], self.module[4]  # type: ignore[index]
-        return {name: torch.optim.SGD(part.parameters(), lr=0.05) for name, part in (("body", body), ("head", head))}
+        return optimizers({"body": self.module[1], "head": self.module[4]}, self.schedule)  # type: ignore[index]
+
+
+class GAN(lw.Task):
+    """The net as a critic, which tells real images from drawn ones besides their classes, and a generator of images."""
+
+    def __init__(self, net: nn.Module, schedule: Any = None) -> None:
+        super().__init__()
+        self.module, self.schedule = net, schedule
+        self.generator = nn.Sequential(nn.Linear(4, 2 * SIDE * SIDE), nn.Unflatten(1, (2, SIDE, SIDE)))
+
+    def drawn(self, like: Tensor) -> Tensor:
+        images: Tensor = self.generator(torch.randn(len(like), 4))
+        return images
+
+    def critic_step(self, batch: Any) -> Any:
+        preds = self.module(batch[0])
+        real, fake = preds.logsumexp(1), self.module(self.drawn(batch[0]).detach()).logsumexp(1)
+        apart = nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean()
+        loss = nn.functional.cross_entropy(preds, batch[1]) + apart
+        return {"loss": loss, "preds": preds, "target": batch[1], "fake": fake.mean()}
+
+    def generator_step(self, batch: Any) -> Any:
+        preds = self.module(self.drawn(batch[0]))
+        return {"loss": nn.functional.softplus(-preds.logsumexp(1)).mean(), "preds": preds, "target": batch[1]}
+
+    def validation_step(self, batch: Any) -> Any:
+        preds = self.module(batch[0])
+        return {"loss": nn.functional.cross_entropy(preds, batch[1]), "preds": preds, "target": batch[1]}
+
+    def phases(self) -> list[lw.Phase]:
+        return [lw.Phase(name, getattr(self, f"{name}_step"), optimizers=name) for name in ("critic", "generator")]
+
+    def configure_optimizers(self) -> Any:
+        return optimizers({"critic": self.module, "generator": self.generator}, self.schedule)
 
 
 # ----------------------------------------------------------------------------------------------------- the effects
@@ -322,14 +366,31 @@ def half(trial: Trial, name: str) -> None:
 
 
 def halved(trial: Trial, name: str) -> None:
-    epochs = trial.run.progress.epoch
-    assert trial.lrs[:: len(trial.lrs) // epochs] == [0.05, 0.025, 0.0125][:epochs]
+    epochs, each = trial.run.progress.epoch, len(trial.lrs) // trial.run.progress.epoch
+    of_an_epoch = [[rate] * len(trial.run.optimizers) for rate in (0.05, 0.025, 0.0125)]
+    assert trial.lrs == [rates for rates in of_an_epoch[:epochs] for _ in range(each)]
 
 
 def two(trial: Trial, name: str) -> None:
     assert trial.run.progress.phase_steps == dict.fromkeys(("body", "head"), trial.run.progress.step)
     parts = zip(model().parameters(), trial.run.task.module.parameters(), strict=True)
     assert not any(torch.equal(before, after) for before, after in parts)
+
+
+def against(trial: Trial, name: str) -> None:
+    """Critic and generator take turns, and each phase moves its own network alone."""
+    task, steps = trial.run.task, trial.run.progress.step
+    assert trial.run.progress.phase_steps == {"critic": steps, "generator": steps}
+    turns = [phase for step, phase in trial.places if step < steps]
+    assert turns == ["critic", "generator"] * steps
+    sizes = {phase: place[0].numel() for (_, phase), place in trial.places.items()}
+    assert sizes == {
+        phase: sum(p.numel() for p in part.parameters())
+        for phase, part in (("critic", task.module), ("generator", task.generator))
+    }
+    for phase in sizes:
+        first, last = (trial.places[step, phase][0] for step in (0, steps - 1))
+        assert not torch.equal(first, last)
 
 
 def oversampled(trial: Trial, name: str) -> None:
@@ -343,8 +404,21 @@ def oversampled(trial: Trial, name: str) -> None:
 
 def tabled(trial: Trial, name: str) -> None:
     lines = (trial.folder / "metrics.csv").read_text().splitlines()
-    assert "train/loss" in lines[0] or "train/body/loss" in lines[0]
+    assert all(f"train/{logged}" in lines[0] for logged in trial.run.history.losses)
     assert len(lines) > trial.run.progress.epoch
+
+
+def plugged(trial: Trial, name: str) -> None:
+    """Each loss of each step is a row of the database, and so are the measurements of each epoch."""
+    with sqlite3.connect(trial.folder / "runs.db") as db:
+        rows = db.execute("select name, step, value from points order by rowid").fetchall()
+    for logged, losses in trial.run.history.losses.items():
+        found = {step: value for name, step, value in rows if name == f"train/{logged}"}
+        assert sorted(found) == [*range(1, trial.run.progress.step + 1)]
+        if trial.run.comm.world_size == 1:  # the losses that a rank keeps are its own
+            assert [found[step] for step in sorted(found)] == pytest.approx(losses.tolist())
+    found = {step: value for name, step, value in rows if name == "valid/loss"}
+    assert [found[step] for step in trial.run.history.steps] == trial.run.history["valid/loss"]
 
 
 def annealed(trial: Trial, name: str) -> None:
@@ -433,10 +507,6 @@ def weighted() -> Any:
     return lw.Loader((x, y), sampler=lw.data.WeightedSampler(weights, BATCH, samples=22))
 
 
-def scheduled(net: nn.Module) -> lw.Supervised:
-    return supervised(net, schedule=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
-
-
 ENTRIES: dict[str, Entry] = {
     "MixUp": Entry(mixup, lambda folder: lw.MixUp(classes=CLASSES)),
     "CutMix": Entry(cutmix, lambda folder: lw.CutMix(classes=CLASSES)),
@@ -470,14 +540,19 @@ ENTRIES: dict[str, Entry] = {
     "CSVLogger": Entry(
         tabled, settings=lambda folder: {"loggers": [lw.CSVLogger(folder / "metrics.csv")]}, observes=True
     ),
+    "a tracker of one's own": Entry(
+        plugged, settings=lambda folder: {"loggers": [printed()(str(folder / "runs.db"))]}, observes=True
+    ),
     "accumulate": Entry(accumulated, settings=lambda folder: {"accumulate": 2}),
     "clip_norm": Entry(clipped, settings=lambda folder: {"clip_norm": 0.01}),
     "bf16": Entry(half, settings=lambda folder: {"precision": "bf16"}),
-    "a schedule": Entry(halved, task=scheduled),
+    "a schedule": Entry(halved, schedule=lambda sgd: torch.optim.lr_scheduler.StepLR(sgd, 1, 0.5)),
     "oversampling": Entry(oversampled, data=weighted),
     "body and head": Entry(two, task=Two),
+    "GAN": Entry(against, task=GAN),
 }
-APART = {("a schedule", "body and head")}  # both bring a task
+TASKS = [name for name, entry in ENTRIES.items() if entry.task]
+APART = {tuple(TASKS)}  # each of these two is a task, and a run has one
 NAMES = list(ENTRIES)
 
 
@@ -498,11 +573,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]
     return ends
 
 
+@pytest.mark.filterwarnings("ignore:.*what the first has mixed is mixed again")
+@pytest.mark.capability("FA-25")
 @pytest.mark.parametrize(
     "first", [*NAMES[:-1:2], *(pytest.param(name, marks=pytest.mark.nightly) for name in NAMES[1:-1:2])]
 )
 def test_in_every_pair_each_has_its_effect(first: str, alone: Any, tmp_path: Path) -> None:
-    """All callbacks that ship, schedules, precision, accumulation, clipping, oversampling, two optimizers: in pairs."""
+    """In pairs: all callbacks that ship, schedules, mixed precision, accumulation, oversampling, loggers, a GAN."""
     for second in NAMES[NAMES.index(first) + 1 :]:
         if (first, second) in APART:
             continue
@@ -520,11 +597,40 @@ def test_in_every_pair_each_has_its_effect(first: str, alone: Any, tmp_path: Pat
                 ) from error
 
 
+@pytest.mark.filterwarnings("ignore:.*what the first has mixed is mixed again")
+@pytest.mark.capability("FA-25")
 def test_all_together_each_has_its_effect(tmp_path: Path) -> None:
-    names = tuple(name for name in NAMES if name not in ("body and head", "EarlyStopping", "a schedule"))
+    """All of them at once: callbacks, a schedule, mixed precision, accumulation, oversampling, loggers."""
+    names = tuple(name for name in NAMES if name not in ("EarlyStopping", *TASKS))
     trial = Trial(names, tmp_path).fit()
     for name in names:
         ENTRIES[name].effect(trial, name)
+
+
+ON_RANK_0 = {"Checkpoint", "ProgressBar", "Capsule", "Report", "a tracker of one's own"}  # there alone they write
+
+
+@pytest.mark.capability("FA-25")
+@pytest.mark.slow
+def test_with_two_ranks_each_has_its_effect(tmp_path: Path) -> None:
+    """Distributed training with each of what ships: its effect is there, and the ranks end with the same weights."""
+
+    def rank(folder: Path) -> dict[str, Any]:
+        ends = {}
+        for name in NAMES:
+            trial = Trial((name,), folder / str(NAMES.index(name))).fit()
+            assert trial.run.comm.world_size == 2
+            elsewhere = trial.run.comm.rank and name in ON_RANK_0
+            with suppress(AssertionError, AttributeError) if elsewhere else nullcontext():
+                ENTRIES[name].effect(trial, name)  # on all ranks: some effects train again
+            if name != "oversampling":
+                assert trial.run.progress.samples == 22 * trial.run.progress.epoch, name
+            ends[name] = [p.detach().clone() for p in trial.run.task.parameters()]
+        return ends
+
+    first, second = lw.launch(rank, 2, tmp_path)
+    assert list(first) == NAMES
+    assert [name for name in NAMES if not same(first[name], second[name])] == []
 
 
 def test_every_callback_that_ships_has_an_entry() -> None:

@@ -208,7 +208,7 @@ def test_what_it_cannot_do_is_refused_at_the_start() -> None:
     refused(r"gradient scaler \(precision='fp16'\).*train with precision='bf16'", task(net), precision="fp16")
     refused("SAM.phases='gen'.*main", task(net), callbacks=[lw.SAM(phases="gen")])
     lbfgs = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.LBFGS(net.parameters()))
-    refused("on_grads_ready cannot apply to LBFGS", lbfgs, PlanError)
+    refused("SAM.on_grads_ready cannot apply to LBFGS", lbfgs, PlanError)
     with pytest.raises(SettingError, match="whose step moves its optimizers itself"):
         trainer(epochs=1, callbacks=[lw.SAM()]).run(lambda run, batch: 1.0, batches(), state={})
     with pytest.raises(SettingError, match=r"SAM\(rho=0\): expected a positive number"):

@@ -131,7 +131,7 @@ def test_two_watches_look_at_their_own_events_and_a_second_fit_watches_again() -
 
 @pytest.mark.gpu
 def test_memory_and_utilisation_of_the_gpu_are_logged() -> None:
-    pytest.importorskip("pynvml", reason="needs nvidia-ml-py")
+    pytest.importorskip("pynvml", reason='needs nvidia-ml-py: pip install "loopwright[gpu]"')
     values = watched("gpu", at=lw.Event.STEP_END(every=2), device="cuda")[-1][1]
     assert 0 < values["train/gpu_memory_mb"] <= values["train/gpu_memory_peak_mb"]
     assert 0 <= values["train/gpu_utilization"] <= 100

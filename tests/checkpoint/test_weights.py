@@ -12,7 +12,7 @@ from torch import nn
 import loopwright as lw
 from loopwright.checkpoint import write
 from loopwright.errors import CheckpointError, SettingError
-from tiny import bits, same
+from tiny import bits, classifier, loader, same, sgd_task, trainer
 
 
 def net(width: int = 3, *, seed: int = 0) -> nn.ModuleDict:
@@ -32,6 +32,21 @@ def test_all_weights_and_buffers_are_loaded_to_the_bit() -> None:
     report = lw.load_weights(target, saved(source))
     assert same(bits(source)[0], bits(target)[0])
     assert str(report) == "checkpoints/step-00000001: 9 of 9 tensors fit"
+
+
+def test_a_task_takes_the_weights_that_its_runs_have_saved(folder: Path) -> None:
+    def task(seed: int) -> lw.Supervised:
+        return sgd_task(classifier(seed=seed), loss=nn.functional.cross_entropy)
+
+    trained, fresh = task(1), task(2)
+    run = trainer(epochs=1, folder=folder).fit(trained, loader(8))
+    lw.load_weights(fresh, run.folder)
+    assert same(bits(fresh.module)[0], bits(trained.module)[0])
+    bare = nn.ModuleDict({"module": classifier(seed=3)})
+    with pytest.raises(CheckpointError, match=r"What may help: rename=\{'': 'module.'\} gives"):
+        lw.load_weights(bare, run.folder)
+    lw.load_weights(bare, run.folder, rename={"": "module."})
+    assert same(bits(bare["module"])[0], bits(trained.module)[0])
 
 
 @pytest.mark.capability("B-26")

@@ -97,12 +97,20 @@ def test_columns_that_are_not_numbers_are_named() -> None:
     ("data", "says"),
     [
         ((torch.zeros(3), torch.zeros(4)), r"different lengths: len\(data\[0\]\) == 3, len\(data\[1\]\) == 4\. All"),
-        (np.array(["a"]), r"data is a NumPy array of dtype <U1; expected numbers or booleans"),
+        (
+            np.array(["a"]),
+            r"dtype <U1; expected numbers or booleans\. Names of classes are numbered by np\.unique\(names,",
+        ),
         (np.array(1.0), "data is a single number"),
         ((), "cannot read an empty tuple"),
         ([1, 2], "cannot read a list of int"),
         ("text", "cannot read 'text'"),
-        (iter([1]), "cannot read <list_iterator"),
+        (iter([1]), r"cannot read <list_iterator.*\. Ready batches, from a function or an iterable, go to fit as they"),
+        ({"x": [1] * 9}, r"cannot read a dict of list; .*Of numbers in a list make an array, np\.asarray\(y\); of te"),
+        ([{"text": "a"}], r"a list of dict; .*samples make one: torch\.utils\.data\.Subset\(samples, range\(len\(samp"),
+        (np.array([np.ones(2), 1], object), r"dtype object; .* lengths make a dataset, torch\.utils\.data\.StackData"),
+        (np.array(["2020"], "M8[D]"), r"dtype datetime64\[D\]; expected numbers or booleans\. Times are numbers as in"),
+        (np.zeros(2, [("a", "f4")]), r"Fields are columns, as in \{name: x\[name\] for name in x\.dtype\.names\}"),
         (
             type("Stream", (IterableDataset,), {"__iter__": iter})(),
             r"Stream is an IterableDataset, .* pass torch\.utils\.data\.DataLoader",

@@ -398,18 +398,23 @@ def test_a_failing_sample_is_named_with_its_batch_and_epoch(workers: int) -> Non
 
 
 class Killed(Numbers):
-    """Is killed as the system does it when memory runs out."""
+    """Is killed as the system does it when memory runs out; ``wanted``: not before the main process says so."""
+
+    def __init__(self, wanted: Any = None) -> None:
+        self.wanted = wanted
 
     def __getitem__(self, i: int) -> Any:
         if i == 13:
+            if self.wanted is not None:
+                self.wanted.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         return i
 
 
-MAKERS: dict[str, Callable[[], Any]] = {
-    "ours": lambda: Loader(Killed(), 4, workers=2),
-    "theirs": lambda: DataLoader(Killed(), 4, num_workers=2),
-    "theirs, persistent": lambda: DataLoader(Killed(), 4, num_workers=2, persistent_workers=True),
+MAKERS: dict[str, Callable[[Killed], Any]] = {
+    "ours": lambda data: Loader(data, 4, workers=2),
+    "theirs": lambda data: DataLoader(data, 4, num_workers=2),
+    "theirs, persistent": lambda data: DataLoader(data, 4, num_workers=2, persistent_workers=True),
 }
 TOLD = (
     r"worker 1 \(pid \d+\) was killed \(SIGKILL\) while at (batch 2 of epoch 1, dataset indices \[4, 5, 6, 7\] or )?"
@@ -422,8 +427,8 @@ ADVICE = (
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
-def test_a_killed_worker_is_named_with_its_samples_and_what_to_do(make: Callable[[], Any]) -> None:
-    source: Any = as_source(make(), train=True, key=0)
+def test_a_killed_worker_is_named_with_its_samples_and_what_to_do(make: Callable[[Killed], Any]) -> None:
+    source: Any = as_source(make(Killed()), train=True, key=0)
     with pytest.raises(DataError, match=TOLD + ADVICE):
         list(source.at(0, 0))
     source.close()
@@ -432,13 +437,15 @@ def test_a_killed_worker_is_named_with_its_samples_and_what_to_do(make: Callable
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 def test_a_worker_killed_while_the_model_computes_is_noted_on_the_error_that_torch_raises(
-    make: Callable[[], Any],
+    make: Callable[[Killed], Any],
 ) -> None:
-    source: Any = as_source(make(), train=True, key=0)
+    wanted = multiprocessing.Event()
+    source: Any = as_source(make(Killed(wanted)), train=True, key=0)
     batches = source.at(0, 0)
     with pytest.raises(RuntimeError, match="is killed by signal") as error:  # noqa: PT012
         try:
             for _ in batches:
+                wanted.set()
                 time.sleep(20)  # the error comes in here
         finally:
             batches.close()

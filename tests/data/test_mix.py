@@ -107,7 +107,8 @@ def test_data_whose_length_is_unknown_is_mixed_the_same_way() -> None:
         assert list(Mix({"a": three, "b": [10]}, until=until)) == listed
     made = as_source(Mix({"a": three, "b": [10]}), train=True, key=0)
     assert made.exact == [
-        "source 'a': test_data_whose_length_is_unknown_is_mixed_the_same_way.<locals>.three has no position to save; "
+        "source 'a': test_data_whose_length_is_unknown_is_mixed_the_same_way.<locals>.three has no position to "
+        "save, as an iterable with state_dict and load_state_dict has; "
         "a resume reads it again from the start of the epoch"
     ]
 

@@ -109,6 +109,7 @@ def test_what_is_no_data_is_refused_with_what_is(data: Any) -> None:
     [
         ([], r"there is not one batch in the data (\[\]): it is empty. Check the path, the filter or the split that"),
         (torch.zeros(0, 3), "there is not one batch in the data (Tensor): it is empty."),
+        ([(torch.zeros(0, 3), torch.zeros(0))] * 2, "there is not one sample in the 2 batches of the list: Check the"),
         (
             DataLoader(Foreign(), 80, drop_last=True),  # type: ignore[arg-type]
             "drop_last=True leaves nothing of 70 samples in batches of 80. Use drop_last=False or a batch_size of at "
@@ -158,7 +159,10 @@ def test_a_generator_function_starts_anew_each_epoch_and_resumes_by_reading_agai
     resumed = fresh.at(2, 1)
     assert torch.equal(torch.get_rng_state(), generators)
     assert all(map(torch.equal, resumed, rest))
-    assert made.exact == ["generated has no position to save; a resume reads it again from the start of the epoch"]
+    assert made.exact == [
+        "generated has no position to save, as an iterable with state_dict and load_state_dict has; a resume reads it "
+        "again from the start of the epoch"
+    ]
 
 
 def test_an_iterator_is_good_for_one_epoch() -> None:

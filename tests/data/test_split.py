@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
+from loopwright.data.loader import Loader
 from loopwright.data.split import folds, train_valid_split
 from loopwright.errors import DataError, SettingError
 
@@ -148,6 +150,43 @@ class Stream(IterableDataset[int]):
         return iter(range(3))
 
 
+def streaming() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [(torch.full((4, 2), i), torch.full((4,), i)) for i in range(5)],  # ready batches, all of one size
+        [{"x": torch.full((4 - i % 2,), i)} for i in range(5)],
+        [np.full(3 + i, i) for i in range(5)],  # of different lengths
+        [np.full((2, 2), i) for i in range(5)],
+        [{"text": "a", "label": i} for i in range(5)],
+        ["one", "two", "three", "four", "five"],
+    ],
+)
+def test_a_list_is_split_by_its_entries_whatever_they_are(data: list[Any]) -> None:
+    train, valid = train_valid_split(data, 2)
+    assert type(train) is type(valid) is list
+    numbers = train_valid_split(np.arange(5), 2)
+    assert [[id(one) for one in part] for part in (train, valid)] == [[id(data[i]) for i in part] for part in numbers]
+    assert sorted(id(one) for _, part in folds(data, 2) for one in part) == sorted(map(id, data))
+    with pytest.raises(SettingError, match="k=6; expected a whole number from 2 to 5, the number of batches in the li"):
+        folds(data, 6)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR tensor support is in beta", "ignore:Sparse CSC tensor support is in beta"
+)
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_coo])
+def test_rows_of_a_sparse_tensor_are_taken(layout: torch.layout) -> None:
+    x = torch.diag(torch.arange(1.0, 8))
+    train, valid = train_valid_split(x.to_sparse(layout=layout), 3)
+    rows = train_valid_split(torch.arange(7), 3)
+    assert torch.equal(train.to_dense(), x[rows[0]])
+    assert torch.equal(valid.to_dense(), x[rows[1]])
+
+
 @pytest.mark.parametrize(
     ("data", "options", "error", "says"),
     [
@@ -166,9 +205,49 @@ class Stream(IterableDataset[int]):
         (np.arange(3), {"by_time": [1, 1, 1]}, DataError, "as early as all others"),
         (np.arange(3), {"by_time": [1, np.nan, 1]}, DataError, "not a number"),
         (np.arange(1), {}, DataError, "cannot split 1 sample into two parts"),
-        ((np.arange(3), np.arange(4)), {}, DataError, r"different lengths, \[3, 4\]"),
-        (Stream(), {}, DataError, "cannot split Stream; expected arrays"),
-        (iter([1]), {}, DataError, "cannot split list_iterator"),
+        ((np.arange(3), np.arange(4)), {}, DataError, r"different lengths: data\[0\] has 3, data\[1\] has 4\. Columns"),
+        (([np.ones(2), np.ones(5)], [0, 1]), {}, DataError, r"one of columns, and data\[1\]\[0\] is no array. Turn n"),
+        (
+            ([np.ones(2), np.ones(5)], np.arange(2)),
+            {},
+            DataError,
+            r"Where the samples themselves are of different lengths, .*: torch\.utils\.data\.StackDataset\(x, y\)",
+        ),
+        (
+            [np.ones(9), np.ones(9)],
+            {},
+            DataError,
+            "a list of 2 arrays with 9 entries each: it may be one of columns, or",
+        ),
+        ([(np.ones(9), np.ones(9)), np.ones(9)], {}, DataError, r"Give columns as a tuple, \(x, y\)"),
+        ([np.ones(9)], {}, DataError, r"split the numbers, np\.arange\(1\), and pick from the list"),
+        ([(np.ones(9), np.ones(9))], {}, DataError, "cannot split 1 batch into two parts"),
+        (
+            Stream(),
+            {},
+            DataError,
+            r"Stream, a stream: its samples come one .*Subset\(samples, range\(len\(samples\)\)\)",
+        ),
+        (
+            iter([1]),
+            {},
+            DataError,
+            r"list_iterator, which is only iterated: its batches come .* split that: list\(data\)",
+        ),
+        (streaming, {}, DataError, r"cannot split streaming, a function: .* split that: list\(streaming\(\)\)"),
+        (
+            DataLoader([1, 2]),
+            {},
+            DataError,
+            r"cannot split a loader, .*: split what it reads, loader\.dataset, and make",
+        ),
+        (
+            Loader(np.ones(3)),
+            {},
+            DataError,
+            r"cannot split a loader, .*: split what it reads, loader\.data, and make two",
+        ),
+        ("ab", {}, DataError, "cannot split str; expected arrays, a data frame, a list, or a dataset"),
     ],
 )
 def test_what_cannot_be_split_says_why(data: Any, options: Any, error: type[Exception], says: str) -> None:

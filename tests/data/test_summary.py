@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+import loopwright as lw
 from loopwright.data import Loader
 from loopwright.data.generators import get_globals
 from loopwright.data.lengths import limit
@@ -165,6 +166,8 @@ def test_where_collating_fails_it_is_said_why_and_how_to_mend_it(samples: list[A
     assert told.fix is not None
     assert told.problem.startswith(f"{len(samples)} samples could not be put together: {why}")
     assert how in told.fix
+    ours = summary(lw.Loader(Samples(*samples), 4))  # whose argument has another name
+    assert (ours.problem, ours.fix) == (told.problem, told.fix.replace("collate_fn", "collate"))
     assert f"PROBLEM: {told.problem}\nTO MEND IT: {told.fix}" in str(told)
 
 
@@ -269,3 +272,23 @@ def test_an_iterator_is_not_read() -> None:
 def test_what_is_no_data_is_refused() -> None:
     with pytest.raises(DataError, match="cannot read batches from 3"):
         summary(3)
+
+
+@pytest.mark.parametrize("sample", [{"x": np.ones(3, "f4"), "label": 1}, (torch.ones(3), torch.tensor(1))])
+def test_a_list_of_samples_is_told_that_a_list_is_one_of_batches(sample: Any) -> None:
+    (note,) = summary([sample] * 3).notes
+    assert note == (
+        "a list is one of ready batches, and the first looks like a single sample: of a list of samples make a "
+        "dataset, torch.utils.data.Subset(samples, range(len(samples)))"
+    )
+    as_it_says = summary(torch.utils.data.Subset([sample] * 3, range(3)))
+    assert (as_it_says.notes, as_it_says.problem, as_it_says.samples) == ([], None, 3)
+    assert summary([(torch.ones(4, 3), torch.ones(4)), (torch.ones(2, 3), torch.ones(2))]).notes == []
+
+
+def test_a_list_of_texts_and_a_sparse_tensor_are_told_and_raise_nothing() -> None:
+    told = summary(["one", "two"])
+    assert told.problem is not None
+    assert told.problem.startswith("cannot tell how many samples this batch holds: str")
+    assert "of a list of samples make a dataset" in told.notes[0]
+    assert "sparse coo float32 (4, 4)" in str(summary((torch.eye(4).to_sparse_coo(), torch.arange(4))))

@@ -65,10 +65,62 @@ def test_the_note_on_a_fetch_error_names_the_batch_and_the_sample() -> None:
     )
 
 
-def test_the_note_names_no_sample_where_it_cannot_know_it() -> None:
+def test_the_sample_is_found_by_reading_again_where_the_dataset_reads_a_batch_at_once() -> None:
     assert note_of(DataLoader(BrokenMany(), 3)) == (
-        "[loopwright] while fetching batch 3 of epoch 1, dataset indices [6, 7, 8]"
+        "[loopwright] while fetching batch 3 of epoch 1, dataset indices [6, 7, 8]; read again, it was dataset[7] that "
+        "raised"
     )
+
+
+class OddError(Exception):
+    """torch cannot make it anew from a text alone, and hands on a RuntimeError that names it."""
+
+    def __init__(self, path: str, line: int) -> None:
+        super().__init__(path, line)
+
+
+class Drawing(Dataset[Any]):
+    """Draws a number for each sample; the first time that 7 is read it raises ``first``, later ``again``."""
+
+    def __init__(self, first: Exception, again: Exception | None) -> None:
+        self.raising, self.states = [first, again], list[Any]()
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, i: int) -> Any:
+        torch.rand(1)
+        if i == 7:
+            self.states.append(torch.get_rng_state())
+            error = self.raising[min(len(self.states), 2) - 1]
+            if error is not None:
+                raise error
+        return i
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[i] for i in indices]
+
+
+@pytest.mark.parametrize(("again", "found"), [(KeyError("label"), True), (ValueError("another"), False), (None, False)])
+def test_a_sample_is_blamed_only_for_an_error_of_the_same_type_and_no_generator_moves(again: Any, found: bool) -> None:
+    data = Drawing(KeyError("label"), again)
+    note = note_of(DataLoader(data, 3))
+    assert len(data.states) == 2
+    assert torch.equal(torch.get_rng_state(), data.states[0])
+    assert note == "[loopwright] while fetching batch 3 of epoch 1, dataset indices [6, 7, 8]" + (
+        "; read again, it was dataset[7] that raised" if found else ""
+    )
+
+
+def test_an_error_of_a_worker_that_has_another_type_here_is_found_too() -> None:
+    data = Drawing(OddError("a.png", 3), OddError("a.png", 3))
+    with pytest.raises(RuntimeError, match="Caught OddError in DataLoader worker process 0") as error:
+        list(TorchLoader(DataLoader(data, 3, num_workers=2)).at(0, 0))
+    (note,) = error.value.__notes__
+    assert note.endswith("; read again, it was dataset[7] that raised")
+
+
+def test_the_note_names_the_index_alone_where_there_are_no_batches() -> None:
     assert note_of(DataLoader(Broken(), None)) == "[loopwright] while fetching batch 8 of epoch 1, dataset indices 7"
 
 
@@ -87,7 +139,11 @@ def test_a_worker_error_is_noted_and_no_worker_outlives_it(persistent: bool) -> 
         list(source.at(0, 0))
     source.close()
     assert multiprocessing.active_children() == []  # although error.value still holds the frames
-    assert error.value.__notes__ == ["[loopwright] while fetching batch 3 of epoch 1, dataset indices [6, 7, 8]"]
+    (note,) = error.value.__notes__
+    assert note == (
+        "[loopwright] while fetching batch 3 of epoch 1, dataset indices [6, 7, 8]; read again, it was dataset[7] that "
+        "raised"
+    )
     assert "no such file" in "".join(traceback.format_exception(error.value))
 
 

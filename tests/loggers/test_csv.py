@@ -44,8 +44,8 @@ def test_a_resumed_run_has_the_same_table_as_one_that_was_never_killed(make_run,
         for step, values in some:
             logger.log(Progress(step=step), values, "train")
 
-    whole = CSVLogger(tmp_path / "whole.csv")
-    whole.start(make_run())
+    whole = CSVLogger()
+    whole.start(make_run(tmp_path / "whole"))
     write(whole, records)
     whole.close("finished")
 
@@ -61,15 +61,15 @@ def test_a_resumed_run_has_the_same_table_as_one_that_was_never_killed(make_run,
     second.load_state_dict(saved)
     second.start(make_run(step=2))
     write(second, records[2:])
-    assert second.state_dict() == {"rows": 6}
+    assert second.state_dict()["rows"] == 6
     second.close("finished")
-    assert (tmp_path / "metrics.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert (tmp_path / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
 
 
 def test_a_file_that_is_no_such_table_is_left_alone(make_run, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(SettingError, match=r"its first line is 'a,b', expected 'kind,step,epoch,samples,seconds,...'"):
+    with pytest.raises(SettingError, match=r"its first line is 'a,b', expected 'run,kind,step,epoch,samples,seconds,"):
         CSVLogger(path).start(make_run())
     assert path.read_text() == "a,b\n1,2\n"
 

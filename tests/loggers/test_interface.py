@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import yaml
 
 import loopwright as lw
 from loopwright.loggers import flat, points, read_jsonl
 from loopwright.loggers.files import as_path
-from tiny import line, pairs, sgd_task, trainer
+from tiny import bits, line, pairs, same, sgd_task, trainer
 
 DATA = pairs([1.0], [2.0], [3.0], [4.0])
 
@@ -111,6 +113,21 @@ def test_run_json_has_the_fingerprint_of_the_data(folder: Path) -> None:
     run = trainer(epochs=1, folder=folder).fit(sgd_task(line()), DATA)
     assert run.folder is not None
     assert json.loads((run.folder / "run.json").read_text())["data"]["kind"] == "list of batches"
+
+
+def test_a_client_that_draws_as_it_begins_leaves_the_generators_alone(folder: Path) -> None:
+    """As Neptune's does, which draws the name of a run from Python's."""
+
+    class Draws(OnlyLog):
+        def start(self, run: lw.Run) -> None:
+            random.random()
+
+        def log_config(self, config: Any) -> None:
+            torch.rand(())
+
+    before = bits()
+    trainer(epochs=1, loggers=[Draws()]).fit(sgd_task(line()), DATA)
+    assert same(bits(), before)
 
 
 def test_the_records_of_a_run_with_a_folder_are_always_in_it(folder: Path) -> None:
@@ -293,6 +310,27 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(
     with pytest.raises(ImportError) as error:
         trainer(epochs=1, loggers=name)
     assert str(error.value) == says
+
+
+def test_the_environment_names_the_usual_loggers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Where a Trainer is told none and has a folder; the settings of the run have them."""
+    monkeypatch.setenv("LOOPWRIGHT_LOGGERS", " csv, csv:all.csv ,")
+    task = sgd_task(line(), lr=0.1)
+    run = trainer(epochs=1, folder=folder).fit(task, pairs([1.0]))
+    assert run.folder is not None
+    assert run.settings["loggers"] == ["csv", "csv:all.csv"]
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["loggers"] == ["csv", "csv:all.csv"]
+    rows = Path("all.csv").read_text().splitlines()
+    assert rows[1].startswith(f"{run.folder.parent.name}/{run.folder.name},")
+    assert [row.partition(",")[2] for row in rows] == (run.folder / "metrics.csv").read_text().splitlines()
+    for settings in ({"folder": None}, {"folder": folder, "loggers": []}, {"folder": folder, "loggers": "table"}):
+        assert not any(isinstance(one, lw.CSVLogger) for one in trainer(epochs=1, **settings).loggers)
+    monkeypatch.setenv("LOOPWRIGHT_LOGGERS", "cvs")
+    with pytest.raises(lw.SettingError, match=r"there is no logger named 'cvs'\..*'csv'") as caught:
+        trainer(epochs=1, folder=folder)
+    assert caught.value.__notes__ == [
+        "[loopwright] LOOPWRIGHT_LOGGERS='cvs' asks for it; Trainer(loggers=[]) does without"
+    ]
 
 
 def test_curves_have_one_value_a_step() -> None:

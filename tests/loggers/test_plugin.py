@@ -17,8 +17,7 @@ from tiny import line, pairs, sgd_task, trainer
 DATA = pairs([1.0], [2.0], [3.0], [4.0])
 
 
-@pytest.fixture
-def sqlite_logger() -> Any:
+def printed() -> Any:
     """The class as it is printed."""
     text = script((ROOT / "docs" / "loggers.md").read_text(encoding="utf-8"))
     found = re.search(r"^class SQLiteLogger:\n(?:(?: .*)?\n)*", text, re.M)
@@ -27,6 +26,11 @@ def sqlite_logger() -> Any:
     exec(found[0], names)
     names["SQLiteLogger"].length = len(found[0].split("\n"))
     return names["SQLiteLogger"]
+
+
+@pytest.fixture
+def sqlite_logger() -> Any:
+    return printed()
 
 
 def rows(run: lw.Run) -> list[Any]:

@@ -49,6 +49,14 @@ def recorded(folder: Path) -> Path:
     return run.folder
 
 
+def test_a_run_is_named_as_its_folder_and_without_one_as_its_trainer_or_task(folder: Path) -> None:
+    for settings, name in (
+        ({"folder": folder, "name": "digits"}, "digits"), ({"name": "digits"}, "digits"), ({}, "Supervised"),
+    ):  # fmt: skip
+        run = trainer(epochs=1, **settings).fit(sgd_task(line()), DATA)
+        assert lw.loggers.run_name(run) == (name, run.folder.name if run.folder else "")
+
+
 def test_a_recorded_run_is_sent_as_it_was_logged(recorded: Path) -> None:
     live, late = Keep(), Keep()
     trainer(epochs=1, log_every=2, loggers=[live]).fit(sgd_task(line(), lr=0.25), DATA)
@@ -84,15 +92,58 @@ def test_a_table_that_is_sent_to_grows(recorded: Path, capsys: pytest.CaptureFix
         ("test", "4"),
     ]
     assert capsys.readouterr().out.splitlines() == [
-        f"3 records of {recorded} sent to csv:table.csv", f"1 records of {recorded} sent to csv:table.csv",
+        f"3 records of {recorded} sent to csv:table.csv", f"1 record of {recorded} sent to csv:table.csv",
     ]  # fmt: skip
+
+
+def test_a_line_that_is_torn_is_told_with_its_number(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (recorded / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "test", "st')
+    assert main(["log", str(recorded), "--to", "csv:table.csv"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"3 records of {recorded} sent to csv:table.csv",
+        f"left out: line 4 of {recorded / 'metrics.jsonl'}, which was not written to its end",
+    ]
+
+
+class Buffered:
+    """Sends at ``flush``, and what is left at a good end."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.sent: list[int] = []
+
+    def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+        self.rows.append(progress.step)
+
+    def flush(self) -> None:
+        self.sent, self.rows = self.sent + self.rows, []
+
+    def close(self, status: str) -> None:
+        if status != "failed":
+            self.flush()
+
+
+def test_a_logger_that_holds_records_back_gets_those_of_a_failed_run_as_well(folder: Path) -> None:
+    user = trainer(epochs=1, log_every=1, folder=folder)
+
+    @user.on(lw.Event.STEP_END(once=3))
+    def fail(run: lw.Run) -> None:
+        raise OSError("the power went off")
+
+    with pytest.raises(OSError, match="the power went off"):
+        user.fit(sgd_task(line(), lr=0.25), DATA)
+    (run,) = (path.parent for path in folder.rglob("run.json"))
+    late = Buffered()
+    assert send(run, late) == len(late.sent) >= 2
 
 
 @pytest.mark.parametrize(
     ("run", "to", "says"),
     [
-        ("nowhere", "csv", "nowhere does not exist"),
-        ("empty", "csv", "empty is no run and no checkpoint"),
+        ("RUN/figures", "csv", "RUN/figures is a folder of a run; give that: RUN"),
+        ("nowhere", "csv", "nowhere does not exist. "),
+        ("empty", "csv", "empty is not the folder of a run: it has no run.json. "),
         ("RUN", "cvs", "there is no logger named 'cvs'. Known: "),
     ],
 )
@@ -100,8 +151,9 @@ def test_the_command_says_what_is_wrong(
     run: str, to: str, says: str, recorded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("empty").mkdir()
+    (recorded / "figures").mkdir()
     assert main(["log", run.replace("RUN", str(recorded)), "--to", to]) == 2
-    assert capsys.readouterr().err.startswith(f"loopwright: {says}")
+    assert capsys.readouterr().err.startswith(f"loopwright: {says.replace('RUN', str(recorded))}")
 
 
 def test_a_folder_that_is_no_run_is_an_error(recorded: Path) -> None:

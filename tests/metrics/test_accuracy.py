@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from loopwright.errors import LoopwrightWarning, MetricError, SettingError
 from loopwright.metrics import Accuracy, functional
 from loopwright.metrics import accuracy as module
+from undefined import is_of_nothing
 
 
 def scores(n: int, c: int, extra: tuple[int, ...], seed: int, levels: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ def test_scores_are_counted_as_by_torchmetrics(rows: Any, c: int, extra: tuple[i
         batch = functional.accuracy(preds, target, top_k, ignore_index=ignore_index)
         assert batch.item() == pytest.approx(tp / (tp + fn) if tp + fn else math.nan, nan_ok=True)
     assert counts(mine) == (hits, count)
-    assert mine.compute() == (hits / count if count else pytest.approx(math.nan, nan_ok=True))
+    assert mine.compute() == hits / count if count else is_of_nothing(mine)
 
 
 @settings(max_examples=60)
@@ -103,13 +104,13 @@ def test_class_indices_may_have_any_integer_type(dtype: torch.dtype) -> None:
 
 
 def test_nothing_seen_is_nan() -> None:
-    assert math.isnan(Accuracy().compute())
+    assert is_of_nothing(Accuracy())
     empty = Accuracy()
     empty.update(torch.empty(0, 3), torch.empty(0, dtype=torch.int64))
-    assert math.isnan(empty.compute())
+    assert is_of_nothing(empty)
     ignored = Accuracy(ignore_index=1)
     ignored.update(torch.eye(3)[:1], torch.tensor([1]))
-    assert math.isnan(ignored.compute())
+    assert is_of_nothing(ignored)
 
 
 @pytest.mark.parametrize("spoilt", [0, 1])
@@ -178,7 +179,7 @@ def test_a_state_taken_while_answers_are_held_is_complete() -> None:
     merged.merge(whole)
     assert counts(merged) == (5, 8)
     whole.reset()
-    assert math.isnan(whole.compute())
+    assert is_of_nothing(whole)
 
 
 F, I = torch.float32, torch.int64  # noqa: E741
@@ -331,3 +332,15 @@ def test_scores_that_are_nan_are_found(settings_: Any, row: Any, n: int) -> None
     accuracy.update(torch.tensor([row] * n), torch.ones(n).long())
     with pytest.raises(MetricError, match=f"the scores of {n} samples are NaN. Look for where they come from with"):
         accuracy.compute()
+
+
+@pytest.mark.parametrize("soft", [0.3, math.nan])
+def test_targets_between_two_classes_are_refused(soft: float) -> None:
+    """No prediction is equal to them: accuracy was 0 without a word."""
+    accuracy = Accuracy()
+    accuracy.update(torch.tensor([0.2, 0.9, 0.6]), torch.tensor([0.0, 1.0, soft]))
+    with pytest.raises(MetricError, match=r"^1 targets are neither 0 nor 1, .* write target\.round\(\)"):
+        accuracy.compute()
+    whole = Accuracy()
+    whole.update(torch.tensor([0.2, 0.9, 0.6]), torch.tensor([0.0, 1.0, 0.0]))
+    assert whole.compute() == 2 / 3

@@ -9,12 +9,28 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from sklearn.metrics import f1_score, precision_score, recall_score
 from torch import Tensor
 from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
 import loopwright as lw
 from loopwright.errors import CheckpointError, MetricError, SettingError
-from loopwright.metrics import MAE, MSE, Accuracy, Derived, Mean, Meters, Metric, On, Precision, Recall, Sum, keys_of
+from loopwright.metrics import (
+    F1,
+    MAE,
+    MSE,
+    Accuracy,
+    Derived,
+    Mean,
+    Meters,
+    Metric,
+    On,
+    Precision,
+    Recall,
+    Sum,
+    keys_of,
+)
+from undefined import is_of_nothing
 
 
 class Counted(Metric):
@@ -35,8 +51,8 @@ class Counted(Metric):
         return float(self.total("total"))
 
 
-def value_of(metric: Any, x: Tensor) -> Any:
-    metric.update(x)
+def value_of(metric: Any, *given: Tensor) -> Any:
+    metric.update(*given)
     return metric.compute()
 
 
@@ -77,6 +93,28 @@ def test_a_shared_operand_is_updated_and_computed_once_a_batch() -> None:
         built.update(X)
     built.compute()
     assert (len(shared.updates), len(shared.computed)) == (3, 1)
+
+
+def test_the_mean_of_the_f1_of_each_class_is_scikit_learns_macro_f1_and_the_f1_of_two_means_is_another() -> None:
+    """What docs/metrics.md says of ``2 * p * r / (p + r)``."""
+    torch.manual_seed(3)
+    preds, target = torch.randint(4, (200,)), torch.randint(4, (200,))
+    preds[:80] = target[:80]
+
+    def f1(kinds: list[Any], preds: Tensor, target: Tensor) -> float:
+        precision, recall = kinds
+        built = (2 * precision * recall / (precision + recall)).mean()
+        return float(value_of(built, preds, target))
+
+    each, means = ([kind(classes=4, average=how) for kind in (Precision, Recall)] for how in (None, "macro"))
+    macro = f1_score(target, preds, average="macro")
+    assert f1(each, preds, target) == pytest.approx(macro, abs=1e-12)
+    assert value_of(F1(classes=4), preds, target) == pytest.approx(macro, abs=1e-12)
+    p, r = (score(target, preds, average="macro") for score in (precision_score, recall_score))
+    assert f1(means, preds, target) == pytest.approx(2 * p * r / (p + r), abs=1e-12)
+    assert abs(2 * p * r / (p + r) - macro) > 1e-4
+    two = preds > 1, target > 1
+    assert f1([Precision(), Recall()], *two) == pytest.approx(f1_score(two[1], two[0]), abs=1e-12)
 
 
 @pytest.mark.capability("IG-15")
@@ -159,7 +197,7 @@ def test_state_reset_and_copies_of_a_built_metric() -> None:
         second.update(**output)
         other.update(**output)
     assert second.compute() == other.compute() == whole.compute()
-    assert np.isnan(first.args[0].compute())
+    assert is_of_nothing(first.args[0])
     with pytest.raises(CheckpointError, match="the saved metric has 3 parts, this one has 1"):
         (MAE() + 1).load_state_dict(state)
 

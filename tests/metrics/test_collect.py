@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import (
     BinaryAUROC,
     MulticlassAccuracy,
@@ -23,6 +23,7 @@ from torchmetrics.classification import (
 from torchmetrics.segmentation import MeanIoU
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, Running
 
+import loopwright as lw
 from loopwright import rng
 from loopwright.errors import CheckpointError, MetricError, SettingError
 from loopwright.metrics import Accuracy, Mean, Meters, On, check_metrics, fresh
@@ -377,6 +378,8 @@ def test_only_metrics_that_draw_pay_for_it() -> None:
     ("metrics", "message"),
     [
         (Accuracy(), 'metrics=Accuracy: expected a dict with a name for each: metrics={"accuracy": Accuracy(...)}'),
+        ([Accuracy()],
+         'metrics=[Accuracy, ...]: expected a dict with a name for each: metrics={"accuracy": Accuracy(...)}'),
         (Accuracy, 'metrics=Accuracy: expected a dict with a name for each: metrics={"accuracy": Accuracy(...)}'),
         (torchmetrics.MetricCollection({"f1": MulticlassF1Score(3)}),
          'metrics=MetricCollection: expected a dict with a name for each: metrics={"accuracy": MetricCollection(...)}'),
@@ -398,6 +401,10 @@ def test_metrics_that_cannot_be_used_are_refused_with_the_fix(metrics: Any, mess
     with pytest.raises(SettingError) as error:
         check_metrics(metrics)
     assert str(error.value) == message
+    if not hasattr(metrics, "keys"):
+        with pytest.raises(SettingError) as error:
+            lw.Supervised(nn.Linear(1, 1), metrics=metrics)
+        assert str(error.value) == message
 
 
 def test_inputs_must_be_names() -> None:

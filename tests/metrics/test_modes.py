@@ -66,7 +66,9 @@ def test_a_filter_sees_the_samples_for_which_it_is_true() -> None:
     meters = Meters(metrics)
     for batch in batches():
         meters.feed(batch)
-    values = meters.compute()
+    with pytest.warns(lw.LoopwrightWarning, match="Accuracy was given no sample") as told:
+        values = meters.compute()
+    assert len(told) == 1
     assert values["some"] == accuracy(*batches(), keep=lambda batch: batch["target"] > 0)
     assert values["on"] == accuracy(*batches(), keep=lambda batch: batch["site"] == 1)
     assert values["all"] == accuracy(*(batch for batch in batches() if batch["loss"] > 0.5))

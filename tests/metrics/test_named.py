@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 import loopwright as lw
 from loopwright.errors import MetricError, SettingError
 from loopwright.metrics import Accuracy, Function, Meters, On, check_metrics
+from undefined import is_of_nothing
 
 
 def scores(kind: str = "classes", n: int = 40) -> tuple[Tensor, Tensor]:
@@ -148,7 +151,7 @@ def test_any_function_is_a_metric_and_may_return_a_dict() -> None:
     meters.feed({"ids": [1, 2, 3]})
     meters.feed({"ids": torch.tensor([4])})
     assert meters.compute() == {"n": 4.0}
-    assert str(Function(worst).compute()) == "nan"
+    assert is_of_nothing(Function(worst))
 
 
 def test_a_function_in_a_run_is_logged_like_any_metric() -> None:
@@ -222,3 +225,119 @@ def test_what_cannot_be_kept_or_told_is_refused() -> None:
     with pytest.raises(SettingError, match=r"Function\(<class 'int'>\): expected a function"):
         Function(int)
     assert list(check_metrics({"a": Accuracy(preds="logits", target="y")})["a"].inputs) == ["logits", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("f11", "sklearn:f1"), ("acuracy", "sklearn:accuracy"), ("sklern:roc_auk", "sklearn:roc_auc"),
+     ("word_eror_rate", "torchmetrics:word_error_rate"), ("qqqq", None), ("", None)],
+)  # fmt: skip
+def test_a_name_without_its_package_is_told_the_nearest_with_it(name: str, near: str | None) -> None:
+    with pytest.raises(SettingError) as caught:
+        check_metrics({"m": name})
+    assert str(caught.value) == (
+        f"metric {name!r}: expected a name such as 'torchmetrics:auroc' or 'sklearn:f1_macro', or an object such as "
+        f"lw.metrics.Accuracy(){f'. Did you mean {near!r}?' if near else ''}"
+    )
+
+
+def test_the_nearest_is_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SettingError, match=r"\. Did you mean 'torchmetrics:accuracy'\?$"):
+        check_metrics({"m": "acuracy"})
+
+
+# ------------------------------------------------------------------------------------------ told at the first batch
+
+
+def of_kind(kind: str) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    if kind == "numbers":  # some functions take no other than positive ones
+        return torch.rand(20, generator=g) + 0.1, torch.rand(20, generator=g) + 0.1
+    if kind == "numbers in columns":
+        return torch.rand(20, 2, generator=g), torch.rand(20, 2, generator=g)
+    if kind == "classes as predictions":
+        return torch.randint(3, (20,), generator=g), torch.randint(3, (20,), generator=g)
+    if kind == "a column of scores":
+        return 9 * torch.randn(20, 1, generator=g), torch.randint(2, (20,), generator=g)
+    if kind == "pixels":
+        return torch.randn(20, 3, 4, generator=g), torch.randint(3, (20, 4), generator=g)
+    return scores(kind)
+
+
+MORE = ["numbers in columns", "classes as predictions", "a column of scores", "pixels"]
+
+
+def named_functions() -> list[str]:
+    """Scorers, but for a few of the many of one kind, and functions that are told the task and nothing else."""
+    found = [f"sklearn:{n}" for n in sklearn.metrics.get_scorer_names() if not n.endswith(("_micro", "_weighted"))]
+    for name in torchmetrics.functional.__all__:
+        given = inspect.signature(getattr(torchmetrics.functional, name)).parameters.values()
+        required = [one.name for one in given if one.default is one.empty]
+        if "task" in required and len(required) == 3:
+            found.append(f"torchmetrics:{name}")
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["classes", "binary", "labels", "numbers", *(pytest.param(one, marks=pytest.mark.nightly) for one in MORE)]
+)
+def test_a_function_is_refused_at_its_first_batch_exactly_if_all_samples_would_fail(kind: str) -> None:
+    """Of all scorers of scikit-learn and all functions of torchmetrics that are told the task, on all that fits."""
+    preds, target = of_kind(kind)
+    few = 20 if kind == "classes as predictions" else 1  # a batch that lacks most classes
+    for name in named_functions():
+        metric, later = (check_metrics({"m": name})["m"] for _ in range(2))
+        later._tried = True
+        try:
+            later.update(preds, target)
+            later.compute()
+        except Exception:
+            with pytest.raises(MetricError, match=r"cannot be computed of preds|do not fit|does not follow"):
+                metric.update(preds[:few], target[:few])
+        else:
+            metric.update(preds[:few], target[:few])
+
+
+def test_a_scorer_that_cannot_apply_ends_a_run_before_anything_has_moved(folder: Path) -> None:
+    for name, said, instead in (
+        ("f1", "f1_score cannot be computed of preds float32[2, 10] and target int64[2]: Target is multiclass but "
+         "average='binary'. Please choose another average setting, one of [None, 'micro', 'macro', 'weighted']",
+         "'sklearn:f1_macro' or 'sklearn:f1_micro' or 'sklearn:f1_weighted'"),
+        ("roc_auc", "roc_auc_score cannot be computed of preds float32[2, 10] and target int64[2]: multi_class must be "
+         "in ('ovo', 'ovr')", "'sklearn:roc_auc_ovr' or 'sklearn:roc_auc_ovo' or 'sklearn:roc_auc_ovo_weighted'"),
+    ):  # fmt: skip
+        net = nn.Linear(3, 10)
+        before = [p.clone() for p in net.parameters()]
+        task = lw.Supervised(
+            net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), metrics={"m": f"sklearn:{name}"}
+        )
+        data = (torch.randn(8, 3), torch.randint(10, (8,)))
+        with pytest.raises(MetricError) as caught:
+            lw.Trainer(epochs=1, folder=folder, progress=False).fit(task, lw.Loader(data, 2), data)
+        assert str(caught.value) == f"{said}. For these, write {instead}"
+        assert task._run.progress.step == 0
+        assert all(map(torch.equal, net.parameters(), before))
+
+
+def test_what_is_tried_first_leaves_the_value_and_the_generators_as_they_are() -> None:
+    preds, target = scores()
+    expected = sklearn.metrics.f1_score(target, preds.argmax(1), average="macro")
+    state = torch.get_rng_state()
+    assert measured("sklearn:f1_macro", preds, target) == {"m": pytest.approx(expected)}
+    assert torch.equal(torch.get_rng_state(), state)
+    seen: list[int] = []
+
+    def own(y_true: Any, y_pred: Any) -> float:
+        seen.append(len(y_true))
+        return 0.0
+
+    measured(own, preds, target)
+    assert seen == [40]  # a function of one's own is called once, on all samples
+
+
+def test_large_binary_logits_are_of_two_classes() -> None:
+    target = torch.tensor([0, 1, 1, 0])
+    assert measured("sklearn:roc_auc_ovr", 20.0 * target - 3.0, target) == {"m": 1.0}
+    assert measured("torchmetrics:auroc", (20.0 * target - 3.0).unsqueeze(1), target) == {"m": 1.0}

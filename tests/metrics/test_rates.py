@@ -234,6 +234,29 @@ def test_classes_that_occur_nowhere_are_left_out_of_the_macro_mean() -> None:
     assert str(lw.metrics.Recall(10).compute()) == "nan"  # of nothing, without a warning
 
 
+@pytest.mark.capability("IG-13")
+@pytest.mark.parametrize("labels", [None, 3])
+@pytest.mark.parametrize("n", [5, 9000])  # kept, and counted at once
+def test_targets_of_0_and_1_may_be_floats_as_binary_cross_entropy_wants_them(labels: int | None, n: int) -> None:
+    """Logits and float targets count as the same targets in integers; one between 0 and 1 is refused."""
+    logits = torch.randn(n, 3 if labels else 1).squeeze(1)
+    target = torch.randint(0, 2, logits.shape)
+    torch.nn.functional.binary_cross_entropy_with_logits(logits, target.float())
+    for kind in (ConfusionMatrix, lw.metrics.Precision, lw.metrics.F1, lw.metrics.IoU):
+        whole, floats = (kind(labels=labels, threshold=0.0) for _ in range(2))
+        whole.update(logits, target)
+        floats.update(logits, target.float())
+        assert torch.equal(torch.as_tensor(whole.compute()), torch.as_tensor(floats.compute()))
+    soft = ConfusionMatrix(labels=labels, threshold=0.0)
+    with pytest.raises(MetricError, match=r"none of the classes 0 to 1 .*targets range from 0(\.3)? to (0\.3|1)"):
+        taken_in(soft, logits, target.float().index_fill(0, torch.tensor([0]), 0.3))
+
+
+def taken_in(metric: Any, preds: Any, target: Any) -> Any:
+    metric.update(preds, target)
+    return metric.compute()
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -245,7 +268,7 @@ def test_classes_that_occur_nowhere_are_left_out_of_the_macro_mean() -> None:
         (ConfusionMatrix(3), torch.zeros(2), torch.zeros(2).long(), "preds float32[2] and target int64[2]: scores "
          "[N, 3, ...] or integer class indices were expected as preds"),
         (ConfusionMatrix(3), torch.zeros(2, 3), torch.zeros(2), "preds float32[2, 3] and target float32[2]: targets "
-         "are class indices, or 0 and 1. Write target.long()"),
+         "are class indices. Write target.long()"),
         (ConfusionMatrix(), torch.zeros(2, 3), torch.zeros(2).long(), "preds float32[2, 3] and target int64[2]: "
          "without classes= both have one shape. Write classes=3"),
         (ConfusionMatrix(labels=2), torch.zeros(2, 3), torch.zeros(2, 3).long(), "preds float32[2, 3] and target "
@@ -292,6 +315,8 @@ def test_values_that_cannot_be_counted_are_found(size: Any, preds: Any, target: 
     ("make", "message"),
     [
         (lambda: lw.metrics.Precision(1), "classes=1: expected how many there are, from 2, or a list of their names "
+         "without '/'"),
+        (lambda: lw.metrics.F1(2.5), "classes=2.5: expected how many there are, from 2, or a list of their names "
          "without '/'"),
         (lambda: lw.metrics.Precision("cat"), "classes='cat': expected how many there are, from 2, or a list of their "
          "names without '/'"),

@@ -36,6 +36,13 @@ JOBS = {
     "alone-1 again": ["resumed_from_fsdp_2", "refused"],
     "fsdp-3": ["resumed_from_fsdp_2", "resumed_from_alone", "kept_shared_out", "nonfinite"],
     "ddp-2": ["resumed_from_fsdp_2"],
+    "fsdp-4": ["whole_run", "with_dropout"],
+    "ddp-4": ["whole_run", "with_dropout", "resumed_from_fsdp_4"],
+    "fsdp-4 again": ["with_dropout_resumed", "resumed_from_ddp_4"],
+    "ddp-4 again": ["with_dropout_resumed"],
+    "ddp-2 again": ["second_from_fsdp_4"],
+    "fsdp-2 once more": ["second_from_ddp_4"],
+    "alone-1 once more": ["last_from_fsdp_4", "last_from_ddp_4"],
 }  # fmt: skip
 
 
@@ -108,6 +115,7 @@ def test_the_numbers_are_those_of_one_process(name: str, world: int, place: Path
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_with_tied_and_uneven_parameters_ends_with_the_weights_and_the_optimizer_of_one_process(
     result: Run,
 ) -> None:
@@ -118,6 +126,7 @@ def test_a_model_with_tied_and_uneven_parameters_ends_with_the_weights_and_the_o
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_task_again_goes_on_with_the_optimizer_that_it_had(result: Run) -> None:
     assert apart(result("twice", "fsdp-2")["tensors"], result("twice", "alone-1")["tensors"]) <= 1e-6
 
@@ -168,8 +177,11 @@ def test_with_gather_false_the_model_stays_in_parts_and_can_be_used_so(result: R
 
 @pytest.mark.slow
 @pytest.mark.capability("CA-29")
-def test_a_resume_with_as_many_ranks_gives_the_same_bits(result: Run) -> None:
-    whole, again = result("with_dropout", "fsdp-2"), result("with_dropout_resumed", "fsdp-2")
+@pytest.mark.parametrize(
+    "job", ["fsdp-2", *(pytest.param(f"{n}-4", marks=pytest.mark.nightly) for n in ("fsdp", "ddp"))]
+)
+def test_a_resume_with_as_many_ranks_gives_the_same_bits(result: Run, job: str) -> None:
+    whole, again = result("with_dropout", job), result("with_dropout_resumed", job)
     assert again["tensors"] == whole["tensors"]
     assert again["valid"] == whole["valid"]
     assert again["average"] == whole["average"]  # of a callback
@@ -186,6 +198,8 @@ def test_a_resume_with_as_many_ranks_gives_the_same_bits(result: Run) -> None:
         pytest.param("resumed_from_fsdp_2", "ddp-2", marks=pytest.mark.nightly),
         ("resumed_from_alone", "fsdp-2"),
         pytest.param("resumed_from_alone", "fsdp-3", marks=pytest.mark.nightly),
+        pytest.param("resumed_from_fsdp_4", "ddp-4", marks=pytest.mark.nightly),
+        pytest.param("resumed_from_ddp_4", "fsdp-4", marks=pytest.mark.nightly),
     ],
 )
 def test_a_resume_with_other_ranks_goes_on_with_the_same_samples_and_losses(
@@ -198,6 +212,29 @@ def test_a_resume_with_other_ranks_goes_on_with_the_same_samples_and_losses(
     reads = [i for rank in found["reads"] for i in rank]
     assert sorted(reads) == sorted(whole["reads"][0][-len(reads) :])
     assert len(reads) == 70  # 6 steps: one epoch
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize(("of", "then"), [("fsdp_4", "ddp-2"), ("ddp_4", "fsdp-2")])
+def test_four_ranks_then_two_of_the_other_strategy_then_one_train_on_the_samples_and_losses_of_one_run(
+    result: Run, of: str, then: str
+) -> None:
+    whole, every = result("whole_run", "alone-1"), cases_of_shards.EVERY
+    parts = [
+        result("whole_run", of.replace("_", "-")),
+        result(f"second_from_{of}", then),
+        result(f"last_from_{of}", "alone-1"),
+    ]
+    ends = [sum(10 if n % 6 == 5 else 12 for n in range(step)) for step in (0, every, 2 * every, cases_of_shards.STEPS)]
+    assert [len(part["losses"]) for part in parts] == [20, 7, 6]
+    for number, part in enumerate(parts):
+        assert apart(part["losses"], {step: whole["losses"][step] for step in part["losses"]}) <= 1e-5
+        reads = sorted(i for rank in part["reads"] for i in rank)
+        of_one = whole["reads"][0]
+        assert reads == sorted(of_one if number == 0 else of_one[ends[number] : ends[number + 1]])
+    assert apart(parts[-1]["tensors"], whole["tensors"]) <= 1e-5
+    assert apart(parts[-1]["average"], whole["average"]) <= 1e-5
 
 
 @pytest.mark.slow

@@ -123,6 +123,29 @@ def test_a_rank_that_dies_is_named_and_the_others_end() -> None:
     assert mp.active_children() == []
 
 
+def logs_alone() -> None:
+    class Log(lw.Callback):
+        def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+            if run.comm.rank == 0:
+                run.comm.sum(float(result.values["loss"]))
+
+    x, net = torch.ones(8, 2), torch.nn.Linear(2, 1)
+    task = lw.Supervised(net, torch.nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+    strategy = lw.DDP(timeout=6)
+    lw.Trainer(epochs=2, folder=None, progress=False, callbacks=[Log()], strategy=strategy).fit(task, (x, x[:, :1]))
+
+
+@pytest.mark.slow
+@pytest.mark.capability("B-25")
+def test_ranks_that_wait_for_one_another_raise_where_launch_was_called_what_each_waits_for() -> None:
+    told = r"^collectives do not match at step 0: call \d+ of Loopwright's group: rank 0: all_reduce\(double\[1\]\)"
+    with pytest.raises(lw.LoopwrightError, match=told) as caught:
+        lw.launch(logs_alone, 2)
+    assert "test_launch.py" in str(caught.value)
+    assert "in on_step_end" in str(caught.value)
+    assert "rank 0 last stood in (most recent call last):" in caught.value.__notes__[0]
+
+
 def test_a_rank_that_hears_no_signal_is_killed_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loopwright.parallel.launch._GRACE_S", 0.2)
 
@@ -214,7 +237,7 @@ def summed(start):
     return value
 
 def waits():
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once: two ranks share the pipe
     time.sleep(600)
 
 if __name__ == "__main__":

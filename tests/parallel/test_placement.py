@@ -16,7 +16,7 @@ X = torch.randn(44, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
 
 
-@pytest.mark.capability("TB-07")
+@pytest.mark.capability("TB-07", "B-13")
 def test_every_field_of_a_run_declares_where_it_is_and_what_it_is() -> None:
     """Each field has a placement and a type; no value that lives for a part of a step is a field."""
     named = [field.name for field in fields(lw.Run)]
@@ -71,7 +71,7 @@ class Looks(lw.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.capability("TB-07")
+@pytest.mark.capability("TB-07", "B-13")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_have_each_field_where_it_is_declared(strategy: str, tmp_path: Path) -> None:
     """Replicated fields are equal at every step, sharded ones are parts with FSDP and equal with DDP; in bf16 too."""

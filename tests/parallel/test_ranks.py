@@ -49,7 +49,7 @@ def test_the_numbers_do_not_depend_on_how_many_ranks_there_are(name: str, world:
 
 
 @pytest.mark.capability("B-04", "IG-22")
-@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (3, 4))])
 def test_what_is_evaluated_is_equal_to_the_last_bit(world: int, shared_folder: Path) -> None:
     assert results(world, shared_folder)["evaluated"] == results(1, shared_folder)["evaluated"]
 

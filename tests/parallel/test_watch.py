@@ -33,6 +33,9 @@ TIMEOUT, PROMISE = 4.0, 30.0  # of the watch; and of the test, for a machine tha
         pytest.param("stop", 4, 1, marks=pytest.mark.nightly),
         pytest.param("barrier alone", 2, 1, marks=pytest.mark.nightly),
         pytest.param("leaves early", 2, 1, marks=pytest.mark.nightly),
+        ("shapes", 3, 2),
+        pytest.param("shapes", 2, 1, marks=pytest.mark.nightly),
+        pytest.param("sizes", 2, 1, marks=pytest.mark.nightly),
     ],
 )
 def test_what_ends_one_rank_ends_all_and_each_names_the_rank_the_step_and_the_line(
@@ -46,7 +49,7 @@ def test_what_ends_one_rank_ends_all_and_each_names_the_rank_the_step_and_the_li
 @pytest.mark.parametrize(
     ("kind", "rank"),
     [
-        pytest.param(kind, i % 2, marks=[] if kind == "slow" else pytest.mark.nightly)
+        pytest.param(kind, i % 2, marks=pytest.mark.nightly)
         for i, kind in enumerate(GOES_ON)
         if kind != "all stopped"  # which takes long: python -m reliability.ranks
     ],

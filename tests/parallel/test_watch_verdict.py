@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loopwright.parallel.calls import Call
 from loopwright.parallel.standing import Process
 from loopwright.parallel.verdict import Report, Seen, Verdict, ended, judge, unreachable
 
@@ -102,6 +103,39 @@ def test_ranks_in_different_steps_or_calls_are_locked_and_those_in_one_place_are
     assert verdict(seen(left=True), seen(left=True)) is None
 
 
+def test_one_that_has_left_is_waited_for_in_vain_after_four_beats() -> None:
+    assert verdict(waits(still=4.0), seen(left=True)) is not None
+    assert verdict(waits(still=3.9), seen(left=True)) is None
+    assert verdict(waits(still=17.9), waits(path=2, still=17.9)) is None
+
+
+def made(*calls: str, **fields: Any) -> Seen:
+    told = [Call("default_pg gloo", 7 + i, call, f"{call}()", f"train.py:{i} in step") for i, call in enumerate(calls)]
+    return waits(calls=tuple(told), still=2.0, **fields)
+
+
+def test_calls_that_do_not_match_are_told_at_once_with_the_lines_of_the_rank_that_differs() -> None:
+    assert verdict(made("all_reduce", "barrier"), made("all_reduce")) is None
+    assert verdict(made("all_reduce"), waits(path=2, still=2.0)) is None  # not known yet of the other
+    found = verdict(made("all_reduce"), made("barrier", stack=("a.py:1 in main", "a.py:5 in log")), made("all_reduce"))
+    assert found is not None
+    assert found.rank == 1
+    assert found.text == (
+        "collectives do not match at step 120: call 7 of the default group: ranks 0, 2: all_reduce(), train.py:0 in "
+        "step; rank 1: barrier(), train.py:0 in step"
+    )
+    assert found.more.startswith("rank 1 last stood in (most recent call last):\n  a.py:1 in main\n  a.py:5 in log\n")
+    two = verdict(made("all_reduce"), made("barrier"))
+    assert two is not None
+    assert two.rank is None
+
+
+def test_a_rank_that_was_killed_is_told_with_the_lines_where_it_last_stood() -> None:
+    found = verdict(seen(), seen(state="gone", stack=("train.py:41 in main",)))
+    assert found is not None
+    assert found.more == "rank 1 last stood in (most recent call last):\n  train.py:41 in main"
+
+
 def test_no_deadlock_while_one_rank_moves_works_or_is_quiet() -> None:
     other = waits(path=2)
     assert verdict(other, waits(still=17)) is None  # moved a moment ago
@@ -140,7 +174,7 @@ def test_the_others_judge_only_whether_rank_0_lives() -> None:
 
 
 def test_reports_and_verdicts_survive_the_way() -> None:
-    report = seen(error="E: x", trace="t", lost=True).report
+    report = made("barrier", error="E: x", trace="t", lost=True, stack=("a.py:1 in f",)).report
     assert report is not None
     assert Report.unpack(report.pack()) == report
     for one in (Verdict(None, "text", "more"), Verdict(1, "text", silent=HERE)):

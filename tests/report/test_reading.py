@@ -74,7 +74,7 @@ def test_the_newest_run_of_a_name_is_found(tmp_path):
     [
         ("digitz", "digitz does not exist. Known: '{0}/digits'. Did you mean '{0}/digits'? To list runs: "),
         (".", "is not the folder of a run: it has no run.json. Known: '{0}/digits'"),
-        ("digits/one/metrics.jsonl", "is a file of a run; give its folder: {0}/digits/one"),
+        ("digits/one/metrics.jsonl", "is a file of a run; give that: {0}/digits/one"),
         ("none/of/this", "does not exist. A run writes one with Trainer(folder='runs')."),
     ],
 )

@@ -179,6 +179,35 @@ def test_wrong_settings_say_what_is_right(settings, told):
     assert str(error.value) == told
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"classes": ["a", "b"]}, "classes=['a', 'b'] names 2 classes, and the predictions have 3: "
+                                  "give 3 names, in the order of the scores"),
+        ({"columns": ["x", "y"]}, "columns=['x', 'y'] names 2 columns, the samples have 5: give 5 names"),
+        ({"columns": ["x"], "show": lambda batch: ["text"] * len(batch[1])},
+         "columns=['x'] is for rows of a table, and the samples are none: leave it out"),
+    ],
+)  # fmt: skip
+def test_names_that_do_not_fit_are_told_once_where_the_run_was_started(tmp_path, settings, told):
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        run = fitted(tmp_path, lw.Report(**settings))
+    assert [(str(one.message), one.filename) for one in caught] == [(f"lw.Report: {told}", __file__)]
+    assert f"lw.Report: {told}".replace("'", "&#x27;") in (run.folder / "report.html").read_text()
+    task = lw.Supervised(classifier(), nn.CrossEntropyLoss())
+    with pytest.raises(lw.SettingError, match=f"^lw.report.results: {re.escape(told)}$"):
+        lw.report.results(task, [samples(9)], **settings)
+
+
+def test_names_of_classes_for_numbers_are_told(tmp_path):
+    net = nn.Linear(2, 1)
+    task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), 0.1))
+    data = [(torch.ones(4, 2), torch.zeros(4, 1))]
+    says = r"lw.Report: classes=\['a'\] is for classes, and the predictions are numbers: leave it out"
+    with pytest.warns(lw.LoopwrightWarning, match=says):
+        fitted(tmp_path, lw.Report(classes=["a"]), task=task, data=data)
+
+
 # ------------------------------------------------------------------------------------------------ what is kept
 
 

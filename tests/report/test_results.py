@@ -33,6 +33,7 @@ def test_images_are_shown_with_their_labels():
     page = found._repr_html_()
     assert page.count('<img src="data:image/png;base64,') == 4
     assert re.search(r'class="warn"><b>&lt;script&gt;.*?</b>', page)
+    assert re.findall(r"true <b>(\w+)</b>", page) == ["left"]  # under the one that was guessed wrong
     assert EVIL not in page
     assert found.metrics["test/loss"] > 0
 
@@ -56,10 +57,10 @@ def test_texts_are_a_table_of_text_target_and_prediction():
 
 def test_rows_of_numbers_have_their_columns():
     data = [(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[1.0], [1.0]]))]
-    found = lw.report.results(lw.Supervised(First(), nn.MSELoss()), data, keep=1, columns=["age"])
+    found = lw.report.results(lw.Supervised(First(), nn.MSELoss()), data, keep=1, columns=["age", "size"])
     assert found.to_pandas().to_dict("records") == [
-        {"n": 1, "age": 3.0, "x1": 5.0, "target": 1.0, "prediction": 3.0},
-        {"n": 0, "age": 1.0, "x1": 2.0, "target": 1.0, "prediction": 1.0},
+        {"n": 1, "age": 3.0, "size": 5.0, "target": 1.0, "prediction": 3.0},
+        {"n": 0, "age": 1.0, "size": 2.0, "target": 1.0, "prediction": 1.0},
     ]
 
 

@@ -17,7 +17,7 @@ import loopwright as lw
 from loopwright.data import fingerprint
 from loopwright.loggers import MLflowLogger, send
 from tiny import bits, line, same, sgd_task, trainer
-from tracked import DATA, expected, failed, fit, killed
+from tracked import CURVES, DATA, expected, failed, fit, killed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow, about SQLAlchemy
 
@@ -50,8 +50,7 @@ def only(client: MlflowClient, name: str = "digits") -> Any:
 
 
 def curves(client: MlflowClient, run: Any) -> dict[str, list[tuple[int, Any]]]:
-    names = ("train/loss", "epoch/train/loss", "valid/loss")
-    histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in CURVES}
     return {name: sorted((m.step, pytest.approx(m.value)) for m in found) for name, found in histories.items()}
 
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import loopwright as lw
 from loopwright.loggers import TensorBoardLogger, send
 from tiny import line, sgd_task, trainer
-from tracked import DATA, expected, failed, fit, killed
+from tracked import CURVES, DATA, expected, failed, fit, killed
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -22,7 +22,7 @@ def read(folder: Path) -> EventAccumulator:
 
 def curves(folder: Path) -> dict[str, list[tuple[int, Any]]]:
     events = read(folder)
-    found = {name: events.Scalars(name) for name in ("train/loss", "epoch/train/loss", "valid/loss")}
+    found = {name: events.Scalars(name) for name in CURVES}
     return {name: sorted((e.step, pytest.approx(e.value)) for e in points) for name, points in found.items()}
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from loopwright.errors import SettingError, choose
 from loopwright.events import Callback
-from loopwright.schedules import Schedule, as_schedule, constant, scaled
-from loopwright.state import Run, Stage
+from loopwright.schedules import as_schedule, constant, scaled
+from loopwright.schedules.base import check_values
+from loopwright.state import Run
 from loopwright.text import with_article
 
 __all__ = ["Anneal"]
@@ -29,7 +31,8 @@ class Anneal(Callback):
     >>> Anneal({"module.1.p": linear(0.0, 0.5)})
     Anneal({'module.1.p': linear(start=0.0, end=0.5)})
 
-    Raises SettingError for what is no schedule; ``plan`` and ``fit`` tell a path that does not lead to a number.
+    Raises SettingError for what is no schedule; ``plan`` and ``fit`` tell a path that does not lead to a number, and
+    values that it cannot have (a dropout rate of 1.5).
     """
 
     def __init__(self, values: Mapping[str, Any], *, of: Any = None) -> None:
@@ -42,45 +45,53 @@ class Anneal(Callback):
             if isinstance(schedule, scaled):
                 raise SettingError(f"{path!r}: scaled(...) is for the groups of an optimizer; leave it out here")
         self.of = of
-        self._stage: Stage | None = None
-        self._found: list[tuple[Any, str, Schedule]] = []
+        self._stage: int | None = None
+        self._found: list[tuple[Any, str, Callable[[float], float], dict[str, Any] | None]] = []
 
     def problems(self, run: Run) -> Iterator[str]:
+        limits: dict[str, tuple[float, ...]] = {}
         for path in self.values:
             try:
-                self._find(run, path)
+                limits[path] = _limits(*self._find(run, path))
             except SettingError as error:
                 yield str(error)
+        if isinstance(self.of, Callback) and all(self.of is not one for one in run.callbacks):
+            kind = type(self.of).__name__
+            yield f"Anneal(of={kind}) moves numbers of a callback that is not in this run; add that {kind} to callbacks"
         for stage in run.stages:
             for path, schedule in self.values.items():
                 if not stage.whole.is_known and not isinstance(schedule, constant):
                     yield f"Anneal of {path!r} needs to know how long stage {stage.name!r} is; count it in steps"
                     continue
                 try:
-                    schedule.within(stage.whole.share)
+                    check_values(schedule.within(stage.whole.share).at, path, *limits.get(path, ()))
                 except SettingError as error:
                     yield f"Anneal of {path!r}, stage {stage.name!r}: {error}"
         if run.compiler is not None and self.of is None:
             yield "Anneal changes numbers which a compiled step has built in; train with compile=False"
 
     def on_step_start(self, run: Run) -> None:
-        if run.stage is not self._stage:
+        if run.progress.stage != self._stage:
             self._begin(run)
         fraction = run.fraction
-        for owner, name, schedule in self._found:
-            value = getattr(owner, name)
-            if isinstance(value, Tensor):
-                value.detach().fill_(schedule.at(fraction))
+        for owner, name, at, held in self._found:
+            if held is not None:
+                held[name] = at(fraction)
+            elif isinstance(value := getattr(owner, name), Tensor):
+                value.detach().fill_(at(fraction))
             else:
-                setattr(owner, name, schedule.at(fraction))
+                setattr(owner, name, at(fraction))
 
     def on_fit_start(self, run: Run) -> None:
         self._stage = None
 
     def _begin(self, run: Run) -> None:
-        self._stage = stage = run.stage
+        self._stage, stage = run.progress.stage, run.stage
         assert stage is not None
-        self._found = [(*self._find(run, path), s.within(stage.whole.share)) for path, s in self.values.items()]
+        self._found = []
+        for path, schedule in self.values.items():
+            owner, name = self._find(run, path)
+            self._found.append((owner, name, schedule.within(stage.whole.share).at, _held(owner, name)))
 
     def _find(self, run: Run, path: str) -> tuple[Any, str]:
         """The object that holds the last name of ``path``, and that name."""
@@ -100,6 +111,20 @@ class Anneal(Callback):
 
     def __repr__(self) -> str:
         return f"Anneal({self.values!r}{'' if self.of is None else f', of={type(self.of).__name__}'})"
+
+
+def _limits(owner: Any, name: str) -> tuple[float, ...]:
+    """From where to where a number may go, where that is known; () where it is not."""
+    if name == "p" and isinstance(owner, _DropoutNd):
+        return 0.0, 1.0
+    return getattr(owner, "_ranges", {}).get(name, ()) if isinstance(owner, Callback) else ()
+
+
+def _held(owner: Any, name: str) -> dict[str, Any] | None:
+    """Where a module keeps a plain number; None where setting it may do more. ``setattr`` of a module takes 10 us."""
+    setter: Any = type(owner).__setattr__
+    plain = setter is nn.Module.__setattr__ and not hasattr(type(owner), name)
+    return vars(owner) if plain and name in vars(owner) else None
 
 
 def _attributes(owner: Any) -> list[str]:

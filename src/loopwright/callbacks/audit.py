@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from loopwright.errors import HookError, LoopwrightWarning, SettingError
+from loopwright.errors import HookError, SettingError
 from loopwright.events import Callback, hook_name
 from loopwright.state import Phase, Run, Stage
+from loopwright.written import warn
 
 __all__ = ["Audit"]
 
@@ -24,11 +24,13 @@ _SAMPLE = 256  # elements of a tensor that are compared
 _FREE = ("on_fit_start", "on_exception")  # before and after training
 _LOOKING = (
     "on_validation_start",
+    "on_eval_batch_start",
     "on_eval_batch_end",
     "on_validation_end",
     "on_test_start",
     "on_test_end",
     "on_predict_start",
+    "on_predict_batch_start",
     "on_predict_batch_end",
     "on_predict_end",
 )  # fmt: skip - within these random generators and flags are put back
@@ -76,7 +78,7 @@ class Audit(Callback):
     def on_fit_end(self, run: Run) -> None:
         if self.found and not self.stop:
             told = "\n".join(f"  - {one}" for one in self.found)
-            warnings.warn(f"Audit found {len(self.found)} in this run:\n{told}", LoopwrightWarning, stacklevel=2)
+            warn(f"Audit found {len(self.found)} in this run:\n{told}")
 
     def _audited(self, hook: str, function: Callable[..., Any], run: Run) -> Callable[..., Any]:
         owner = getattr(function, "__self__", None)

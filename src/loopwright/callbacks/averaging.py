@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from loopwright import rng
 from loopwright.data import as_source
 from loopwright.errors import SettingError, choose
 from loopwright.events import Callback
-from loopwright.progress import Duration, Every, Progress
+from loopwright.every import Every
+from loopwright.progress import Duration, Progress, is_counted
 from loopwright.state import Run, Stage, StepResult
 from loopwright.unseen import read
+from loopwright.written import warn
 
 __all__ = ["EMA", "SWA"]
 
@@ -39,11 +41,12 @@ class Average(Callback):
         self.averages: dict[str, AveragedModel] = {}
         self._start: Duration | None = None
         self._sources: dict[str, nn.Module] = {}
+        self._others: list[Average] = []  # all averages of the run
         self._forget()
 
     def _counted(self, name: str, given: str | int | Duration) -> Duration:
         duration = Duration.parse(given)
-        if duration.is_part or duration.unit == "seconds":
+        if not is_counted(duration) or duration.unit == "seconds":
             raise SettingError(f"{type(self).__name__}({name}={given!r}): expected steps, samples or whole epochs")
         return duration
 
@@ -82,6 +85,8 @@ class Average(Callback):
                     f"{name}(replace_at_end=True) and {type(one).__name__}(restore=...) both decide the weights after "
                     "the fit; leave one of them out"
                 )
+        for stage in run.stages:
+            yield from (f"{name}: {problem}" for problem in self._every.problems(stage))
         known, chosen = _averageable(run), self._chosen(run)
         yield from (f"{name}(models={one!r}): {choose(one, known)}" for one in self._names or () if one not in known)
         if not known:
@@ -104,6 +109,7 @@ class Average(Callback):
 
     def on_fit_start(self, run: Run) -> None:
         chosen = self._chosen(run)
+        self._others = [other for other in run.callbacks if isinstance(other, Average)]
         if run.progress.step == 0 or self._sources != chosen:  # another run than the one seen before
             self._forget()
             self._sources = chosen
@@ -137,7 +143,16 @@ class Average(Callback):
             self._measure(run)  # before the last checkpoint
 
     def on_fit_end(self, run: Run) -> None:
-        if run.interrupted or not self.updates:
+        if run.interrupted:
+            return
+        if not self.updates:
+            if run.stop_reason is not None or run.settings.get("debug") is not None:
+                return  # cut short, as was asked for
+            begins = self._start if self._start is not None else self._every
+            warn(
+                f"{type(self).__name__} has averaged nothing: it begins after '{begins}', and the run ended after "
+                f"{run.progress.epoch} epochs ({run.progress.step} steps). Begin earlier"
+            )
             return
         self._measure(run)
         if self.replace_at_end:
@@ -154,7 +169,7 @@ class Average(Callback):
             return
         if self._start is not None and self._start.position(progress) < self._start.value:
             return
-        shown = [other for other in run.callbacks if isinstance(other, Average) and other._shown]
+        shown = [other for other in self._others if other._shown]
         for other in shown:  # its averages are in the models, for a validation that begins
             other._exchange()
         for name, averaged in self.averages.items():
@@ -224,8 +239,9 @@ class EMA(Average):
     """An exponential moving average of the weights, shown to validation: ``decay * average + (1 - decay) * weights``.
 
     It takes the weights at ``every`` step ("10 steps", "1 epoch"); the first ones are copied. ``warmup=True`` begins
-    with a smaller decay, ``(1 + n) / (10 + n)`` after n updates. Buffers stay those of the model, or are averaged too
-    with ``buffers=True``. ``models`` names some of ``run.models``; by default all are averaged, each for itself.
+    with a smaller decay, ``(1 + n) / (10 + n)`` after n updates; ``Anneal({"decay": schedule}, of=ema)`` moves it.
+    Buffers stay those of the model, or are averaged too with ``buffers=True``. ``models`` names some of
+    ``run.models``; by default all are averaged, each for itself.
     ``evaluate=False`` lets validation see the weights in training. In ``on_validation_end`` callbacks before this one
     see the averages, those after it the weights. After the fit the averages are in
     ``ema.averages[name].module``, and ``with ema.applied():`` puts them into the models for a while;
@@ -240,6 +256,8 @@ class EMA(Average):
     >>> EMA(0.99, every="10 steps").decay
     0.99
     """
+
+    _ranges: ClassVar = {"decay": (0.0, 1.0)}  # where a schedule may take it
 
     def __init__(
         self,
@@ -256,14 +274,16 @@ class EMA(Average):
             raise SettingError(f"EMA(decay={decay!r}): expected a number from 0 to below 1, such as 0.999")
         super().__init__(every, models=models, evaluate=evaluate, replace_at_end=replace_at_end)
         self.decay, self.warmup, self.buffers = decay, warmup, buffers
+        self._made: tuple[float, Any] | None = None
 
     def _averaged(self, model: nn.Module) -> AveragedModel:
-        average = self._warm if self.warmup else get_ema_multi_avg_fn(self.decay)
-        return AveragedModel(model, multi_avg_fn=average, use_buffers=self.buffers)
+        return AveragedModel(model, multi_avg_fn=self._move, use_buffers=self.buffers)
 
-    def _warm(self, averages: Any, values: Any, count: Any) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        get_ema_multi_avg_fn(decay)(averages, values, count)
+    def _move(self, averages: Any, values: Any, count: Any) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        if self._made is None or self._made[0] != decay:  # it may follow a schedule
+            self._made = decay, get_ema_multi_avg_fn(decay)
+        self._made[1](averages, values, count)
 
 
 class SWA(Average):

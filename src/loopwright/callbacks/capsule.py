@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
-import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from loopwright import rng
 from loopwright.checkpoint import check, encode, snapshot, write
 from loopwright.data import Chunks
-from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
+from loopwright.errors import CheckpointError, SettingError
 from loopwright.events import Callback
 from loopwright.parallel import is_shard
-from loopwright.state import Progress, Run, StepResult, has_state
+from loopwright.state import Phase, Progress, Run, StepResult, has_state
 from loopwright.text import with_article
+from loopwright.written import warn
 
 __all__ = ["Capsule"]
 
@@ -29,7 +31,13 @@ _IN_STEP = (
     "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
 )  # fmt: skip
 _PARTS = {"optimizers": "the optimizer states", "weights": "the weights", "window": "the batches"}  # in this order
-_READS = 16  # as long as no step draws, the random state is read in so many steps, and then in each 16th of an epoch
+# to read a random state takes 1 us (torch), 12 us (Python) or 33 us (NumPy). Who draws shows in the first steps, as a
+# rule; where nobody has, torch's is read in each 16th batch of an epoch and the others in each 64th step, and a step
+# has those of a step before. If somebody has begun meanwhile, the limits of the capsule say so
+_READS, _SELDOM = 16, 64
+_LAGS = {"torch": ("torch", _READS), "python": ("Python", _SELDOM), "numpy": ("NumPy", _SELDOM)}
+# of a generator that draws: torch's is copied as it is, for half of what its state as a tensor takes
+_QUICK = {**rng.READ, "torch": torch.default_generator.clone_state}
 _FETCHING = "[loopwright] while fetching"
 
 
@@ -37,21 +45,22 @@ class Capsule(Callback):
     """Writes ``<run folder>/capsules/step-00000012-ValueError`` when a step raises, or is skipped as not finite.
 
     ``lw.replay(capsule, task)`` makes the same error happen again, with the same bits, also on another machine. In it:
-    the batches of the step so far and torch's random state before each, the weights, buffers, optimizer states and
-    train/eval flags before the step, where training stood, the error with its traceback, versions. Tensors and plain
-    data only; no code. Of skipped steps only the first has a capsule (none under a
-    gradient scaler, which drops some), and errors between steps (reading data, validation, saving) have none: the last
-    checkpoint is the better place to go on from.
+    the batches of the step so far and the random states of torch, Python and NumPy before each, the weights, buffers,
+    optimizer states and train/eval flags before the step, where training stood, the error with its traceback, versions.
+    Tensors and plain data only; no code. A step to which SIGTERM comes, or before which, has one as well: what a job
+    was at when it was told to go. Of skipped steps only the first has a capsule (none under a gradient scaler, which
+    drops some), and errors between steps (reading data, validation, saving) have none: the last checkpoint is the
+    better place to go on from.
 
     ``max_size`` bounds it, as a number of bytes or "100 MB": what is too much is left out, the optimizer states first,
     then the weights, then the batches. ``folder`` is another place than the run folder. It must come first in the list
     of callbacks, to see batches and random numbers before the others do.
 
-    What it cannot bring back: draws from Python's or NumPy's generator in a step (their state is taken when the error
-    comes), what a step has changed in place in its batch, statistics of batch norm as they were before the forward
-    (they do not enter it), other buffers that change, beyond 1 MB, and weights that have moved when the
-    error comes (in a later phase, or inside of ``optimizer.step``); draws of torch that began a few steps before, late
-    in an epoch of a run that had drawn nothing. The manifest names what it knows of it.
+    What it cannot bring back: what a step has changed in place in its batch, statistics of batch norm as they were
+    before the forward (they do not enter it), other buffers that change, beyond 1 MB, and weights that have moved when
+    the error comes (in a later phase, or inside of ``optimizer.step``: a signal that comes so late leaves none); draws
+    that began a few steps before, of a generator from which the run had drawn nothing until then (up to 15 steps for
+    torch's, 63 for Python's and NumPy's). The manifest names what it knows of it.
 
     Reads: batches, weights. Changes: nothing. Stops: no. Raises SettingError for a size that is none, and without a
     folder to write to.
@@ -64,92 +73,116 @@ class Capsule(Callback):
         self.max_size, self.folder = max_size, folder
         self.max_bytes = _bytes(max_size)
         self.last: Any = None  # the path of the last capsule
-        self._cuda = False
         self._forget()
 
     def _forget(self) -> None:
         self._at: Progress | None = None
-        self._window: list[tuple[Any, dict[str, Tensor]]] = []
+        self._window: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []  # batch, random states, those read for it
         self._open: tuple[list[float] | None, dict[str, Any]] = (None, {})
         self._moving: list[tuple[dict[str, Tensor | None], str]] = []
         self._buffers: list[Tensor] = []
-        self._skipped: int | None = 0
-        self._in_row = 0
-        # to read torch's random state takes 15 us: where nobody draws, a step has that of a step before. As a rule it
-        # shows in the first steps who draws; where it did not, the limits of the capsule say so
-        self._random: dict[str, Tensor] = {}
-        self._reads, self._draws, self._reused = 0, self._cuda, False
+        self._skipped, self._in_row = 0, 0
+        self._has_skip = False
+        self._random: dict[str, Any] = {}  # all states, as they were when they were last looked at
+        self._reads, self._draws = 0, dict[str, Callable[[], Any]]()  # who draws, and how their state is taken
+        self._read_in: dict[str, tuple[int, int]] = {}
 
     def on_fit_start(self, run: Run) -> None:
         if self.folder is None and run.folder is None:
             raise SettingError("Capsule needs a folder to write to: Trainer(folder='runs'), or Capsule(folder=...)")
-        self._cuda = run.device.type == "cuda"
         self._forget()
         self._skipped, self._moving = run.skipped, _moving(run)
-        if run.team is None and all(stage.accumulate == 1 for stage in run.stages):
+        if run.device.type == "cuda":  # this one is read in each step
+            self._draws["cuda"] = partial(torch.cuda.get_rng_state, run.device)
+        run.at_sigterm = (self._stopped,)
+        if run.team is not None or any(stage.accumulate != 1 for stage in run.stages):
+            self._draws["torch"] = _QUICK["torch"]
+        else:
             # on_step_start sees all: two hooks less in each step
             for name in ("on_batch_start", "on_step_end"):
                 own = getattr(self, name)
                 setattr(run.hooks, name, tuple(hook for hook in getattr(run.hooks, name) if hook != own))
 
     def on_step_start(self, run: Run) -> None:
-        self._begin(run)
+        if run.skipped != self._skipped:
+            self._skip(run)
+        self._at, self._open, self._in_row = run.progress, run.open_step, run.skips_in_row
+        self._window = []
+        if self._moving:
+            self._buffers = [owner[name].clone() for owner, name in self._moving]  # type: ignore[union-attr]
         if self._open[0] is None:  # a single batch, which is fetched by now: nobody has drawn since
-            (batch,), p = run.window, run.progress
-            self._reused = not (self._draws or self._reads < _READS or p.batch % _READS == 0)
-            if not self._reused:
-                before, self._random = self._random, self._read(run)
-                self._reads += 1
-                if p.batch and before and not self._draws:  # an epoch may begin with a draw: that of its order
-                    self._draws = not torch.equal(before["torch"], self._random["torch"])
-            self._note(batch, self._random)
+            (batch,) = run.window
+            self._note(run, batch)
 
     def on_batch_start(self, run: Run, batch: Any) -> None:
         if self._open[0] is not None:
-            self._note(batch, self._read(run))
+            self._note(run, batch)
 
-    def _read(self, run: Run) -> dict[str, Tensor]:
-        cuda = {"cuda": torch.cuda.get_rng_state(run.device)} if self._cuda else {}
-        return {"torch": torch.default_generator.get_state(), **cuda}
+    def _note(self, run: Run, batch: Any) -> None:
+        """Keep a batch, and the random states as they are now; where nobody draws, those of a step before."""
+        p, kind = run.progress, type(batch)
+        if self._reads < _READS or not p.batch % _READS or not p.step % _SELDOM:
+            fresh = self._look(p)
+        else:
+            fresh = {name: read() for name, read in self._draws.items()}
+        self._window.append((batch.copy() if kind is dict or kind is list else batch, self._random, fresh))
 
-    def _note(self, batch: Any, random: dict[str, Tensor]) -> None:
-        kind = type(batch)
-        self._window.append((batch.copy() if kind is dict or kind is list else batch, random))
+    def _look(self, p: Progress) -> dict[str, Any]:
+        """Read also generators from which nobody has drawn until now, and see whether that is so still."""
+        draws = self._draws
+        seldom = self._reads < _READS or not p.step % _SELDOM
+        self._reads += seldom
+        now = {
+            name: read() for name, read in {**(rng.READ if seldom else {"torch": rng.READ["torch"]}), **draws}.items()
+        }
+        for name in now.keys() - draws.keys():
+            # an epoch may begin with draws: those of its order
+            if self._read_in.get(name) == (p.stage, p.epoch) and not rng.same(self._random[name], now[name]):
+                draws[name] = _QUICK[name]
+            self._read_in[name] = p.stage, p.epoch
+        self._random = {**self._random, **now}
+        return now
 
-    def _begin(self, run: Run) -> None:
-        """A new step; if the one before was skipped, all of it is still here."""
-        if run.skipped != self._skipped and self._skipped is not None and run.precision.scaler is None:
-            self._skipped = None
+    def _skip(self, run: Run) -> None:
+        """The step before was skipped: all of it is still here."""
+        self._skipped = run.skipped
+        if not self._has_skip and run.precision.scaler is None:
+            self._has_skip = True
             try:
-                self._write(run, None)
+                self._write(run, None, "NonFiniteError")
             except CheckpointError as error:  # training goes on
-                warnings.warn(f"no capsule of the skipped step: {error}", LoopwrightWarning, stacklevel=2)
-        self._at, self._open, self._in_row = run.progress, run.open_step, run.skips_in_row
-        self._window.clear()
-        if self._moving:
-            self._buffers = [owner[name].clone() for owner, name in self._moving]  # type: ignore[union-attr]
+                warn(f"no capsule of the skipped step: {error}")
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        self._window.clear()  # a batch is not held while the next one is fetched
+        self._window = []  # a batch is not held while the next one is fetched
 
     def on_fit_end(self, run: Run) -> None:
-        self._begin(run)
+        if run.skipped != self._skipped:
+            self._skip(run)
         self._forget()
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         fetching = any(note.startswith(_FETCHING) for note in getattr(error, "__notes__", ()))
         if isinstance(error, Exception) and self._at is run.progress and self._window and not fetching:
-            self._write(run, error)
+            self._write(run, error, type(error).__name__)
             error.add_note(f"[loopwright] to make it happen again: lw.replay({str(self.last)!r}, task)")
         self._forget()
 
+    def _stopped(self, run: Run, phase: Phase, grad_norm: Tensor | None) -> None:
+        """A hook like on_grads_ready, of the step to which SIGTERM has come: its weights have not moved."""
+        run.hooks.on_grads_ready = tuple(hook for hook in run.hooks.on_grads_ready if hook != self._stopped)
+        if self._at is run.progress and self._window:
+            try:
+                self._write(run, None, "SIGTERM", phase.name)
+            except (CheckpointError, OSError) as error:  # the checkpoint is worth more
+                warn(f"no capsule of the step that SIGTERM came to: {error}")
+
     # -------------------------------------------------------------------------------------------- what is written
 
-    def _write(self, run: Run, error: Exception | None) -> None:
+    def _write(self, run: Run, error: Exception | None, name: str, phase: str = "") -> None:
         root = Path(self.folder) if self.folder is not None else run.folder
         assert root is not None
         assert self._at is not None
-        name = type(error).__name__ if error is not None else "NonFiniteError"
         limits: list[str] = []
         files, extras = self._models(run, limits)
         planned, values = self._open
@@ -160,13 +193,14 @@ class Capsule(Callback):
             )
         if isinstance(stage.source, Chunks):
             limits.append("what the piece of the sequence before this one has left was not kept: it begins with None")
-        if self._reused and not torch.equal(self._random["torch"], torch.default_generator.get_state()):
-            limits.append(
-                f"torch's random state was read up to {_READS - 1} steps before: until then no step had drawn"
-            )
+        limits += [
+            f"{whose}'s random state was read up to {lag - 1} steps before: until then no step had drawn"
+            for generator, (whose, lag) in _LAGS.items()
+            if generator not in self._window[-1][2] and not rng.same(self._random[generator], rng.READ[generator]())
+        ]
         state: dict[str, Any] = {
-            "window": [{"batch": _kept(batch, f"batch {i + 1}", limits), "rng": r}
-                       for i, (batch, r) in enumerate(self._window)],
+            "window": [{"batch": _kept(batch, f"batch {i + 1}", limits), "rng": _states(r)}
+                       for i, (batch, *r) in enumerate(self._window)],
             "planned": planned, "values": _kept(dict(values), "values", limits),
             "optimizers": {name: _kept(o.state_dict(), f"optimizer {name!r}", limits)
                            for name, o in run.optimizers.items()},
@@ -174,7 +208,7 @@ class Capsule(Callback):
             "models": extras, "flags": _flags(run), "progress": {**self._at._asdict(), "stage": run.progress.stage},
             "precision": run.precision.state_dict() if has_state(run.precision) else {},  # type: ignore[attr-defined]
             "key": run.settings["key"], "skips_in_row": self._in_row,
-            "rng": {k: v for k, v in rng.get().items() if k in ("python", "numpy")},
+            "phase": phase,
             "callbacks": [type(c).__qualname__ for c in run.callbacks if c is not self and _takes_part(c)],
         }  # fmt: skip
         files = self._fitting(files, state, limits)
@@ -184,7 +218,7 @@ class Capsule(Callback):
             "error": {"type": name, "message": None if error is None else str(error),
                       "notes": list(getattr(error, "__notes__", ())), "traceback": _traceback(error)},
             "settings": {"accumulate": n, "clip_norm": run.settings.get("clip_norm"),
-                         "precision": run.precision.name, "nonfinite": _policy(run, error),
+                         "precision": run.precision.name, "nonfinite": _policy(run, name),
                          "deterministic": bool(run.settings.get("deterministic"))},
             "conditions": snapshot.conditions(run), "limits": limits,
         }  # fmt: skip
@@ -259,13 +293,21 @@ def _flags(run: Run) -> dict[str, dict[str, bool]]:
     return {name: {path: m.training for path, m in model.named_modules()} for name, model in run.models.items()}
 
 
+def _states(kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``rng.set`` takes, of what was kept before and for this batch."""
+    old, fresh = kept
+    found = {**old, **fresh}
+    return {name: it.get_state() if isinstance(it, torch.Generator) else it for name, it in found.items()}
+
+
 def _takes_part(callback: Callback) -> bool:
     """True if it may change or end a step."""
     return any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in _IN_STEP)
 
 
-def _policy(run: Run, error: Exception | None) -> Any:
-    return "raise" if error is None else run.settings.get("nonfinite")  # a skipped step raises when it is replayed
+def _policy(run: Run, what: str) -> Any:
+    # a skipped step raises when it is replayed
+    return "raise" if what == "NonFiniteError" else run.settings.get("nonfinite")
 
 
 def _kept(value: Any, where: str, limits: list[str]) -> Any:

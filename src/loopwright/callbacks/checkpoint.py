@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,11 +14,13 @@ from loopwright.checkpoint.manifest import NAME
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.shelf import monitored
 from loopwright.checkpoint.together import write_together
-from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError, choose, elsewhere
+from loopwright.errors import CheckpointError, SettingError, choose, elsewhere
 from loopwright.events import fire
+from loopwright.every import Every
 from loopwright.monitor import direction
-from loopwright.progress import Duration, Every
+from loopwright.progress import Duration
 from loopwright.state import Run
+from loopwright.written import warn
 
 __all__ = ["Checkpoint"]
 
@@ -27,15 +28,15 @@ __all__ = ["Checkpoint"]
 class Checkpoint:
     """Writes checkpoints ``step-00001200`` into ``<run folder>/checkpoints`` at an interval, keeping ``keep`` of them.
 
-    ``every``: a duration ("5 min", "500 steps", "1 epoch"; an int counts steps). Without ``monitor`` the
-    newest ``keep`` stay. With ``monitor="valid/loss"`` one is also written after each validation that is among the
-    ``keep`` best so far, and these stay besides the last one; a checkpoint without a validation at its step is never
-    the best, nor is one whose value is NaN. ``mode`` "min" or "max" says which way is better; None takes it from the
-    name (loss and error fall, accuracy, f1 and other scores rise) and refuses a name that does not tell.
-    ``at_end``: one more when training ends or is stopped. ``on_error="warn"`` lets training go on when a
-    checkpoint cannot be written; "raise" does not. An older checkpoint is deleted only after the new one is
-    on disk. ``folder``: write there instead, a path or a URL that fsspec knows ("s3://bucket/run"); one folder holds
-    the checkpoints of one run.
+    ``every``: a duration ("5 min", "500 steps", "1 epoch"; an int counts steps), or several, as in
+    ``Trainer(log_every=)``: "5 min | at 10 epochs". Without ``monitor`` the newest ``keep`` stay. With
+    ``monitor="valid/loss"`` one is also written after each validation that is among the ``keep`` best so far, and
+    these stay besides the last one; a checkpoint without a validation at its step is never the best, nor is one whose
+    value is NaN. ``mode`` "min" or "max" says which way is better; None takes it from the name (loss and error fall,
+    accuracy, f1 and other scores rise) and refuses a name that does not tell. ``at_end``: one more when training ends
+    or is stopped. ``on_error="warn"`` lets training go on when a checkpoint cannot be written; "raise" does not. An
+    older checkpoint is deleted only after the new one is on disk. ``folder``: write there instead, a path or a URL
+    that fsspec knows ("s3://bucket/run"); one folder holds the checkpoints of one run.
 
     ``async_save=True`` stops training for one copy of the tensors into memory of the CPU, and writes in a thread. One
     checkpoint is written at a time: the next one, and the end of the run, wait for it. What goes wrong is raised, and
@@ -84,7 +85,7 @@ class Checkpoint:
         self.best: Place | None = None
         self.last: Place | None = None
         self.best_value: float | None = None
-        self._every = Every(every)
+        self._every, self._stage = Every(every), 0
         self._ranks: dict[Place, float | None] = {}  # in the order of writing; smaller is better
         self._saved: Any = None
         self._validated = False
@@ -104,7 +105,8 @@ class Checkpoint:
                 "Each rank writes its part, which takes a part of the time"
             )
         snapshot.check(run)
-        self._every.start(run.progress, run.stage.source.batches if run.stage is not None else None)
+        self._every.begin(run)
+        self._stage = run.progress.stage
         self._saved, self._validated = None, False
         if run.comm.rank:
             return  # rank 0 writes
@@ -134,6 +136,9 @@ class Checkpoint:
         if self._writing is not None and self._writing[2].done():
             self.finish(run)
         self._validated = validated
+        if run.progress.stage != self._stage and self._every.of_stage:
+            self._every.begin(run, run.stage_start)
+        self._stage = run.progress.stage
         if validated and self.monitor is not None:
             due, rank = self._every.due(run.progress), self._rank(run)
             ranks = [value for value in self._known().values() if value is not None]
@@ -233,6 +238,11 @@ class Checkpoint:
             known = {path: rank for path, rank in ranks.items() if rank is not None}
             best = run.comm.broadcast(min(known, key=lambda path: known[path]) if known else None)
             shares = snapshot.shared_out(run)
+            if best is None and not run.comm.rank:
+                warn(
+                    f"Checkpoint(restore='best') has restored nothing: no checkpoint was judged by {self.monitor!r}, "
+                    f"which was {run.metrics.get(str(self.monitor), 'never measured')}. The weights are the last ones"
+                )
             if best is not None and (shares or not run.comm.rank):
                 snapshot.restore_models(run, read(best, run.team.sharing(run.device) if shares else None))
             if run.team is not None:
@@ -257,7 +267,7 @@ class Checkpoint:
     def _failed(self, step: int, error: BaseException) -> None:
         if self.on_error == "raise" or not isinstance(error, (CheckpointError, OSError)):
             raise error
-        warnings.warn(f"no checkpoint at step {step}: {error}", LoopwrightWarning, stacklevel=3)
+        warn(f"no checkpoint at step {step}: {error}")
 
     def _write(self, packed: Packed, path: Place, rank: float | None, others: Sequence[Checkpoint]) -> None:
         packed.write(path)

@@ -39,13 +39,16 @@ class CutMix(Mixing):
 
     def mix(self, x: Tensor, order: Tensor, drawn: Draws, rng: torch.Generator) -> tuple[Tensor, float | Tensor]:
         if x.dim() < 3:
-            raise DataError(f"CutMix needs images [samples, ..., height, width]; got {describe(x)}")
+            raise DataError(
+                f"CutMix needs images [samples, ..., height, width]; got {describe(x)}. Give them that shape in the "
+                "dataset, or take lw.MixUp, which mixes any inputs"
+            )
         height, width = x.shape[-2:]
         side, (across, down, _) = math.sqrt(1.0 - drawn.share), drawn.uniform
         top, bottom = _span(int(down * height), int(side * height), height)
         left, right = _span(int(across * width), int(side * width), width)
         mixed = x.clone()
-        mixed[..., top:bottom, left:right] = x[..., top:bottom, left:right][order]
+        mixed[..., top:bottom, left:right] = x[..., top:bottom, left:right].index_select(0, order)
         return mixed, 1.0 - (bottom - top) * (right - left) / (height * width)
 
 

@@ -110,7 +110,8 @@ class Doctor(Callback):
                     self.parameters.append(start + path)
 
     def on_step_start(self, run: Run) -> None:
-        self._release()  # a step that was dropped has no end
+        if self._handles:  # a step that was dropped has no end
+            self._release()
         if not (run.progress.step + 1) % self.every:
             for i, module in enumerate(self._modules):
                 self._handles.append(module.register_forward_hook(self._watcher(i)))
@@ -266,7 +267,8 @@ class Doctor(Callback):
         self._end(run)
 
     def on_exception(self, run: Run, error: BaseException) -> None:
-        self._end(run)
+        if run.stages:  # in trainer.test nothing has been looked at
+            self._end(run)
 
     def _end(self, run: Run) -> None:
         self._release()

@@ -64,7 +64,10 @@ class RandomErasing(Callback):
         rng = self._draws.next(run)
         x = floats(batch, self.inputs, "RandomErasing")
         if x.dim() < 3:
-            raise DataError(f"RandomErasing needs images [samples, ..., height, width]; got {describe(x)}")
+            raise DataError(
+                f"RandomErasing needs images [samples, ..., height, width]; got {describe(x)}. Give them that shape in "
+                "the dataset, or leave it out"
+            )
         box = self._boxes(x, rng).to(x.device, non_blocking=True)  # [samples, 4]: top, bottom, left, right
         rows, columns = (torch.arange(size, device=x.device) for size in x.shape[-2:])
         inside_rows = (rows >= box[:, 0, None]) & (rows < box[:, 1, None])

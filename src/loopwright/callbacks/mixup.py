@@ -27,6 +27,8 @@ class MixUp(Mixing):
     a share of its own. Validation sees whole samples. Callbacks work in the order of their list: with CutMix after it,
     mixtures are cut.
 
+    ``alpha`` may follow a schedule: ``Anneal({"alpha": schedule}, of=mixup)``; at 0 nothing is mixed.
+
     Reads: batches. Changes: inputs and targets. Stops: no. Raises SettingError for arguments that cannot be used,
     DataError for inputs that are not floating, and for class indices without ``classes``.
     Source: Zhang et al. 2018 (arXiv:1710.09412), eq. 1; ``p`` and ``per_sample`` are not in it.

@@ -14,6 +14,7 @@ from loopwright.callbacks.displays import Bar, Cell, Display, display_mode, open
 from loopwright.callbacks.estimate import part_done, planned, time_left
 from loopwright.errors import SettingError, choose
 from loopwright.events import Callback
+from loopwright.recorded import at, rule
 from loopwright.state import Run, StepResult
 from loopwright.text import format_count, format_time, format_value
 
@@ -93,7 +94,7 @@ class ProgressBar(Callback):
             self._now() - self.began,
             self._rate(run, rank=99),
         )
-        self.held = lambda: (label, [*self._record(record), *rate, Cell("", format_time(took), 2, "time")])
+        self.held = lambda: (label, [*self._record(run, record), *rate, Cell("", format_time(took), 2, "time")])
         if self.rows < _BURST + _A_SECOND * (self._now() - self.opened):
             self._show_held()
         # erased by the row; if another follows soon, the bar would only flicker
@@ -119,7 +120,8 @@ class ProgressBar(Callback):
     def on_exception(self, run: Run, error: BaseException) -> None:
         self._show_held()
         asked = isinstance(error, KeyboardInterrupt | SystemExit)
-        self._close(run, f"{'interrupted' if asked else f'failed ({type(error).__name__})'} after {_so_far(run)}")
+        after = f" after {_so_far(run)}" if run.stages else ""
+        self._close(run, f"{'interrupted' if asked else f'failed ({type(error).__name__})'}{after}")
 
     # reading: validation, test, prediction
 
@@ -233,17 +235,20 @@ class ProgressBar(Callback):
         cells = [Cell("", f"{self.batch:,}/{total:,}" if total else f"{self.batch:,} batches", 1)]
         if self.steps:
             cells.append(Cell("", self._step(run), 3))
-        cells += self._cells(run.metrics, [name for name in run.metrics if self._is_live(name)])
+        cells += self._cells(run.metrics, [name for name in run.metrics if self._is_live(run, name)])
         cells += self._rate(run, rank=9)
         left = time_left(run)
         if left is not None:
             cells.append(Cell("", f"{format_time(left)} left", 2))
         return Bar(self._label(run), self.batch / total if total else part_done(run), cells)
 
-    def _is_live(self, name: str) -> bool:
+    def _is_live(self, run: Run, name: str) -> bool:
+        said = rule(run.recorded, name)
+        if said is not None and "bar" not in said:
+            return False
         if name.startswith("valid/"):
             return self.validated
-        return _is_train_loss(name)
+        return said is not None or _is_train_loss(name)
 
     def _step(self, run: Run) -> str:
         return f"step {run.progress.step:,}" + (f"/{self.steps:,}" if self.steps else "")
@@ -263,13 +268,14 @@ class ProgressBar(Callback):
             cells.append(Cell(name, _value(values.get(name)), rank))
         return cells
 
-    def _record(self, record: Mapping[str, Any]) -> list[Cell]:
-        return self._cells(record, [name for name in record if name.startswith(("train/", "valid/"))])
+    def _record(self, run: Run, record: Mapping[str, Any]) -> list[Cell]:
+        names = at(run.recorded, record, "bar") if run.recorded else record
+        return self._cells(record, [name for name in names if name.startswith(("train/", "valid/"))])
 
     def _show_step(self, run: Run, values: Mapping[str, float], *more: Cell) -> None:
         """A line within an epoch: the last logged losses and a validation."""
         losses = {name: value for name, value in run.metrics.items() if _is_train_loss(name)}
-        known = {**losses, **values}
+        known = at(run.recorded, {**losses, **values}, "bar")
         self.shown = run.progress.step
         if self.display is not None:
             self.display.row(self._label(run, self._step(run)), [*self._cells(known, known), *more])

@@ -6,13 +6,13 @@ import os
 import shlex
 import shutil
 import subprocess
-import warnings
 from collections.abc import Sequence
 
-from loopwright.errors import LoopwrightWarning, SettingError, choose
+from loopwright.errors import SettingError, choose
 from loopwright.events import Callback
 from loopwright.parallel.world import in_batch_job
 from loopwright.state import SIGNALS, Run
+from loopwright.written import warn
 
 __all__ = ["Requeue"]
 
@@ -56,11 +56,9 @@ class Requeue(Callback):
         job = _job_id()
         problem = _requeue(job)
         if problem is not None:
-            warnings.warn(
+            warn(
                 f"SLURM job {job} is not requeued: {problem}. The run is saved; to go on, submit the script again, "
-                "with `#SBATCH --requeue` in it where the cluster does not requeue by itself",
-                LoopwrightWarning,
-                stacklevel=2,
+                "with `#SBATCH --requeue` in it where the cluster does not requeue by itself"
             )
 
 

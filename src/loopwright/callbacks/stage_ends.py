@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from loopwright.errors import LoopwrightWarning, MetricError, SettingError, choose
+from loopwright.errors import MetricError, SettingError, choose
 from loopwright.events import Callback
 from loopwright.monitor import direction, improved
 from loopwright.state import Run, Stage
+from loopwright.written import warn
 
 __all__ = ["KeepBest", "Plateau"]
 
@@ -81,6 +81,13 @@ class Plateau(_Watch):
         self.patience = patience
         super().__init__(monitor, mode, min_delta)
 
+    def problems(self, run: Run) -> Iterator[str]:
+        if not any(self is one for stage in run.stages for one in stage.callbacks):
+            yield (
+                "Plateau ends a stage, and is given to none: lw.Stage(..., until=['9 epochs', lw.Plateau(...)]). "
+                "lw.EarlyStopping stops a run, and schedule=torch.optim.lr_scheduler.ReduceLROnPlateau lowers the rate"
+            )
+
     def _forget(self) -> None:
         super()._forget()
         self.waited = 0
@@ -137,11 +144,7 @@ class KeepBest(_Watch):
 
     def on_stage_end(self, run: Run, stage: Stage) -> None:
         if not self.models:
-            warnings.warn(
-                f"KeepBest: {self.monitor} had no value in stage {stage.name!r} that is a number; the weights stay",
-                LoopwrightWarning,
-                stacklevel=2,
-            )
+            warn(f"KeepBest: {self.monitor} had no value in stage {stage.name!r} that is a number; the weights stay")
         for name, kept in self.models.items():
             run.models[name].load_state_dict(kept)
 

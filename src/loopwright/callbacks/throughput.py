@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from loopwright.errors import SettingError
 from loopwright.events import Callback
-from loopwright.progress import Every
+from loopwright.every import Every
 from loopwright.state import Run, Stage, StepResult
 
 __all__ = ["Throughput"]
@@ -54,10 +54,16 @@ class Throughput(Callback):
             own = self.on_batch_start
             run.hooks.on_batch_start = tuple(hook for hook in run.hooks.on_batch_start if hook != own)
         self._forget()
-        self._every.start(run.progress, run.stage.source.batches if run.stage is not None else None)
+        self._every.begin(run)
+
+    def problems(self, run: Run) -> Iterator[str]:
+        for stage in run.stages:
+            yield from (f"Throughput: {problem}" for problem in self._every.problems(stage))
 
     def on_stage_start(self, run: Run, stage: Stage) -> None:
         self._rate = None
+        if self._every.of_stage:
+            self._every.begin(run)
 
     def on_epoch_start(self, run: Run) -> None:
         self._last = time.perf_counter()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,22 @@ from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
 from loopwright.data import fingerprint
+from loopwright.data.generators import streams_of
 from loopwright.data.plan import seed_from
+from loopwright.data.trained_on import TrainedOn
 from loopwright.delivery import logger_states, restore_logger
 from loopwright.errors import CheckpointError, choose
 from loopwright.handlers import Handler
 from loopwright.parallel import like
 from loopwright.progress import Progress
+from loopwright.resolved import resolved
 from loopwright.state import Run, Stage, has_state
-from loopwright.text import rule_name, with_article
+from loopwright.text import with_article
+from loopwright.written import placed, where
 
 __all__ = [
-    "check", "check_fit", "conditions", "info", "own", "progress", "recipe", "remembering", "restore",
-    "restore_loggers", "restore_models", "shared_out", "take",
+    "check", "check_fit", "conditions", "info", "own", "progress", "remembering", "restore", "restore_loggers",
+    "restore_models", "shared_out", "take", "unsaveable",
 ]  # fmt: skip
 
 _COUNTERS = ("skipped", "skips_in_row", "validated_at", "stage_ended_at")
@@ -53,7 +58,8 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
         "replaced": list(run.replaced),
         "ended": run.ended,
         "data": _data(run),
-        "recipe": recipe(run),
+        "recipe": resolved(run),
+        "code": run.code,
         "conditions": conditions(run),
         "models": extras,
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
@@ -67,7 +73,7 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
         "history": run.history.state_dict(),
         "metrics": dict(run.metrics),
         "latest": dict(run.latest),
-        "rng": rng.get(),
+        "rng": _random(run),
         "ranks": list(ranks),
     }
 
@@ -75,7 +81,17 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
 def own(run: Run) -> dict[str, Any]:
     """What of the state differs from rank to rank."""
     at = min(run.progress.stage, len(run.stages) - 1)
-    return {"stage": _stage(run, run.stages[at]), "series": run.series.state_dict(), "rng": rng.get()}
+    return {"stage": _stage(run, run.stages[at]), "series": run.series.state_dict(), "rng": _random(run)}
+
+
+def _random(run: Run) -> dict[str, Any]:
+    """The global generators, and those that hang on modules, by their path."""
+    return {**rng.get(), "modules": streams_of({**run.models, "task": run.task}).get_found()}
+
+
+def _set_random(run: Run, state: Mapping[str, Any]) -> None:
+    rng.set(state)
+    streams_of({**run.models, "task": run.task}).set_found(state.get("modules", {}))
 
 
 def check(run: Run) -> None:
@@ -83,10 +99,41 @@ def check(run: Run) -> None:
     shards = shared_out(run)
     for name in ("callbacks", *_WATCHERS):
         for obj in getattr(run, name):
-            if has_state(obj):
-                check_value(obj.state_dict(), f"{_kind(obj)}.state_dict()", shards=shards)
+            _check_state(obj, shards=shards)
     files, state = take(run)
     check_value([files, state], shards=shards)
+
+
+def unsaveable(run: Run) -> dict[str, str | None]:
+    """Everything in ``run`` that a checkpoint could not hold, for a plan: each with its path and what to do.
+
+    The values are the lines at which it is written, where that is known.
+    """
+    held = (obj for name in ("callbacks", *_WATCHERS) for obj in getattr(run, name))
+    parts: list[Callable[..., None]] = [partial(_check_state, obj) for obj in held]
+    parts += [partial(_check_given, name, obj) for name, obj in _user(run)]
+    found: dict[str, str | None] = {}
+    for part in parts:
+        try:
+            part(shards=shared_out(run))
+        except CheckpointError as error:
+            found[str(error)] = error.place
+    if not found:  # all the rest at once
+        try:
+            check(run)
+        except CheckpointError as error:
+            found[str(error)] = error.place
+    return found
+
+
+def _check_state(obj: Any, *, shards: bool) -> None:
+    if has_state(obj):
+        with placed(f"{_kind(obj)}.state_dict", where(obj.state_dict)):
+            check_value(obj.state_dict(), f"{_kind(obj)}.state_dict()", shards=shards)
+
+
+def _check_given(name: str, obj: Any, *, shards: bool) -> None:
+    check_value(_given(name, obj), f"state[{name!r}]", shards=shards)
 
 
 def shared_out(run: Run) -> bool:
@@ -115,44 +162,11 @@ def progress(data: Contents, name: str = "progress") -> Progress:
     return Progress(**data.state[name])
 
 
-def recipe(run: Run) -> dict[str, Any]:
-    """The settings on which the bits of training depend, as plain data; how long it lasts is not among them."""
-    stages = {stage.name: _stage_recipe(stage) for stage in run.stages}
-    named = {name: {k: v for k, v in o.defaults.items() if _is_plain(v)} for name, o in run.optimizers.items()}
-    return {
-        "key": run.settings.get("key"), "seed": run.settings.get("seed"), "precision": run.precision.name,
-        "compile": None if run.compiler is None else _compiled(run),
-        "nonfinite": run.nonfinite, "stages": stages, "optimizers": named,
-    }  # fmt: skip
-
-
-def _compiled(run: Run) -> str:
-    """How the steps are compiled; other code is made where it must be deterministic."""
-    return f"{run.compiler.name}{', deterministic' if run.settings.get('deterministic') else ''}"
-
-
 def _data(run: Run) -> dict[str, Any]:
     """Which data it is, to be compared when the run goes on."""
     if run.fingerprint is None and run.data is not None:
         run.fingerprint = fingerprint(run.data)
-    return {"fingerprint": run.fingerprint, "schema": None if run.schema is None else run.schema.as_dict()}
-
-
-def _stage_recipe(stage: Stage) -> dict[str, Any]:
-    def schedules(phase: Any) -> list[str]:
-        torchs = [type(s.torch).__name__ for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
-        return torchs + [repr(s) for s in stage.scheduled if s.optimizer in phase.moved]
-
-    phases = {
-        phase.name: {"every": rule_name(phase.every), "clip_norm": phase.clip_norm, "schedules": schedules(phase)}
-        for phase in stage.phases or ()
-    }
-    return {"accumulate": rule_name(stage.accumulate), "phases": phases}
-
-
-def _is_plain(value: Any) -> bool:
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return all(v is None or isinstance(v, (bool, int, float, str)) for v in values)
+    return {"fingerprint": run.fingerprint, **TrainedOn.of(run).as_dict()}
 
 
 def conditions(run: Run) -> dict[str, Any]:
@@ -191,7 +205,7 @@ def restore(run: Run, data: Contents) -> None:
             f"{data.path} does not fit this run ({type(error).__name__}: {error}). Part of it has been loaded: make "
             "the model and the optimizers anew before you use them"
         ) from error
-    rng.set(state["rng"])
+    _set_random(run, state["rng"])
     others = state.get("ranks", [])
     if len(others) + 1 == run.comm.world_size:
         if run.comm.rank:
@@ -204,7 +218,7 @@ def _restore_own(run: Run, mine: Mapping[str, Any], index: int) -> None:
     if index < len(run.stages):
         _load_stage(run, run.stages[index], mine["stage"])
     run.series.load_state_dict(mine["series"])
-    rng.set(mine["rng"])
+    _set_random(run, mine["rng"])
 
 
 def _spread(run: Run, others: Sequence[Mapping[str, Any]]) -> None:
@@ -239,12 +253,17 @@ def restore_loggers(run: Run, data: Contents) -> None:
         restore_logger(run, logger, saved)
 
 
+def check_models(run: Run, data: Contents) -> None:
+    """Raise CheckpointError that lists what is missing, unexpected or has another shape in the models alone."""
+    _refuse(data, misfits(run_groups(run), data.files))
+
+
 def restore_models(run: Run, data: Contents) -> None:
     """Put only the weights and buffers of a checkpoint into the models of ``run``, if all of them fit.
 
-    Raises CheckpointError that lists what is missing, unexpected or has another shape.
+    Raises CheckpointError as ``check_models`` does.
     """
-    _refuse(data, misfits(run_groups(run), data.files))
+    check_models(run, data)
     _load_models(run, data)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loopwright import __version__
-from loopwright.errors import LoopwrightError
+from loopwright.errors import LoopwrightError, choose
 
 __all__ = ["main"]
 
@@ -24,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     no runs in no-such-folder
     0
     """
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"{unknown[0]}: there is no such argument. {choose(unknown[0], args.parser.options)}")
     try:
         status: int = args.command(args)
         sys.stdout.flush()
@@ -37,12 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest command or option where one is misspelt."""
+
+    @property
+    def options(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        commands = next((action.choices for action in self._actions if isinstance(action.choices, dict)), {})
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*)' \(", message)
+        super().error(f"there is no command {wrong[1]!r}. {choose(wrong[1], commands)}" if wrong else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="loopwright", description="A training framework for PyTorch with one readable loop."
-    )
+    parser = _Parser(prog="loopwright", description="A training framework for PyTorch with one readable loop.")
     parser.add_argument("--version", action="version", version=f"loopwright {__version__}")
-    parser.set_defaults(command=_help(parser))
+    parser.set_defaults(command=_help(parser), parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
     _add(commands, "env", _env, "versions and hardware, to paste into a bug report")
@@ -87,7 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     replay = _add(commands, "replay", _replay, "run the step that failed again, from its crash capsule")
-    replay.add_argument("capsule", type=Path, metavar="CAPSULE", help="the folder that the failed run wrote")
+    replay.add_argument(
+        "capsule", type=Path, metavar="CAPSULE",
+        help="the folder that the failed run wrote; of a run, or runs/NAME, the newest one is taken",
+    )  # fmt: skip
     replay.add_argument("--task", required=True, metavar="MODULE:FUNCTION", help="what makes the task of that run")
     return parser
 
@@ -119,6 +136,7 @@ def _add_checkpoints(commands: Any) -> None:
     ls.add_argument("--json", action="store_true", help="print JSON")
 
     show = _add(commands, "show", _show, "what a checkpoint holds: progress, metrics, versions, tensors, settings")
+    show.description = f"{show.description} Every file is compared with its checksum; exit status 1 if one is damaged."
     show.add_argument("path", metavar="PATH", help="a checkpoint, or a run, whose newest one is shown")
     show.add_argument("--all", action="store_true", help="list the tensors of optimizers and other state as well")
     show.add_argument("--json", action="store_true", help="print JSON (with all tensors)")
@@ -134,7 +152,7 @@ def _add_checkpoints(commands: Any) -> None:
 
 def _add(commands: Any, name: str, run: Callable[[Any], int] | None, what: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-    parser.set_defaults(command=run or _help(parser))
+    parser.set_defaults(command=run or _help(parser), parser=parser)
     return parser
 
 

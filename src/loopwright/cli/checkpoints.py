@@ -16,7 +16,7 @@ from loopwright.cli.tables import format_any, format_size, format_written, plain
 from loopwright.errors import CheckpointError, SettingError
 from loopwright.folder import hold
 
-__all__ = ["about", "marks", "print_list", "print_verified", "prune", "size_of"]
+__all__ = ["about", "damage", "marks", "print_list", "print_verified", "prune", "size_of"]
 
 
 def print_list(path: str, *, verified: bool, as_json: bool) -> int:

@@ -6,8 +6,9 @@ from loopwright.checkpoint import list_checkpoints
 from loopwright.checkpoint.manifest import NAME
 from loopwright.checkpoint.places import Place
 from loopwright.errors import CheckpointError, choose
+from loopwright.folder import newest_in
 
-__all__ = ["checkpoints_at", "run_at", "run_folder"]
+__all__ = ["checkpoints_at", "run_folder"]
 
 _RUN = "run.json"
 
@@ -24,26 +25,10 @@ def checkpoints_at(path: Place) -> list[Place]:
         return found
     if (path / _RUN).is_file():
         raise CheckpointError(f"the run {path} has no checkpoints (yet)")
-    runs = _runs_in(path)
-    if runs:
-        return checkpoints_at(runs[-1])
+    newest = newest_in(path)
+    if newest is not None:
+        return checkpoints_at(newest)
     raise CheckpointError(_nothing_at(path))
-
-
-def run_at(path: Place) -> Place:
-    """The run folder that is meant: ``path``, or the newest run in it. Raises CheckpointError if there is none."""
-    if (path / _RUN).is_file():
-        return path
-    runs = _runs_in(path)
-    if not runs:
-        raise CheckpointError(_nothing_at(path))
-    return runs[-1]
-
-
-def _runs_in(path: Place) -> list[Place]:
-    """The runs in a folder, the newest last: their names begin with the time."""
-    runs = [place for place in _entries(path) if (place / _RUN).is_file()]
-    return sorted(runs, key=lambda run: run.name)
 
 
 def _entries(path: Place) -> list[Place]:
@@ -56,15 +41,17 @@ def _entries(path: Place) -> list[Place]:
 def _has_runs(path: Place) -> bool:
     """True for a run, a checkpoint, a folder of either, and a folder of such folders, as ``runs`` is."""
     own = (path / _RUN).is_file() or (path / NAME).is_file()
-    return own or bool(list_checkpoints(path) or _runs_in(path)) or any(map(_runs_in, _entries(path)))
+    return own or bool(list_checkpoints(path) or newest_in(path)) or any(map(newest_in, _entries(path)))
 
 
 def _nothing_at(path: Place) -> str:
     if not path.exists():
         beside = [place.name for place in _entries(path.parent) if _has_runs(place)]
         return f"{path} does not exist" + (f". {choose(path.name, beside)}" if beside else "")
-    below = sorted(place.name for place in _entries(path) if _runs_in(place))
+    below = sorted(place.name for place in _entries(path) if newest_in(place))
     hint = f". It holds runs named {', '.join(below)}: give {path / below[0]}" if below else ""
+    if (path.parent / _RUN).is_file():
+        hint = f". It belongs to a run: give {path.parent}"
     return f"{path} is no run and no checkpoint{hint}"
 
 

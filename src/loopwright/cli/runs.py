@@ -31,8 +31,12 @@ def print_environment() -> int:
 
 
 def print_runs(folder: Path) -> int:
-    """The runs below ``folder``, the newest first, with status, what ended those that failed, and metrics."""
-    files = (path for path in folder.glob("*/*/run.json") if path.is_file())
+    """The runs below ``folder``, the newest first, with status, what ended those that failed, and metrics.
+
+    ``folder`` is that of all runs, that of the runs of a name, or a run.
+    """
+    depths = ("run.json", "*/run.json", "*/*/run.json")
+    files = (path for depth in depths for path in folder.glob(depth) if path.is_file())
     found = sorted(files, key=lambda path: path.parent.name, reverse=True)
     if not found:
         print(f"no runs in {folder}")
@@ -51,13 +55,14 @@ def print_runs(folder: Path) -> int:
 
 def send_run(run: str, to: str, *, again: bool) -> int:
     """Send the records of a run to the logger of that name."""
-    from loopwright.checkpoint.places import as_place
-    from loopwright.cli.places import run_at
-    from loopwright.loggers import send
+    from loopwright.loggers.sending import send_whole_lines
+    from loopwright.report.reading import find_run
 
-    folder = run_at(as_place(run))
-    count = send(Path(str(folder)), to, again=again)
-    print(safe(f"{count} records of {folder} sent to {to}"))
+    folder = find_run(run)
+    count, torn = send_whole_lines(folder, to, again=again)
+    print(safe(f"{count} record{'s' * (count != 1)} of {folder} sent to {to}"))
+    if torn is not None:
+        print(safe(f"left out: line {torn} of {folder / 'metrics.jsonl'}, which was not written to its end"))
     return 0
 
 

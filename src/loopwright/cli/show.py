@@ -11,9 +11,9 @@ from loopwright.checkpoint import decode, list_checkpoints
 from loopwright.checkpoint.manifest import parse
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.streams import HASHES
-from loopwright.cli.checkpoints import marks, size_of
+from loopwright.cli.checkpoints import damage, marks, size_of
 from loopwright.cli.places import checkpoints_at, run_folder
-from loopwright.cli.tables import format_any, format_size, format_written, plain, table
+from loopwright.cli.tables import format_any, format_size, format_written, plain, safe, table
 from loopwright.errors import CheckpointError
 from loopwright.folder import read_settings
 from loopwright.text import format_time
@@ -29,16 +29,16 @@ _DTYPES = {  # the names that the format has for types
 
 
 def print_checkpoint(where: str, *, every: bool, as_json: bool) -> int:
-    """The checkpoint at ``where``, or the newest of a run, in readable form; its tensors are not read."""
+    """The checkpoint at ``where``, or the newest of a run, in readable form; 1 if it is damaged, which is told last."""
     path = checkpoints_at(as_place(where))[-1]
-    manifest = parse(path)
+    manifest, wrong = parse(path), damage(path)
     info, notes = decode(manifest["info"], {}), marks(list_checkpoints(path.parent)).get(path, [])
     files = {name: _file(path, name, entry) for name, entry in manifest["files"].items()}
     settings = info.pop("settings", None) or _settings(path)
     if as_json:
         shown = {"path": str(path), "format": manifest["format"], "marks": notes, "info": info, "files": files}
-        print(json.dumps(plain({**shown, "settings": settings}), indent=1, allow_nan=False))
-        return 0
+        print(json.dumps(plain({**shown, "settings": settings, "damage": wrong}), indent=1, allow_nan=False))
+        return int(wrong is not None)
     name = str(path) + (f"  ({', '.join(notes)})" if notes else "")
     print(table([("checkpoint", name), *_facts(manifest["format"], info)]))
     for name, file in files.items():
@@ -47,7 +47,10 @@ def print_checkpoint(where: str, *, every: bool, as_json: bool) -> int:
     print(f"\ntotal: {len(files) + 1} files, {count} tensors, {format_size(size_of(path))}")
     if settings:
         print("\nsettings\n" + table(([line] for line in _lines(settings)), indent=2))
-    return 0
+    if wrong is not None:
+        print("\n" + safe(f"DAMAGED: {wrong}"))
+        print(safe(f"Which to use instead: loopwright checkpoints verify {path.parent}"))
+    return int(wrong is not None)
 
 
 def _facts(number: int, info: dict[str, Any]) -> Iterator[tuple[str, str]]:

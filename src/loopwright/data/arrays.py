@@ -1,4 +1,4 @@
-"""Tensors, arrays of any library, data frames, and tuples, lists and dicts of them: columns of the same length."""
+"""Tensors, arrays of any library, tables, sparse matrices, and tuples, lists and dicts of them: columns alike long."""
 
 from __future__ import annotations
 
@@ -11,24 +11,37 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.dlpack import from_dlpack
 
+from loopwright.data.picked import PickedRows, SparseRows, array_rows, is_sparse
+from loopwright.data.tables import arrow_column, arrow_rows, frame_rows, is_arrow, is_frame, is_table
 from loopwright.errors import DataError
 
-__all__ = ["as_tensors", "check_classes", "is_array", "pick", "shared_length"]
+__all__ = ["as_tensors", "check_classes", "is_array", "mapped", "pick", "shared_length"]
+
+_COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}  # torch selects no rows of these
+
+
+_CLASSES = ". Names of classes are numbered by np.unique(names, return_inverse=True)[1]"
+_TIMES = '. Times are numbers as in times.astype("int64")'
+_NUMBERS_OF = {  # what numbers are made of an array, by the kind of its dtype
+    "U": _CLASSES,
+    "S": _CLASSES,
+    "O": ". Of samples of different lengths make a dataset, torch.utils.data.StackDataset(x, y), and pass a collate "
+    "function that pads them; numbers kept as objects are such again as in x.astype(float)",
+    "M": _TIMES,
+    "m": _TIMES,
+    "V": ". Fields are columns, as in {name: x[name] for name in x.dtype.names}",
+}
 
 
 def is_array(data: object) -> bool:
-    """True for a tensor, an array, a data frame or series, and for a tuple, list or dict of these.
+    """True for a tensor, array, data frame, Arrow table or sparse matrix, and for a tuple, list or dict of these.
 
     An array is what NumPy or torch can take over: it has ``__array__`` or ``__dlpack__``.
     """
-    if isinstance(data, (Tensor, np.ndarray)) or _is_frame(data) or _is_foreign(data):
+    if isinstance(data, (Tensor, np.ndarray)) or is_frame(data) or is_sparse(data) or _is_foreign(data):
         return True
     parts = list(data.values()) if isinstance(data, Mapping) else data
     return isinstance(parts, (list, tuple)) and len(parts) > 0 and all(map(is_array, parts))
-
-
-def _is_frame(data: object) -> bool:
-    return callable(getattr(data, "to_numpy", None)) and hasattr(data, "iloc")
 
 
 def _is_foreign(data: object) -> bool:
@@ -38,24 +51,48 @@ def _is_foreign(data: object) -> bool:
 
 
 def as_tensors(data: Any, path: str = "data") -> Any:
-    """The same structure with tensors at its leaves: dtypes stay as they are, memory is shared where it can be.
+    """The same structure with what rows are picked from at its leaves: tensors, in the memory of the data.
 
-    A data frame becomes one 2-D tensor, whose dtype holds all its columns. Raises DataError for what is not
-    numeric, naming the columns.
+    Dtypes stay as they are; the columns of a data frame or Arrow table get one that holds them all. What torch cannot
+    read where it lies stays there, as ``PickedRows``, and only the rows that are picked become tensors: columns in
+    several pieces, values that are missing, sparse matrices (rows become dense), another byte order. A sparse matrix
+    that is not in CSR form is converted once. Raises DataError for what is not numeric, naming the columns.
     """
-    if isinstance(data, Tensor):
-        leaf = data
-    elif isinstance(data, Mapping):
+    if is_sparse(data):  # of which one form is a dict
+        return SparseRows(data, path)
+    if isinstance(data, Mapping):
         return {key: as_tensors(part, f"{path}[{key!r}]") for key, part in data.items()}
-    elif isinstance(data, (list, tuple)):
+    if isinstance(data, (list, tuple)):
         return _like(data, [as_tensors(part, f"{path}[{i}]") for i, part in enumerate(data)])
-    elif _is_frame(data):
-        leaf = _from_numpy(_frame_values(data, path), path)
-    else:
-        leaf = _from_dlpack(data, path)
-    if leaf.dim() == 0:
+    leaf = _leaf(data, path)
+    if leaf.ndim == 0:
         raise DataError(f"{path} is a single number; expected an array whose first dimension counts the samples")
     return leaf
+
+
+def _leaf(data: Any, path: str) -> Tensor | PickedRows:
+    if isinstance(data, Tensor):
+        return SparseRows(data, path) if data.layout in _COMPRESSED else data
+    if is_frame(data):
+        rows = frame_rows(data, path)
+    elif is_table(data):
+        rows = arrow_rows(data, path)
+    elif is_arrow(data):
+        rows = arrow_column(data, path)
+    else:
+        return _from_dlpack(data, path)
+    return rows if isinstance(rows, PickedRows) else _from_numpy(rows, path)
+
+
+def mapped(data: Any, change: Callable[[Any], Any]) -> Any:
+    """The same tuple, list or dict with ``change`` made to each of its parts.
+
+    >>> mapped({"a": (1, 2)}, len)
+    {'a': 2}
+    """
+    if isinstance(data, Mapping):
+        return {key: change(part) for key, part in data.items()}
+    return _like(data, [change(part) for part in data])
 
 
 def _like(data: Any, parts: list[Any]) -> Any:
@@ -64,21 +101,7 @@ def _like(data: Any, parts: list[Any]) -> Any:
     return make(parts)
 
 
-def _frame_values(frame: Any, path: str) -> Any:
-    columns = dict(frame.dtypes) if hasattr(frame, "columns") else {frame.name: frame.dtype}
-    wrong = [f"{name!r} ({dtype})" for name, dtype in columns.items() if getattr(dtype, "kind", "O") not in "biuf"]
-    if wrong:
-        raise DataError(
-            f"{path} has columns that are not numbers: {', '.join(wrong)}. Turn them into numbers first, as in "
-            'frame["name"].astype("category").cat.codes, or drop them'
-        )
-    values = frame.to_numpy()
-    if values.dtype.kind not in "biuf":  # nullable columns, or booleans beside numbers
-        values = frame.to_numpy(dtype="float64", na_value=np.nan)
-    return values
-
-
-def _from_dlpack(data: Any, path: str) -> Tensor:
+def _from_dlpack(data: Any, path: str) -> Tensor | PickedRows:
     """Without a copy, and on its own device, where the library offers that; else by way of NumPy."""
     if isinstance(data, np.ndarray) or not hasattr(data, "__dlpack__"):
         return _from_numpy(data, path)
@@ -99,14 +122,13 @@ class _Readable:
         self.__array_interface__, self.array = interface, array
 
 
-def _from_numpy(array: Any, path: str) -> Tensor:
+def _from_numpy(array: Any, path: str) -> Tensor | PickedRows:
     array = np.asarray(array)
     if array.dtype.kind in "OSUMmV":
-        raise DataError(f"{path} is a NumPy array of dtype {array.dtype}; expected numbers or booleans")
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    if any(stride < 0 for stride in array.strides):
-        array = np.ascontiguousarray(array)
+        how = _NUMBERS_OF.get(array.dtype.kind, "")
+        raise DataError(f"{path} is a NumPy array of dtype {array.dtype}; expected numbers or booleans{how}")
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        return array_rows(array)
     if not array.flags.writeable:
         array = np.asarray(_Readable(array))
     try:
@@ -115,8 +137,8 @@ def _from_numpy(array: Any, path: str) -> Tensor:
         raise DataError(f"{path} is a NumPy array of dtype {array.dtype}, which torch does not have") from error
 
 
-def _paths(data: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(data, Tensor):
+def _paths(data: Any, path: str) -> Iterator[tuple[str, Tensor | PickedRows]]:
+    if isinstance(data, (Tensor, PickedRows)):
         yield path, data
     else:
         for key, part in data.items() if isinstance(data, dict) else enumerate(data):
@@ -129,8 +151,9 @@ def shared_length(data: Any) -> int:
     if len(set(lengths.values())) != 1:
         told = ", ".join(f"len({path}) == {length}" for path, length in lengths.items())
         raise DataError(
-            f"the arrays have different lengths: {told}. All must have one entry a sample along dimension 0; a list of "
-            "ready batches must be given as a list"
+            f"the arrays have different lengths: {told}. All must have one entry a sample along dimension 0. A list of "
+            "ready batches goes to fit as a list; of samples of different lengths make a dataset, "
+            "torch.utils.data.StackDataset(x, y), and pass a collate function that pads them"
         )
     return next(iter(lengths.values()))
 
@@ -155,4 +178,6 @@ def pick(data: Any, rows: Tensor) -> Any:
         return tuple([pick(part, rows) for part in data])
     if kind is dict:
         return {key: pick(part, rows) for key, part in data.items()}
+    if isinstance(data, PickedRows):
+        return data.pick(rows)
     return _like(data, [pick(part, rows) for part in data])

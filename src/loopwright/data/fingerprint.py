@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from loopwright.data.arrays import as_tensors, is_array
+from loopwright.data.picked import PickedRows, is_sparse
+from loopwright.data.tables import is_table
 
-__all__ = ["changes", "fingerprint"]
+__all__ = ["changes", "fingerprint", "innermost"]
 
 _SMALL = 4096  # elements up to which all are hashed
 _BLOCKS, _RUN = 32, 16  # else so many runs of neighbours, at fixed places from the first element to the last
@@ -86,6 +88,13 @@ def _inner(data: Any) -> Any:
     return data.dataset if hasattr(data, "dataset") and hasattr(data, "batch_size") else None
 
 
+def innermost(data: Any) -> Any:
+    """What is read in the end: ``data`` itself, or the dataset or the arrays of a loader or an adapter."""
+    while (inner := _inner(data)) is not None:
+        data = inner
+    return data
+
+
 def _batching(loader: Any) -> dict[str, Any]:
     size = getattr(loader, "batch_size", None)
     return {"batch_size": size} if isinstance(size, int) else {}
@@ -95,7 +104,7 @@ def _of_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     first = next(iter(columns.values()))
     return {
         "kind": "arrays",
-        "length": len(first) if first.ndim else None,
+        "length": int(first.shape[0]) if first.ndim else None,
         "columns": {path: _described(one) for path, one in columns.items()},
         "content": _hash(*(_column_bytes(one) for one in columns.values())),
     }
@@ -121,14 +130,16 @@ def _of_dataset(data: Any) -> dict[str, Any]:
 
 
 def _columns(data: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(data, Mapping):
+    if isinstance(data, Mapping) and not is_sparse(data):
         for key, part in data.items():
             yield from _columns(part, f"{path}[{key!r}]")
     elif isinstance(data, (list, tuple)):
         for i, part in enumerate(data):
             yield from _columns(part, f"{path}[{i}]")
+    elif is_table(data):
+        yield from _columns(dict(zip(data.column_names, data.itercolumns(), strict=True)), path)
     else:
-        known = isinstance(data, (Tensor, np.ndarray)) or hasattr(data, "iloc")
+        known = isinstance(data, (Tensor, np.ndarray)) or hasattr(data, "iloc") or is_sparse(data)
         yield path, data if known or not is_array(data) else as_tensors(data)
 
 
@@ -151,7 +162,10 @@ def _described(column: Any) -> str:
     shape = f"({', '.join(map(str, column.shape))})"
     if hasattr(column, "columns"):  # a data frame
         return f"{', '.join(f'{name} {dtype}' for name, dtype in list(column.dtypes.items())[:100])} {shape}"
-    return f"{'' if isinstance(column, Tensor) else 'torch.'}{column.dtype} {shape}"
+    kind = f"{'' if isinstance(column, (Tensor, PickedRows)) else 'torch.'}{column.dtype}"
+    if is_sparse(column):
+        return f"sparse {kind} {shape}" + ("" if column.format == "csr" else f", {column.format}")
+    return f"{kind} {shape}"
 
 
 # --------------------------------------------------------------------------------------------------- sampled contents
@@ -177,8 +191,15 @@ def _told(values: list[Any]) -> bytes:
 def _column_bytes(column: Any) -> bytes:
     if hasattr(column, "iloc"):
         return _told(column.iloc[_places(len(column), _BLOCKS)].to_numpy().ravel().tolist())
+    if is_sparse(column):
+        return b"".join(map(_column_bytes, _parts_of(column)))
+    if isinstance(column, PickedRows):
+        few = len(column) <= _SMALL
+        return _column_bytes(column.pick(torch.arange(len(column)) if few else torch.from_numpy(_flat(len(column)))))
+    if isinstance(column, Tensor) and column.layout is not torch.strided:
+        return b"".join(map(_column_bytes, _parts_of_sparse(column)))
     size = int(column.numel() if isinstance(column, Tensor) else column.size)
-    if isinstance(column, Tensor) and (column.layout is not torch.strided or column.is_quantized or column.is_conj()):
+    if isinstance(column, Tensor) and (column.is_quantized or column.is_conj()):
         return b""
     if size <= _SMALL:
         chosen: Any = column.reshape(-1)
@@ -191,9 +212,31 @@ def _column_bytes(column: Any) -> bytes:
 
 def _index(size: int, column: Any) -> Any:
     """The places as an index of each dimension: gathers from any strides without a copy of the whole."""
-    flat = np.concatenate([np.arange(start, start + _RUN) for start in _places(size - _RUN + 1, _BLOCKS)])
-    index = np.unravel_index(flat, tuple(column.shape))
+    index = np.unravel_index(_flat(size), tuple(column.shape))
     return tuple(torch.from_numpy(i).to(column.device) for i in index) if isinstance(column, Tensor) else index
+
+
+def _flat(size: int) -> Any:
+    return np.concatenate([np.arange(start, start + _RUN) for start in _places(size - _RUN + 1, _BLOCKS)])
+
+
+def _parts_of(matrix: Any) -> Iterator[Any]:
+    """The arrays that hold a matrix of SciPy: of CSR values, columns, and where rows begin."""
+    for name in ("data", "indices", "indptr", "row", "col", "rows", "offsets"):
+        one = getattr(matrix, name, None)
+        if isinstance(one, np.ndarray):
+            yield one
+
+
+def _parts_of_sparse(tensor: Tensor) -> list[Tensor]:
+    """Those that hold a tensor; none of one that would have to be added up first, or whose layout is another."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor.indices(), tensor.values()] if tensor.is_coalesced() else []
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.values(), tensor.col_indices(), tensor.crow_indices()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.values(), tensor.row_indices(), tensor.ccol_indices()]
+    return []
 
 
 def _batch_bytes(batch: Any) -> bytes:

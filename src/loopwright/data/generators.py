@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from loopwright import rng
 
-__all__ = ["Streams", "find_on_modules", "get_globals", "kept", "set_globals"]
+__all__ = ["Streams", "find_on_modules", "get_globals", "kept", "set_globals", "streams_of"]
 
 State = dict[str, Any]
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -68,13 +68,31 @@ def find_generators(roots: Mapping[str, object]) -> dict[str, Any]:
 
 def find_on_modules(modules: Iterable[nn.Module]) -> list[Any]:
     """Generators that hang on attributes of ``modules``; on each of them alone, its children are not visited."""
-    roots = {
-        f"{i}.{name}": value
-        for i, module in enumerate(modules)
+    roots = _roots((str(i), module) for i, module in enumerate(modules))
+    return list(find_generators(roots).values()) if roots else []
+
+
+def streams_of(models: Mapping[str, Any]) -> Streams:
+    """The generators that hang on attributes of modules, by model, module and attribute.
+
+    >>> net = nn.Linear(1, 1)
+    >>> net.noise = torch.Generator()
+    >>> list(streams_of({"model": nn.Sequential(net)}).get_found())
+    ['model.0.noise']
+    """
+    named = [(name, model) for name, model in models.items() if isinstance(model, nn.Module)]
+    return Streams(
+        _roots((f"{n}.{path}".rstrip("."), one) for n, model in named for path, one in model.named_modules())
+    )
+
+
+def _roots(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, object]:
+    return {
+        f"{path}.{name}": value
+        for path, module in modules
         for name, value in vars(module).items()
         if name not in _OF_MODULES and type(value) not in _PLAIN and not name.startswith(_OF_TORCH)
     }
-    return list(find_generators(roots).values()) if roots else []
 
 
 @contextmanager

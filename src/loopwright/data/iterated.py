@@ -68,7 +68,11 @@ class Iterated:
             kind, workers = type(self.data).__name__, getattr(self.data, "num_workers", 0)
             return [f"the workers of {kind} keep no random state that can be saved"] if workers else []
         name = getattr(self.data, "__qualname__", type(self.data).__name__)
-        return [self.why or f"{name} has no position to save; a resume reads it again from the start of the epoch"]
+        return [
+            self.why
+            or f"{name} has no position to save, as an iterable with state_dict and load_state_dict has; a resume "
+            "reads it again from the start of the epoch"
+        ]
 
     def sizes(self, batch: int) -> Iterator[int] | None:
         return map(samples, self.data[batch:]) if isinstance(self.data, (list, tuple)) else None

@@ -26,10 +26,11 @@ __all__ = ["Loader"]
 class Loader:
     """Batches of ``data`` in a known order: iterate it, or hand it to ``fit``.
 
-    ``data`` holds samples along the first dimension: a tensor, a NumPy array, a data frame or series, a tuple, list or
-    dict of these (nested too; batches have the same structure, with tensors), or a dataset with ``__getitem__`` and
-    ``__len__``, whose samples ``collate`` puts together (None: torch's ``default_collate``). Dtypes are kept: float64
-    arrays give float64 batches. Nothing is copied at the start where torch can share the memory.
+    ``data`` holds samples along the first dimension: a tensor, a NumPy array, a data frame or series, an Arrow table, a
+    sparse matrix of SciPy (of which only the rows of a batch become dense), a tuple, list or dict of these (nested too;
+    batches have the same structure, with tensors), or a dataset with ``__getitem__`` and ``__len__``, whose samples
+    ``collate`` puts together (None: torch's ``default_collate``). Dtypes are kept: float64 arrays give float64 batches.
+    Nothing is copied at the start where torch can share the memory.
 
     ``shuffle`` is True, False, or ``Blocks(size)`` for data that is read from disk. ``sampler`` makes the batches in
     place of ``batch_size`` (64), ``shuffle`` and ``drop_last``: see ``BatchSampler``. The order depends on ``seed`` and
@@ -196,7 +197,7 @@ class Loader:
                 self._idle.append(workers)
             raise
         except BaseException as error:
-            keep_fetch_note(error)
+            keep_fetch_note(error, lambda: self._place(epoch, batch))
             workers.close()
             raise
         self._idle.append(workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from loopwright.errors import DataError, SettingError, choose
@@ -61,6 +62,14 @@ def opened(data: Any, kind: str, comm: Comm) -> Any:
     """
     if not isinstance(data, DataModule):
         return data
+    for method in (data.prepare_data, data.setup):
+        try:
+            signature(method).bind()
+        except TypeError as error:
+            who = f"{type(data).__name__}.{method.__name__}"
+            raise SettingError(
+                f"{who}() is called without arguments: {error}; write: def {method.__name__}(self)"
+            ) from None
     comm.first(data.prepare_data)
     data.setup()
     return data_of(data, kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
 
 from loopwright.data.arrays import as_tensors, is_array, pick, shared_length
-from loopwright.data.fetching import Indices, add_fetch_note, fetch_samples
+from loopwright.data.fetching import Indices, add_fetch_note, fetch_samples, stopped_early
 from loopwright.data.gather import has_plain_rows, rows_of
 from loopwright.data.generators import Streams, kept
+from loopwright.data.picked import PickedRows
 from loopwright.data.plan import seed_from
 from loopwright.errors import DataError, SettingError
 from loopwright.text import with_article
@@ -50,7 +51,7 @@ def reader_of(data: Any, transform: Any, collate: Any, *, repeated: bool) -> Row
     ):
         raise DataError(
             f"lw.Loader cannot read {_kind(data)}; expected a tensor, a NumPy array, a data frame, a tuple, list or "
-            "dict of these, or a dataset with __getitem__ and __len__"
+            f"dict of these, or a dataset with __getitem__ and __len__{_as_dataset(data)}"
         )
     if not hasattr(data, "__len__"):
         raise DataError(
@@ -100,7 +101,7 @@ class RowsAsSamples:
 
 
 def _row(data: Any, i: int) -> Any:
-    if isinstance(data, Tensor):
+    if isinstance(data, (Tensor, PickedRows)):
         return data[i].clone()  # its own memory, so that a transform may work in place
     if isinstance(data, dict):
         return {key: _row(part, i) for key, part in data.items()}
@@ -165,7 +166,9 @@ class Samples:
                 self._draws = bool(self._draws)
                 return read
         except Exception as error:
-            add_fetch_note(error, epoch, batch, indices)
+            add_fetch_note(error, epoch, batch, indices, dataset=self.dataset if self._many else None)
+            if isinstance(error, StopIteration):
+                raise stopped_early(error) from error
             raise
 
     def _read(self, indices: Indices, key: int, epoch: int, batch: int) -> Any:
@@ -268,11 +271,26 @@ def takes_rng(transform: Callable[..., Any], *, name: str = "transform", of: str
 def _kind(data: Any) -> str:
     if isinstance(data, (list, tuple)) and data:
         return f"{with_article(type(data).__name__)} of {type(data[0]).__name__}"
+    if isinstance(data, Mapping) and data:
+        return f"{with_article(type(data).__name__)} of {type(next(iter(data.values()))).__name__}"
     return f"an empty {type(data).__name__}" if isinstance(data, (list, tuple, Mapping)) and not data else repr(data)
+
+
+def _as_dataset(data: Any) -> str:
+    if isinstance(data, list) and data:
+        return ". Of a list of samples make one: torch.utils.data.Subset(samples, range(len(samples)))"
+    if isinstance(data, (tuple, Mapping)) and data:
+        return (
+            ". Of numbers in a list make an array, np.asarray(y); of texts, or of samples of different lengths, a "
+            "dataset: torch.utils.data.StackDataset(x, y)"
+        )
+    if callable(data) or (isinstance(data, Iterable) and not isinstance(data, (str, bytes, list, tuple, Mapping))):
+        return ". Ready batches, from a function or an iterable, go to fit as they are"
+    return ""
 
 
 def _device_of(tensors: Any) -> torch.device | None:
     """Where rows are selected, if that is not the CPU; the first tensor speaks for all."""
-    while not isinstance(tensors, Tensor):
+    while not isinstance(tensors, (Tensor, PickedRows)):
         tensors = next(iter(tensors.values() if isinstance(tensors, dict) else tensors))
     return None if tensors.device.type == "cpu" else tensors.device

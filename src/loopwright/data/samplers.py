@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopwright.data.arrays import as_tensors, check_classes
+from loopwright.data.arrays import as_tensors, check_classes, pick
 from loopwright.data.plan import Plan, Planned, seed_from, shuffled
 from loopwright.errors import DataError, SettingError
 
@@ -149,7 +149,8 @@ class BucketSampler:
 
 def _column(values: Any, name: str) -> Tensor:
     # through NumPy, which keeps the precision of Python numbers
-    column: Tensor = as_tensors(values if isinstance(values, Tensor) else np.asarray(values), name).cpu()
+    found = as_tensors(values if isinstance(values, Tensor) else np.asarray(values), name)
+    column: Tensor = (found if isinstance(found, Tensor) else pick(found, torch.arange(len(found)))).cpu()
     if column.dim() != 1 or not len(column):
         raise DataError(f"{name} has shape {tuple(column.shape)}; expected one number for each sample")
     return column

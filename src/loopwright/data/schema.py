@@ -11,7 +11,9 @@ from torch import Tensor
 
 from loopwright.errors import DataError
 
-__all__ = ["Leaf", "Schema", "schema_of"]
+__all__ = ["AS_TRAINED", "Leaf", "Schema", "other_sizes", "schema_of"]
+
+AS_TRAINED = "Make this data as the training data was made, or train on data like this"
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SHOWN = 5  # differences that one error lists
@@ -100,8 +102,7 @@ class Schema:
         found = schema_of(batch).leaves
         if found == self.leaves:
             return []
-        step = _step(found, self.leaves) if partial else ("", "")
-        pairs = {path: (path.removeprefix(step[0]) if step[0] else step[1] + path) for path in found}
+        pairs = _pairs(found, self.leaves, partial)
         own = {path: self.leaves.get(name) for path, name in pairs.items()}
         told = [
             f"{where}{p} {_differs(found[p], leaf)}" for p, leaf in own.items() if leaf and _differs(found[p], leaf)
@@ -125,10 +126,7 @@ class Schema:
         told = self.differences(batch, where, partial=partial)
         if told:
             more = f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-            raise DataError(
-                f"{'; '.join(told[:_SHOWN])}{more}. Make this data as the training data was made, or train on data "
-                "like this"
-            )
+            raise DataError(f"{'; '.join(told[:_SHOWN])}{more}. {AS_TRAINED}")
 
     def loose(self) -> Schema:
         """This schema with every size free: dtypes, names and numbers of dimensions are left."""
@@ -147,6 +145,19 @@ def schema_of(batch: Any) -> Schema:
     Raises no error: what is no tensor and no array counts by the name of its type.
     """
     return Schema(dict(_leaves(batch, "")))
+
+
+def other_sizes(schema: Schema, batch: Any, where: str = "batch") -> list[str]:
+    """In words, which sizes of ``batch`` are others than those of ``schema``, whatever its dtypes; it may be a part.
+
+    >>> import torch
+    >>> other_sizes(schema_of(torch.zeros(8, 3)), torch.zeros(2, 4).double())
+    ['batch has shape (any, 4), and the model was trained on (any, 3)']
+    """
+    found = schema_of(batch).leaves
+    own = {path: schema.leaves.get(name) for path, name in _pairs(found, schema.leaves, partial=True).items()}
+    told = {path: leaf and _differs(found[path], replace(leaf, dtype="any")) for path, leaf in own.items()}
+    return [f"{where}{path} {one}" for path, one in told.items() if one]
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Leaf]]:
@@ -197,6 +208,12 @@ def _is_ragged(parts: Any) -> bool:
         return False
     alike = len({(part.dtype, part.dim()) for part in parts}) == 1 and parts[0].dim() > 0
     return alike and (parts[0].dim() == 3 or len({part.size(0) for part in parts}) > 1)
+
+
+def _pairs(found: Mapping[str, Leaf], own: Mapping[str, Leaf], partial: bool) -> dict[str, str]:
+    """By the path of each part of a batch, its path in the schema, where there may be none."""
+    take, put = _step(found, own) if partial else ("", "")
+    return {path: (path.removeprefix(take) if take else put + path) for path in found}
 
 
 def _step(found: Mapping[str, Leaf], own: Mapping[str, Leaf]) -> tuple[str, str]:

@@ -17,12 +17,14 @@ from loopwright.data.held import Held, holder_of
 from loopwright.data.iterated import Iterated
 from loopwright.data.loader import Loader
 from loopwright.data.torch_loader import TorchLoader
+from loopwright.data.words import count
 from loopwright.errors import DataError
 from loopwright.state import Source, has_state
 
 __all__ = ["as_source", "as_sources"]
 
 BATCH_SIZE = 64
+_EMPTY = "Check the path, the filter or the split that it comes from"
 _EXPECTED = (
     "expected a DataLoader, a dataset, arrays (a tensor, NumPy array or data frame, or a tuple or dict of them), "
     "a list of batches, or a generator function of batches"
@@ -47,6 +49,8 @@ def as_source(data: Any, *, train: bool, key: int) -> Source:
     (2, [64, 36])
     """
     source = _adapt(data, train=train, key=key)
+    if train and isinstance(data, list) and data and _is_empty(source):
+        raise DataError(f"there is not one sample in the {count(len(data), 'batch')} of the list: {_EMPTY}")
     if source.batches == 0:
         raise DataError(f"there is not one batch in the data ({_named(data)}): {_why_none(data, source)}")
     return source
@@ -63,6 +67,13 @@ def as_sources(data: Any, key: int) -> dict[str, Source]:
         return {}
     several = isinstance(data, dict) and data and not any(map(_is_column, data.values()))
     return {name: as_source(one, train=False, key=key) for name, one in (data.items() if several else [("", data)])}
+
+
+def _is_empty(source: Source) -> bool:
+    try:
+        return not any(source.sizes(0) or (1,))
+    except DataError:  # there is no tensor to count by; weight= may know
+        return False
 
 
 def _is_column(data: Any) -> bool:
@@ -140,4 +151,4 @@ def _why_none(data: Any, source: Source) -> str:
             f"drop_last=True leaves nothing of {length} samples in batches of {size}. Use drop_last=False or a "
             f"batch_size of at most {length}"
         )
-    return "it is empty. Check the path, the filter or the split that it comes from"
+    return f"it is empty. {_EMPTY}"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Subset
 
-from loopwright.data.arrays import check_classes, is_array
+from loopwright.data.arrays import check_classes
+from loopwright.data.parts import Index, by_rows, length, parts
 from loopwright.data.plan import shuffled
 from loopwright.errors import DataError, SettingError
 
 __all__ = ["folds", "train_valid_split"]
-
-Index = np.ndarray[Any, np.dtype[np.intp]]
 
 
 def train_valid_split(
@@ -39,9 +37,11 @@ def train_valid_split(
     - ``by_time``, one time a sample, or True for data in order of time: the latest m, and what is as late as the
       first of them. Nothing to validate on is then as early as anything to train on.
 
-    Arrays (also in tuples and dicts) give arrays, which are views where a part is in one piece; data frames give data
-    frames; datasets give ``Subset``s, or what their own ``select`` gives. Raises DataError for data that cannot be
-    split so, and SettingError for settings that cannot be used.
+    Arrays (also in tuples and dicts) give arrays, which are views where a part is in one piece, and copies of its
+    samples where it is not; data frames give data frames; datasets give ``Subset``s, which copy nothing, or what their
+    own ``select`` gives. A list gives lists of its entries, the ready batches that it is for ``fit``: here they are
+    what is counted. Raises DataError for data that cannot be split so, such as a stream, and SettingError for settings
+    that cannot be used.
 
     >>> train, valid = train_valid_split(np.arange(10), 0.3)
     >>> len(train), len(valid), sorted({*train.tolist(), *valid.tolist()}) == list(range(10))
@@ -49,7 +49,8 @@ def train_valid_split(
     >>> train_valid_split(np.arange(5), 2, by_time=[3, 1, 2, 5, 4])[1]
     array([3, 4])
     """
-    n = _length(data)
+    data = by_rows(data)
+    n = length(data)
     m = _number(valid, n)
     _check_one(stratify=stratify, groups=groups, by_time=by_time)
     if by_time is not None:
@@ -59,7 +60,7 @@ def train_valid_split(
     else:
         order = _order(n, seed)
         chosen = order[:m] if stratify is None else _stratified(_codes(stratify, n, "stratify"), m, order)
-    return _parts(data, chosen, n)
+    return parts(data, chosen, n)
 
 
 def folds(
@@ -68,15 +69,18 @@ def folds(
     """``k`` pairs as of ``train_valid_split``: every sample is in the second part of just one of them.
 
     The second parts differ by at most one sample in size; with ``stratify`` in each class too. With ``groups`` no
-    group is in both parts, and the largest go first, each to the part that is the smallest by then.
+    group is in both parts, and the largest go first, each to the part that is the smallest by then. A pair is made
+    when it is asked for: of arrays, it holds a copy of all samples, and of a dataset none.
 
     >>> [(len(train), len(valid)) for train, valid in folds(np.arange(5), 2)]
     [(2, 3), (3, 2)]
     """
-    n = _length(data)
+    data = by_rows(data)
+    n = length(data)
     _check_one(stratify=stratify, groups=groups)
     if type(k) is not int or not 2 <= k <= n:
-        raise SettingError(f"k={k!r}; expected a whole number from 2 to {n}, the number of samples")
+        counted = "batches in the list" if isinstance(data, list) else "samples"
+        raise SettingError(f"k={k!r}; expected a whole number from 2 to {n}, the number of {counted}")
     order = _order(n, seed)
     fold = np.empty(n, np.intp)
     if groups is not None:
@@ -93,7 +97,7 @@ def folds(
         if stratify is not None:
             order = order[np.argsort(_codes(stratify, n, "stratify")[order], kind="stable")]
         fold[order] = np.arange(n) % k
-    return (_parts(data, np.flatnonzero(fold == i), n) for i in range(k))
+    return (parts(data, np.flatnonzero(fold == i), n) for i in range(k))
 
 
 # ---------------------------------------------------------------------------------------------------- who is chosen
@@ -150,59 +154,6 @@ def _column(values: Any, n: int, name: str) -> np.ndarray[Any, Any]:
     if column.shape != (n,):
         raise SettingError(f"{name} has shape {column.shape}; expected one entry a sample, ({n},)")
     return column
-
-
-# ---------------------------------------------------------------------------------------------------- what they are
-
-
-def _parts(data: Any, chosen: Index, n: int) -> tuple[Any, Any]:
-    kept = np.ones(n, bool)
-    kept[chosen] = False
-    train, valid = np.flatnonzero(kept), np.flatnonzero(~kept)
-    if is_array(data):
-        return _taken(data, train), _taken(data, valid)
-    select: Callable[[list[int]], Any] = data.select if callable(getattr(data, "select", None)) else _subset(data)
-    return select(train.tolist()), select(valid.tolist())
-
-
-def _subset(data: Any) -> Callable[[Sequence[int]], Any]:
-    return lambda rows: Subset(data, rows)
-
-
-def _taken(data: Any, rows: Index) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _taken(part, rows) for key, part in data.items()}
-    if isinstance(data, (list, tuple)):
-        parts = [_taken(part, rows) for part in data]
-        return data._make(parts) if hasattr(data, "_make") else type(data)(parts)
-    one = data.iloc if hasattr(data, "iloc") else data if hasattr(data, "shape") else np.asarray(data)
-    return one[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] + 1 == len(rows) else one[rows]
-
-
-def _length(data: Any) -> int:
-    if is_array(data):
-        lengths = {len(one) for one in _columns(data)}
-        if len(lengths) != 1:
-            raise DataError(f"the arrays have different lengths, {sorted(lengths)}; all must have one entry a sample")
-        n = lengths.pop()
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, Mapping)):
-        n = len(data)
-    else:
-        raise DataError(
-            f"cannot split {type(data).__name__}; expected arrays, a data frame, or a dataset with __getitem__ and "
-            "__len__. Of a DataLoader split the dataset, and make two loaders"
-        )
-    if n < 2:
-        raise DataError(f"cannot split {n} sample{'s' * (n != 1)} into two parts")
-    return n
-
-
-def _columns(data: Any) -> Iterator[Any]:
-    if isinstance(data, (Mapping, list, tuple)):
-        for part in data.values() if isinstance(data, Mapping) else data:
-            yield from _columns(part)
-    else:
-        yield data
 
 
 def _number(valid: float, n: int) -> int:

@@ -20,7 +20,7 @@ from loopwright.data.fetching import fetch_samples
 from loopwright.data.generators import Streams, kept
 from loopwright.data.loader import Loader
 from loopwright.data.sources import as_source
-from loopwright.data.words import count, parts_of
+from loopwright.data.words import count, is_like_a_sample, parts_of
 from loopwright.errors import LoopwrightError
 from loopwright.text import with_article
 
@@ -29,6 +29,10 @@ __all__ = ["Step", "Summary", "summary"]
 _ROLES = ("transform", "target_transform", "transforms")  # where datasets keep what they apply to a sample
 _BATCH = 64
 _NONE = object()
+_OF_SAMPLES = (
+    "a list is one of ready batches, and the first looks like a single sample: of a list of samples make a dataset, "
+    "torch.utils.data.Subset(samples, range(len(samples)))"
+)
 
 
 @dataclass(slots=True)
@@ -115,7 +119,7 @@ class _Stopped(Exception):  # noqa: N818 - steers this file only
 
 class _Walk:
     def __init__(self, told: Summary) -> None:
-        self.told = told
+        self.told, self.collates = told, "collate_fn"
 
     def go(self, data: Any) -> None:
         if type(data).__module__.startswith("loopwright.") and not isinstance(data, Loader):
@@ -133,7 +137,10 @@ class _Walk:
         if isinstance(data, IterableDataset):
             return self._loader(DataLoader(data, _BATCH))
         if isinstance(data, list):
-            return self._ready(iter(data), f"a list of {count(len(data), 'ready batch')}; batch 0 is")
+            self._ready(iter(data), f"a list of {count(len(data), 'ready batch')}; batch 0 is")
+            if is_like_a_sample(data[0]):
+                self.told.notes.append(_OF_SAMPLES)
+            return None
         if is_array(data) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             return self._own(Loader(data, _BATCH))
         if callable(data):
@@ -157,6 +164,7 @@ class _Walk:
         self._tell(title, first)
 
     def _own(self, loader: Loader) -> None:
+        self.collates = "collate"  # as it is called there
         size = loader.batch_size or _BATCH
         transform, collate = getattr(loader, "transform", None), getattr(loader, "collate", None)
         if is_array(loader.data):
@@ -219,6 +227,7 @@ class _Walk:
             batch = collate(found[0] if single else found)
         except Exception as error:
             problem, fix = diagnose(found, indices, error, default=collate is default_collate)
+            fix = fix.replace("collate_fn", self.collates)
             self._stop(f"{len(found)} samples could not be put together{name}: {problem}", fix)
         else:
             self._tell(f"{_batch_title(len(found), indices)}{name}", batch)
@@ -326,7 +335,11 @@ def _tell_epoch(told: Summary, data: Any) -> None:
     told.batches, told.exact = source.batches, source.exact
     told.batch_size = getattr(loader, "batch_size", None)
     sizes = source.sizes(0)
-    told.samples = sum(sizes) if sizes is not None else None
+    try:
+        told.samples = sum(sizes) if sizes is not None else None
+    except LoopwrightError as error:  # there is no tensor to count by
+        told.problem = str(error)
+        return
     told.workers = getattr(loader, "num_workers", getattr(loader, "workers", 0)) or 0
     length = f"{count(told.samples, 'sample')} in " if told.samples is not None else ""
     batches = "an unknown number of batches" if told.batches is None else count(told.batches, "batch")

@@ -10,10 +10,11 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from loopwright import rng
 from loopwright._compat import begin_workers, copy_loader, stop_workers
-from loopwright.data.fetching import add_fetch_note, place_of
+from loopwright.data.fetching import add_fetch_note, place_of, stopped_early
 from loopwright.data.generators import Streams
 from loopwright.data.order import Order
 from loopwright.data.plan import Plan, check_state
+from loopwright.data.sending import SentDataset
 from loopwright.data.share import Cut
 from loopwright.data.workers import Collate, Start, Watch
 from loopwright.errors import DataError
@@ -29,7 +30,7 @@ class TorchLoader:
 
     It works on a shallow copy; the loader itself is not touched. A sampler, batch sampler or dataset that has
     ``set_epoch`` is told the epoch, unless ``tells`` is False. When fetching fails, the exception gains a note with
-    the batch and its indices; when a worker dies, which one, and what it had.
+    the batch, its indices, and the sample that raised; when a worker dies, which one, and what it had.
     A resume runs the sampler again and loads nothing that is skipped; the random state of workers comes back too.
 
     >>> loader = DataLoader([1, 2, 3], batch_size=2)
@@ -49,7 +50,8 @@ class TorchLoader:
         if self.workers:
             collate = Collate(loader.collate_fn)
             self._start = Start(loader.worker_init_fn, collate)
-            self._parts |= {"collate_fn": collate, "worker_init_fn": self._start}
+            dataset = SentDataset(loader.dataset)
+            self._parts |= {"dataset": dataset, "collate_fn": collate, "worker_init_fn": self._start}
         self._clone = copy_loader(loader, self._parts)
         self._made: dict[str, Any] | None = None  # the generators when the workers were made
         self._states: dict[int, Any] = {}  # of the workers, after the last batch that each has given
@@ -232,13 +234,16 @@ class TorchLoader:
                     began = perf_counter()
                     try:
                         item = next(iterator)
-                    except StopIteration:
+                    except StopIteration as stop:
+                        if order.pending:
+                            raise self._stopped(stop, epoch, batch) from stop
                         self._ended = True
                         if order.cut is not None:
                             yield from order.parts(ended=True)
                         return
                     except Exception as error:
-                        add_fetch_note(error, epoch, batch, order.pending[0] if order.pending else None)
+                        indices, data = order.pending[0] if order.pending else None, self.loader.dataset
+                        add_fetch_note(error, epoch, batch, indices, dataset=data, by_worker=workers > 0)
                         raise
                     self.waited += perf_counter() - began
                     if workers:
@@ -260,6 +265,11 @@ class TorchLoader:
         finally:
             if workers and not self.loader.persistent_workers:
                 stop_workers(iterator)  # a traceback may hold the iterator, and with it the workers
+
+    def _stopped(self, stop: StopIteration, epoch: int, batch: int) -> DataError:
+        indices, dataset = self._order.pending[0], self.loader.dataset
+        add_fetch_note(stop, epoch, batch, indices, dataset=dataset, by_worker=self.workers > 0)
+        return stopped_early(stop)
 
     def close(self) -> None:
         """Stop persistent workers; the next epoch would start new ones."""

@@ -7,9 +7,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-__all__ = ["count", "parts_of"]
+__all__ = ["count", "is_like_a_sample", "parts_of"]
 
 
 def count(number: int, what: str) -> str:
@@ -31,6 +32,19 @@ def parts_of(value: Any) -> dict[str, str]:
     return dict(islice(_described(value, ""), 40))
 
 
+def is_like_a_sample(value: Any) -> bool:
+    """True for what has a single number in it, or is a text: batches have one for each of their samples.
+
+    >>> is_like_a_sample({"x": np.ones(3), "label": 1}), is_like_a_sample((np.ones((4, 3)), np.ones(4)))
+    (True, False)
+    """
+    if isinstance(value, (list, tuple, Mapping)):
+        parts = list(value.values()) if isinstance(value, Mapping) else value
+        plain = isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in parts)  # a column
+        return not plain and any(map(is_like_a_sample, parts))
+    return isinstance(value, (str, int, float)) or getattr(value, "ndim", 1) == 0
+
+
 def _described(value: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
         for key, part in value.items():
@@ -48,6 +62,8 @@ def _words(value: Any) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
         kind = str(value.dtype).removeprefix("torch.")
         shape = f" ({', '.join(map(str, value.shape))})" if value.ndim else ""
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            return f"{str(value.layout).removeprefix('torch.').replace('_', ' ')} {kind}{shape}"
         return f"{kind}{shape}{_range(value)}"
     if hasattr(value, "mode") and hasattr(value, "size") and hasattr(value, "getbands"):
         return f"{value.mode} image of {value.size[0]} x {value.size[1]} pixels"

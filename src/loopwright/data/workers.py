@@ -15,6 +15,7 @@ from loopwright import rng
 from loopwright._compat import lost_workers, stop_workers
 from loopwright.data.generators import Streams
 from loopwright.data.plan import seed_from
+from loopwright.data.sending import Sendable, SentDataset, sent
 from loopwright.errors import DataError
 
 __all__ = ["Collate", "Start", "Watch", "Workers"]
@@ -26,10 +27,12 @@ class Collate:
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self.collate_fn = collate_fn
         self.streams = Streams({})
+        self.check = Sendable()
         self.last: Any = None
 
     def __call__(self, samples: Any) -> tuple[int, Any, Any]:
-        batch = self.collate_fn(samples)
+        batch = sent(self.collate_fn, samples, what="collate_fn")
+        self.check(batch)
         info = get_worker_info()
         assert info is not None
         now = self.streams.get()
@@ -61,12 +64,14 @@ class Start:
 
     def __call__(self, worker: int) -> None:
         outlive_signals()
+        info = get_worker_info()
+        assert info is not None
+        if isinstance(info.dataset, SentDataset):
+            info.dataset.step_aside()
         if self.rank:  # every rank draws the same seed for its workers, whose samples are others
             rng.seed(seed_from(torch.initial_seed(), self.rank))
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker)
-        info = get_worker_info()
-        assert info is not None
         self.collate.streams = Streams({"dataset": info.dataset, "collate_fn": self.collate.collate_fn})
         if worker in self.states:
             self.collate.streams.set(self.states[worker])
@@ -122,10 +127,12 @@ class _Tasks:
 
 class _Reader:
     def __init__(self, read: Callable[..., Any]) -> None:
-        self.read = read
+        self.read, self.check = read, Sendable()
 
     def __getitem__(self, task: tuple[Any, ...]) -> Any:
-        return self.read(*task)
+        batch = sent(self.read, *task, what="reading a batch")
+        self.check(batch)
+        return batch
 
 
 def _as_it_is(batch: Any) -> Any:

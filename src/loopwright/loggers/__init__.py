@@ -12,10 +12,10 @@ from loopwright.loggers.named import logger_named
 from loopwright.loggers.sending import send
 from loopwright.loggers.table import TableLogger
 from loopwright.loggers.tensorboard import TensorBoardLogger
-from loopwright.loggers.tracking import flat, points
+from loopwright.loggers.tracking import flat, points, run_name
 from loopwright.loggers.wandb import WandbLogger
 
 __all__ = [
     "CSVLogger", "JSONLLogger", "MLflowLogger", "TableLogger", "TensorBoardLogger", "WandbLogger", "flat",
-    "logger_named", "points", "read_jsonl", "send",
+    "logger_named", "points", "read_jsonl", "run_name", "send",
 ]  # fmt: skip

@@ -10,11 +10,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from loopwright.errors import DataError
+from loopwright.errors import DataError, elsewhere
+from loopwright.folder import put
 from loopwright.loggers.files import keep_artifact, keep_figure, keep_text
+from loopwright.loggers.tracking import run_label
 from loopwright.state import Progress, Run
 
-__all__ = ["NON_FINITE", "JSONLLogger", "read_jsonl"]
+__all__ = ["NON_FINITE", "JSONLLogger", "read_jsonl", "read_whole_lines"]
 
 NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 _encode = json.JSONEncoder(allow_nan=False, default=float, check_circular=False).encode  # else twice the cost
@@ -28,10 +30,12 @@ class JSONLLogger:
     are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float()`` of Python
     and ``Number()`` of JavaScript take; ``read_jsonl`` gives them back as numbers.
 
-    A record is with the operating system when ``log`` returns: it survives the end of the process, however
-    it ends, but not that of the machine. A resumed run cuts the file to where its checkpoint stood, so no
-    record is there twice. Figures, texts and files are kept beside it. Without a folder and a ``path``
-    nothing is written. Of several processes only rank 0 writes.
+    A ``path`` may be that of many runs, one after the other: each record says of which one it is, ``"run":
+    "digits/20261121-101500-1a2b3c"``, the end of its folder. A record is with the operating system when
+    ``log`` returns: it survives the end of the process, however it ends, but not that of the machine. A
+    resumed run drops those of its records that its checkpoint did not know, so that none is there twice.
+    Figures, texts and files are kept beside it. Without a folder and a ``path`` nothing is written. Of
+    several processes only rank 0 writes.
 
     >>> logger = JSONLLogger("metrics.jsonl")
     >>> logger.log(Progress(step=50), {"train/loss": float("nan")}, "train")
@@ -39,11 +43,14 @@ class JSONLLogger:
     [{'kind': 'train', 'step': 50, 'epoch': 0, 'samples': 0, 'seconds': 0.0, 'train/loss': nan}]
     """
 
+    @elsewhere()
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = path
         self._target = None if path is None else Path(path)
         self._file: FileIO | None = None
         self._size = 0
+        self._label = ""  # of the run in a file of many
+        self._records = 0  # of this run
         self._keep: int | None = None
 
     def start(self, run: Run) -> None:
@@ -51,8 +58,14 @@ class JSONLLogger:
         self.close(run.status)
         path = self.path if self.path is not None else run.folder and run.folder / "metrics.jsonl"
         self._target = Path(path) if path and run.comm.rank == 0 else None
-        self._size = 0
+        self._size, before = 0, self._label
+        if self.path is not None:
+            self._label = run_label(run, before)
+            self._records = self._records if self._keep is not None or self._label == before else 0
         if self._target is not None:
+            if self._label and self._keep is not None:
+                _drop(self._target, self._label, self._records)
+                self._keep = None
             self._file, self._size = _open(self._target, self._keep)
         self._keep = None
 
@@ -68,6 +81,8 @@ class JSONLLogger:
             "seconds": round(progress.seconds, 6),
             **values,
         }
+        if self._label:
+            record = {"run": self._label, **record}
         try:
             text = _encode(record)
         except ValueError:  # NaN or infinite: looking for them in each record would cost more
@@ -87,6 +102,7 @@ class JSONLLogger:
                 self._file.truncate(self._size)
             raise
         self._size += len(line)
+        self._records += 1
 
     def log_figure(self, progress: Progress, name: str, figure: Any) -> None:
         """Write ``figures/<name>-<step>.png`` beside the records."""
@@ -110,12 +126,13 @@ class JSONLLogger:
             self._file = None
 
     def state_dict(self) -> dict[str, Any]:
-        """How long the file is, in bytes."""
-        return {"size": self._size}
+        """How long the file is, in bytes; of one of many runs, how many records this run has in it."""
+        return {"size": self._size, **({"run": self._label, "records": self._records} if self._label else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next ``start`` cut the file to the length that ``state`` knew."""
         self._keep = int(state["size"])
+        self._label, self._records = str(state.get("run", "")), int(state.get("records", 0))
 
 
 def _open(path: Path, keep: int | None) -> tuple[FileIO, int]:
@@ -127,6 +144,17 @@ def _open(path: Path, keep: int | None) -> tuple[FileIO, int]:
         size = keep
     file.truncate(_whole_lines(file, size))
     return file, file.seek(0, os.SEEK_END)
+
+
+def _drop(path: Path, label: str, keep: int) -> None:
+    """Leave the run ``label`` its first ``keep`` records in a file of many runs."""
+    kept, own = [], 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        is_own = line.startswith(b'{"run": ' + _encode(label).encode() + b",")
+        own += is_own
+        if not is_own or own <= keep:
+            kept.append(line)
+    put(path, lambda part: part.write_bytes(b"".join(kept)))
 
 
 def _whole_lines(file: FileIO, size: int) -> int:
@@ -163,11 +191,22 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises DataError, naming the line, if another line is not a JSON object.
     """
+    return read_whole_lines(path)[0]
+
+
+def read_whole_lines(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int | None]:
+    """What ``read_jsonl`` gives, and the number of a last line that it left out; None if there is none such.
+
+    >>> written = Path("metrics.jsonl").write_text('{"step": 9}\\n{"kind": "tr')
+    >>> read_whole_lines("metrics.jsonl")
+    ([{'step': 9}], 2)
+    """
     records = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+    *whole, last = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(whole, 1):
         try:
             record = json.loads(line)
             records.append({k: NON_FINITE.get(v, v) if type(v) is str else v for k, v in record.items()})
         except (ValueError, AttributeError):
             raise DataError(f"{path}, line {number} is not a JSON object: {line[:80]!r}") from None
-    return records
+    return records, len(whole) + 1 if last else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from loopwright.errors import elsewhere
 from loopwright.loggers.files import as_path
 from loopwright.loggers.tracking import flat, needs, points, run_name
 from loopwright.state import Progress, Run
@@ -42,6 +43,7 @@ class MLflowLogger:
     'digits'
     """
 
+    @elsewhere()
     def __init__(self, uri: str | None = None, *, experiment: str | None = None) -> None:
         needs("mlflow", "mlflow", "MLflowLogger")
         self.uri, self.experiment = uri, experiment

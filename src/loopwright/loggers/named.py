@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 from loopwright.errors import SettingError, choose
 
-__all__ = ["GROUP", "logger_named"]
+__all__ = ["GROUP", "logger_named", "usual_loggers"]
 
 GROUP = "loopwright.loggers"  # of entry points: name = "package.module:Class"
+USUAL = "LOOPWRIGHT_LOGGERS"  # the environment variable
 _OURS = {
     "csv": "csv:CSVLogger", "jsonl": "jsonl:JSONLLogger", "mlflow": "mlflow:MLflowLogger", "table": "table:TableLogger",
     "tensorboard": "tensorboard:TensorBoardLogger", "wandb": "wandb:WandbLogger",
@@ -26,6 +28,15 @@ def logger_named(name: str) -> Any:
     >>> logger_named("csv:table.csv").path
     'table.csv'
     """
+    try:
+        return _made(name)
+    except (SettingError, ImportError) as error:
+        if name in usual_loggers():
+            error.add_note(f"[loopwright] {USUAL}={os.environ[USUAL]!r} asks for it; Trainer(loggers=[]) does without")
+        raise
+
+
+def _made(name: str) -> Any:
     kind, colon, argument = name.partition(":")
     if kind in _OURS:
         module, _, attribute = _OURS[kind].partition(":")
@@ -39,3 +50,10 @@ def logger_named(name: str) -> Any:
             )
         make = found[kind].load()
     return make(argument) if colon else make()
+
+
+def usual_loggers() -> list[str]:
+    """The names in the environment variable ``LOOPWRIGHT_LOGGERS``, "tensorboard, mlflow:http://server:5000": what a
+    Trainer that has a folder and is told nothing logs to.
+    """
+    return [name.strip() for name in os.environ.get(USUAL, "").split(",") if name.strip()]

@@ -14,12 +14,12 @@ from loopwright.delivery import check_logger
 from loopwright.errors import SettingError
 from loopwright.events import Hooks
 from loopwright.folder import put, recorded
-from loopwright.loggers.jsonl import read_jsonl
+from loopwright.loggers.jsonl import read_whole_lines
 from loopwright.loggers.named import logger_named
 from loopwright.parallel import Plain, Single
 from loopwright.state import Progress, Run, has_state
 
-__all__ = ["send"]
+__all__ = ["send", "send_whole_lines"]
 
 _PLACE = ("kind", "step", "epoch", "samples", "seconds")
 _NOTE = "sent.json"
@@ -41,6 +41,11 @@ def send(folder: str | os.PathLike[str], to: Any, *, again: bool = False) -> int
     >>> send(path, "csv:table.csv"), send(path, "csv:table.csv")
     (1, 0)
     """
+    return send_whole_lines(folder, to, again=again)[0]
+
+
+def send_whole_lines(folder: str | os.PathLike[str], to: Any, *, again: bool = False) -> tuple[int, int | None]:
+    """What ``send`` does and returns, and the number of a last line that was left out; None if there is none such."""
     record, place = recorded(folder), Path(folder)
     logger = logger_named(to) if isinstance(to, str) else to
     check_logger(logger)
@@ -48,14 +53,14 @@ def send(folder: str | os.PathLike[str], to: Any, *, again: bool = False) -> int
     notes = _notes(place)
     before = {} if again else notes.get(label, {})
     lines = place / "metrics.jsonl"
-    records = read_jsonl(lines) if lines.exists() else []
+    records, torn = read_whole_lines(lines) if lines.exists() else ([], None)
     if before.get("state") and has_state(logger):
         logger.load_state_dict(before["state"])
     count = _give(logger, _bare(place, record), record, records[before.get("records", 0) :], before)
     known = {"records": len(records), "files": sorted(map(str, _files(place)))}
     notes[label] = known | ({"state": logger.state_dict()} if has_state(logger) else {})
     _write(place / _NOTE, notes)
-    return count
+    return count, torn
 
 
 def _give(logger: Any, run: Run, record: dict[str, Any], new: list[dict[str, Any]], before: dict[str, Any]) -> int:
@@ -70,6 +75,8 @@ def _give(logger: Any, run: Run, record: dict[str, Any], new: list[dict[str, Any
     for file in _files(run.folder or Path()):
         if str(file) not in before.get("files", ()):
             _hand_over(logger, run.folder or Path(), file)
+    if hasattr(logger, "flush"):
+        logger.flush()  # also of a run that failed: one that goes on is sent from here
     if hasattr(logger, "close"):
         logger.close(record["status"])
     return len(new)

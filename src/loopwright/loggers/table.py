@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
+from loopwright.errors import elsewhere
 from loopwright.monitor import better, improved
 from loopwright.state import Progress, Run
 from loopwright.text import format_value
@@ -32,6 +33,7 @@ class TableLogger:
          1      0.7100          0.5000      0.5
     """
 
+    @elsewhere()
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file
         self._columns: list[str] = []

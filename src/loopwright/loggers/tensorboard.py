@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loopwright.errors import SettingError
+from loopwright.errors import SettingError, elsewhere
 from loopwright.loggers.tracking import flat, needs, points, run_name
 from loopwright.state import Progress, Run
 
@@ -29,6 +29,7 @@ class TensorBoardLogger:
     'tb'
     """
 
+    @elsewhere()
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         needs("tensorboard", "tensorboard", "TensorBoardLogger")
         self.path = path

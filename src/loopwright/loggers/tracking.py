@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import secrets
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from loopwright.state import Run
 
-__all__ = ["flat", "needs", "points", "run_name"]
+__all__ = ["flat", "needs", "points", "run_label", "run_name"]
 
 _MOST = 500  # parameters of a config; one that is larger is in the files of the run
 
@@ -49,10 +51,29 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def run_name(run: Run) -> tuple[str, str]:
-    """The name of a run and what tells it from others of that name: ``("digits", "20261121-101500-1a2b3c")``."""
+    """The name of a run and what tells it from others of that name: ``("digits", "20261121-101500-1a2b3c")``.
+
+    They are those of its folder, so that a resumed run has them again; without a folder the second one is empty.
+
+    >>> import loopwright as lw
+    >>> trainer = lw.Trainer(epochs=1, folder=None, name="digits", progress=False)
+    >>> run_name(trainer.run(lambda run, batch: None, [1]))
+    ('digits', '')
+    """
     if run.folder is not None:
         return run.folder.parent.name or "runs", run.folder.name
     return run.settings.get("name") or type(run.task).__name__, ""
+
+
+def run_label(run: Run, before: str = "") -> str:
+    """What tells a run from all others in one file: ``digits/20261121-101500-1a2b3c``, the end of its folder.
+
+    A run without a folder gets such an end of its own; one that goes on keeps ``before``, which it had until then.
+    """
+    name, own = run_name(run)
+    if not own and before and run.progress.step:
+        return before
+    return f"{name}/{own or f'{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}'}"
 
 
 def needs(package: str, extra: str, logger: str) -> None:

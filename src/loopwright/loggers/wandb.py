@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loopwright.errors import elsewhere
 from loopwright.loggers.jsonl import read_jsonl
 from loopwright.loggers.tracking import needs, points, run_name
 from loopwright.loggers.wandb_files import last_row
@@ -29,6 +30,7 @@ class WandbLogger:
     'offline'
     """
 
+    @elsewhere()
     def __init__(self, project: str | None = None, *, mode: str | None = None) -> None:
         needs("wandb", "wandb", "WandbLogger")
         self.project, self.mode = project, mode

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from loopwright.errors import LoopwrightWarning, MetricError, SettingError
+from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.base import Metric
 from loopwright.metrics.counting import binned
-from loopwright.metrics.shapes import check_top_k, fit, hits
+from loopwright.metrics.shapes import check_tensors, check_top_k, fit, hits
+from loopwright.written import warn
 
 __all__ = ["Accuracy"]
 
@@ -50,6 +49,7 @@ class Accuracy(Metric):
         "classes": "max", "lowest": "min", "highest": "max",  # what is known of the targets
         "least": "min", "most": "max",  # and of probabilities
         "odd": "sum",  # samples whose scores are NaN
+        "soft": "sum",  # targets between two classes
         "each": "sum",  # wrong and right answers of each class
     }  # fmt: skip
 
@@ -90,6 +90,7 @@ class Accuracy(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
+        check_tensors(preds, target)
         if (preds.shape, target.shape, preds.dtype, target.dtype) != self._seen:
             self._check_shapes(preds, target)
         if preds.requires_grad:
@@ -129,6 +130,8 @@ class Accuracy(Metric):
         if not self._held:
             return
         answer, target = self._joined()
+        if target.is_floating_point():
+            self.add(soft=(target != target.round()).count_nonzero())
         right = hits(answer, target, self.top_k, 0.5 if self.threshold is None else self.threshold)
         count: Any = target.numel()
         if self.ignore_index is not None:
@@ -190,7 +193,7 @@ class Accuracy(Metric):
         hits, count = (float(self._totals.get(name, 0)) for name in ("hits", "count"))
         self._check_values()
         if self.average == "micro" or not count:
-            return hits / count if count else math.nan
+            return hits / count if count else self._nothing()
         wrong, right = self.total("each").double().cpu().view(-1, 2).unbind(1)
         each = right / (wrong + right)
         if self.average == "macro":
@@ -198,11 +201,7 @@ class Accuracy(Metric):
         if not self._said and bool(each.isnan().any()):
             self._said = True
             missing = each.isnan().nonzero().flatten().tolist()
-            warnings.warn(
-                f"Accuracy of the classes {missing} is 0/0, since they have no target: it is nan",
-                LoopwrightWarning,
-                stacklevel=2,
-            )
+            warn(f"Accuracy of the classes {missing} is 0/0, since they have no target: it is nan")
         return each
 
     def _check_values(self) -> None:
@@ -212,6 +211,11 @@ class Accuracy(Metric):
             raise MetricError(
                 f"the scores of {known['odd']} samples are NaN. Look for where they come from with "
                 "Trainer(debug=lw.Debug(anomaly=True)), or leave these samples out with lw.metrics.Where"
+            )
+        if known.get("soft"):
+            raise MetricError(
+                f"{known['soft']} targets are neither 0 nor 1, and no prediction is equal to them. For the larger side "
+                "write target.round(), for a distance take lw.metrics.MAE()"
             )
         if "lowest" in known:
             classes, lowest, highest = self._totals["classes"], known["lowest"], known["highest"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
-from loopwright.metrics.base import Metric, ratio, wide
+from loopwright.metrics.base import Metric, wide
 
 __all__ = ["Max", "Mean", "Min", "Sum"]
 
@@ -41,7 +40,7 @@ class Mean(Metric):
         """Take in the values of one batch, with their weights."""
         if weight is None:
             if isinstance(value, Tensor) and value.ndim:
-                self.add(total=value.sum(dtype=wide(value.device)), weight=value.numel())
+                self.add(total=_sum_of(value), weight=value.numel())
             else:
                 self.add(total=value, weight=1)
             return
@@ -56,7 +55,7 @@ class Mean(Metric):
 
     def compute(self) -> float:
         """The mean."""
-        return ratio(self.total("total"), self.total("weight"))
+        return self._ratio("total", "weight")
 
 
 class Sum(Metric):
@@ -76,7 +75,7 @@ class Sum(Metric):
 
     def update(self, value: Tensor | float) -> None:
         """Take in the values of one batch."""
-        self.add(total=value.sum(dtype=wide(value.device)) if isinstance(value, Tensor) else value)
+        self.add(total=_sum_of(value) if isinstance(value, Tensor) else value)
 
     def compute(self) -> float:
         """The sum."""
@@ -109,7 +108,7 @@ class Max(Metric):
 
     def compute(self) -> float:
         """The largest."""
-        return float(self.total("most")) if self._totals else math.nan
+        return float(self.total("most")) if self._totals else self._nothing()
 
 
 class Min(Metric):
@@ -136,13 +135,19 @@ class Min(Metric):
 
     def compute(self) -> float:
         """The smallest."""
-        return float(self.total("least")) if self._totals else math.nan
+        return float(self.total("least")) if self._totals else self._nothing()
 
 
 def _checked(kind: type, value: Any) -> str:
     if not isinstance(value, str):
         raise SettingError(f"{kind.__name__}({value!r}): expected the name of a value in a step's output")
     return value
+
+
+def _sum_of(value: Tensor) -> Tensor:
+    if value.is_complex():
+        raise MetricError(f"value {describe(value)}: a record holds real numbers. Write value.abs(), or value.real")
+    return value.sum(dtype=wide(value.device))
 
 
 def _floats(value: Tensor | float) -> tuple[Tensor, int]:

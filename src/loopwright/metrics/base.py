@@ -11,8 +11,11 @@ from torch import Tensor
 
 from loopwright.errors import CheckpointError, MetricError, SettingError, choose
 from loopwright.metrics.algebra import Algebra
+from loopwright.written import warn
 
-__all__ = ["Metric", "ratio", "wide"]
+__all__ = ["NOTHING", "Metric", "wide"]
+
+NOTHING = "was given no sample (none came, or a filter left none): it is nan"
 
 
 class Metric(Algebra):
@@ -129,6 +132,18 @@ class Metric(Algebra):
             value = value.clone() if isinstance(value, Tensor) else value
             self._totals[name] = [value] if self.state[name] == "cat" else value
 
+    def _nothing(self) -> float:
+        """nan, the value where nothing was taken in; a warning says so, once."""
+        if not vars(self).get("_said_nothing"):
+            self._said_nothing = True
+            warn(f"{type(self).__name__} {NOTHING}")
+        return math.nan
+
+    def _ratio(self, total: str, count: str) -> float:
+        """One total over another, read from the device; nan, with a warning, where nothing was counted."""
+        counted = float(self.total(count))
+        return float(self.total(total)) / counted if counted else self._nothing()
+
     def _settings(self) -> dict[str, Any]:
         plain = (bool, int, float, str, tuple, type(None))
         return {k: v for k, v in vars(self).items() if k[0] != "_" and isinstance(v, plain)}
@@ -137,11 +152,6 @@ class Metric(Algebra):
 def wide(device: torch.device) -> torch.dtype:
     """The widest float that sums can have on this kind of device."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def ratio(total: Tensor, count: Tensor) -> float:
-    """``total / count``, read from the device; nan where nothing was counted."""
-    return float(total) / float(count) if float(count) else math.nan
 
 
 def _named(metric: Metric, other: Metric) -> str:

@@ -30,8 +30,11 @@ def check_metrics(metrics: Any) -> dict[str, Any]:
     if metrics is None:
         return {}
     if is_metric(metrics) or not isinstance(metrics, Mapping):
-        kind = type(metrics).__name__ if not isinstance(metrics, type) else metrics.__name__
-        raise SettingError(f'metrics={kind}: expected a dict with a name for each: metrics={{"accuracy": {kind}(...)}}')
+        one = metrics[0] if isinstance(metrics, (list, tuple)) and metrics else metrics
+        kind = one.__name__ if isinstance(one, type) else type(one).__name__
+        given = kind if one is metrics else f"[{kind}, ...]"
+        way = f'metrics={{"accuracy": {kind}(...)}}'
+        raise SettingError(f"metrics={given}: expected a dict with a name for each: {way}")
     return {name: _checked(name, metric) for name, metric in metrics.items()}
 
 

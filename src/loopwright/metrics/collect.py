@@ -71,7 +71,9 @@ class Meters:
         for name, update, inputs in feeds:
             try:
                 given = [
-                    value if type(value := output[key]) is Tensor and not value.requires_grad else _detached(value)
+                    (value.detach() if value.requires_grad else value)
+                    if type(value := output[key]) is Tensor
+                    else _detached(value)
                     for key in inputs
                 ]
             except (KeyError, TypeError, IndexError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from loopwright.errors import MetricError, SettingError
 from loopwright.metrics.base import Metric
 from loopwright.metrics.counting import check_shapes, count, size_of
+from loopwright.metrics.shapes import check_tensors
 
 __all__ = ["ConfusionMatrix"]
 
@@ -25,8 +26,8 @@ class ConfusionMatrix(Metric):
     ``[C, C]`` with ``classes=C``, from scores ``preds [N, C, ...]`` or class indices ``[N, ...]``; ``[2, 2]`` with
     neither, from ``preds [N, ...]`` as probabilities of class 1 (above ``threshold``, default 0.5; write
     ``threshold=0.0`` for logits) or 0 and 1; ``[L, 2, 2]`` with ``labels=L``, from ``preds [N, L, ...]`` alike. Classes
-    and labels may be given as their number or as a list of names. ``target`` holds integers; those that are
-    ``ignore_index`` are left out. ``preds`` and ``target`` name what is read of a step's output.
+    and labels may be given as their number or as a list of names. ``target`` holds integers, or 0.0 and 1.0 where there
+    are no classes; what is ``ignore_index`` is left out. ``preds`` and ``target`` name what is read of a step's output.
 
     Counts are exact and take 8 C² bytes. ``update`` reads nothing from the device. Raises MetricError for shapes that
     do not fit (at once), and for classes out of range, NaN scores and logits taken for probabilities (when counted on a
@@ -72,6 +73,7 @@ class ConfusionMatrix(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
+        check_tensors(preds, target)
         if (preds.shape, target.shape, preds.dtype, target.dtype) != self._seen:
             self._check(preds, target)
         preds = preds.detach()
@@ -108,7 +110,7 @@ class ConfusionMatrix(Metric):
         )
         self.add(counts=counts)
         if counts.is_cpu and bool(counts[-3:-1].any()):
-            self._refuse(counts, target)
+            self._refuse(counts, preds, target)
 
     def reset(self) -> None:
         """Forget all that was taken in."""
@@ -126,11 +128,11 @@ class ConfusionMatrix(Metric):
             self._refuse(counts)
         return counts[:-3].view(shape)
 
-    def _refuse(self, counts: Tensor, target: Tensor | None = None) -> None:
+    def _refuse(self, counts: Tensor, preds: Tensor | None = None, target: Tensor | None = None) -> None:
         bad, odd, _ = counts[-3:].tolist()
         if bad:
-            seen = "" if target is None else f" (targets range from {int(target.min())} to {int(target.max())})"
             top = self.size - 1 if self.kind == "classes" else 1
+            seen = f" ({', '.join(_ranges(preds, target))})" if preds is not None and target is not None else ""
             raise MetricError(
                 f"{bad} of {int(counts.sum())} targets or predictions are none of the classes 0 to {top}{seen}. To "
                 "leave out what has a certain target, name it: ignore_index=-100"
@@ -144,6 +146,13 @@ class ConfusionMatrix(Metric):
             f"{odd} of {int(counts.sum())} preds are not in [0, 1], which are no probabilities. For logits, write "
             "threshold=0.0"
         )
+
+
+def _ranges(preds: Tensor, target: Tensor) -> Iterator[str]:
+    """In words, from where to where targets lie, and predictions where they are classes and no scores."""
+    yield f"targets range from {target.min().item():g} to {target.max().item():g}"
+    if preds.shape == target.shape and not preds.is_floating_point():
+        yield f"predictions from {int(preds.min())} to {int(preds.max())}"
 
 
 def kind_of(

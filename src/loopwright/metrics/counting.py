@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from loopwright.errors import MetricError, SettingError, choose
 from loopwright.events import describe
 from loopwright.metrics.base import wide
-from loopwright.metrics.shapes import fit
+from loopwright.metrics.shapes import check_tensors, fit
 
 __all__ = ["averaged", "binned", "check_average", "check_shapes", "count", "rate", "rates_of", "size_of", "stats"]
 
@@ -31,7 +31,7 @@ RATES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 def size_of(kind: str, given: int | Sequence[str] | None) -> tuple[int, tuple[str, ...]]:
     """How many classes or labels, and their names if they were given."""
-    names = () if given is None or isinstance(given, int) else tuple(given)
+    names = tuple(given) if isinstance(given, Iterable) else ()
     number = len(names) if names else given
     least = 2 if kind == "classes" else 1
     good = isinstance(number, int) and not isinstance(number, bool) and number >= least
@@ -62,9 +62,10 @@ def count(
 
 def check_shapes(preds: Tensor, target: Tensor, classes: int, labels: int) -> None:
     """Raise MetricError, with the way out, for shapes and dtypes that do not fit."""
+    check_tensors(preds, target)
     told = f"preds {describe(preds)} and target {describe(target)}"
-    if target.is_floating_point() or target.is_complex():
-        raise MetricError(f"{told}: targets are class indices, or 0 and 1. Write target.long()")
+    if target.is_complex() or (classes and target.is_floating_point()):  # BCEWithLogitsLoss asks for 0.0 and 1.0
+        raise MetricError(f"{told}: targets are class indices. Write target.long()")
     if classes:
         found = fit(preds, target, 1)
         if found and found != classes:
@@ -101,8 +102,9 @@ def _of_labels(preds: Tensor, target: Tensor, labels: int, threshold: float | No
     if preds.is_floating_point():
         odd = preds.isnan() if threshold is not None else ~((preds >= 0) & (preds <= 1))
         preds = preds > (0.5 if threshold is None else threshold)
+    bad = (target != 0) & (target != 1)
     target, preds = target.long(), preds.long()
-    bad = (target < 0) | (target > 1) | (preds < 0) | (preds > 1)
+    bad = bad | (preds < 0) | (preds > 1)
     code = target * 2 + preds
     if labels:
         place = torch.arange(labels, device=code.device).view(-1, *[1] * (code.ndim - 2))

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from loopwright import rng
 
 __all__ = ["OwnDraws"]
@@ -20,7 +17,7 @@ class OwnDraws:
     >>> before, draws = rng.get(), OwnDraws()
     >>> draws.call(torch.rand, 2), draws.call(torch.rand, 2)
     (None, None)
-    >>> _same(rng.get(), before)
+    >>> rng.same(rng.get(), before)
     True
     """
 
@@ -36,16 +33,6 @@ class OwnDraws:
             function(*args)
         finally:
             inside = rng.get()
-            if self.state is not None or not _same(inside, outside):
+            if self.state is not None or not rng.same(inside, outside):
                 self.state = inside
                 rng.set(outside)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, (Tensor, np.ndarray)):
-        return bool((a == b).all())
-    return bool(a == b)

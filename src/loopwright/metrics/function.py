@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.base import Metric
+from loopwright.metrics.trial import check_applies
 
 __all__ = ["Function"]
 
@@ -29,6 +29,9 @@ class Function(Metric):
     estimator that answers with the predictions; ``f(preds, target, task)``, as in ``torchmetrics.functional``, the task
     that the shapes tell. Anything else gets tensors in the order of ``inputs``. Scores outside of [0, 1] are logits,
     of which softmax or sigmoid makes probabilities where those are asked for.
+
+    One of scikit-learn or torchmetrics that is not for such predictions at all (f1 of several classes) is refused at
+    the first batch, with those that are.
 
     All inputs are kept, on their device, until the reset: memory grows with the data, and the value is the same over
     any number of ranks. Nothing taken in gives nan.
@@ -47,9 +50,13 @@ class Function(Metric):
         self.inputs = inputs or ("preds", "target")
         self.state = {str(i): "cat" for i in range(len(self.inputs))}  # type: ignore[misc]
         self._call = _convention(function, len(self.inputs))
+        self._tried = self._call is _plainly
 
     def update(self, *args: Any) -> None:
-        """Take in one batch."""
+        """Take in one batch. Raises MetricError at the first one, if the function is not for such predictions."""
+        if not self._tried and all(isinstance(value, Tensor) for value in args):
+            self._tried = True
+            check_applies(self.function, self._call, *args, as_scorer=_as_scorer)
         for i, (name, value) in enumerate(zip(self.inputs, args, strict=True)):
             if not isinstance(value, Tensor):
                 try:
@@ -65,12 +72,13 @@ class Function(Metric):
         """The function's value."""
         values = [self.total(name) for name in self.state]
         if not any(len(value) for value in values):
-            return math.nan
+            return self._nothing()
         return self._call(self.function, *values)
 
 
 def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", None) or type(function).__name__)
+    score = getattr(function, "_score_func", None)  # of a scorer of scikit-learn, which has no name itself
+    return str(getattr(function, "__name__", None) or getattr(score, "__name__", None) or type(function).__name__)
 
 
 def _convention(function: Callable[..., Any], inputs: int) -> Callable[..., Any]:
@@ -106,6 +114,8 @@ def _with_scores(function: Callable[..., Any], preds: Tensor, target: Tensor) ->
 
 def _with_task(function: Callable[..., Any], preds: Tensor, target: Tensor) -> Any:
     _check_nan(function, preds)
+    if preds.ndim == target.ndim + 1 and preds.shape[1] == 1:
+        preds = preds.squeeze(1)
     if preds.ndim == target.ndim + 1:
         settings: dict[str, Any] = {"task": "multiclass", "num_classes": preds.shape[1]}
     elif not preds.is_floating_point():
@@ -138,8 +148,8 @@ def _as_scorer(function: Callable[..., Any], preds: Tensor, target: Tensor) -> A
             chances = _probabilities(preds)
             answer("predict_proba", _array(torch.stack([1 - chances, chances], 1) if preds.ndim == 1 else chances))
             answer("decision_function", _array(preds))
-        size = preds.shape[1] if preds.ndim == 2 else max(2, int(torch.maximum(preds.max(), target.max())) + 1)
-        answers["classes_"] = np.arange(size)
+        highest = int(target.max()) if preds.is_floating_point() else max(int(preds.max()), int(target.max()))
+        answers["classes_"] = np.arange(preds.shape[1] if preds.ndim == 2 else max(2, highest + 1))
     kind = RegressorMixin if target.is_floating_point() else ClassifierMixin
     answers["__sklearn_is_fitted__"] = lambda self: True
     estimator = type("Answers", (kind, BaseEstimator), answers)()

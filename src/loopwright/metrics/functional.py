@@ -15,7 +15,7 @@ from loopwright.metrics.base import wide
 from loopwright.metrics.counting import averaged, check_average, check_shapes, count, rates_of, stats
 from loopwright.metrics.perplexity import surprise
 from loopwright.metrics.regression import explained
-from loopwright.metrics.shapes import best, check_top_k, difference, fit, hits
+from loopwright.metrics.shapes import best, check_tensors, check_top_k, difference, fit, hits
 
 __all__ = [
     "accuracy", "confusion_matrix", "dice", "f1", "fbeta", "iou", "mae", "maximum", "mean", "minimum", "mse",
@@ -86,6 +86,7 @@ def r2(preds: Tensor, target: Tensor, *, average: str | None = "macro") -> Tenso
     >>> r2(torch.tensor([2.5, 0.0, 2.0, 8.0]), torch.tensor([3.0, -0.5, 2.0, 7.0]))
     tensor(0.9486, dtype=torch.float64)
     """
+    check_tensors(preds, target)
     target = target.to(wide(target.device))
     error = difference(preds, target)
     value = explained(error.square().sum(0), target.sum(0), target.square().sum(0), len(target))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +30,7 @@ def by_name(name: str) -> Any:
     if package not in _PACKAGES or not what:
         raise SettingError(
             f"metric {name!r}: expected a name such as 'torchmetrics:auroc' or 'sklearn:f1_macro', or an object such "
-            "as lw.metrics.Accuracy()"
+            f"as lw.metrics.Accuracy(){_nearest(what or package)}"
         )
     try:
         return _PACKAGES[package](what)
@@ -39,11 +41,21 @@ def by_name(name: str) -> Any:
         ) from error
 
 
-def _torchmetrics(name: str) -> Any:
-    import torchmetrics
+def _nearest(name: str) -> str:
+    """End of the sentence about a name without a package that is known: that which is nearest in one that is there."""
+    known: dict[str, str] = {}
+    with suppress(ImportError):
+        known |= {bare: f"torchmetrics:{bare}" for bare in (key for part in _of_torchmetrics() for key in part)}
+    with suppress(ImportError):
+        from sklearn import metrics
 
-    functions = _public(torchmetrics.functional)
-    classes = {key: value for key, value in _public(torchmetrics).items() if isinstance(value, type)}
+        known |= {bare: f"sklearn:{bare}" for bare in (*_of_sklearn(), *metrics.get_scorer_names())}
+    near = difflib.get_close_matches(name, known, n=1)
+    return f". Did you mean {known[near[0]]!r}?" if near else ""
+
+
+def _torchmetrics(name: str) -> Any:
+    functions, classes = _of_torchmetrics()
     if name in functions:
         required = [p.name for p in inspect.signature(functions[name]).parameters.values() if p.default is p.empty]
         if len(required) > 2 + ("task" in required):
@@ -66,13 +78,26 @@ def _torchmetrics(name: str) -> Any:
 def _sklearn(name: str) -> Any:
     from sklearn import metrics
 
-    scorers = metrics.get_scorer_names()
+    scorers, functions = metrics.get_scorer_names(), _of_sklearn()
     if name in scorers:
         return Function(metrics.get_scorer(name))
-    functions = {key: value for key, value in _public(metrics).items() if _judges(value)}
     if name not in functions:
         raise SettingError(f"metric 'sklearn:{name}' is unknown. {choose(name, [*scorers, *functions])}")
     return Function(functions[name])
+
+
+def _of_torchmetrics() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Functions and classes."""
+    import torchmetrics
+
+    classes = {key: value for key, value in _public(torchmetrics).items() if isinstance(value, type)}
+    return _public(torchmetrics.functional), classes
+
+
+def _of_sklearn() -> dict[str, Any]:
+    from sklearn import metrics
+
+    return {key: value for key, value in _public(metrics).items() if _judges(value)}
 
 
 def _public(module: ModuleType) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from loopwright.errors import MetricError
 from loopwright.events import describe
-from loopwright.metrics.base import Metric, ratio, wide
+from loopwright.metrics.base import Metric, wide
+from loopwright.metrics.shapes import check_tensors
 
 __all__ = ["Perplexity"]
 
+_PRECISE = (torch.float32, torch.float64)
 _NONE = torch.iinfo(torch.int64).min  # cross_entropy has an index to ignore always
 
 
@@ -40,7 +42,11 @@ class Perplexity(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
-        total, count, bad = surprise(preds.detach(), target, self.ignore_index)
+        check_tensors(preds, target)
+        total, count, bad = surprise(preds.detach() if preds.requires_grad else preds, target, self.ignore_index)
+        if bad is None:
+            self.add(total=total, count=count)
+            return
         self.add(total=total, count=count, bad=bad)
         if target.is_cpu and bad:
             self._refuse(int(bad), preds.shape[-1])
@@ -50,7 +56,7 @@ class Perplexity(Metric):
         bad = int(self.total("bad"))
         if bad:
             self._refuse(bad, None)
-        mean = ratio(self.total("total"), self.total("count"))
+        mean = self._ratio("total", "count")
         return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
     def _refuse(self, bad: int, size: int | None) -> None:
@@ -61,7 +67,8 @@ class Perplexity(Metric):
 
 
 def surprise(preds: Tensor, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Any, Any]:
-    """Sum of negative log-likelihoods, how many were counted, and how many targets are no tokens."""
+    """Sum of negative log-likelihoods, how many were counted, and how many targets are no tokens (None: none is)."""
+    check_tensors(preds, target)
     if preds.ndim < 2 or preds.shape[:-1] != target.shape or not preds.is_floating_point():
         raise MetricError(
             f"preds {describe(preds)} and target {describe(target)} do not fit: expected float logits [..., V] with "
@@ -69,17 +76,18 @@ def surprise(preds: Tensor, target: Tensor, ignore_index: int | None) -> tuple[T
         )
     if target.is_floating_point():
         raise MetricError(f"target {describe(target)}: token indices are integers. Write target.long()")
-    preds = preds.to(torch.promote_types(preds.dtype, torch.float32))
+    if preds.dtype not in _PRECISE:
+        preds = preds.to(torch.promote_types(preds.dtype, torch.float32))
+    target, size = target if target.dtype is torch.int64 else target.long(), preds.shape[-1]
     if target.is_cpu:
         try:
             ignored = _NONE if ignore_index is None else ignore_index
-            each = cross_entropy(preds.flatten(0, -2), target.long().flatten(), ignore_index=ignored, reduction="none")
+            each = cross_entropy(preds.reshape(-1, size), target.reshape(-1), ignore_index=ignored, reduction="none")
         except IndexError:
             pass  # a token that is none: counted below
         else:
             count = target.numel() if ignore_index is None else int((target != ignore_index).sum())
-            return each.sum(dtype=torch.float64), count, 0
-    size, target = preds.shape[-1], target.long()
+            return each.sum(dtype=torch.float64), count, None
     bad = (target < 0) | (target >= size)
     keep = ~bad
     if ignore_index is not None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopwright.errors import LoopwrightWarning, SettingError
+from loopwright.errors import SettingError
 from loopwright.metrics.algebra import Derived
+from loopwright.metrics.base import NOTHING
 from loopwright.metrics.confusion import ConfusionMatrix
 from loopwright.metrics.counting import averaged, check_average, rate, rates_of, stats
+from loopwright.written import warn
 
 __all__ = ["F1", "Dice", "FBeta", "IoU", "Precision", "Rate", "Recall", "Specificity"]
 
@@ -90,9 +91,12 @@ class Rate(Derived):
             missing = torch.logical_and(missing, counted[:, :3].sum(1) > 0)
         elif self.average == "weighted":
             missing = torch.logical_and(missing, counted[:, 0] + counted[:, 2] > 0)
-        if not bool(counted.sum()) or not bool(missing.any()):
+        if not bool(missing.any()):
             return
         self._said = True
+        if not bool(counted.sum()):
+            warn(f"{type(self).__name__} {NOTHING}")
+            return
         names = self.names or tuple(map(str, range(self.size)))
         found = [names[i] for i in missing.nonzero().flatten().tolist()] if missing.ndim else []
         shown = f"{', '.join(map(repr, found[:5]))}{f' and {len(found) - 5} more' if len(found) > 5 else ''}"
@@ -101,11 +105,9 @@ class Rate(Derived):
         alone = "class 1" if self.kind == "binary" else f"all {many} together"
         who = f"{one if len(found) == 1 else many} {shown}" if found else alone
         counts = "nan" if self.average in (None, "micro") or not found else "0 in the mean"
-        warnings.warn(
+        warn(
             f"{type(self).__name__} is 0/0 for {who}, which {_MISSING[self.name]}: it counts as {counts}. Write "
-            "zero_division=0.0 for a number without this warning",
-            LoopwrightWarning,
-            stacklevel=2,
+            "zero_division=0.0 for a number without this warning"
         )
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from loopwright.errors import LoopwrightWarning, MetricError, SettingError
+from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.algebra import Derived
-from loopwright.metrics.base import Metric, ratio, wide
-from loopwright.metrics.shapes import difference
+from loopwright.metrics.base import Metric, wide
+from loopwright.metrics.shapes import check_tensors, difference
+from loopwright.written import warn
 
 __all__ = ["MAE", "MSE", "R2", "RMSE"]
 
@@ -39,12 +39,13 @@ class MAE(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
+        check_tensors(preds, target)
         error = difference(preds.detach(), target).abs()
         self.add(total=error.sum(), count=error.numel())
 
     def compute(self) -> float:
         """The mean absolute error."""
-        return ratio(self.total("total"), self.total("count"))
+        return self._ratio("total", "count")
 
 
 class MSE(Metric):
@@ -64,12 +65,13 @@ class MSE(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
+        check_tensors(preds, target)
         error = difference(preds.detach(), target).square()
         self.add(total=error.sum(), count=error.numel())
 
     def compute(self) -> float:
         """The mean squared error."""
-        return ratio(self.total("total"), self.total("count"))
+        return self._ratio("total", "count")
 
 
 class RMSE(Derived):
@@ -115,6 +117,7 @@ class R2(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Take in one batch."""
+        check_tensors(preds, target)
         if preds.shape != target.shape or preds.ndim not in (1, 2):
             raise MetricError(
                 f"preds {describe(preds)} and target {describe(target)} do not fit: R2 expects one shape for both, [N] "
@@ -129,7 +132,7 @@ class R2(Metric):
     def compute(self) -> Any:
         """The coefficient: a float, or a float64 tensor [M]."""
         if not self._totals:
-            return float("nan")
+            return self._nothing()
         errors, total, squares = (self.total(name).double().cpu() for name in ("errors", "total", "squares"))
         value = explained(errors, total, squares, int(self.total("count")))
         if not self._said and bool(value.isnan().any()):
@@ -146,7 +149,7 @@ class R2(Metric):
         outputs = value.isnan().nonzero().flatten().tolist() if value.ndim else []
         where = f" of output {', '.join(map(str, outputs))}" if outputs else ""
         why = f"of {count} sample" if count < 2 else f"the targets{where} are all the same"
-        warnings.warn(f"R2 is undefined, since {why}: it is nan", LoopwrightWarning, stacklevel=3)
+        warn(f"R2 is undefined, since {why}: it is nan")
 
 
 def explained(errors: Tensor, total: Tensor, squares: Tensor, count: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,18 @@ from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.base import wide
 
-__all__ = ["best", "check_top_k", "difference", "fit", "hits"]
+__all__ = ["best", "check_tensors", "check_top_k", "difference", "fit", "hits"]
 
 # N samples, C classes, k guesses, ... further dimensions such as height and width
+
+
+def check_tensors(preds: Any, target: Any) -> None:
+    """Raise MetricError for what is no tensor: a list, an array."""
+    if isinstance(preds, Tensor) and isinstance(target, Tensor):
+        return
+    for name, value in (("preds", preds), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise MetricError(f"{name} is {describe(value)}: expected a tensor. Write torch.as_tensor({name})")
 
 
 def fit(preds: Tensor, target: Tensor, top_k: int) -> int:
@@ -19,6 +30,7 @@ def fit(preds: Tensor, target: Tensor, top_k: int) -> int:
 
     Raises MetricError, with the way out where there is one, if the shapes fit in neither way.
     """
+    check_tensors(preds, target)
     if preds.shape == target.shape and top_k == 1:
         return 0
     scores = preds.ndim > 1 and preds.shape[:1] + preds.shape[2:] == target.shape
@@ -43,6 +55,7 @@ def hits(answer: Tensor, target: Tensor, top_k: int, threshold: float) -> Tensor
 
 def difference(preds: Tensor, target: Tensor, least: torch.dtype | None = None) -> Tensor:
     """``preds - target`` in floats that can hold it: an unsigned difference would wrap, a float16 one overflow."""
+    check_tensors(preds, target)
     if preds.shape != target.shape:
         raise MetricError(
             f"preds {describe(preds)} and target {describe(target)} do not fit: "

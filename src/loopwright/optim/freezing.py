@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -24,9 +25,22 @@ def match_names(patterns: str | Sequence[str], names: Iterable[str], *, what: st
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = {name for name in names if fnmatchcase(name, pattern)}
         if not hits:
-            raise SettingError(f"the pattern {pattern!r} matches no {what}. {choose(pattern, names)}")
+            raise SettingError(f"the pattern {pattern!r} matches no {what}. {_meant(pattern, names)}")
         found |= hits
     return found
+
+
+def _meant(pattern: str, names: Sequence[str]) -> str:
+    """End of the sentence about a pattern that matches nothing: the patterns of that depth that would, or the names."""
+    stem, star, rest = pattern.partition("*")
+    stem = stem.rstrip(".")
+    parts = (name.split(".") for name in names)
+    paths = sorted({".".join(part[:n]) for part in parts for n in range(1, len(part))}) if star else []
+    near = [one for one in paths if one.endswith(f".{stem}")] or difflib.get_close_matches(stem, paths, n=1)
+    if not near:
+        return choose(pattern, names)
+    depth = near[0].count(".")
+    return choose(f"{near[0]}.*{rest}", [f"{path}.*{rest}" for path in paths if path.count(".") == depth])
 
 
 def trainable_flags(module: nn.Module) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch.optim import Optimizer
 from loopwright.errors import SettingError, choose
 from loopwright.progress import Whole
 from loopwright.schedules import Schedule, as_schedule, constant, scaled
+from loopwright.schedules.base import check_values
 from loopwright.state import Stage
 
 __all__ = ["Scheduled", "is_ours", "scheduled_in"]
 
+_FROM_0 = ("lr", "momentum", "betas", "weight_decay", "eps")  # which torch's optimizers take from 0 only
 _OWN = "initial_"  # where a group keeps the value that it came with, as torch's schedulers do for lr
 Place = tuple[int, str, str, bool]  # group, name in it, name of what it came with, whether it is the first of two betas
 
@@ -53,6 +56,20 @@ class Scheduled:
         self._targets: list[tuple[Callable[[float], Any], bool, list[Place]]] = []
         self._groups = -1
         self.look()
+        if whole is not None:
+            self._check_values()
+
+    def _check_values(self) -> None:
+        """What torch refuses in the constructor of an optimizer is refused of a schedule, before anything runs."""
+        for (name, one), (*_, set_at) in zip(self._resolved.items(), self._targets, strict=True):
+            key = name.partition("/")[0]
+            beta = key == "betas" or any(is_first for *_, is_first in set_at)
+            for part in one if isinstance(one, tuple) else (one,):
+                if key in _FROM_0:
+                    to_1 = beta and not isinstance(part, scaled)  # which gives a factor
+                    check_values(part.at, name, 0.0, 1.0 if to_1 else math.inf, below=to_1)
+                else:
+                    check_values(part.at, name)
 
     def _within(self, schedule: Schedule) -> Schedule:
         if self.whole is None:

@@ -135,7 +135,10 @@ def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Sch
                 '{"lr": lw.schedules.cosine(1e-3, 0.0)}, a torch scheduler, or a factory such as '
                 "schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)"
             )
-        return tuple(s for optimizer in optimizers for s in as_schedulers(schedule(optimizer), (optimizer,)))
+        made = [(optimizer, schedule(optimizer)) for optimizer in optimizers]
+        if any(one is None for _, one in made):
+            raise SettingError("the factory schedule=... returned None; it must return what it makes of the optimizer")
+        return tuple(s for optimizer, one in made for s in as_schedulers(one, (optimizer,)))
     scheduler = schedule if isinstance(schedule, Scheduler) else Scheduler(schedule)
     if not any(scheduler.torch.optimizer is optimizer for optimizer in optimizers):
         raise SettingError(

@@ -30,8 +30,8 @@ class Stepwise(Optimizer):
     same way.
 
     ``capturable=True`` keeps the numbers of steps on the device and reads nothing from it, for CUDA graphs; under
-    ``torch.compile`` it is so by itself. State and group names of ``[decay, adam]`` and ``[decay, radam]`` are torch's:
-    each loads the ``state_dict`` of the other.
+    ``torch.compile`` it is so by itself. A function that keeps what it keeps under the names of torch's optimizer, as
+    ``adam`` and ``radam`` do, gives states that this one loads, and loads those of it.
 
     Raises SettingError for a hyper-parameter that no function takes or that is missing, for sparse gradients and
     complex parameters, and for a ``state_dict`` that was made with other functions.
@@ -86,6 +86,13 @@ class Stepwise(Optimizer):
                 for function, names in self._steps:
                     function(bunch, **{name: group[name] for name in names})
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What torch's optimizers keep in theirs; a decay that no function takes stands there as none."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.setdefault("weight_decay", 0.0)  # torch's Adam and others cannot step without
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back a state of these step functions, or of the torch optimizer whose names they share."""

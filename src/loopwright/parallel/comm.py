@@ -157,4 +157,4 @@ def _on_cpu(value: Any) -> Any:
 @cache
 def control_group() -> Any:
     """The group for numbers and objects; made once a process, by all ranks together."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", group_desc="loopwright")

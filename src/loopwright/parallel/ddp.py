@@ -79,6 +79,7 @@ class Synced:
 
     def __init__(self, phase: Phase, ddp: DistributedDataParallel, names: Mapping[int, str]) -> None:
         self.phase, self.step, self.ddp, self.names = phase, phase.step, ddp, names
+        self.own = list(ddp.module.own)  # a ParameterList is slow to go through
         self.moves = _trained(phase)
         self.last = True
         self.seconds = 0.0  # in forward, where this rank waits for nobody
@@ -108,7 +109,7 @@ class Synced:
         """Raise SettingError if the step did not reach some of the parameters: the others wait for their gradients."""
         if not self.names:
             return
-        missed = [self.names[id(p)] for p in self.ddp.module.own if p.grad is None]
+        missed = [self.names[id(p)] for p in self.own if p.grad is None]
         if missed:
             told = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
             raise SettingError(

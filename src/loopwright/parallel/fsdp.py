@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from loopwright._compat import renew_dtypes
-from loopwright.errors import SettingError, choose
+from loopwright.errors import SettingError, choose, elsewhere
 from loopwright.parallel.shards import is_shard
 from loopwright.state import Phase, Run, Stage
 
@@ -46,6 +46,7 @@ class FSDP:
     name = "fsdp"
     shards = True
 
+    @elsewhere()
     def __init__(
         self,
         blocks: Blocks = "auto",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import multiprocessing as mp
 import os
 import signal
@@ -24,6 +25,8 @@ from torch import distributed as dist
 
 from loopwright._compat import fork_works
 from loopwright.errors import LoopwrightError, SettingError
+from loopwright.parallel.verdict import Verdict
+from loopwright.parallel.watch import LAST_WORDS
 
 __all__ = ["launch"]
 
@@ -187,6 +190,7 @@ def _run_rank(
     os.environ.update({name: str(value) for name, value in (here | there | agent).items()})
     if method == "fork" or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a fork has none of the threads of its parent, and would wait for them
+    LAST_WORDS[:] = [lambda verdict: pipe.send_bytes(dumps(_aborted(verdict)))]
     try:
         said = _result(fn(*args), rank)
     except BaseException as error:
@@ -218,6 +222,12 @@ def _error(error: BaseException) -> _Said:
     except Exception:  # a class of its own, with arguments that pickle cannot repeat
         content = dumps(LoopwrightError(f"{type(error).__name__}: {error}"))
     return _Said(at, False, content, text)
+
+
+def _aborted(verdict: Verdict) -> _Said:
+    """Of a rank that is ended while it waits: after an error that was the cause, before those that its end gives."""
+    at = math.inf if f"rank {verdict.rank} failed" in verdict.text else time.monotonic()
+    return _Said(at, False, dumps(LoopwrightError(verdict.text)), verdict.more)
 
 
 def _die_with(parent: int) -> None:

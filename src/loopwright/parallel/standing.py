@@ -12,12 +12,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["Process", "Stand", "Still", "place_of", "stand", "state_of", "this_process"]
+__all__ = ["Line", "Process", "Stand", "Still", "place_at", "place_of", "stand", "state_of", "this_process"]
 
 _OURS = str(Path(__file__).parents[1])
 _TORCH = str(Path(torch.__file__).parent)
@@ -26,7 +26,15 @@ _STDLIB = str(Path(os.__file__).parent)
 _WAITS = tuple(os.path.join(_TORCH, *part) for part in (("distributed",), ("autograd",), ("nn", "parallel")))
 _WRITES = os.path.join(_TORCH, "distributed", "checkpoint")
 
-Line = tuple[CodeType, int]
+_SHOWN = 12  # lines of a stack
+
+
+class Line(NamedTuple):
+    """A line of code that is being run, and the function that it is in."""
+
+    file: str
+    number: int
+    name: str
 
 
 class Stand(NamedTuple):
@@ -34,12 +42,13 @@ class Stand(NamedTuple):
 
     ``place`` is for people. ``waits`` names the call that waits for other ranks, such as ``all_reduce`` or
     ``backward``; "" if it does something else. ``path`` is equal on two ranks that stand in the same line and came
-    there by the same lines.
+    there by the same lines. ``stack`` are these lines, the last one called at the end.
     """
 
     place: str
     waits: str
     path: int
+    stack: tuple[str, ...]
 
 
 class Process(NamedTuple):
@@ -80,14 +89,15 @@ def stand(thread: int) -> Stand:
     """
     frame = sys._current_frames().get(thread)
     lines = list(_lines(frame))
-    ours = [i for i, (code, _) in enumerate(lines) if _kind(code.co_filename) == "ours"]
+    ours = [i for i, line in enumerate(lines) if _kind(line.file) == "ours"]
     # below the line that calls our outermost function, ranks may have been started in different ways
-    walked = lines[: ours[-1] + 2] if ours else lines
+    walked = [
+        line for line in (lines[: ours[-1] + 2] if ours else lines) if _kind(line.file) not in ("torch", "python")
+    ]
     path = 0
-    for code, number in walked:
-        if _kind(code.co_filename) not in ("torch", "python"):
-            path = zlib.crc32(f"{os.path.basename(code.co_filename)}:{number}".encode(), path)
-    return Stand(_place(lines), _waits(lines), path)
+    for file, number, _ in walked:
+        path = zlib.crc32(f"{os.path.basename(file)}:{number}".encode(), path)
+    return Stand(place_at(lines), _waits(lines), path, tuple(map(_at, walked[_SHOWN - 1 :: -1])))
 
 
 def place_of(error: BaseException) -> str:
@@ -101,34 +111,44 @@ def place_of(error: BaseException) -> str:
     """
     trace, lines = error.__traceback__, []
     while trace is not None:
-        lines.append((trace.tb_frame.f_code, trace.tb_lineno))
+        lines.append(_line(trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
-    return _place(lines[::-1])
+    return place_at(lines[::-1])
 
 
 def _lines(frame: FrameType | None) -> Iterator[Line]:
     """From the innermost frame outwards."""
     while frame is not None:
-        yield frame.f_code, frame.f_lineno or 0
+        yield _line(frame, frame.f_lineno or 0)
         frame = frame.f_back
 
 
-def _place(lines: Iterable[Line]) -> str:
-    """``train.py:41 in main``; code of a package is followed by the line of the user's that called it."""
+def _line(frame: FrameType, number: int) -> Line:
+    return Line(frame.f_code.co_filename, number, frame.f_code.co_name)
+
+
+def place_at(lines: Iterable[Line]) -> str:
+    """``train.py:41 in main``, of a stack from the innermost frame outwards.
+
+    Code of a package is followed by the line of the user's that called it.
+
+    >>> place_at([Line(os.path.join(_TORCH, "nn", "module.py"), 7, "call"), Line("/code/train.py", 41, "main")])
+    '/code/train.py:41 in main'
+    """
     shown = ""
-    for code, number in lines:
-        kind = _kind(code.co_filename)
+    for line in lines:
+        kind = _kind(line.file)
         if kind == "user":
-            return f"{shown}, called from {_at(code, number)}" if shown else _at(code, number)
+            return f"{shown}, called from {_at(line)}" if shown else _at(line)
         if kind in ("ours", "package") and not shown:
-            shown = _at(code, number)
+            shown = _at(line)
     return shown or "an unknown place"
 
 
-def _at(code: CodeType, number: int) -> str:
-    path = Path(code.co_filename)
-    shown = str(path) if _kind(code.co_filename) == "user" else "/".join(path.parts[-2:])
-    return f"{shown.removeprefix(os.path.join(_cwd(), ''))}:{number} in {code.co_name}"
+def _at(line: Line) -> str:
+    path = Path(line.file)
+    shown = str(path) if _kind(line.file) == "user" else "/".join(path.parts[-2:])
+    return f"{shown.removeprefix(os.path.join(_cwd(), ''))}:{line.number} in {line.name}"
 
 
 def _cwd() -> str:
@@ -141,18 +161,16 @@ def _cwd() -> str:
 def _waits(lines: list[Line]) -> str:
     if not lines:
         return ""
-    (code, number), *_ = lines
-    name = code.co_filename
+    (name, number, called), *_ = lines
     if not name.startswith(_TORCH):  # a call of C stands in the line that makes it; Python's own have frames
         return "wait" if ".wait(" in linecache.getline(name, number) else ""
     if not name.startswith(_WAITS) or name.startswith(_WRITES):
         return ""
-    called = code.co_name
-    for code, _ in lines:  # the outermost of them is what was called
-        if not code.co_filename.startswith(_TORCH):
+    for file, _, function in lines:  # the outermost of them is what was called
+        if not file.startswith(_TORCH):
             break
-        if code.co_filename.startswith(_WAITS) and code.co_name != "wrapper" and not code.co_name.startswith("_"):
-            called = code.co_name
+        if file.startswith(_WAITS) and function != "wrapper" and not function.startswith("_"):
+            called = function
     return called
 
 

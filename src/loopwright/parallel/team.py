@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from loopwright import rng
-from loopwright.errors import DataError, LoopwrightWarning, SettingError
+from loopwright.errors import DataError, SettingError
 from loopwright.events import HOOKS
 from loopwright.history import Sums
 from loopwright.parallel.comm import Ranks
@@ -22,6 +21,7 @@ from loopwright.parallel.pulse import Pulse
 from loopwright.parallel.shards import is_shard
 from loopwright.parallel.watch import Watch
 from loopwright.state import Phase, Run, Source, Stage, Strategy
+from loopwright.written import warn
 
 __all__ = ["Spare", "Team", "watched"]
 
@@ -128,18 +128,16 @@ class Team:
             return
         self._told, rank = True, sums.index(slowest)
         one = self.needs[rank]
-        warnings.warn(
+        warn(
             f"rank {rank} is slow: in {run.progress.seconds:.3g} s it has waited {one['waited']:.3g} s for data and "
             f"needed {one['forward']:.3g} s for forward passes, {slowest - usual:.3g} s more than others, who wait for "
-            "it at each step. Look at its disk, its other processes and its clock rate; run.json lists all ranks",
-            LoopwrightWarning,
-            stacklevel=2,
+            "it at each step. Look at its disk, its other processes and its clock rate; run.json lists all ranks"
         )
 
     # --------------------------------------------------------------------------------------------- a stage
 
     def begin(self, run: Run) -> None:
-        """All ranks begin with the weights and buffers of rank 0."""
+        """All ranks begin with the weights and buffers of rank 0, and with as much data."""
         self.follow(run, parameters=True)
         staged = [callback for stage in run.stages for callback in stage.callbacks]
 
@@ -148,8 +146,10 @@ class Team:
             return any(not _is_ours(hook) for hook in hooks)
 
         asking = foreign(HOOKS) or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
-        on_any = self.comm.sums([foreign(_STEERING), asking])  # callbacks may differ from rank to rank
-        self.steered, self.pulse.each_step = (n > 0 for n in on_any)
+        lengths = [stage.source.batches for stage in run.stages]
+        found = self.comm.gather((foreign(_STEERING), asking, lengths))  # callbacks may differ from rank to rank
+        self.steered, self.pulse.each_step = any(one[0] for one in found), any(one[1] for one in found)
+        _compare(run.stages, [one[2] for one in found])
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
             if meters is not None:
                 meters.check_ranks()
@@ -266,6 +266,17 @@ def watched(run: Run, on_abort: Callable[[str], object] | None = None) -> Abstra
     timeout = getattr(run.team.strategy, "timeout", 30.0)
     run.team.pulse.watch = watch = Watch(run.comm.rank, run.comm.world_size, timeout=timeout, on_abort=on_abort)
     return watch
+
+
+def _compare(stages: Iterable[Stage], lengths: Iterable[Iterable[int | None]]) -> None:
+    """Raise DataError if the data of a stage has other numbers of batches on some rank: the others would wait."""
+    for stage, batches in zip(stages, zip(*lengths, strict=False), strict=False):
+        if len(set(batches)) > 1:
+            told = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(batches[:8]))
+            raise DataError(
+                f"the data of stage {stage.name!r} has not as many batches on all ranks: {told}. Each rank reads the "
+                "whole data, and is given its part of every batch: pass the same data on all ranks"
+            )
 
 
 def _after(first: Any, batches: Iterator[Any]) -> Iterator[Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from loopwright.parallel.calls import Call, clash
 from loopwright.parallel.standing import Process
 
 __all__ = ["Report", "Seen", "Verdict", "ended", "judge", "unreachable"]
@@ -26,6 +28,8 @@ class Report(NamedTuple):
     lost: bool = False  # the error came of another's end: gloo's "Connection closed by peer" and the like
     left: bool = False  # its training is over; nothing is expected of it any more
     heard: bool = False  # it knows the verdict, or that rank 0 has left
+    stack: Sequence[str] = ()  # the lines in which it stands, the last one called at the end
+    calls: Sequence[Call] = ()  # its last collectives, once it stands still in one or has failed
 
     def pack(self) -> str:
         return json.dumps(self)
@@ -37,7 +41,8 @@ class Report(NamedTuple):
         >>> Report.unpack(mine.pack()) == mine
         True
         """
-        return cls(*json.loads(text))
+        report = cls(*json.loads(text))
+        return report._replace(stack=tuple(report.stack), calls=tuple(Call(*call) for call in report.calls))
 
 
 @dataclass
@@ -71,11 +76,17 @@ class Verdict(NamedTuple):
 def judge(seen: Mapping[int, Seen], *, patience: float, beat: float) -> Verdict | None:
     """What rank 0 makes of all ranks; None while nothing is wrong.
 
-    A cause goes before what followed from it: an error of a rank's own, then a rank that is gone or silent, then an
-    error that looks as if another rank had caused it (after some beats in which the cause could have shown itself),
-    then a deadlock.
+    A cause goes before what followed from it: an error of a rank's own, then a rank that is gone or silent, then calls
+    that do not match, then an error that looks as if another rank had caused it (after some beats in which the cause
+    could have shown itself), then a deadlock.
     """
-    return _failed(seen) or ended(seen, patience=patience) or _lost(seen, 4 * beat) or _locked(seen, patience, 4 * beat)
+    return (
+        _failed(seen)
+        or ended(seen, patience=patience)
+        or _mismatched(seen)
+        or _lost(seen, 4 * beat)
+        or _locked(seen, patience, 4 * beat)
+    )
 
 
 def ended(seen: Mapping[int, Seen], *, patience: float) -> Verdict | None:
@@ -89,11 +100,11 @@ def ended(seen: Mapping[int, Seen], *, patience: float) -> Verdict | None:
         if report is not None and (report.left or report.error is not None):
             continue
         if one.state == "gone":
-            return Verdict(rank, f"rank {rank} ended without a word, killed or crashed{_last(one)}")
+            return Verdict(rank, f"rank {rank} ended without a word, killed or crashed{_last(one)}", _stood(seen, rank))
         if one.silent >= patience and one.state != "runs":
             why = {"stopped": ": its process was stopped by a signal", "traced": ": a debugger holds its process"}
             text = f"rank {rank} has not been heard of for {one.silent:.0f} s{why.get(one.state, '')}{_last(one)}"
-            return Verdict(rank, text, silent=one.process)
+            return Verdict(rank, text, _stood(seen, rank), silent=one.process)
     return None
 
 
@@ -104,7 +115,7 @@ def unreachable(zero: Seen, reason: str) -> Verdict | None:
     if zero.report is not None and zero.report.left:
         return None
     how = "ended without a word, killed or crashed" if zero.state == "gone" else f"cannot be reached ({reason})"
-    return Verdict(0, f"rank 0 {how}{_last(zero)}")
+    return Verdict(0, f"rank 0 {how}{_last(zero)}", _stood({0: zero}, 0))
 
 
 def _failed(seen: Mapping[int, Seen]) -> Verdict | None:
@@ -113,6 +124,27 @@ def _failed(seen: Mapping[int, Seen]) -> Verdict | None:
         if report is not None and report.error is not None and not report.lost:
             return Verdict(rank, _failure(rank, report), report.trace)
     return None
+
+
+def _mismatched(seen: Mapping[int, Seen]) -> Verdict | None:
+    """Ranks whose collectives do not match: one of them waits for ever, or was torn down by what it was sent.
+
+    The rank is named that does what no other one does, if there is one.
+    """
+    found = clash({rank: one.report.calls for rank, one in seen.items() if one.report is not None and one.report.calls})
+    if found is None:
+        return None
+    where, made = found
+    by_call: dict[str, list[int]] = {}
+    for rank, call in made.items():
+        by_call.setdefault(call, []).append(rank)
+    told = "; ".join(f"{_ranks(ranks)}: {call}" for call, ranks in sorted(by_call.items(), key=lambda one: one[1]))
+    alone = [ranks[0] for ranks in by_call.values() if len(ranks) == 1]
+    culprit = alone[0] if len(alone) == 1 and len(made) > 2 else None
+    steps = Counter(seen[rank].report.step for rank in made)  # type: ignore[union-attr]
+    text = f"collectives do not match at step {min(steps)}: {where}: {told}"
+    shown = [culprit] if culprit is not None else [ranks[0] for ranks in by_call.values()]
+    return Verdict(culprit, text, "\n".join([*(_stood(seen, rank) for rank in shown[:4]), _ADVICE]))
 
 
 def _lost(seen: Mapping[int, Seen], wait: float) -> Verdict | None:
@@ -135,8 +167,11 @@ def _lost(seen: Mapping[int, Seen], wait: float) -> Verdict | None:
 def _locked(seen: Mapping[int, Seen], patience: float, fresh: float) -> Verdict | None:
     """All that have not left wait for others, none has moved for ``patience``, and not all stand in one place.
 
-    All in one place is no deadlock of ours: a network that hangs, or is slow. The time-out of torch is for that.
+    All in one place is no deadlock of ours: a network that hangs, or is slow. The time-out of torch is for that. One
+    that has left makes no more calls: for it a part of the patience is enough.
     """
+    if any(one.report is not None and one.report.left for one in seen.values()):
+        patience = fresh
     waiting: dict[tuple[int, int, str], list[int]] = {}
     left: list[int] = []
     for rank, one in seen.items():
@@ -156,13 +191,23 @@ def _locked(seen: Mapping[int, Seen], patience: float, fresh: float) -> Verdict 
         where = "has left training" if report.left else f"waits in {report.waits}, {report.place}"
         lines.append(f"  {_ranks(ranks)}: step {report.step}, {where}")
     told = "; ".join(line.strip() for line in lines)
-    advice = (
-        "A collective (all_reduce, barrier, the backward of a model over ranks, a value that is reduced) must be "
-        "called by all ranks in the same order; look for an `if rank == 0:` around one of these lines"
-    )
     if len(lines) > 4:  # one line must stay one
         told = f"{'; '.join(line.strip() for line in lines[:4])}; ..."
-    return Verdict(None, f"deadlock: no rank has moved for {patience:.0f} s. {told}", "\n".join([*lines, advice]))
+    return Verdict(None, f"deadlock: no rank has moved for {patience:.0f} s. {told}", "\n".join([*lines, _ADVICE]))
+
+
+_ADVICE = (
+    "A collective (all_reduce, barrier, the backward of a model over ranks, a value that is reduced) must be called by "
+    "all ranks in the same order, with as many numbers; look for an `if rank == 0:` around one of these lines"
+)
+
+
+def _stood(seen: Mapping[int, Seen], rank: int) -> str:
+    """The lines in which a rank was when it last reported, as Python prints those of an error."""
+    report = seen[rank].report
+    if report is None or not report.stack:
+        return ""
+    return "\n".join([f"rank {rank} last stood in (most recent call last):", *(f"  {line}" for line in report.stack)])
 
 
 def _failure(rank: int, report: Report) -> str:

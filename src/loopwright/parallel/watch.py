@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import re
 import signal
@@ -18,13 +19,19 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from loopwright.parallel.calls import Call, last_calls
 from loopwright.parallel.standing import Still, place_of, stand, state_of, this_process
 from loopwright.parallel.verdict import Report, Seen, Verdict, ended, judge, unreachable
 
-__all__ = ["Watch"]
+__all__ = ["LAST_WORDS", "Watch"]
+
+# called with what ended the run, before a process ends without raising: so lw.launch tells it to the one that called
+LAST_WORDS: list[Callable[[Verdict], object]] = []
 
 _BEATS = 30  # in a timeout, and at least one a second
 _PATIENCE, _GRACE, _CLEANING = 0.5, 0.1, 0.1  # parts of the timeout; the rest is for news to spread and Python to end
+_SHORT = 5e-4  # seconds of rank 0's first wait for the others to have left: as a rule they are there
+_SUSPECT = 2  # beats in which a rank does not move in a collective, before its last calls are told
 _CAUSED_ELSEWHERE = re.compile(
     r"gloo|nccl|c10d|connection (was )?(closed|reset|refused)|broken pipe|socket|timed out|no route", re.I
 )
@@ -43,7 +50,8 @@ class Watch:
     Waiting is no error: ranks may wait for hours while another one saves, reads or validates. A rank is silent if its
     process does not run. On another machine, one that is stopped cannot be told from one in which a call of C holds
     Python's lock: there, none may for more than half of ``timeout``. A deadlock is noticed where a thread that waits
-    does not run: with gloo on Linux, and not with NCCL, which has a time-out of its own.
+    does not run: with gloo on Linux, and not with NCCL, which has a time-out of its own. Where torch has noted calls
+    that do not match it is told after four beats, and otherwise when nobody has moved for half of ``timeout``.
 
     >>> with Watch(0, 1) as watch:  # a single rank has nobody to wait for
     ...     watch.step = 1
@@ -63,6 +71,8 @@ class Watch:
         self._asked = self._answered = 0
         self._threads: list[threading.Thread] = []
         self._said = False
+        self._calls: list[Call] = []
+        self._prints_crashes = False
         self._left, self._known, self._over = threading.Event(), threading.Event(), threading.Event()
         self._wake, self._told = threading.Event(), threading.Event()
 
@@ -81,6 +91,9 @@ class Watch:
         for thread in self._threads:
             thread.start()
         atexit.register(self._end)  # a thread that comes back from C++ while Python ends would crash the process
+        if not faulthandler.is_enabled():  # a message of a wrong size aborts the process in a thread of gloo
+            faulthandler.enable(2)
+            self._prints_crashes = True
         return self
 
     def _open_store(self) -> Any:
@@ -114,13 +127,13 @@ class Watch:
         self._failed_at = time.monotonic()
         self._error = {
             "error": f"{type(error).__name__}: {text}"[:2000], "lost": lost, "place": place_of(error),
-            "trace": "".join(traceback.format_exception(error))[-8000:],
+            "trace": "".join(traceback.format_exception(error))[-8000:], "calls": last_calls() if lost else [],
         }  # fmt: skip
         self._tell()
         if lost:  # a moment for the cause to be known
             self._known.wait(_PATIENCE * self.timeout)
         verdict = self.verdict
-        if verdict is not None and verdict.rank != self.rank:
+        if verdict is not None and (lost or verdict.rank != self.rank):  # also of what this rank itself has caused
             error.add_note(f"[loopwright] {verdict.text}")
         else:
             self._say(f"rank {self.rank} failed at step {self.step}, {self._error['place']}: {self._error['error']}")
@@ -130,14 +143,15 @@ class Watch:
         if not self._threads or self._left.is_set():
             return
         self._left.set()
-        began = time.monotonic()
+        began, pause = time.monotonic(), _SHORT
         self._tell()
         while self.rank == 0 and not all(map(_knows, self._seen.values())):
             bad = self.verdict is not None or bool(self._error)  # then some may never answer
             if time.monotonic() - began > (5 * self.beat if bad else _PATIENCE * self.timeout):
                 break
             self._wake.set()
-            time.sleep(min(0.02, self.beat))
+            time.sleep(min(pause, 0.02, self.beat))
+            pause *= 2
         if self.rank != 0 or self._all_left():  # else rank 0 watches the others for as long as its process lives
             self._end()
 
@@ -161,6 +175,9 @@ class Watch:
             self._told.clear()
 
     def _end(self) -> None:
+        if self._prints_crashes:
+            faulthandler.disable()
+            self._prints_crashes = False
         self._over.set()
         self._wake.set()
         for thread in self._threads:
@@ -183,7 +200,12 @@ class Watch:
             zero = self._seen[0].report
             known = self.verdict is not None
             heard = known or (zero is not None and zero.left and zero.error is None)
-            fields: dict[str, Any] = {"place": at.place, "left": left, "heard": heard} | self._error
+            if not at.waits or still < _SUSPECT * self.beat:
+                self._calls = []
+            elif not self._calls:
+                self._calls = last_calls()
+            seen: dict[str, Any] = {"place": at.place, "stack": at.stack, "calls": self._calls}
+            fields = seen | {"left": left, "heard": heard} | self._error
             mine = Report(beat, self.step, waits=at.waits, path=at.path, still=still, **fields)
             # before the reports are read: one that is gone may have said that it left
             states = [state_of(one.process) for one in self._seen.values()]
@@ -258,14 +280,15 @@ class Watch:
 
     def _conclude(self, verdict: Verdict) -> None:
         """Say it, give the training thread a moment to leave by itself, clean up and end the process."""
-        if verdict.rank != self.rank:
+        if verdict.rank != self.rank or not self._error:
             mine = "" if self._left.is_set() else f"rank {self.rank} ends at step {self.step}: "
             more = f"\n{verdict.more.rstrip()}" if self.rank == 0 and verdict.more else ""
             _within(self.beat, lambda: self._say(f"{mine}{verdict.text}{more}"))
         if verdict.silent is not None and state_of(verdict.silent) == "stopped":
             with suppress(OSError):  # what is stopped cannot end by itself; those who wait for it now get an error
                 os.kill(verdict.silent.pid, signal.SIGKILL)
-        until = time.monotonic() + _GRACE * self.timeout
+        # of ranks that wait for one another none can leave by itself
+        until = time.monotonic() + (self.beat if verdict.rank is None else _GRACE * self.timeout)
         while not self._left.wait(self.beat):
             if self._failed_at is not None:  # it is on its way out: saving what it can, closing files
                 until = max(until, self._failed_at + _PATIENCE * self.timeout)
@@ -275,6 +298,8 @@ class Watch:
             return
         if self.on_abort is not None:
             _within(_CLEANING * self.timeout, self.on_abort, verdict.text)
+        for say in LAST_WORDS:
+            _within(self.beat, say, verdict)
         _within(self.beat, sys.stdout.flush)
         os._exit(1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Literal
 
 from torch import distributed as dist
 
-from loopwright.errors import LoopwrightWarning, SettingError
+from loopwright.errors import SettingError
+from loopwright.written import warn
 
 __all__ = ["World", "check_world", "find_world", "first_host", "in_batch_job"]
 
@@ -76,11 +76,9 @@ def _launched(environ: Mapping[str, str]) -> World:
     if by_srun:
         return _of_slurm(environ)
     if in_batch_job(environ) and _number(environ, "SLURM_NTASKS", 1) > 1:
-        warnings.warn(
+        warn(
             f"SLURM gave this job {environ['SLURM_NTASKS']} tasks, but this process was not started with srun and "
-            "trains alone. Type `srun python train.py` in the job script, or ask for one task: --ntasks=1",
-            LoopwrightWarning,
-            stacklevel=3,
+            "trains alone. Type `srun python train.py` in the job script, or ask for one task: --ntasks=1"
         )
     return World()
 

@@ -55,7 +55,13 @@ def own_charts(run: Recorded, names: Sequence[str] | None) -> list[dict[str, Any
         color = len({line["name"] for line in chart})
         for style, curve in found:
             chart.append({"name": name, "color": color, "style": style, **_points(thin(curve, limit))})
-    return [{"title": title, "lines": charts[title]} for title in sorted(charts, key=_rank)]
+    return [{"title": _title(one, charts[one]), "lines": charts[one]} for one in sorted(charts, key=_rank)]
+
+
+def _title(title: str, lines: list[dict[str, Any]]) -> str:
+    """The whole name, but for train or valid, where a chart has one: ``gradient_norm/0.weight``."""
+    names = {line["name"].partition("/")[2] if line["name"].partition("/")[0] in _PARTS else title for line in lines}
+    return names.pop() if len(names) == 1 else title
 
 
 def compared_charts(runs: Sequence[Recorded], groups: Sequence[Sequence[int]], names: Sequence[str] | None) -> Any:

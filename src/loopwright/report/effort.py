@@ -11,7 +11,7 @@ from loopwright.errors import CheckpointError
 from loopwright.report.markup import Markup, cut, el, table
 from loopwright.report.reading import Recorded
 from loopwright.report.sections import section
-from loopwright.text import format_count, format_time, format_value
+from loopwright.text import format_bytes, format_count, format_spent, format_value
 
 __all__ = ["checkpoints", "layers", "time_and_memory"]
 
@@ -33,12 +33,12 @@ def time_and_memory(run: Recorded) -> Markup | None:
         ], class_="bar", role="img", aria_label=", ".join(f"{n} {s / total:.0%}" for n, s in parts[:8]))  # fmt: skip
         rows = table(
             [el("th", el("i", class_=f"key s{i % 8}"), cut(name, 60), scope="row"),
-             el("td", _time(seconds), class_="n"), el("td", f"{seconds / total:.1%}", class_="n")]
+             el("td", format_spent(seconds), class_="n"), el("td", f"{seconds / total:.1%}", class_="n")]
             for i, (name, seconds) in enumerate(parts)
         )  # fmt: skip
     peaks = [(name, size) for name, key in (("of this process", "memory"), ("of the device's tensors", "device_memory"))
              if (size := _positive(run.part("about").get(key)))]  # fmt: skip
-    memory = [el("p", f"Peak memory {name}: {_bytes(size)}") for name, size in peaks]
+    memory = [el("p", f"Peak memory {name}: {format_bytes(size)}") for name, size in peaks]
     return section("Time and memory", bar, rows, *memory, wide=False)
 
 
@@ -67,21 +67,9 @@ def _measured(run: Recorded) -> list[tuple[str, float]]:
     return [(name, seconds) for name, seconds in known.items() if seconds]
 
 
-def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms" if seconds < 0.95 else format_time(seconds)
-
-
 def _positive(value: Any) -> float:
     fits = type(value) in (int, float) and math.isfinite(value) and 0 < value < 1e15
     return float(value) if fits else 0.0
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.95:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def layers(run: Recorded) -> Markup | None:
@@ -122,7 +110,7 @@ def checkpoints(run: Recorded) -> Markup | None:
         rows.append([
             el("th", cut(path.name, 60), scope="row"), [el("span", mark, class_="badge") for mark in notes],
             el("td", format_count(step) if type(step) is int and step < 1 << 60 else "-", class_="n"),
-            el("td", _bytes(_size(path)), class_="n"), cut(shown, 60),
+            el("td", format_bytes(_size(path)), class_="n"), cut(shown, 60),
         ])  # fmt: skip
     return section("Checkpoints", table(rows, ["checkpoint", "", "step", "size", "monitored"]), wide=False)
 

@@ -107,8 +107,8 @@ def _several(runs: Sequence[Recorded], series: Sequence[str] | None) -> str:
 def _curves(charts: Sequence[Any], note: str | None = None) -> Markup | None:
     if not charts:
         return None
-    told = el("p", "Drag across a curve to zoom in, double-click to see all again; a name in a legend hides its curve.",
-              class_="note screen")  # fmt: skip
+    told = el("p", "Over optimizer steps. Drag across a curve to zoom in, double-click to see all again; a name in a "
+              "legend hides its curve.", class_="note screen")  # fmt: skip
     off = el("noscript", el("p", "The curves need JavaScript, which this browser does not run.", class_="callout"))
     return section("Curves", told, off, el("div", id="charts", class_="charts"), note=note)
 

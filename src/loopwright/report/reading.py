@@ -12,7 +12,7 @@ import numpy as np
 
 from loopwright.checkpoint import list_checkpoints
 from loopwright.errors import SettingError, choose
-from loopwright.folder import newest_folder, read_settings
+from loopwright.folder import newest_in, read_settings
 from loopwright.report.log import Curve, read_log
 
 __all__ = ["Recorded", "find_run", "read_run"]
@@ -68,24 +68,19 @@ def find_run(where: str | Path) -> Path:
     path = Path(where)
     if (path / "run.json").is_file():
         return path
-    found = _newest_in(path)
+    found: Path | None = newest_in(path)
     if found is not None:
         return found
-    if path.is_file() and (path.parent / "run.json").is_file():
-        raise SettingError(f"{path} is a file of a run; give its folder: {path.parent}")
+    if path.exists() and (path.parent / "run.json").is_file():
+        what = "a file" if path.is_file() else "a folder"
+        raise SettingError(f"{path} is {what} of a run; give that: {path.parent}")
     if list_checkpoints(path.parent) and (path.parent.parent / "run.json").is_file():
         raise SettingError(f"{path} is a checkpoint; give the folder of its run: {path.parent.parent}")
     known = [str(one) for one in (*_below(path), *_below(path.parent))]
-    state = "is not the folder of a run: it has no run.json" if path.is_dir() else "does not exist"
+    state = "is a file" if path.is_file() else "does not exist"
+    state = "is not the folder of a run: it has no run.json" if path.is_dir() else state
     told = choose(path, known) if known else "A run writes one with Trainer(folder='runs')."
     raise SettingError(f"{path} {state}. {told} To list runs: loopwright runs FOLDER")
-
-
-def _newest_in(path: Path) -> Path | None:
-    try:
-        return newest_folder(path.resolve().parent, path.resolve().name)
-    except (SettingError, OSError):  # no run has such a name
-        return None
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -94,7 +89,7 @@ def _below(folder: Path) -> Iterator[Path]:
         inside = sorted(one for one in folder.iterdir() if one.is_dir())[:200]
     except OSError:
         return
-    yield from (one for one in inside if (one / "run.json").is_file() or _newest_in(one) is not None)
+    yield from (one for one in inside if (one / "run.json").is_file() or newest_in(one) is not None)
 
 
 def read_run(folder: Path) -> Recorded:

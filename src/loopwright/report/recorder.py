@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loopwright.errors import LoopwrightWarning, SettingError
+from loopwright.errors import SettingError
 from loopwright.events import Callback
 from loopwright.folder import put
 from loopwright.model_summary import rows_of, summary
+from loopwright.out_of_memory import peak_memory
 from loopwright.report.markup import standard
 from loopwright.report.page import write
-from loopwright.report.samples import Samples
+from loopwright.report.samples import Samples, misnamed
 from loopwright.report.warned import Warned
 from loopwright.state import Run
+from loopwright.written import warn
 
 __all__ = ["Report"]
 
@@ -35,9 +35,9 @@ class Report(Callback):
     Besides what each run records, it shows confusions or residuals and the ``keep`` worst and best samples of the last
     validation and of a ``trainer.test`` afterwards, the layers, the loss of every step, peaks of memory, and the
     warnings that came up. For that it keeps small files of plain data in the folder ``report`` of the run. ``classes``
-    are the names of the classes, ``columns`` those of a table's columns. ``show(batch)`` gives what is shown of the
-    samples of a batch: images [N, C, H, W] or [N, H, W], rows of numbers [N, D], or a list of texts; by default the
-    first part of the batch is taken.
+    are the names of the classes, ``columns`` those of a table's columns; names that do not fit what the model predicts
+    are a warning. ``show(batch)`` gives what is shown of the samples of a batch: images [N, C, H, W] or [N, H, W], rows
+    of numbers [N, D], or a list of texts; by default the first part of the batch is taken.
 
     Reads: the output of evaluation steps, from the device; the arguments of the first forward; Python's warnings, which
     go on to where they went before. Changes: nothing. Stops: no. A report that cannot be written is a warning.
@@ -79,6 +79,7 @@ class Report(Callback):
         self._calls: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._validating = self._began = 0.0
+        self._said = set[str]()
 
     def problems(self, run: Run) -> Iterator[str]:
         if run.settings.get("folder", "") is None:
@@ -86,6 +87,7 @@ class Report(Callback):
 
     def on_fit_start(self, run: Run) -> None:
         self._parts, self._validating, self._folder, self._task = {}, 0.0, None, run.task
+        self._said.clear()
         if run.comm.rank == 0:
             self._warned.start()
             if run.compiler is None and run.team is None:
@@ -129,6 +131,10 @@ class Report(Callback):
                 first.include(other)
             samples = first
         told: dict[str, Any] = samples.as_dict()
+        for wrong in misnamed(told, self.classes or (), self.columns or ()) if told and not run.comm.rank else ():
+            if wrong not in self._said:
+                self._said.add(wrong)
+                warn(f"lw.Report: {wrong}")
         return told and {**told, "classes": self.classes, "columns": self.columns}
 
     # ----------------------------------------------------------------------------------------------- the forward
@@ -165,7 +171,7 @@ class Report(Callback):
         self._folder = run.folder
         about = {
             "device": str(run.device), "threads": torch.get_num_threads(), "seconds": {"validation": self._validating},
-            **_memory(run),
+            **peak_memory(run.device),
         }  # fmt: skip
         for name, find in (("summary", self._layers), ("losses", _keep_losses)):
             try:
@@ -204,21 +210,6 @@ def _few(value: Any) -> Any:
     return type(value)(map(_few, value)) if type(value) in (list, tuple) else value
 
 
-def _memory(run: Run) -> dict[str, int]:
-    """Peaks in bytes, where the system tells them."""
-    found = {}
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:  # there is none on Windows
-        pass
-    if run.device.type == "cuda":
-        found["device_memory"] = torch.cuda.max_memory_allocated(run.device)
-    return found
-
-
 def _keep_losses(run: Run) -> int:
     """The loss of every step, where there is one for each; how many values that are."""
     assert run.folder is not None
@@ -240,8 +231,4 @@ def _save(file: Path, part: Any) -> None:
 
 
 def _warn(error: Exception, what: str = "the report") -> None:
-    warnings.warn(
-        f"{what} could not be written: {error!r}. The run itself is complete; to try again: loopwright report RUN",
-        LoopwrightWarning,
-        stacklevel=3,
-    )
+    warn(f"{what} could not be written: {error!r}. The run itself is complete; to try again: loopwright report RUN")

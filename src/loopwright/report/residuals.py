@@ -25,10 +25,11 @@ def residuals(part: dict[str, Any]) -> list[Markup | None]:
         "mean of residuals": sum(misses) / len(misses),
         "root mean square": math.sqrt(sum(miss * miss for miss in misses) / len(misses)),
         "median": misses[len(misses) // 2],
-        "90% of them lie from": misses[len(misses) // 20],
-        "to": misses[-1 - len(misses) // 20],
     }
-    figures = table([el("th", name, scope="row"), el("td", format_value(v), class_="n")] for name, v in told.items())
+    shown = {name: format_value(value) for name, value in told.items()}
+    low, high = (format_value(misses[i]) for i in (len(misses) // 20, -1 - len(misses) // 20))
+    shown["90% of them lie from"] = f"{low} to {high}"
+    figures = table([el("th", name, scope="row"), el("td", text, class_="n")] for name, text in shown.items())
     return [el("div", _scatter(points), _histogram(misses), figures, class_="pair even")]
 
 

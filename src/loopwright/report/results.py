@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loopwright.errors import MetricError
+from loopwright.errors import MetricError, SettingError
 from loopwright.events import Callback, describe
 from loopwright.report.markup import Markup, el
-from loopwright.report.samples import Samples
+from loopwright.report.samples import Samples, misnamed
 from loopwright.report.shown import class_name, samples_shown
 from loopwright.state import Run
 from loopwright.trainer import Trainer
@@ -84,7 +84,7 @@ def results(
 
     The last line of a notebook's cell, it is shown as labelled images, as texts, or as a table; ``to_pandas()`` has the
     same as a DataFrame. ``classes``, ``columns`` and ``show`` are those of ``lw.Report``. Raises MetricError where the
-    test step returns no predictions and targets that are understood.
+    test step returns no predictions and targets that are understood, SettingError for names that do not fit them.
 
     >>> import torch, loopwright as lw
     >>> from torch import nn
@@ -102,6 +102,8 @@ def results(
             f"test_step returned {look.got}, of which no samples can be shown: return 'preds' and 'target', scores "
             "[N, C] or [N] with whole numbers [N], or numbers of the same shape"
         )
+    for wrong in misnamed(told, classes, columns):
+        raise SettingError(f"lw.report.results: {wrong}")
     return Results(metrics, told["worst"], told["best"], list(classes), list(columns))
 
 

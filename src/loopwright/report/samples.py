@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loopwright.report.png import as_png
 
-__all__ = ["Samples"]
+__all__ = ["Samples", "misnamed"]
 
 _CLASSES = 1000  # of which confusions are counted
 _POINTS = 1500  # predictions that are drawn against their targets
@@ -153,6 +153,32 @@ class Samples:
         counts = None if self.counts is None else self.counts.tolist()
         return {"kind": self.kind, "samples": self.seen, "counts": counts, "points": self.points, "worst": worst,
                 "best": best}  # fmt: skip
+
+
+def misnamed(told: Mapping[str, Any], classes: Sequence[str], columns: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the names that were given for what ``Samples.as_dict`` told, a sentence each.
+
+    >>> next(misnamed({"kind": "classes", "counts": [[0] * 10] * 10, "worst": []}, ["cat", "dog"], []))
+    "classes=['cat', 'dog'] names 2 classes, and the predictions have 10: give 10 names, in the order of the scores"
+    """
+    counts, width = told["counts"], max((len(one["row"]) for one in told["worst"] if "row" in one), default=0)
+    if classes and told["kind"] != "classes":
+        yield f"classes={_short(classes)} is for classes, and the predictions are numbers: leave it out"
+    elif classes and counts and len(counts) != len(classes):
+        n = len(counts)
+        yield (
+            f"classes={_short(classes)} names {len(classes)} classes, and the predictions have {n}: give {n} names, "
+            "in the order of the scores"
+        )
+    if columns and told["worst"] and not width:
+        yield f"columns={_short(columns)} is for rows of a table, and the samples are none: leave it out"
+    elif columns and width < _ROW and width != len(columns):
+        yield f"columns={_short(columns)} names {len(columns)} columns, the samples have {width}: give {width} names"
+
+
+def _short(names: Sequence[str]) -> str:
+    text = repr(list(names))
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def as_classes(preds: Tensor, target: Tensor, loss: Any) -> tuple[Tensor, Tensor] | None:

@@ -15,6 +15,7 @@ from loopwright.text import format_count, format_time, format_value
 __all__ = ["config", "environment", "flat", "header", "metrics", "section", "status_badge", "tiles", "warnings_met"]
 
 _SETTING = 300  # characters of a value that are shown
+_ASKED = ("optimizers", "loss")  # settings that are looked for first
 _ROWS = 1000
 
 
@@ -96,7 +97,9 @@ def tiles(run: Recorded) -> Markup | None:
         per_second = f"{format_count(samples / seconds)} samples/s" if samples else ""
         found.append(("time", format_time(min(seconds, 1e12)), per_second))
     if steps:
-        found.append(("steps", format_count(steps), f"{format_count(epochs)} epochs" if epochs else ""))
+        found.append(
+            ("steps", format_count(steps), f"{format_count(epochs)} epoch{'s' * (epochs != 1)}" if epochs else "")
+        )
     weights = run.part("about").get("summary", {})
     count = _number(weights.get("parameters")) if isinstance(weights, dict) else None
     if count:
@@ -167,7 +170,9 @@ def config(run: Recorded) -> Markup | None:
     """Every setting, nested ones by their path."""
     if isinstance(run.config, str):
         return section("Settings", el("pre", cut(run.config, 20_000)), wide=False)
-    rows = [[el("th", cut(key, 60), scope="row"), cut(value, _SETTING)] for key, value in flat(run.config).items()]
+    first = {name: run.config[name] for name in _ASKED if name in run.config} if isinstance(run.config, dict) else {}
+    settings = flat(first) | flat(run.config)
+    rows = [[el("th", cut(key, 60), scope="row"), cut(value, _SETTING)] for key, value in settings.items()]
     return section("Settings", table(rows[:_ROWS], class_="pairs"), wide=False) if rows else None
 
 
@@ -192,6 +197,8 @@ def flat(settings: Any, path: str = "") -> dict[str, str]:
 def _plain(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:.12g}"  # 0.0004 and not 0.00039999999999999996
     try:
         return str(value)
     except ValueError:  # a number with more digits than Python writes

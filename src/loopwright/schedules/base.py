@@ -9,9 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 from loopwright.errors import SettingError
-from loopwright.progress import Duration
+from loopwright.progress import Duration, Ends
 
-__all__ = ["Schedule", "Share", "check_number", "check_numbers", "fractions", "narrowed", "places", "share_of"]
+__all__ = [
+    "Schedule", "Share", "check_number", "check_numbers", "check_values", "fractions", "narrowed", "places", "share_of",
+]  # fmt: skip
 
 Share = Callable[[Duration], float]  # what part of the whole a duration is
 
@@ -71,10 +73,38 @@ def check_numbers(schedule: Any) -> None:
         check_number(field.name, getattr(schedule, field.name))
 
 
+def check_values(
+    at: Callable[[float], Any], name: str, low: float = -math.inf, high: float = math.inf, *, below: bool = False
+) -> None:
+    """Raise SettingError unless ``at`` gives finite numbers from ``low`` to ``high`` (below it with ``below``).
+
+    It is called at 32 places, from the start to shortly before the end.
+
+    >>> check_values(lambda fraction: 1 - 2 * fraction, "lr", 0.0)
+    Traceback (most recent call last):
+    loopwright.errors.SettingError: the schedule of 'lr' gives -0.0625 when 0.53125 of the stage is done; expected ...
+    """
+    for fraction in (k / 32 for k in range(32)):
+        try:
+            value = float(at(fraction))
+        except Exception as error:
+            raise SettingError(
+                f"the schedule of {name!r} fails when {fraction:g} of the stage is done: {error!r}. It is called with "
+                "numbers from 0 to 1 and gives a number"
+            ) from error
+        if not (math.isfinite(value) and low <= value <= high and not (below and value == high)):
+            wanted = "a finite number" if low == -math.inf else f"{low:g} or more"
+            if high < math.inf:
+                wanted = f"a number from {low:g} to {'below ' if below else ''}{high:g}"
+            raise SettingError(
+                f"the schedule of {name!r} gives {value:g} when {fraction:g} of the stage is done; expected {wanted}"
+            )
+
+
 def places(places: Sequence[Any], name: str) -> tuple[Any, ...]:
-    """Fractions in order, or durations."""
-    made: list[Any] = [Duration.parse(place) if isinstance(place, str) else place for place in places]
-    known = [place for place in made if not isinstance(place, Duration)]
+    """Fractions in order, or durations, of which several may be joined by "|" (the first) and "&" (the last)."""
+    made: list[Any] = [_place(place) for place in places]
+    known = [place for place in made if not isinstance(place, (Duration, Ends))]
     for place in known:
         check_number(name, place)
     if any(not 0 <= place <= 1 for place in known) or any(b < a for a, b in pairwise(known)):
@@ -85,10 +115,17 @@ def places(places: Sequence[Any], name: str) -> tuple[Any, ...]:
     return tuple(made)
 
 
+def _place(given: Any) -> Any:
+    if isinstance(given, str):
+        ends = Ends.parse(given)
+        given = ends if ends.alone is None else ends.alone
+    return given.value / 100 if isinstance(given, Duration) and given.unit == "percent" else given
+
+
 def fractions(places: Sequence[Any]) -> list[float]:
     """The places, all of which must be fractions by now."""
     for place in places:
-        if isinstance(place, Duration):
+        if isinstance(place, (Duration, Ends)):
             raise SettingError(
                 f"how much '{place}' is of the whole is known in a run only; give a fraction, or say how long the "
                 "whole is: schedule.within(lambda duration: duration.value / 10_000)"
@@ -98,9 +135,9 @@ def fractions(places: Sequence[Any]) -> list[float]:
 
 def share_of(place: Any, share: Share) -> float:
     """A place as a fraction. Raises SettingError for a duration that is longer than the whole."""
-    if not isinstance(place, Duration):
+    if not isinstance(place, (Duration, Ends)):
         return float(place)
-    part = share(place)
+    part = share(place) if isinstance(place, Duration) else place.share(share)
     if part > 1:
         raise SettingError(f"'{place}' is longer than the whole in which it lies; make it shorter, or give a fraction")
     return part
@@ -114,7 +151,7 @@ def narrowed(share: Share, width: float) -> Share:
 def _plain(value: Any) -> Any:
     if isinstance(value, Schedule):
         return value.plain()
-    if isinstance(value, Duration):
+    if isinstance(value, (Duration, Ends)):
         return str(value)
     if isinstance(value, (tuple, list)):
         return [_plain(one) for one in value]

@@ -1,0 +1,247 @@
+"""Callbacks that get into each other's way: one drops what another has made, or looks before another changes it.
+
+Found in the source of their hooks, before step 0; where that does not tell, nothing is said.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import Any
+
+from loopwright.events import HOOKS, Callback, hook_name
+from loopwright.state import Run
+from loopwright.written import parsed, where
+
+__all__ = ["changed_by", "lost_work", "odd_work", "set_twice"]
+
+_MAPS = ("map_batch", "map_output", "map_loss")
+_IN_A_STEP = (*_MAPS, "on_step_start", "on_batch_start", "on_backward_end", "on_grads_ready")  # before optimizers move
+_AFTER = "on_backward_end, which is passed what is trained on"
+_SEEN = {  # what a hook is given, as it is called, and where else it is to be seen, before and after
+    "map_batch": ("batch", "it", f", or look in on_batch_start, which comes before both, or in {_AFTER}"),
+    "map_output": ("output", "it", f", or look in {_AFTER}"),
+    "map_loss": ("loss", "it", f", or look in map_output, which comes before both, or in {_AFTER}"),
+    "on_grads_ready": ("gradients", "them", ""),
+}
+_HARMLESS = ("append", "float", "isinstance", "len", "list", "print", "repr", "str", "type")  # as a call with the value
+
+
+def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
+    """What a hook returns is lost, since a later one makes its own; weights put back twice.
+
+    Each with the line of the hook that is to blame, where it is one.
+    """
+    for hook in _MAPS:
+        for first, second in combinations(_own(run, hook), 2):
+            given = hook.removeprefix("map_")
+            if not _uses(second) and _meet(run, first, second):
+                yield (
+                    f"{_said(second, run)} makes a {given} of its own and does not look at the one that it is "
+                    f"given, so that what {_said(first, run)} has returned before is lost; go on from {given!r} there, "
+                    "or leave one of the two out",
+                    where(second),
+                )
+    judged: list[Any] = [
+        one for one in (*run.savers, *run.callbacks) if getattr(one, "restore", None) and hasattr(one, "monitor")
+    ]
+    for one, other in combinations(judged, 2):
+        if one.monitor != other.monitor:
+            yield (
+                f"{type(one).__name__}(monitor={one.monitor!r}) and {type(other).__name__}(monitor={other.monitor!r}) "
+                "both put weights back after the fit; leave restore='best' to one of them",
+                None,
+            )
+
+
+def odd_work(run: Run) -> Iterator[tuple[str, str | None]]:
+    """What may be meant: rates set outside of a step that a schedule sets anew, and hooks that look too early."""
+    yield from _lost_rates(run)
+    yield from _early_looks(run)
+
+
+def _meet(run: Run, one: Any, other: Any) -> bool:
+    """False for callbacks of different stages."""
+    first, second = ({i for i, stage in enumerate(run.stages) if any(c is _owner(f) for c in stage.callbacks)}
+                     for f in (one, other))  # fmt: skip
+    return not first or not second or bool(first & second)
+
+
+def _lost_rates(run: Run) -> Iterator[tuple[str, str | None]]:
+    """A hook outside of a step sets in the groups of optimizers what schedules set anew before every step."""
+    each = [{name for s in stage.scheduled if s.optimizer is o for name in s.schedules}
+            for stage in run.stages for o in run.optimizers.values()]  # fmt: skip
+    scheduled = set.intersection(*each) if each else set()
+    for hook in (h for h in HOOKS if scheduled and h not in _IN_A_STEP):
+        mine = [(one, _said(one, run)) for one in _own(run, hook)]
+        mine += [(h.fn, f"handler {h.name} ({where(h.fn)})") for h in run.handlers if hook in h.tests]
+        for function, said in mine:
+            for name in sorted(scheduled & _stored_in_groups(function)):
+                yield (
+                    f"{said} sets {name!r} of an optimizer, and its schedule sets that anew before every step, so that "
+                    "it is lost; make it a part of the schedule, or leave the schedule out",
+                    where(function),
+                )
+
+
+def _early_looks(run: Run) -> Iterator[tuple[str, str | None]]:
+    """A hook only reads what a later one changes, and sees what is not trained on; other hooks are there for that."""
+    for hook in (*_MAPS, "on_grads_ready"):
+        own = _own(run, hook)
+        for (_, first), (i, second) in combinations(enumerate(own), 2):
+            if hook in _MAPS:
+                conflict = _only_looks(first) and _uses(second) and not _only_looks(second)
+            else:
+                conflict = not _may_edit(first) and _stores_gradients(second)
+            if conflict and _meet(run, first, second) and not _is_again(first, own[i + 1 :]):
+                what, them, before = _SEEN[hook]
+                late, early = type(_owner(second)).__name__, type(_owner(first)).__name__
+                yield (
+                    f"{_said(first, run)} looks at the {what} before {_said(second, run)} changes {them}, and does not "
+                    f"see what is trained on; put {early} after {late} in the list{before}",
+                    where(first),
+                )
+
+
+def set_twice(run: Run) -> Iterator[str]:
+    """Rates that a callback says to change, and that a schedule sets."""
+    for callback in (one for one in run.callbacks if "rates" in getattr(one, "changes", ())):
+        for scheduled in (one for stage in run.stages for one in stage.scheduled):
+            yield (
+                f"{type(callback).__name__} says that it changes rates, and the schedule of "
+                f"{type(scheduled.optimizer).__name__} sets {', '.join(scheduled.schedules)} before every step"
+            )
+
+
+def changed_by(callback: Any) -> list[str]:
+    """What of training a callback changes, as far as its class and the source of its hooks tell; nothing: it watches.
+
+    >>> class Half(Callback):
+    ...     def map_loss(self, run, loss, output, batch, phase):
+    ...         return loss / 2
+    >>> changed_by(Half()), changed_by(Callback())
+    (['loss'], [])
+    """
+    kind = type(callback)
+    maps = [hook for hook in _MAPS if getattr(kind, hook, None) is not getattr(Callback, hook)]
+    found = [hook.removeprefix("map_") for hook in maps if not _only_looks(getattr(callback, hook))]
+    edits = getattr(kind, "on_grads_ready", Callback.on_grads_ready)
+    if edits is not Callback.on_grads_ready and _may_edit(callback.on_grads_ready):
+        found.append("gradients")
+    asked = getattr(callback, "restore", "best") is not None  # EarlyStopping puts weights back where that is said
+    return found + [one for one in getattr(kind, "changes", ()) if asked and one not in found]
+
+
+def _is_again(function: Any, later: list[Any]) -> bool:
+    """True if a callback of the same class comes later too: one looks before and one after, to compare."""
+    return any(type(_owner(one)) is type(_owner(function)) for one in later)
+
+
+def _own(run: Run, hook: str) -> list[Any]:
+    """The functions of a hook that belong to callbacks, in their order; those of stages come when a stage begins."""
+    found = [function for function in getattr(run.hooks, hook) if isinstance(_owner(function), Callback)]
+    known, base = {id(_owner(function)) for function in found}, getattr(Callback, hook)
+    later = [c for stage in run.stages for c in stage.callbacks if id(c) not in known]
+    return found + [getattr(c, hook) for c in later if getattr(type(c), hook, base) is not base]
+
+
+def _owner(function: Any) -> Any:
+    return getattr(function, "__self__", None)
+
+
+def _said(function: Callable[..., Any], run: Run) -> str:
+    return f"{hook_name(function, run)} ({where(function)})"
+
+
+# ------------------------------------------------------------------------------------------- what a source tells
+
+
+def _uses(function: Any) -> bool:
+    """False where the value that a hook is given is nowhere read; True also where the source does not tell."""
+    tree, name = parsed(function.__func__), _name(function)
+    if tree is None or name is None:
+        return True
+    named = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == name)
+    return any(isinstance(node.ctx, ast.Load) for node in named)
+
+
+def _only_looks(function: Any) -> bool:
+    """True where a hook returns what it was given, wherever it returns, and gives nobody a chance to change it."""
+    tree, name = parsed(function.__func__), _name(function)
+    if tree is None or name is None:
+        return False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and not _is(node.value, name):
+            return False
+        if isinstance(node, ast.Raise) or (isinstance(node, ast.Assign) and _is(node.value, name)):
+            return False  # it chooses among batches; it may change what has another name by then
+        if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)) and _mentions(node, name):
+            return False
+        if isinstance(node, ast.Call):
+            handed_on = any(_is(given, name) for given in (*node.args, *(k.value for k in node.keywords)))
+            if (handed_on and _called(node) not in _HARMLESS) or (_in_place(node) and _mentions(node, name)):
+                return False
+    return True
+
+
+def _may_edit(function: Any) -> bool:
+    """True where a hook stores into gradients, or calls a method of its own, which may."""
+    tree = parsed(function.__func__)
+    if tree is None or _stores_gradients(function):
+        return True
+    called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(isinstance(one, ast.Attribute) and _is(one.value, "self") for one in called)
+
+
+def _stores_gradients(function: Any) -> bool:
+    """True where a hook stores into ``.grad``, or calls what torch names as working in place: ``mul_``."""
+    tree = parsed(function.__func__)
+    nodes = list(ast.walk(tree)) if tree is not None else []
+    stores = (node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store))
+    into = any(isinstance(n, ast.Attribute) and n.attr == "grad" for store in stores for n in ast.walk(store))
+    return into or any(isinstance(node, ast.Call) and _called(node).endswith("_") for node in nodes)
+
+
+def _stored_in_groups(function: Any) -> set[str]:
+    """The names under which a function stores into ``optimizer.param_groups``."""
+    tree = parsed(getattr(function, "__func__", function))
+    nodes = list(ast.walk(tree)) if tree is not None else []
+    loops = {node.target.id for node in nodes if isinstance(node, (ast.For, ast.comprehension))
+             and isinstance(node.target, ast.Name) and _is_of_groups(node.iter)}  # fmt: skip
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant):
+            group = node.value
+            if _is_of_groups(group) or (isinstance(group, ast.Name) and group.id in loops):
+                found.add(str(node.slice.value))
+    return found
+
+
+def _is_of_groups(node: ast.AST) -> bool:
+    """True for ``optimizer.param_groups``, and for one of them."""
+    node = node.value if isinstance(node, ast.Subscript) else node
+    return isinstance(node, ast.Attribute) and node.attr == "param_groups"
+
+
+def _in_place(call: ast.Call) -> bool:
+    return _called(call).endswith("_") or _called(call) in ("update", "pop", "clear", "insert", "setdefault")
+
+
+def _called(call: ast.Call) -> str:
+    return str(getattr(call.func, "attr", getattr(call.func, "id", "")))
+
+
+def _is(node: ast.AST | None, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _mentions(node: ast.AST, name: str) -> bool:
+    return any(_is(one, name) for one in ast.walk(node))
+
+
+def _name(function: Any) -> str | None:
+    """What a hook calls the value that it is given; None where it takes it as one of ``*args``."""
+    named = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return named[1] if len(named) > 1 else None

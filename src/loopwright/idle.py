@@ -1,0 +1,104 @@
+"""What is asked for and does nothing in this run, or does something twice: warnings, found before step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+from torch import nn
+
+from loopwright.callbacks.mixing import Mixing
+from loopwright.described import described
+from loopwright.events import HOOKS, Callback
+from loopwright.every import Every
+from loopwright.optim import match_names
+from loopwright.progress import Duration
+from loopwright.state import Run
+from loopwright.unheard import most_of
+
+__all__ = ["does_nothing"]
+
+Found = Iterator[tuple[str, Any]]  # what is idle, and who says so: a stage, a callback, None for the Trainer
+
+
+def does_nothing(run: Run) -> Found:
+    """All that is idle in ``run``. A rehearsal or a part of the data says nothing of lengths."""
+    checks = (_frozen_twice, _twice, _mixed_twice)
+    for check in checks if run.settings.get("debug") else (*checks, _long_windows, _beyond_the_end):
+        yield from check(run)
+
+
+def _frozen_twice(run: Run) -> Found:
+    """Patterns of ``freeze`` that match nothing that would train in their stage."""
+    for stage in run.stages if isinstance(run.task, nn.Module) else ():
+        given = stage.freeze or ()
+        chosen = {name for name, trains in run.trainable.items() if trains}
+        trains = chosen if stage.train is None else match_names(stage.train, run.trainable)
+        for pattern in [given] if isinstance(given, str) else given:
+            if not match_names(pattern, run.trainable) & trains:
+                yield f"stage {stage.name!r}: freeze={pattern!r} matches nothing that would train; leave it out", stage
+
+
+def _twice(run: Run) -> Found:
+    """Two callbacks of ours that watch the same with the same settings."""
+    for one, other in combinations([c for c in run.callbacks if _only_watches(c)], 2):
+        if one is not other and type(one) is type(other) and described(one) == described(other):
+            name = type(one).__name__
+            yield f"two {name} have the same settings, and the second one does the same again; leave it out", other
+
+
+def _only_watches(callback: Any) -> bool:
+    kind = type(callback)
+    changing = [hook for hook in HOOKS if hook.startswith("map_") or hook == "on_grads_ready"]
+    ours = kind.__module__.partition(".")[0] == "loopwright"
+    return ours and all(getattr(kind, hook, None) is getattr(Callback, hook) for hook in changing)
+
+
+def _mixed_twice(run: Run) -> Found:
+    """MixUp and CutMix that are sure to meet in a batch."""
+    for stage in run.stages:
+        others = {id(c) for s in run.stages if s is not stage for c in s.callbacks}
+        mixing = [c for c in run.callbacks if isinstance(c, Mixing) and id(c) not in others]
+        for one, other in combinations(mixing, 2):
+            if one.inputs == other.inputs and one.p + other.p > 1:
+                yield (
+                    f"{type(one).__name__} and {type(other).__name__} both change a batch: what the first has mixed is "
+                    "mixed again. Say how often each is to: p=0.5, or leave one out",
+                    other,
+                )
+
+
+def _long_windows(run: Run) -> Found:
+    """More batches to a step than an epoch has."""
+    for stage in run.stages:
+        most, n = stage.source.batches, stage.accumulate
+        if most and isinstance(n, int) and n > most and stage.loop is None:
+            yield (
+                f"accumulate={n} is more than the {_count(most, 'batches')} of an epoch, and a step takes no batch of "
+                f"the next one; write accumulate={most}",
+                None if n == run.settings.get("accumulate") else stage,
+            )
+
+
+def _beyond_the_end(run: Run) -> Found:
+    """Single moments after the end of the run, and checkpoints that are never written."""
+    whole = most_of(run)
+    asked: list[tuple[str, Every, Any]] = [("log_every", run.log_every, None)]
+    for stage in (stage for stage in run.stages if stage.valid):
+        every, of_all = stage.validate_every, Every(run.settings.get("validate_every", "1 epoch"))
+        asked.append(("validate_every", every, None if str(every) == str(of_all) else stage))
+    asked += [(type(s).__name__, Every(s.every), s) for s in run.savers if hasattr(s, "every")]
+    for callback in run.callbacks:
+        kept = getattr(callback, "__dict__", {}).values()
+        asked += [(type(callback).__name__, every, callback) for every in kept if isinstance(every, Every)]
+    for who, every, cause in asked:
+        never = getattr(cause, "at_end", True) is False and getattr(cause, "monitor", None) is None
+        missed = every.missed(whole, moments=("every", "at", "after") if never else ("at", "after"))
+        if missed is not None:
+            end = _count(whole[missed.unit], missed.unit)
+            yield f"{who}: '{every}' comes after the end of this run, which has {end}", cause
+
+
+def _count(n: float, unit: str) -> str:
+    return str(Duration(n, unit))

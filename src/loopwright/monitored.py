@@ -1,0 +1,198 @@
+"""Names that are watched: those that nothing will produce, and those watched the wrong way, found before step 0."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from loopwright.errors import choose
+from loopwright.events import Callback
+from loopwright.metrics import check_metrics, keys_of
+from loopwright.monitor import better
+from loopwright.recorded import rule
+from loopwright.returned import names_returned
+from loopwright.state import Run
+from loopwright.task import Supervised
+from loopwright.written import parsed
+
+__all__ = ["watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
+
+_WITH_VALUES = ("on_loader_end", "on_validation_end")  # hooks that are passed the values of a validation
+Found = Iterator[tuple[str, Any]]  # what is wrong, and who says so: a callback, a saver, the task
+
+
+def watched_in_vain(run: Run) -> Found:
+    """A monitored name that nothing produces; only what is certain is told."""
+    names, kind_of_task = _Names(run), type(run.task).__name__
+    for item, who, cause in _watching(run):
+        monitor = item.monitor
+        kind, _, name = monitor.partition("/")
+        said = rule(run.recorded, name) if kind == "train" else None
+        if said is not None and "epoch" not in said:
+            yield (
+                f"{who} monitors {monitor!r}, which {kind_of_task}.recorded keeps out of the records of epochs; write "
+                f"recorded = {{{name!r}: 'step epoch', ...}}",
+                run.task,
+            )
+        elif kind == "valid" and not names.has_valid:
+            yield (
+                f"{who} monitors {monitor!r}, but there is no validation; pass fit(..., valid=loader) or monitor "
+                f"'train/{name}'",
+                cause,
+            )
+        elif kind not in ("train", "valid", "lr"):
+            known = [one for k in (("train", "valid") if names.has_valid else ("train",)) for one in names.known(k)]
+            likely = f"{'valid' if names.has_valid else 'train'}/{monitor}"
+            yield f"{who} monitors {monitor!r}, which is not logged. {choose(likely, known)}", cause
+        elif kind != "lr" and not names.may_come(kind, name):
+            yield f"{who} monitors {monitor!r}, which nothing produces. {choose(monitor, names.known(kind))}", cause
+
+
+def watched_the_wrong_way(run: Run) -> Found:
+    """A loss that is to rise, and a plateau that waits for the wrong side: its ``mode`` is "min" unless said."""
+    for item, who, cause in _against_its_name(run):
+        if _is_the_loss(item.monitor):
+            told = "make it with mode='min'" if hasattr(item, "torch") else "leave mode out"
+            yield (
+                f"{who} monitors {item.monitor!r} with mode='max', and training makes the loss smaller: the worst "
+                f"would be taken for the best; {told}",
+                cause,
+            )
+
+
+def watched_oddly(run: Run) -> Found:
+    """A value whose name tells that it is better the other way."""
+    for item, who, cause in _against_its_name(run):
+        if not _is_the_loss(item.monitor) and "score" not in item.monitor:  # of anything
+            given = getattr(item, "torch", item)
+            way = f"make it with mode={better(item.monitor)!r}" if given is not item else "leave mode out"
+            yield (
+                f"{who} monitors {item.monitor!r} with mode={given.mode!r}, and its name tells the other way; {way}, "
+                "or give the value a name that does not tell",
+                cause,
+            )
+
+
+def _is_ours(one: Any) -> bool:
+    """False for a class of the user's own: what it calls monitor may be anything."""
+    kinds = (kind for kind in type(one).__mro__ if kind is not Callback)
+    return any(kind.__module__.partition(".")[0] == "loopwright" for kind in kinds)
+
+
+def _against_its_name(run: Run) -> Iterator[tuple[Any, str, Any]]:
+    for item, who, cause in _watching(run):
+        mode, wanted = getattr(getattr(item, "torch", item), "mode", None), better(item.monitor)
+        if wanted is not None and mode in ("min", "max") and mode != wanted:
+            yield item, who, cause
+
+
+def _is_the_loss(monitor: str) -> bool:
+    """True for the loss that is trained on, or that of a validation; one of several phases may play against another."""
+    return monitor == "train/loss" or (monitor.startswith("valid/") and monitor.endswith("/loss"))
+
+
+def _watching(run: Run) -> Iterator[tuple[Any, str, Any]]:
+    """What has a name to monitor, what it is called, and who is to be named for it."""
+    given = [(one, one) for one in (*run.callbacks, *run.savers) if _is_ours(one)]
+    given += [(s, run.task) for stage in run.stages for phase in stage.phases for s in phase.epoch_schedulers]
+    for item, cause in given:
+        if isinstance(getattr(item, "monitor", None), str):
+            yield item, type(getattr(item, "torch", item)).__name__, cause
+
+
+class _Names:
+    """What the steps, the metrics and the callbacks of a run may log."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.has_valid = run, any(stage.valid for stage in run.stages)
+
+    @cached_property
+    def metrics(self) -> dict[str, list[str] | None]:
+        """The names under which each metric is logged, as far as they are known."""
+        return {name: keys_of(name, one) for name, one in check_metrics(self.run.task.configure_metrics()).items()}
+
+    @cached_property
+    def series(self) -> dict[str, dict[str, frozenset[str] | None]]:
+        """By kind, what is in front of the names of a phase or a loader, and what its step returns."""
+        stages, step = self.run.stages, getattr(self.run.task, "validation_step", None)
+        train = {phase.prefix: self._of(phase.step) for stage in stages for phase in stage.phases}
+        loaders = {f"{name}/" if name else "" for stage in stages for name in stage.valid}
+        return {"train": train, "valid": dict.fromkeys(loaders, self._of(step) if loaders else None)}
+
+    def _of(self, step: Any) -> frozenset[str] | None:
+        loss = getattr(self.run.task, "loss", None)
+        terms = getattr(loss, "terms", None) or (names_returned(loss) if callable(loss) else ())
+        known = {Supervised.training_step: None if terms is None else frozenset({"loss", *terms})}
+        return names_returned(step if self.run.compiler is None else inspect.unwrap(step), known)
+
+    def known(self, kind: str) -> list[str]:
+        """The names that are known to come, as far as they are."""
+        metrics = [key for name, keys in self.metrics.items() for key in keys or [name]]
+        found = {p: sorted(names or {"loss"}) for p, names in self.series[kind].items()}
+        return [f"{kind}/{prefix}{name}" for prefix, names in found.items() for name in (*names, *metrics)]
+
+    def may_come(self, kind: str, name: str) -> bool:
+        if kind == "train" and name != "loss" and any(map(_may_log, (*self.run.callbacks, *self.run.handlers))):
+            return True  # run.log refuses that one name
+        if kind == "valid" and any(map(_may_add, (*self.run.callbacks, *self.run.handlers))):
+            return True
+        return any(
+            name.startswith(prefix) and self._may_be_of(name.removeprefix(prefix), names)
+            for prefix, names in self.series[kind].items()
+        )
+
+    def _may_be_of(self, name: str, returned: frozenset[str] | None) -> bool:
+        metric = name.partition("/")[0]
+        if metric in self.metrics:
+            keys = self.metrics[metric]
+            return keys is None or name in keys
+        return returned is None or name in returned
+
+
+def _may_log(one: Any) -> bool:
+    """True for handlers, for callbacks of the user's own, and for those of ours that add a name."""
+    kind = type(one)
+    if not isinstance(one, Callback) or kind.__module__.partition(".")[0] != "loopwright":
+        return True
+    logs = "run.log(" in inspect.getsource(inspect.getmodule(kind) or kind)
+    return logs or kind.map_output is not Callback.map_output
+
+
+def _may_add(one: Any) -> bool:
+    """True for callbacks and handlers of the user's own that may put more into the values of a validation."""
+    if isinstance(one, Callback):
+        base = Callback if type(one).__module__.partition(".")[0] != "loopwright" else type(one)
+        functions = [getattr(one, h) for h in _WITH_VALUES if getattr(type(one), h) is not getattr(base, h)]
+    else:
+        asks = any("values" in (asked for _, asked in one.passed[hook]) for hook in _WITH_VALUES if hook in one.tests)
+        functions = [one.fn] if asks else []
+    return any(map(_changes_values, functions))
+
+
+def _changes_values(function: Any) -> bool:
+    """True where a function stores into its last argument or hands it on, and where its source does not tell."""
+    tree = parsed(getattr(function, "__func__", function))
+    if tree is None or not tree.args.args or tree.args.vararg is not None:
+        return True
+    name = tree.args.args[-1].arg
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)) and _is(node.value, name):
+            return True
+        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
+            return True
+        if isinstance(node, ast.Assign) and _is(node.value, name):  # under another name
+            return True
+        if isinstance(node, ast.Call):
+            by = node.func.attr if isinstance(node.func, ast.Attribute) and _is(node.func.value, name) else ""
+            harmless = getattr(node.func, "id", "") in ("dict", "float", "len", "list", "print", "sorted", "str")
+            given = any(_is(one, name) for one in (*node.args, *(k.value for k in node.keywords)))
+            if by in ("update", "setdefault", "pop", "clear") or (given and not harmless):
+                return True
+    return False
+
+
+def _is(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name

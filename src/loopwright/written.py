@@ -1,0 +1,111 @@
+"""Where in the user's own files something is written, for messages that name the line, and what is written there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import textwrap
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import CodeType, FrameType
+from typing import Any
+
+from loopwright.errors import LoopwrightError, LoopwrightWarning
+from loopwright.text import rule_name
+
+__all__ = ["blamed", "caller", "parsed", "placed", "warn", "where", "written_by_user"]
+
+_OWN = __name__.partition(".")[0]
+
+
+def where(function: Any) -> str:
+    """The file and line at which a function is written, as ``train.py:12``; its name where that is not known.
+
+    >>> where(where).rpartition("/")[2].partition(":")[0]
+    'written.py'
+    """
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    return str(rule_name(function)) if code is None else _line(code.co_filename, code.co_firstlineno)
+
+
+def written_by_user(method: Any) -> str | None:
+    """Where a method is written; None where it is one of this package."""
+    module = str(getattr(method, "__module__", _OWN))
+    return None if module.partition(".")[0] == _OWN else where(method)
+
+
+def parsed(function: Any) -> ast.FunctionDef | None:
+    """What is written of a function, parsed; None where that is not to be had."""
+    code = getattr(function, "__code__", None)
+    return None if code is None else _parsed(code)
+
+
+@cache  # by what is written: a function may hold models
+def _parsed(code: CodeType) -> ast.FunctionDef | None:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
+
+
+def caller() -> str | None:
+    """The file and line, outside of this package, that has called into it."""
+    frame = inspect.currentframe()
+    while frame is not None and _is_own(frame):
+        frame = frame.f_back
+    return None if frame is None else _line(frame.f_code.co_filename, frame.f_lineno)
+
+
+def warn(text: str) -> None:
+    """Issue a LoopwrightWarning that names the line, outside of this package and of torch, that has led to it.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True, action="always") as caught:
+    ...     warn("it is cold")
+    >>> caught[0].message
+    LoopwrightWarning('it is cold')
+    """
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and _is_own(frame, "torch"):
+        frame, level = frame.f_back, level + 1
+    # there is no such line at the command line, and in a thread of ours
+    warnings.warn(text, LoopwrightWarning, stacklevel=2 if frame is None else level + 1)
+
+
+def blamed(error: BaseException) -> str | None:
+    """The last line outside of this package that ``error`` has come by, or the place that it says itself."""
+    found = [
+        _line(frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not _is_own(frame)
+    ]
+    return getattr(error, "place", None) or (found[-1] if found else None)
+
+
+@contextmanager
+def placed(what: str, place: str | None) -> Iterator[None]:
+    """Let an error of ours that comes out of this block tell where ``what`` is written, in a note and as ``place``."""
+    try:
+        yield
+    except LoopwrightError as error:
+        if place is not None and error.place is None:
+            error.place = place
+            error.add_note(f"[loopwright] {what}: written at {place}")
+        raise
+
+
+def _is_own(frame: FrameType, *more: str) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in (_OWN, "contextlib", *more)
+
+
+def _line(file: str, number: int) -> str:
+    try:
+        here = os.getcwd() + os.sep
+    except OSError:  # the folder is gone
+        here = ""
+    return f"{file.removeprefix(here)}:{number}"
