@@ -59,6 +59,21 @@ class Looks(lw.Callback):
         assert run.history
 
 
+class Counts(lw.Callback):
+    """Watches, and remembers."""
+
+    steps = 0
+
+    def on_step_end(self, run: lw.Run, result: Any) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
 def loss_of(preds: Any, target: Any) -> Any:
     return nn.functional.cross_entropy(preds, target)
 
@@ -216,6 +231,8 @@ FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"callbacks": [lw.EarlyStopping("valid/loss", patience=3)]},
         {"callbacks": [lw.EarlyStopping("valid/loss", patience=5)]},
     ),
+    "no early stopping": ({"callbacks": [lw.EarlyStopping("valid/loss", patience=3)]}, {"callbacks": []}),
+    "a watcher with a memory": ({"callbacks": [Counts()]}, {"callbacks": []}),
     "a lambda written again": ({"loss": lambda p, t: loss_of(p, t)}, {"loss": lambda p, t: loss_of(p, t)}),
     "workers": ({}, {"train": lw.Loader((X, Y), 8, shuffle=True, seed=5, workers=1)}),
     "a stage more": (
@@ -239,6 +256,14 @@ MEASURES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another metric": (
         {"metrics": {"top": lw.metrics.Accuracy()}}, {"metrics": {"top": lw.metrics.Accuracy(top_k=2)}},
         "metrics/top/top_k was 1 and is 2",
+    ),
+    "a metric by another name": (
+        {"metrics": {"top": lw.metrics.Accuracy()}}, {"metrics": {"best": lw.metrics.Accuracy()}},
+        "metrics/top is gone",
+    ),
+    "a metric of another kind": (
+        {"metrics": {"top": lw.metrics.Accuracy()}}, {"metrics": {"top": lw.metrics.Mean("loss")}},
+        "metrics/top was <loopwright.metrics.accuracy.Accuracy> and is <loopwright.metrics.averages.Mean>",
     ),
     "more to validate on": (
         {}, {"valid": (X, Y)},
@@ -270,7 +295,7 @@ def test_what_only_measures_goes_on_to_the_same_bits_with_one_warning(what: str,
     )]  # fmt: skip
     whole = fit(**changed(first, then), name="whole")
     assert same(bits(run.task)[0], bits(whole.task)[0])
-    assert run.metrics.keys() == whole.metrics.keys()
+    assert run.metrics.keys() >= whole.metrics.keys()
 
 
 def test_where_a_schedule_goes_by_the_validation_its_data_decides() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -387,3 +388,24 @@ def test_a_step_that_failed_is_replayed_with_the_values_that_it_had(folder: Path
     found = lw.replay(path, make(), callbacks=[acts(on_backward_end=lambda run, *_: seen.append(run.lr))])
     assert (found.same_error, found.same_values) == (True, True)
     assert seen == [warmup(cosine(1.0, 0.0), 3 / 8)(5 / 8)]
+
+
+def test_windows_of_so_many_tokens_are_scheduled_by_the_batches_of_an_epoch() -> None:
+    """How many steps an epoch has is not known before its batches are read; how many batches it has is."""
+    seen: list[tuple[float, float]] = []
+    batches = [torch.ones(size, 1) for size in (3, 1, 4, 2, 2)]
+
+    def tokens(batch: Any) -> int:
+        return 2 * len(batch)
+
+    run = trainer(epochs=2, accumulate="8 tokens")
+    run.on(lw.Event.STEP_START)(lambda run: seen.append(((run.progress.epoch + run.progress.batch / 5) / 2, run.lr)))
+    run.fit(
+        sgd_task(line(), schedule=warmup(cosine(1, 0), "1 batch")),
+        [(x, x) for x in batches],
+        weight=lambda b: tokens(b[0]),
+    )
+    assert [batch for batch, _ in seen] == [0.0, 0.2, 0.3, 0.5, 0.7, 0.8]
+    for part, lr in seen[1:]:
+        assert lr == pytest.approx(0.5 * (1 + math.cos(math.pi * (part - 0.1) / 0.9)), abs=1e-12)
+    assert seen[0][1] == 0.0

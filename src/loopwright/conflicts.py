@@ -13,7 +13,7 @@ from typing import Any
 
 from loopwright.events import HOOKS, Callback, hook_name
 from loopwright.state import Run
-from loopwright.written import parsed, where
+from loopwright.written import is_name, parsed, where
 
 __all__ = ["changed_by", "lost_work", "odd_work", "set_twice"]
 
@@ -173,14 +173,14 @@ def _only_looks(function: Any) -> bool:
     if tree is None or name is None:
         return False
     for node in ast.walk(tree):
-        if isinstance(node, ast.Return) and not _is(node.value, name):
+        if isinstance(node, ast.Return) and not is_name(node.value, name):
             return False
-        if isinstance(node, ast.Raise) or (isinstance(node, ast.Assign) and _is(node.value, name)):
+        if isinstance(node, ast.Raise) or (isinstance(node, ast.Assign) and is_name(node.value, name)):
             return False  # it chooses among batches; it may change what has another name by then
         if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)) and _mentions(node, name):
             return False
         if isinstance(node, ast.Call):
-            handed_on = any(_is(given, name) for given in (*node.args, *(k.value for k in node.keywords)))
+            handed_on = any(is_name(given, name) for given in (*node.args, *(k.value for k in node.keywords)))
             if (handed_on and _called(node) not in _HARMLESS) or (_in_place(node) and _mentions(node, name)):
                 return False
     return True
@@ -192,7 +192,7 @@ def _may_edit(function: Any) -> bool:
     if tree is None or _stores_gradients(function):
         return True
     called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return any(isinstance(one, ast.Attribute) and _is(one.value, "self") for one in called)
+    return any(isinstance(one, ast.Attribute) and is_name(one.value, "self") for one in called)
 
 
 def _stores_gradients(function: Any) -> bool:
@@ -233,12 +233,8 @@ def _called(call: ast.Call) -> str:
     return str(getattr(call.func, "attr", getattr(call.func, "id", "")))
 
 
-def _is(node: ast.AST | None, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
-
-
 def _mentions(node: ast.AST, name: str) -> bool:
-    return any(_is(one, name) for one in ast.walk(node))
+    return any(is_name(one, name) for one in ast.walk(node))
 
 
 def _name(function: Any) -> str | None:

@@ -17,6 +17,7 @@ from torch import nn
 from loopwright import rng
 from loopwright.callbacks import Audit, Checkpoint, Profiler
 from loopwright.callbacks.anomaly import Anomaly
+from loopwright.checkpoint.attributes import put_back
 from loopwright.data import limit, samples
 from loopwright.data.held import close, streams_of
 from loopwright.data.trained_on import TrainedOn
@@ -142,7 +143,7 @@ def _part(value: float) -> dict[str, Any]:
 
 @contextmanager
 def _put_back(run: Run) -> Iterator[None]:
-    """Afterwards parameters, buffers, gradients, optimizers, schedulers and generators are as they were."""
+    """Afterwards parameters, buffers, gradients, attributes, optimizers, schedulers, generators are as they were."""
     roots = [run.task] if isinstance(run.task, nn.Module) else list(run.models.values())
     tensors = [t for root in roots for t in (*root.parameters(), *root.buffers())]
     kept = [(t, t.detach().clone(), t.grad) for t in tensors]
@@ -154,7 +155,8 @@ def _put_back(run: Run) -> Iterator[None]:
     previous, random = run.task.__dict__.get("_run"), rng.get()
     loaded = {module: TrainedOn.remembered([module]) for module in (run.task, *run.models.values())}
     try:
-        yield
+        with put_back({**run.models, "task": run.task}):
+            yield
     finally:
         with torch.no_grad():
             for tensor, value, grad in kept:

@@ -16,6 +16,7 @@ from loopwright.optim import match_names
 from loopwright.progress import Duration
 from loopwright.state import Run
 from loopwright.unheard import most_of
+from loopwright.written import is_ours
 
 __all__ = ["does_nothing"]
 
@@ -51,8 +52,7 @@ def _twice(run: Run) -> Found:
 def _only_watches(callback: Any) -> bool:
     kind = type(callback)
     changing = [hook for hook in HOOKS if hook.startswith("map_") or hook == "on_grads_ready"]
-    ours = kind.__module__.partition(".")[0] == "loopwright"
-    return ours and all(getattr(kind, hook, None) is getattr(Callback, hook) for hook in changing)
+    return is_ours(kind) and all(getattr(kind, hook, None) is getattr(Callback, hook) for hook in changing)
 
 
 def _mixed_twice(run: Run) -> Found:

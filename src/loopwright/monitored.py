@@ -16,7 +16,7 @@ from loopwright.recorded import rule
 from loopwright.returned import names_returned
 from loopwright.state import Run
 from loopwright.task import Supervised
-from loopwright.written import parsed
+from loopwright.written import is_name, is_ours, parsed
 
 __all__ = ["watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
 
@@ -79,7 +79,7 @@ def watched_oddly(run: Run) -> Found:
 def _is_ours(one: Any) -> bool:
     """False for a class of the user's own: what it calls monitor may be anything."""
     kinds = (kind for kind in type(one).__mro__ if kind is not Callback)
-    return any(kind.__module__.partition(".")[0] == "loopwright" for kind in kinds)
+    return any(map(is_ours, kinds))
 
 
 def _against_its_name(run: Run) -> Iterator[tuple[Any, str, Any]]:
@@ -155,7 +155,7 @@ class _Names:
 def _may_log(one: Any) -> bool:
     """True for handlers, for callbacks of the user's own, and for those of ours that add a name."""
     kind = type(one)
-    if not isinstance(one, Callback) or kind.__module__.partition(".")[0] != "loopwright":
+    if not isinstance(one, Callback) or not is_ours(kind):
         return True
     logs = "run.log(" in inspect.getsource(inspect.getmodule(kind) or kind)
     return logs or kind.map_output is not Callback.map_output
@@ -164,7 +164,7 @@ def _may_log(one: Any) -> bool:
 def _may_add(one: Any) -> bool:
     """True for callbacks and handlers of the user's own that may put more into the values of a validation."""
     if isinstance(one, Callback):
-        base = Callback if type(one).__module__.partition(".")[0] != "loopwright" else type(one)
+        base = type(one) if is_ours(type(one)) else Callback
         functions = [getattr(one, h) for h in _WITH_VALUES if getattr(type(one), h) is not getattr(base, h)]
     else:
         asks = any("values" in (asked for _, asked in one.passed[hook]) for hook in _WITH_VALUES if hook in one.tests)
@@ -179,20 +179,16 @@ def _changes_values(function: Any) -> bool:
         return True
     name = tree.args.args[-1].arg
     for node in ast.walk(tree):
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)) and _is(node.value, name):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)) and is_name(node.value, name):
             return True
         if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
             return True
-        if isinstance(node, ast.Assign) and _is(node.value, name):  # under another name
+        if isinstance(node, ast.Assign) and is_name(node.value, name):  # under another name
             return True
         if isinstance(node, ast.Call):
-            by = node.func.attr if isinstance(node.func, ast.Attribute) and _is(node.func.value, name) else ""
+            by = node.func.attr if isinstance(node.func, ast.Attribute) and is_name(node.func.value, name) else ""
             harmless = getattr(node.func, "id", "") in ("dict", "float", "len", "list", "print", "sorted", "str")
-            given = any(_is(one, name) for one in (*node.args, *(k.value for k in node.keywords)))
+            given = any(is_name(one, name) for one in (*node.args, *(k.value for k in node.keywords)))
             if by in ("update", "setdefault", "pop", "clear") or (given and not harmless):
                 return True
     return False
-
-
-def _is(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name

@@ -304,7 +304,7 @@ def _stage(
             phase.step = made.source.carrying(phase.name, phase.step)
     made.until = [end_in(made, part) for end in until for part in end.parts]
     steps, batches = made.epoch_steps, made.source.batches
-    made.whole = Whole(tuple(made.until), steps, batches / steps if steps and batches else 1)
+    made.whole = Whole(tuple(made.until), steps, batches / steps if steps and batches else 1, batches)
     made.scheduled = scheduled_in(made, found)
     return made
 

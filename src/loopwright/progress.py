@@ -171,7 +171,7 @@ class Whole:
     """How long a stage is: its ``ends``, of which the first one reached counts, and the steps of an epoch.
 
     ``per_epoch``: optimizer steps in an epoch, None where the data does not tell; ``accumulate``: batches of a step,
-    the mean where that changes.
+    the mean where that changes; ``batches`` in an epoch, for windows of so many tokens, whose number is not known.
 
     >>> whole = Whole((Duration.parse("4 epochs"),), per_epoch=10)
     >>> whole.share(Duration.parse("10 steps")), whole.fraction(Progress(epoch=1, batch=5), Progress())
@@ -181,6 +181,7 @@ class Whole:
     ends: tuple[Duration, ...]
     per_epoch: int | None = None
     accumulate: float = 1
+    batches: int | None = None
 
     def fraction(self, now: Progress, start: Progress) -> float:
         """What part of the stage is done, from 0 to 1: completed steps (samples, seconds) by their number in all.
@@ -196,7 +197,8 @@ class Whole:
                 if value % 1 and each is not None:  # ends after so many steps
                     part = (now.step - start.step) / max(1, round(value * each))
                 elif each is None:
-                    part = (now.epoch - start.epoch) / value
+                    inside = 0 if self.batches is None else min(1.0, now.batch / self.batches)
+                    part = (now.epoch - start.epoch + inside) / value
                 else:
                     inside = now.batch // self.accumulate
                     part = ((now.epoch - start.epoch) * each + (inside if inside < each else each)) / (value * each)
@@ -221,6 +223,8 @@ class Whole:
             steps = [end.value * each[end.unit] for end in self.ends if end.unit in each]
             if steps and unit in each:
                 return duration.value * each[unit] / min(steps)
+        elif self.batches is not None and unit == "batches" and [end.unit for end in self.ends] == ["epochs"]:
+            return duration.value / (self.ends[0].value * self.batches)
         raise SettingError(
             f"what part '{duration}' is of a stage that lasts {self} is not known before it is over; give a fraction "
             f"such as 0.1, or a duration in {' or '.join(sorted({end.unit for end in self.ends})) or 'its own unit'}"
@@ -229,7 +233,8 @@ class Whole:
     @property
     def is_known(self) -> bool:
         """True if every step can be told what part of the stage is done: there is an end, and epochs have a length."""
-        return bool(self.ends) and (self.per_epoch is not None or all(end.unit != "epochs" for end in self.ends))
+        known = self.per_epoch is not None or self.batches is not None
+        return bool(self.ends) and (known or all(end.unit != "epochs" for end in self.ends))
 
     def __str__(self) -> str:
         return " or ".join(str(end) for end in self.ends) or "until something happens"

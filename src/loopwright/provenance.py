@@ -37,12 +37,12 @@ def git_state() -> dict[str, Any] | None:
     here = os.getcwd()
     at, state = _asked.get(here, (-_FRESH, None))
     if time.monotonic() - at > _FRESH:
-        state = _askgit_says()
+        state = _ask_git()
         _asked[here] = (time.monotonic(), state)
     return state
 
 
-def _askgit_says() -> dict[str, Any] | None:
+def _ask_git() -> dict[str, Any] | None:
     commit = git_says("rev-parse", "HEAD")
     if commit is None:
         return None

@@ -203,6 +203,7 @@ class _Again(Callback):
         state = self.data.state
         if self.data.files:
             snapshot.restore_models(run, self.data)
+        snapshot.restore_attributes(run, state)
         for name, saved in (state["optimizers"] or {}).items():
             if name not in run.optimizers:
                 raise CheckpointError(f"{self.data.path} has an optimizer {name!r}, which the task does not have")

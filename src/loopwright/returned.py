@@ -12,7 +12,7 @@ from typing import Any, get_type_hints, is_typeddict
 
 from torch import Tensor, nn
 
-from loopwright.written import parsed
+from loopwright.written import is_name, parsed
 
 __all__ = ["names_returned"]
 
@@ -109,7 +109,7 @@ class _Body:
         put = [one for node in self.nodes for one in self._put(node, name)]
         self.following.discard(name)
         seen, names = {id(target) for target, _ in put}, _all(names for _, names in put)
-        elsewhere = any(_is(n, name) and _stores(n) and id(n) not in seen for n in self.nodes)  # a tuple, a loop
+        elsewhere = any(is_name(n, name) and _stores(n) and id(n) not in seen for n in self.nodes)  # a tuple, a loop
         if not put or elsewhere or name in self.foreign or (names is not _LOSS and self._is_handed_on(name)):
             return None
         return names
@@ -118,13 +118,13 @@ class _Body:
         """What ``node`` puts into the variable, with the node that says so."""
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if _is(target, name):
+                if is_name(target, name):
                     yield target, self.value(node.value)
-                elif isinstance(target, ast.Subscript) and _is(target.value, name):
+                elif isinstance(target, ast.Subscript) and is_name(target.value, name):
                     yield target, self._entry(target.slice, target.slice)
-        elif isinstance(node, ast.AugAssign) and _is(node.target, name):
+        elif isinstance(node, ast.AugAssign) and is_name(node.target, name):
             yield node.target, self.value(node.value) if isinstance(node.op, ast.BitOr) else _LOSS
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is(node.func.value, name):
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_name(node.func.value, name):
             if node.func.attr == "update":
                 yield node, _all([*map(self.value, node.args), *map(self._keyword, node.keywords)])
             elif node.func.attr == "setdefault":
@@ -140,7 +140,7 @@ class _Body:
                 fine |= {id(v) for k, v in zip(node.keys, node.values, strict=True) if k is None}
             elif isinstance(node, (ast.Compare, ast.BinOp)):
                 fine |= set(map(id, ast.iter_child_nodes(node)))
-        return any(_is(n, name) and not _stores(n) and id(n) not in fine for n in self.nodes)
+        return any(is_name(n, name) and not _stores(n) and id(n) not in fine for n in self.nodes)
 
     def call(self, node: ast.Call) -> Names:
         func = node.func
@@ -166,7 +166,7 @@ class _Body:
             kinds = type(self.owner).__mro__
             here = next((k for k in kinds if self.function in vars(k).values()), None)
             return None if here is None else getattr(super(here, self.owner), node.attr, None)
-        is_self = self.owner is not None and _is(base, next((a.arg for a in self.tree.args.args), ""))
+        is_self = self.owner is not None and is_name(base, next((a.arg for a in self.tree.args.args), ""))
         held = self.owner if is_self else self._called(base)
         asked = hasattr(inspect.getattr_static(type(held), node.attr, None), "__set__")  # a property: nothing is called
         return None if held is None or asked else getattr(held, node.attr, None)
@@ -211,10 +211,6 @@ def _all(parts: Iterable[Names]) -> Names:
     if found and all(part is _LOSS for part in found):
         return _LOSS
     return frozenset[str]().union(*(part for part in found if part is not None))
-
-
-def _is(node: ast.AST | None, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
 
 
 def _stores(node: ast.AST) -> bool:

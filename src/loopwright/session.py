@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from loopwright import rng
+from loopwright.checkpoint.attributes import Attributes
 from loopwright.data import fingerprint
 from loopwright.data.plan import seed_from
 from loopwright.data.trained_on import TrainedOn
@@ -52,6 +53,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     if deterministic:  # only then: torch's own function imports its compiler, which takes a second
         torch.use_deterministic_algorithms(True)
     error: BaseException | None = None
+    run.attributes = run.attributes or Attributes({**run.models, "task": run.task})
     run.status = "running"
     run.task.__dict__["_run"] = run
     TrainedOn.forget((run.task, *run.models.values()))
@@ -159,7 +161,7 @@ def go_on(run: Run, previous: Run) -> None:
     run.progress, run.history, run.series, run.metrics = (
         previous.progress, previous.history, previous.series, dict(previous.metrics),
     )  # fmt: skip
-    run.latest = dict(previous.latest)
+    run.latest, run.attributes = dict(previous.latest), previous.attributes
     run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema
     run.trainable, run.validated_at = previous.trainable or run.trainable, previous.validated_at
     run.folder = previous.folder if _keeps_folder(run, previous) else None

@@ -347,7 +347,7 @@ _PLACED: dict[Placement, str] = {
     "stage_ended_at own_loss trainable validates_within validated_at skips_in_row stages recorded",
     "sharded": "task models optimizers",
     "own": "callbacks hooks comm device state meters latest series team data handlers window looking open_step "
-    "compiler restore moves_batches began closing at_sigterm config code",
+    "compiler restore moves_batches began closing at_sigterm config code attributes",
     "rank 0": "loggers lost",
 }  # fmt: skip
 
@@ -404,6 +404,7 @@ class Run:
     replaced: list[str] = field(default_factory=list)
     # how the loop keeps its place
     data: Any = None  # the training data as it was given
+    attributes: Any = None  # of modules, plain ones, as they were at the start
     fingerprint: dict[str, Any] | None = None  # of that data, once a checkpoint was taken
     schema: Any = None  # what its first batches are made of
     handlers: list[Any] = field(default_factory=list)

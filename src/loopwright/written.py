@@ -17,7 +17,7 @@ from typing import Any
 from loopwright.errors import LoopwrightError, LoopwrightWarning
 from loopwright.text import rule_name
 
-__all__ = ["blamed", "caller", "parsed", "placed", "warn", "where", "written_by_user"]
+__all__ = ["blamed", "caller", "is_name", "is_ours", "parsed", "placed", "warn", "where", "written_by_user"]
 
 _OWN = __name__.partition(".")[0]
 
@@ -32,10 +32,14 @@ def where(function: Any) -> str:
     return str(rule_name(function)) if code is None else _line(code.co_filename, code.co_firstlineno)
 
 
+def is_ours(item: Any) -> bool:
+    """True for a class or function of this package, and for what does not say where it comes from."""
+    return str(getattr(item, "__module__", _OWN)).partition(".")[0] == _OWN
+
+
 def written_by_user(method: Any) -> str | None:
     """Where a method is written; None where it is one of this package."""
-    module = str(getattr(method, "__module__", _OWN))
-    return None if module.partition(".")[0] == _OWN else where(method)
+    return None if is_ours(method) else where(method)
 
 
 def parsed(function: Any) -> ast.FunctionDef | None:
@@ -51,6 +55,11 @@ def _parsed(code: CodeType) -> ast.FunctionDef | None:
     except (OSError, TypeError, SyntaxError):
         return None
     return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
+
+
+def is_name(node: ast.AST | None, name: str) -> bool:
+    """True where ``name`` itself stands."""
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def caller() -> str | None:

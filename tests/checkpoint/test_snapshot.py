@@ -245,13 +245,6 @@ def test_another_schedule_is_refused() -> None:
     assert "phase 'main' has 0 schedulers, the checkpoint 1" in refusal(fitted(nn.Linear(5, 3)), data)
 
 
-def test_a_callback_with_a_memory_that_is_missing_is_refused() -> None:
-    data = read(save(fitted(nn.Linear(5, 3), callbacks=[Memory()])))
-    assert "the checkpoint holds what these callbacks remember: Memory; this run has none. Add them" in refusal(
-        fitted(nn.Linear(5, 3)), data
-    )
-
-
 def test_what_only_watches_may_come_and_go() -> None:
     memory = Memory()
     data = read(save(fitted(nn.Linear(5, 3), callbacks=[memory])))

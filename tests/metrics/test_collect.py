@@ -17,7 +17,6 @@ from torchmetrics.classification import (
     BinaryAUROC,
     MulticlassAccuracy,
     MulticlassAUROC,
-    MulticlassConfusionMatrix,
     MulticlassF1Score,
 )
 from torchmetrics.segmentation import MeanIoU
@@ -25,7 +24,7 @@ from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, 
 
 import loopwright as lw
 from loopwright import rng
-from loopwright.errors import CheckpointError, MetricError, SettingError
+from loopwright.errors import MetricError, SettingError
 from loopwright.metrics import Accuracy, Mean, Meters, On, check_metrics, fresh
 
 
@@ -305,22 +304,24 @@ def test_left_out_metrics_stay_left_out_in_a_state() -> None:
     assert other.compute() == {"mean": 2.0}
 
 
-def test_a_state_of_other_metrics_is_refused() -> None:
-    state = meters_of(0).state_dict()
-    with pytest.raises(CheckpointError) as error:
-        Meters({"acuracy": Accuracy()}).load_state_dict(state)
-    assert str(error.value) == (
-        "the checkpoint has the metric 'accuracy', this run has not. Known: 'acuracy'. Did you mean 'acuracy'? Resume "
-        "with the metrics that the run was started with"
-    )
-    theirs = Meters({"accuracy": MulticlassAccuracy(3)})
-    with pytest.raises(CheckpointError, match="the saved state is not one of this MulticlassAccuracy"):
-        theirs.load_state_dict(state)
-    theirs.feed(batch(0))
-    with pytest.raises(
-        CheckpointError, match="the saved state has no 'confmat', which MulticlassConfusionMatrix needs"
-    ):
-        Meters({"accuracy": MulticlassConfusionMatrix(3)}).load_state_dict(theirs.state_dict())
+@pytest.mark.parametrize(
+    "other", [{"acuracy": Accuracy()}, {"accuracy": MulticlassAccuracy(3)}, {"accuracy": On(Mean(), "loss")}]
+)
+def test_a_metric_that_was_not_there_or_was_another_one_begins_anew(other: dict[str, Any]) -> None:
+    meters, fresh = Meters(other), Meters(copy.deepcopy(other))
+    meters.load_state_dict(meters_of(0).state_dict())
+    for one in (meters, fresh):
+        one.feed(batch(1))
+    assert meters.compute() == fresh.compute()
+
+
+def test_of_a_metric_of_the_same_kind_with_other_parts_nothing_is_taken() -> None:
+    state = {"theirs": {"kind": "MulticlassAccuracy", "state": {"": {"tp": torch.ones(3)}}, "draws": None}}
+    meters, fresh = Meters({"theirs": MulticlassAccuracy(3)}), Meters({"theirs": MulticlassAccuracy(3)})
+    meters.load_state_dict(state)
+    for one in (meters, fresh):
+        one.feed(batch(1))
+    assert meters.compute() == fresh.compute()
 
 
 def test_a_metric_that_cannot_be_saved_is_a_reason_for_inexactness() -> None:

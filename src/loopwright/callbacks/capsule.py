@@ -207,10 +207,13 @@ class Capsule(Callback):
             "optimizer_kinds": {name: type(o).__qualname__ for name, o in run.optimizers.items()},
             "models": extras, "flags": _flags(run), "progress": {**self._at._asdict(), "stage": run.progress.stage},
             "precision": run.precision.state_dict() if has_state(run.precision) else {},  # type: ignore[attr-defined]
+            "attributes": _kept(snapshot.attributes(run), "attributes", limits),
             "key": run.settings["key"], "skips_in_row": self._in_row,
             "phase": phase,
             "callbacks": [type(c).__qualname__ for c in run.callbacks if c is not self and _takes_part(c)],
         }  # fmt: skip
+        if state["attributes"]:
+            limits.append(f"plain attributes are those of after the error: {_listed(state['attributes'])}")
         files = self._fitting(files, state, limits)
         n = stage.accumulate if isinstance(stage.accumulate, int) else len(planned or [1])
         about = {
@@ -287,6 +290,10 @@ def _others(run: Run) -> list[tuple[str, nn.Module, str]]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     ]
+
+
+def _listed(attributes: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{path}.{name}" for path, values in attributes.items() for name in values)
 
 
 def _flags(run: Run) -> dict[str, dict[str, bool]]:

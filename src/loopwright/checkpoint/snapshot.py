@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from loopwright import __version__, rng
 from loopwright._compat import has_stepped
+from loopwright.checkpoint.attributes import Attributes
 from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
@@ -33,8 +34,8 @@ from loopwright.text import with_article
 from loopwright.written import placed, where
 
 __all__ = [
-    "check", "check_fit", "conditions", "info", "own", "progress", "remembering", "restore", "restore_loggers",
-    "restore_models", "shared_out", "take", "unsaveable",
+    "attributes", "check", "check_fit", "conditions", "info", "own", "progress", "remembering", "restore",
+    "restore_attributes", "restore_loggers", "restore_models", "shared_out", "take", "unsaveable",
 ]  # fmt: skip
 
 _COUNTERS = ("skipped", "skips_in_row", "validated_at", "stage_ended_at")
@@ -62,6 +63,7 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
         "code": run.code,
         "conditions": conditions(run),
         "models": extras,
+        "attributes": attributes(run),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
         "optimizer_kinds": {name: _kind(optimizer) for name, optimizer in run.optimizers.items()},
         "precision": _state(run.precision),
@@ -81,7 +83,17 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
 def own(run: Run) -> dict[str, Any]:
     """What of the state differs from rank to rank."""
     at = min(run.progress.stage, len(run.stages) - 1)
-    return {"stage": _stage(run, run.stages[at]), "series": run.series.state_dict(), "rng": _random(run)}
+    return {
+        "stage": _stage(run, run.stages[at]),
+        "series": run.series.state_dict(),
+        "rng": _random(run),
+        "attributes": attributes(run),
+    }
+
+
+def attributes(run: Run) -> dict[str, Any]:
+    """What training has changed of the plain attributes of modules."""
+    return {} if run.attributes is None else run.attributes.changed()
 
 
 def _random(run: Run) -> dict[str, Any]:
@@ -198,6 +210,7 @@ def restore(run: Run, data: Contents) -> None:
             if state["progress"]["step"]:
                 has_stepped(optimizer)
         _load_parts(run, state)
+        restore_attributes(run, state)
     except CheckpointError:
         raise
     except Exception as error:
@@ -218,6 +231,7 @@ def _restore_own(run: Run, mine: Mapping[str, Any], index: int) -> None:
     if index < len(run.stages):
         _load_stage(run, run.stages[index], mine["stage"])
     run.series.load_state_dict(mine["series"])
+    restore_attributes(run, mine)
     _set_random(run, mine["rng"])
 
 
@@ -277,6 +291,12 @@ def run_groups(run: Run) -> dict[str, dict[str, Any]]:
 def remembering(run: Run, data: Contents) -> list[Any]:
     """The callbacks of ``run`` for which a checkpoint holds what they remember."""
     return [callback for callback, _ in _matched(run.callbacks, data.state["callbacks"])]
+
+
+def restore_attributes(run: Run, state: Mapping[str, Any]) -> None:
+    """Put back what training had changed of the plain attributes of modules."""
+    run.attributes = run.attributes or Attributes({**run.models, "task": run.task})
+    run.attributes.load(state.get("attributes", {}), run.device)  # older checkpoints have none
 
 
 def _models(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
@@ -378,11 +398,6 @@ def _lost(run: Run, state: Mapping[str, Any]) -> list[str]:
                 )
             elif found != mine:
                 problems.append(f"phase {phase.name!r} has {mine} schedulers, the checkpoint {found}")
-    kept = sum(bool(entry["state"]) for entry in state["callbacks"])
-    if len(list(_matched(run.callbacks, state["callbacks"]))) < kept:
-        names = ", ".join(entry["kind"] for entry in state["callbacks"] if entry["state"])
-        here = ", ".join(map(_kind, run.callbacks)) or "none"
-        problems.append(f"the checkpoint holds what these callbacks remember: {names}; this run has {here}. Add them")
     own = {name for name, _ in _user(run)}
     problems += [
         f"the checkpoint has no state {name!r}. {choose(name, state['user'])}"

@@ -253,6 +253,7 @@ class Meters:
         """What the metrics have taken in, by name, as plain data, tensors and states of generators."""
         return {
             name: {
+                "kind": type(unwrapped(self._parts[name])[0]).__qualname__,
                 "state": remember(unwrapped(self._parts[name])[0]),
                 "draws": self._draws[name].state if name in self._draws else None,
             }
@@ -260,16 +261,18 @@ class Meters:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave. Raises CheckpointError for metrics that are not here."""
+        """Go on from what ``state_dict`` gave; a metric that was not there, or was another one, begins here."""
         self.reset()
         for name, saved in state.items():
-            if name not in self._parts:
-                raise CheckpointError(
-                    f"the checkpoint has the metric {name!r}, this run has not. {choose(name, self._parts)} "
-                    "Resume with the metrics that the run was started with"
-                )
+            metric = unwrapped(self._parts[name])[0] if name in self._parts else None
+            if metric is None or type(metric).__qualname__ != saved.get("kind", type(metric).__qualname__):
+                continue
             if saved["state"] is not None:
-                restore(unwrapped(self._parts[name])[0], saved["state"])
+                try:
+                    restore(metric, saved["state"])
+                except CheckpointError:  # of other parts
+                    metric.reset()
+                    continue
             if saved["draws"] is not None:
                 self._draws[name] = OwnDraws(saved["draws"])
             self._fed.append(name)
