@@ -419,7 +419,7 @@ def with_everything(folder: Path) -> tuple[lw.Trainer, Any, dict[str, Any]]:
         epochs=2, accumulate=1, clip_norm=1.0, validate_every="0.5 epochs", log_every=2, seed=1, folder=folder,
         nonfinite="skip 3", loggers=[lw.CSVLogger(), lw.JSONLLogger()],
         checkpoint=[lw.Checkpoint("2 steps"), lw.Checkpoint("1 epoch", monitor="valid/accuracy")],
-        callbacks=[lw.EarlyStopping("valid/top"), lw.EarlyStopping("train/accuracy", patience=9)],
+        callbacks=[lw.EarlyStopping("valid/top", patience=9), lw.EarlyStopping("train/accuracy", patience=9)],
     )  # fmt: skip
     user.on(lw.Event.STEP_END(every="10 min"))(lambda run: None)
     return user, task, {"train": loader(batch_size=7, shuffle=True), "valid": samples(11)}
