@@ -53,34 +53,39 @@ class Series:
 
     def _fold(self) -> None:
         """Bound what waits: on the CPU it is summed at once, elsewhere stacked into one tensor a dtype, unread."""
-        columns: dict[str, list[tuple[float, float]]] = {}
+        columns: dict[str, tuple[list[float], list[float]]] = {}
         waiting: dict[Any, tuple[list[tuple[str, float]], list[Tensor]]] = {}
         for values, weight in self._rows:
             for name, value in values.items():
-                if isinstance(value, Tensor):
+                if type(value) is not float and isinstance(value, Tensor):
                     if not value.is_cpu:
                         names, tensors = waiting.setdefault((value.device, value.dtype), ([], []))
                         names.append((name, weight))
                         tensors.append(value)
                         continue
                     value = value.item()  # one by one: to stack what lies on the CPU costs more than it saves
-                if name not in columns:
-                    columns[name] = []
-                columns[name].append((float(value), weight))
+                column = columns.get(name)
+                if column is None:
+                    column = columns[name] = [], []
+                column[0].append(float(value))
+                column[1].append(weight)
         self._rows.clear()
         for name, column in columns.items():
-            self._sum(name, column)
+            self._sum(name, *column)
         self._blocks.extend((names, torch.stack(tensors)) for names, tensors in waiting.values())
 
-    def _sum(self, name: str, column: list[tuple[float, float]]) -> None:
-        for means in (self.record, self.epoch):
-            total, n = means.get(name, (0.0, 0.0))
-            for value, weight in column:  # one by one: the same sum whenever it is read
-                total += value * weight
-                n += weight
-            means[name] = (total, n)
+    def _sum(self, name: str, values: list[float], weights: list[float]) -> None:
+        total, n = self.record.get(name, (0.0, 0.0))
+        epoch_total, epoch_n = self.epoch.get(name, (0.0, 0.0))
+        for value, weight in zip(values, weights, strict=True):  # one by one: the same sum whenever it is read
+            part = value * weight
+            total += part
+            n += weight
+            epoch_total += part
+            epoch_n += weight
+        self.record[name], self.epoch[name] = (total, n), (epoch_total, epoch_n)
         if self.losses is not None and (name == "loss" or name.endswith("/loss")):
-            self.losses.setdefault(name, array("f")).extend([value for value, _ in column])
+            self.losses.setdefault(name, array("f")).extend(values)
 
     def read(self) -> None:
         """Fetch everything that waits and add it to both means."""
@@ -88,7 +93,7 @@ class Series:
         for names, stacked in self._blocks:
             self.reads += 1
             for (name, weight), value in zip(names, stacked.tolist(), strict=True):
-                self._sum(name, [(float(value), weight)])
+                self._sum(name, [float(value)], [weight])
         self._blocks.clear()
 
     def take_record(self, join: Join | None = None) -> dict[str, float]:

@@ -65,13 +65,14 @@ class ProgressBar(Callback):
         self.fitting = False
         self.began = self.opened = self.zero = self.idle_s = 0.0
         self.held: Callable[[], tuple[str, list[Cell]]] | None = None  # a row that came too soon
+        self.planned = -1  # the stage for which it was counted how many epochs and steps there are to be
         self.next = math.inf  # seconds of the run: the one number that a step without a refresh compares
 
     # training
 
     def on_fit_start(self, run: Run) -> None:
         self._open(run)
-        self.fitting, self.rows, self.shown, self.held = True, 0, -1, None
+        self.fitting, self.rows, self.shown, self.held, self.planned = True, 0, -1, None, -1
         self._begin_epoch(run)
 
     def on_epoch_start(self, run: Run) -> None:
@@ -213,7 +214,9 @@ class ProgressBar(Callback):
         p = run.progress
         self.epoch, self.batch, self.samples = p.epoch + 1, p.batch, p.samples
         self.began, self.idle_s, self.validated = self._now(), 0.0, False
-        self.epochs, self.steps = planned(run, "epoch"), planned(run, "step")
+        if self.planned != run.progress.stage:
+            self.planned = run.progress.stage
+            self.epochs, self.steps = planned(run, "epoch"), planned(run, "step")
 
     def _refresh(self, run: Run) -> None:
         if self.display is not None:
