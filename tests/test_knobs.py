@@ -20,7 +20,12 @@ from tiny import classifier, samples
 
 X, Y = samples(24)
 SHARPNESS = 3.0  # a knob that a step reads, and that nobody passes
+LOUD, FAR = 7, 0.75  # knobs that a handler and a metric read
 UNREAD = 4.0
+
+
+def far(preds: Any, target: Any) -> Any:
+    return (preds > FAR).float().mean()
 
 
 def sharpened(preds: Any) -> Any:
@@ -41,6 +46,9 @@ class Digits(lw.Task):
         self.warm = 0.25
         self.net = classifier()
 
+    def configure_metrics(self) -> Any:
+        return {"far": lw.metrics.Function(far, "margin", "loss")}
+
     def training_step(self, batch: Any) -> Any:
         preds = sharpened(self.net(batch[0]))
         return {"loss": nn.functional.cross_entropy(preds, batch[1]), "margin": preds.max()}
@@ -54,16 +62,17 @@ def epoch(run: lw.Run, stage: lw.Stage) -> None:
 
 
 class Own(lw.DataModule):
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int, scale: float = 2.0) -> None:
+        self.batch_size, self.x = batch_size, X * scale
 
     def train_data(self) -> Any:
-        return lw.Loader((X, Y), self.batch_size, shuffle=True)
+        return lw.Loader((self.x, Y), self.batch_size, shuffle=True)
 
     def valid_data(self) -> Any:
         return lw.Loader((X, Y), 12)
 
 
+@pytest.mark.capability("GEN-06")
 def test_what_handlers_stages_bodies_and_modules_say_stands_in_the_file_and_auto_is_resolved() -> None:
     """config.yaml lists handlers, loops of stages, what classes and modules set, data modules, what auto came to."""
     trainer = lw.Trainer(progress=False)
@@ -71,6 +80,7 @@ def test_what_handlers_stages_bodies_and_modules_say_stands_in_the_file_and_auto
     @trainer.on(lw.Event.EPOCH_END(every=2) | lw.Event.FIT_END, "text", level=3)
     def look(run: lw.Run, words: str, level: int) -> None:
         assert (words, level) == ("text", 3)
+        assert level < LOUD
 
     stages = [lw.Stage("a", "1 epoch", loop=epoch), lw.Stage("b", "1 epoch", accumulate=[(0, 1), (2, 3)])]
     run = trainer.fit(Digits(5), Own(8), stages=stages)
@@ -85,12 +95,16 @@ def test_what_handlers_stages_bodies_and_modules_say_stands_in_the_file_and_auto
         "class": f"<{__name__}.Digits>", "depth": 5, "truncate": None, "recorded": {"margin": "epoch"}, "rate": 0.05,
         "layers": [8, 3], "attributes": {"warm": 0.25},
     }  # fmt: skip
-    assert config["reads"] == {f"{__name__}.SHARPNESS": 3.0}
+    assert config["reads"] == {f"{__name__}.{name}": globals()[name] for name in ("SHARPNESS", "LOUD", "FAR")}
     told = config["stages"]
     assert (told["a"]["loop"], told["b"]["loop"]) == (f"<{__name__}.epoch>", None)
     assert told["a"]["phases"]["main"]["step"] == f"<{__name__}.Digits.training_step>"
     assert told["b"]["accumulate"] == "[(0, 1), (2, 3)]"
-    assert config["data_module"] == {"class": f"<{__name__}.Own>", "batch_size": 8}
+    assert config["data_module"] == {
+        "class": f"<{__name__}.Own>",
+        "batch_size": 8,
+        "scale": "<not kept as an attribute>",
+    }
     # as they came out: all of these were left to the Trainer
     assert [config[name] for name in ("device", "devices", "nodes", "strategy")] == ["cpu", 1, 1, "single"]
     assert config["checkpoint"]["every"] == "5 min"
@@ -162,6 +176,7 @@ NEVER: list[tuple[Any, str | None]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.capability("GEN-06")
 @pytest.mark.parametrize(("event", "why"), NEVER, ids=[str(event) for event, _ in NEVER])
 def test_a_handler_that_can_never_be_called_is_told_with_its_line(event: Any, why: str | None) -> None:
     """It is found before step 0, with the reason, from counts, durations, events that do not take place."""
@@ -202,6 +217,7 @@ def test_it_is_a_warning_of_fit_too() -> None:
     assert (said[0].filename, "is never called" in str(said[0].message)) == (__file__, True)
 
 
+@pytest.mark.capability("GEN-06")
 @pytest.mark.parametrize(
     ("settings", "stage", "says"),
     [
@@ -230,3 +246,31 @@ def test_a_setting_of_the_trainer_in_whose_place_each_stage_has_another_is_told(
     plan = trainer.plan(task, lw.Loader((X, Y), 8), (X, Y), stages=[lw.Stage("a", "2 epochs", **stage)])
     assert plan.problems == []
     assert plan.warnings == ([] if says is None else [f"{says}; leave it out"])
+
+
+@pytest.mark.capability("GEN-06")
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ({"lr": 0.1}, {"schedule": lw.schedules.cosine(1, 0)}, "schedule"),
+        ({"lr": 0.1}, {}, None),
+        ({"optimizer": torch.optim.Adam}, {"optimizer": torch.optim.SGD}, "optimizer"),
+        ({"optimizer": torch.optim.Adam}, {}, None),
+    ],
+)
+def test_what_the_task_says_and_each_stage_says_again_is_told(
+    first: dict[str, Any], second: dict[str, Any], says: str | None
+) -> None:
+    """``schedule`` and ``optimizer`` of Supervised that no stage is left to take."""
+    net = classifier()
+    task = lw.Supervised(
+        net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), schedule=lw.schedules.linear(1, 0)
+    )
+    stages = [lw.Stage(name, "1 epoch", **more) for name, more in (("a", first), ("b", second))]
+    for stage in stages:
+        if stage.optimizer is not None:
+            kind = stage.optimizer
+            stage.optimizer = lambda params, kind=kind: kind(params, 0.1)
+    plan = lw.Trainer(folder=None, progress=False).plan(task, lw.Loader((X, Y), 8), stages=stages)
+    told = [f"the task's {says}= applies nowhere, since each stage has its own (a, b); leave it out"] if says else []
+    assert (plan.problems, plan.warnings) == ([], told)

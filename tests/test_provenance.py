@@ -240,6 +240,7 @@ class Drawn(TensorDataset):
         self.size, self.names = size, names
 
 
+@pytest.mark.capability("GEN-06")
 def test_every_knob_of_a_run_is_in_one_file_and_none_can_be_misspelt_or_idle(folder: Path) -> None:
     """config.yaml has each argument of trainer, task, model, loss, metrics, callbacks, data; idle or unknown: error."""
     trainer = lw.Trainer(
@@ -358,6 +359,7 @@ KINDS: dict[Any, tuple[str, str]] = {  # an argument that is misspelt, and what 
 }
 
 
+@pytest.mark.capability("GEN-06")
 @pytest.mark.parametrize("kind", [*KINDS, *lw_callbacks()], ids=lambda kind: kind.__name__)
 def test_a_misspelt_argument_is_refused_and_the_nearest_named(kind: Any) -> None:
     """Of the Trainer, tasks, stages, phases, loaders, loggers and of every callback, also of one's own."""

@@ -24,6 +24,7 @@ __all__ = ["Description", "described", "plain"]
 _LONG, _SIZE = 100, 32  # entries of a list, elements of an array that are settings; more of them are data
 _MOST, _DEEP = 500, 12  # objects that one description goes into, and how deep; of more the class is told
 _SECRET = re.compile(r"api_?key|secret|passw|credential|token$|^auth", re.IGNORECASE)
+_NOT_KEPT = "<not kept as an attribute>"
 _PLAIN = (str, int, float, type(None))
 _TEXT = (torch.device, torch.dtype, torch.Size, range, slice, datetime.date, datetime.timedelta, PurePath, re.Pattern)
 
@@ -32,8 +33,8 @@ def described(obj: Any) -> Any:
     """The class of an object, with what it keeps of the arguments of its constructor; so with objects in these.
 
     An argument is kept as an attribute of its name, or of its name after an underscore. What a class of the user's says
-    in its body is told as well. Left out is what is data and no setting (more than 100 entries), and what looks like a
-    secret. No property is asked, and nothing is called.
+    in its body is told as well, and which arguments it does not keep. Left out is what is data and no setting (more
+    than 100 entries), and what looks like a secret. No property is asked, and nothing is called.
 
     >>> described(nn.CrossEntropyLoss(label_smoothing=0.1))["label_smoothing"]
     0.1
@@ -77,6 +78,8 @@ class Description:
         held = _held(obj)
         found = {name: next((k for k in (name, f"_{name}") if k in held), None) for name in _arguments(kind)}
         told = {name: self.value(name, held[key]) for name, key in found.items() if key is not None}
+        if is_own(kind.__module__):
+            told |= {name: _NOT_KEPT for name, key in found.items() if key is None and not _is_open(kind, name)}
         said = {name: held.get(name, value) for name, value in _said(kind).items() if name not in told}
         return told | {name: self.value(name, value) for name, value in said.items()}
 
@@ -131,6 +134,12 @@ def _arguments(kind: type) -> tuple[str, ...]:
         return tuple(inspect.signature(kind).parameters)
     except (TypeError, ValueError):  # a class that is not written in Python
         return ()
+
+
+def _is_open(kind: type, name: str) -> bool:
+    """True for ``*args`` and ``**kwargs``."""
+    one = inspect.signature(kind).parameters[name]
+    return one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
 
 
 def plain(value: Any) -> Any:

@@ -48,7 +48,8 @@ def resolved(run: Run) -> dict[str, Any]:
             "torch": _torch(), **({"data_module": described(run.data)} if isinstance(run.data, DataModule) else {}),
         }  # fmt: skip
         run.code = bodies(_training(told) | {"modules": _own_modules(run)})
-        run.config = plain({**told, "reads": run.code["reads"]})
+        looking = {name: told[name] for name in ("callbacks", "handlers", "metrics", "stages")}
+        run.config = plain({**told, "reads": run.code["reads"] | bodies(looking)["reads"]})
     return run.config
 
 

@@ -14,6 +14,7 @@ from loopwright.every import Every
 from loopwright.handlers import Handler
 from loopwright.state import Run, Stage
 from loopwright.text import rule_name
+from loopwright.written import is_ours
 
 __all__ = ["most_of", "unheard"]
 
@@ -71,7 +72,7 @@ def _length(stage: Stage, unit: str) -> float:
 
 
 def _replaced(run: Run) -> Iterator[str]:
-    """Settings of the Trainer in whose place each stage, or each phase, has another of its own."""
+    """Settings of the Trainer and of the task in whose place each stage, or each phase, has another of its own."""
     accumulate, every, clip_norm = map(run.settings.get, ("accumulate", "validate_every", "clip_norm"))
     if accumulate not in (None, 1):
         own = {stage.name: rule_name(stage.accumulate) for stage in run.stages}
@@ -83,6 +84,12 @@ def _replaced(run: Run) -> Iterator[str]:
         phases = [(stage, phase) for stage in run.stages for phase in stage.phases if phase.moved]
         own = {f"{stage.name}/{phase.name}": phase.clip_norm for stage, phase in phases}
         yield from _nowhere("clip_norm", clip_norm, clip_norm, own)
+    supervised = any(is_ours(kind) and kind.__name__ == "Supervised" for kind in type(run.task).__mro__)
+    for name, own_in in (("schedule", ("schedule", "lr")), ("optimizer", ("optimizer",))) if supervised else ():
+        replaced = [any(getattr(stage, one) is not None for one in own_in) for stage in run.stages]
+        if getattr(run.task, name) is not None and all(replaced):
+            listed = ", ".join(stage.name for stage in run.stages)
+            yield f"the task's {name}= applies nowhere, since each stage has its own ({listed}); leave it out"
 
 
 def _nowhere(name: str, given: Any, meant: Any, own: Mapping[str, Any]) -> Iterator[str]:
