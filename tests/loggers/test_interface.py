@@ -288,7 +288,9 @@ def test_an_unknown_name_lists_the_known_ones(installed: str) -> None:
         trainer(epochs=1, loggers="tensorbord")
     assert str(error.value) == (
         "there is no logger named 'tensorbord'. Known: 'csv', 'jsonl', 'mlflow', 'plaintext', 'table', 'tensorboard', "
-        "'wandb'. Did you mean 'tensorboard'? Another one is an object with log(progress, values, kind)"
+        "'wandb'. Did you mean 'tensorboard'? Another one is an object with log(progress, values, kind), or a "
+        "plug-in: examples/trackers has those of Comet, Neptune, Polyaxon and Visdom, which docs/loggers.md tells how "
+        "to add"
     )
 
 
