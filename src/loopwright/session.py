@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loopwright import rng
-from loopwright.checkpoint.attributes import Attributes
+from loopwright.checkpoint import snapshot
 from loopwright.data import fingerprint
 from loopwright.data.plan import seed_from
 from loopwright.data.trained_on import TrainedOn
@@ -53,7 +53,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     if deterministic:  # only then: torch's own function imports its compiler, which takes a second
         torch.use_deterministic_algorithms(True)
     error: BaseException | None = None
-    run.attributes = run.attributes or Attributes({**run.models, "task": run.task})
+    snapshot.note_attributes(run)
     run.status = "running"
     run.task.__dict__["_run"] = run
     TrainedOn.forget((run.task, *run.models.values()))

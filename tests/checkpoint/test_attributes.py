@@ -195,3 +195,76 @@ def test_a_tensor_that_is_replaced_by_an_equal_one_counts_as_changed() -> None:
     before = Attributes({"model": net})
     net.held = torch.ones(2)
     assert list(before.changed()["model"]) == ["held"]
+
+
+class Stats:
+    """An object of the user's own, no module."""
+
+    def __init__(self) -> None:
+        self.seen, self.inner = 0, Inner()
+
+
+class Inner:
+    total = 0.0
+
+
+class Decays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.stats = nn.Linear(2, 2), Stats()
+
+    def forward(self, x: Any) -> Any:
+        self.stats.seen += 1
+        self.stats.inner.total += float(x.sum())
+        return self.net(x / self.stats.seen) + self.stats.inner.total
+
+
+class Cools(lw.Callback):
+    """Changes the loss by what it remembers, and has no state_dict."""
+
+    calls = 0
+
+    def map_loss(self, run: Any, loss: Any, output: Any, batch: Any, phase: Any) -> Any:
+        self.calls += 1
+        return loss / self.calls
+
+
+@pytest.mark.capability("B-01")
+def test_objects_on_modules_and_callbacks_that_change_training_resume_too(tmp_path: Path) -> None:
+    def fit(folder: Path | None, *callbacks: Any, resume: Any = None) -> lw.Run:
+        net = Decays()
+        task = lw.Supervised(net, nn.MSELoss(), torch.optim.Adam(net.parameters(), 0.01))
+        parts = (Cools(), Cools(), *callbacks)
+        given = {} if folder else {"checkpoint": False}
+        data = lw.Loader((X, X), 4, shuffle=True)
+        return trainer(folder, callbacks=list(parts), **given).fit(task, data, resume=resume)
+
+    whole = fit(None)
+    with pytest.raises(RuntimeError, match="lights"):
+        fit(tmp_path, PowerCut(6))
+    run = fit(tmp_path, resume="auto")
+    assert run.resumed_from.name == "step-00000005"
+    assert run.history.losses == whole.history.losses
+    assert (run.task.module.stats.seen, [c.calls for c in run.callbacks if isinstance(c, Cools)]) == (12, [12, 12])
+
+
+def test_what_is_saved_by_itself_is_not_saved_twice(tmp_path: Path) -> None:
+    class Counts(Stats):
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.seen = state["seen"]
+
+    net, stats = nn.Linear(2, 2), Counts()
+    net.stats = stats
+
+    def step(run: Any, batch: Any) -> Any:
+        stats.seen += 1
+        return net(batch[0]).sum()
+
+    run = trainer(tmp_path).run(step, lw.Loader((X, X), 4), state={"stats": stats, "net": net})
+    found = read(lw.checkpoint.find(run.folder)).state
+    assert found["user"]["stats"] == {"seen": 12}
+    assert found["attributes"] == {}

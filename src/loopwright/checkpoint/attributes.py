@@ -1,11 +1,11 @@
-"""What training changes of the plain attributes of modules, such as a running centre that is no buffer."""
+"""What training changes of the plain attributes of objects, such as a running centre that is no buffer."""
 
 from __future__ import annotations
 
 import copy
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loopwright.checkpoint.encode import check
 from loopwright.errors import CheckpointError
+from loopwright.provenance import is_own
 from loopwright.written import warn
 
 __all__ = ["Attributes", "put_back"]
@@ -42,10 +43,12 @@ class _Same:
 
 
 class Attributes:
-    """The plain attributes of ``models`` as they are now: numbers, texts, tensors, arrays, lists and dicts of them.
+    """The plain attributes of ``roots`` as they are now: numbers, texts, tensors, arrays, lists and dicts of them.
 
-    ``changed()`` gives those that have another value since, and ``load`` puts such values back. Attributes of modules
-    of torch itself are left alone, and so are objects of any other kind.
+    ``roots`` are modules and other objects, by name; the modules in them are looked at as well, and what hangs on an
+    attribute and is of a class of the user's. ``changed()`` gives the attributes that have another value since, and
+    ``load`` puts such values back. Left alone is what torch keeps on its own modules, what is ``apart``, since it is
+    saved by itself, and objects of any other kind.
 
     >>> class Net(nn.Linear):
     ...     seen = 0
@@ -60,22 +63,22 @@ class Attributes:
     (3, tensor([1.]))
     """
 
-    def __init__(self, models: Mapping[str, Any]) -> None:
-        self.models = dict(models)
-        self._before = {(id(module), name): _now(value) for _, module, name, value in _found(models)}
+    def __init__(self, roots: Mapping[str, Any], apart: Iterable[object] = ()) -> None:
+        self.roots, self.apart = dict(roots), list(apart)
+        self._before = {(id(owner), name): _now(value) for _, owner, name, value in _found(self.roots, self.apart)}
         self._told: set[str] = set()
 
     def changed(self) -> dict[str, dict[str, Any]]:
-        """By the path of a module, its attributes that are not what they were; tensors themselves, not copies.
+        """By the path of an object, its attributes that are not what they were; tensors themselves, not copies.
 
         What has more than 10,000 items or 256 MiB is told in a warning, once, and left out.
         """
         changed: dict[str, dict[str, Any]] = {}
-        for path, module, name, value in _found(self.models):
+        for path, owner, name, value in _found(self.roots, self.apart):
             now = _now(value)
-            if now is None or now == self._before.get((id(module), name)):
+            if now is None or now == self._before.get((id(owner), name)):
                 continue
-            who = f"{type(module).__name__}.{name}"
+            who = f"{type(owner).__name__}.{name}"
             why = _too_much(value, who)
             if why is None:
                 changed.setdefault(path, {})[name] = value
@@ -83,47 +86,53 @@ class Attributes:
                 self._told.add(who)
                 warn(
                     f"{who} changes in training and is not in checkpoints: {why}. If a step reads it, a resumed run "
-                    "will differ: make it a buffer (register_buffer), or keep it in an object with state_dict and "
-                    "load_state_dict that you give to fit(state={...})"
+                    "will differ: make it a buffer (register_buffer), or a part of its get_extra_state"
                 )
         return changed
 
     def load(self, saved: Mapping[str, Mapping[str, Any]], device: torch.device) -> None:
         """Put back what ``changed`` gave, and what has been read of it from a file; tensors come to ``device``."""
-        modules = dict(_modules(self.models))
+        owners = dict(_owners(self.roots, self.apart))
         for path, values in saved.items():
-            for name, value in values.items() if path in modules else ():
-                vars(modules[path])[name] = _moved(value, device)
+            for name, value in values.items() if path in owners else ():
+                vars(owners[path])[name] = _moved(value, device)
 
 
 @contextmanager
-def put_back(models: Mapping[str, Any]) -> Iterator[None]:
-    """Afterwards the plain attributes of ``models`` are as they were before."""
-    before = {(id(module), name): copy.deepcopy(value) for _, module, name, value in _found(models) if _now(value)}
+def put_back(roots: Mapping[str, Any]) -> Iterator[None]:
+    """Afterwards the plain attributes of ``roots`` are as they were before."""
+    before = {(id(owner), name): copy.deepcopy(value) for _, owner, name, value in _found(roots) if _now(value)}
     try:
         yield
     finally:
-        for _, module, name, value in list(_found(models)):
-            if (id(module), name) in before:
-                vars(module)[name] = before[id(module), name]
+        for _, owner, name, value in list(_found(roots)):
+            if (id(owner), name) in before:
+                vars(owner)[name] = before[id(owner), name]
             elif _now(value):
-                del vars(module)[name]
+                del vars(owner)[name]
 
 
-def _modules(models: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
-    seen = set()
-    for name, model in models.items():
-        for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-            if not type(module).__module__.startswith("torch.nn.") and id(module) not in seen:
-                seen.add(id(module))
-                yield f"{name}.{path}".rstrip("."), module
+def _owners(roots: Mapping[str, Any], apart: Iterable[object] = ()) -> Iterator[tuple[str, Any]]:
+    """``roots``, the modules in them, and objects of the user's classes on their attributes; each once."""
+    seen = {id(one) for one in apart}
+    waiting = list(roots.items())
+    while waiting:
+        name, root = waiting.pop(0)
+        for path, owner in root.named_modules() if isinstance(root, nn.Module) else [("", root)]:
+            if id(owner) in seen or not hasattr(owner, "__dict__") or type(owner).__module__.startswith("torch.nn."):
+                continue
+            seen.add(id(owner))
+            place = f"{name}.{path}".rstrip(".")
+            yield place, owner
+            held = ((key, value) for key, value in vars(owner).items() if key not in _OF_MODULES)
+            waiting += [(f"{place}.{key}", value) for key, value in held if is_own(type(value).__module__)]
 
 
-def _found(models: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    for path, module in _modules(models):
-        for name, value in vars(module).items():
+def _found(roots: Mapping[str, Any], apart: Iterable[object] = ()) -> Iterator[tuple[str, Any, str, Any]]:
+    for path, owner in _owners(roots, apart):
+        for name, value in vars(owner).items():
             if name not in _OF_MODULES:
-                yield path, module, name, value
+                yield path, owner, name, value
 
 
 def _now(value: Any) -> Any:

@@ -19,23 +19,25 @@ from loopwright.checkpoint.attributes import Attributes
 from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
 from loopwright.checkpoint.store import Contents
+from loopwright.conflicts import changed_by
 from loopwright.data import fingerprint
 from loopwright.data.generators import streams_of
 from loopwright.data.plan import seed_from
 from loopwright.data.trained_on import TrainedOn
 from loopwright.delivery import logger_states, restore_logger
 from loopwright.errors import CheckpointError, choose
+from loopwright.events import Callback
 from loopwright.handlers import Handler
 from loopwright.parallel import like
 from loopwright.progress import Progress
 from loopwright.resolved import resolved
 from loopwright.state import Run, Stage, has_state
 from loopwright.text import with_article
-from loopwright.written import placed, where
+from loopwright.written import is_ours, placed, where
 
 __all__ = [
-    "attributes", "check", "check_fit", "conditions", "info", "own", "progress", "remembering", "restore",
-    "restore_attributes", "restore_loggers", "restore_models", "shared_out", "take", "unsaveable",
+    "attributes", "check", "check_fit", "conditions", "info", "note_attributes", "own", "progress", "remembering",
+    "restore", "restore_attributes", "restore_loggers", "restore_models", "shared_out", "take", "unsaveable",
 ]  # fmt: skip
 
 _COUNTERS = ("skipped", "skips_in_row", "validated_at", "stage_ended_at")
@@ -293,9 +295,25 @@ def remembering(run: Run, data: Contents) -> list[Any]:
     return [callback for callback, _ in _matched(run.callbacks, data.state["callbacks"])]
 
 
+def note_attributes(run: Run) -> None:
+    """Look at the plain attributes of the task, its models, and the callbacks that change training without saying how.
+
+    They are looked at once, before the first step. What of the run is in checkpoints by itself is left out.
+    """
+    if run.attributes is None:
+        silent = [
+            one for one in run.callbacks if type(one).state_dict is Callback.state_dict and not is_ours(type(one))
+        ]
+        changing = [one for one in silent if changed_by(one)]
+        kinds = [_kind(one) for one in changing]
+        named = {f"{kinds[i]} {kinds[:i].count(kinds[i])}": one for i, one in enumerate(changing)}
+        by_itself = (run.data, *run.state.values(), *run.optimizers.values(), *run.loggers, *run.savers)
+        run.attributes = Attributes({**run.models, "task": run.task, **named}, by_itself)
+
+
 def restore_attributes(run: Run, state: Mapping[str, Any]) -> None:
     """Put back what training had changed of the plain attributes of modules."""
-    run.attributes = run.attributes or Attributes({**run.models, "task": run.task})
+    note_attributes(run)
     run.attributes.load(state.get("attributes", {}), run.device)  # older checkpoints have none
 
 
