@@ -151,6 +151,10 @@ class History:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.records)
 
+    def __contains__(self, item: object) -> bool:
+        """True for a name that a record has, and for a record."""
+        return any(item in record for record in self.records) if isinstance(item, str) else item in self.records
+
     def __getitem__(self, key: int | slice | str) -> Any:
         """A record by position, or the values of one name over the epochs (None where an epoch has none)."""
         if isinstance(key, str):

@@ -28,6 +28,7 @@ from loopwright.steps import (
     as_output,
     backward,
     closure_step,
+    count_epoch,
     end_scaling,
     explain,
     mapped,
@@ -104,7 +105,7 @@ def leaving(run: Run) -> Iterator[None]:
 
 def train_epoch(run: Run, stage: Stage) -> None:
     """Go through an epoch's data, or what is left of it after a resume, one optimizer step a window."""
-    hooks, source = run.hooks, stage.source
+    hooks, source, before = run.hooks, stage.source, run.progress.step
     if run.progress.batch == 0:
         fire(hooks.on_epoch_start, run)
         fire(hooks.on_loader_start, run, "train", "")
@@ -143,6 +144,7 @@ def train_epoch(run: Run, stage: Stage) -> None:
                 f"epoch {run.progress.epoch + 1} of stage {stage.name!r} had no batch to train on. If the data is an "
                 "iterator, it is used up: pass a list, a DataLoader or a generator function instead"
             )
+        count_epoch(run, stage, run.progress.step > before)
         end_epoch(run, stage)
 
 
@@ -236,8 +238,11 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             ends_epoch = True
         except SkipStep:
             break
-        checked = checks and phase.moved and not phase.closure
-        if checked and nonfinite(run, phase, values.get(prefix + "loss"), norm if phase.clip_norm else None):
+        if (
+            checks
+            and not phase.closure
+            and nonfinite(run, phase, values.get(prefix + "loss"), norm if phase.clip_norm else None)
+        ):
             break
         if not phase.closure:
             for optimizer in phase.moved:

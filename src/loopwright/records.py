@@ -5,7 +5,7 @@ from __future__ import annotations
 from loopwright.delivery import log_values
 from loopwright.errors import choose
 from loopwright.recorded import at, unmet
-from loopwright.state import Run, Stage
+from loopwright.state import Phase, Run, Stage
 from loopwright.written import warn
 
 __all__ = ["learning_rates", "log_epoch", "log_train"]
@@ -37,6 +37,8 @@ def log_epoch(run: Run, stage: Stage) -> None:
             if run.team is not None:
                 phase.meters.join(run.team.comm.gather(phase.meters.cut()))
             values |= {f"train/{phase.prefix}{name}": value for name, value in phase.meters.compute().items()}
+            if not len(run.history) and not stage.valid:
+                _check_fed(phase)
             phase.meters.reset()
     if run.recorded:
         _check_recorded(run, values)
@@ -48,6 +50,16 @@ def log_epoch(run: Run, stage: Stage) -> None:
     record = {"epoch": p.epoch, "step": p.step, "samples": p.samples, "seconds": p.seconds, **values}
     run.history.append(record if len(run.stages) == 1 else {**record, "stage": run.stages[p.stage].name})
     log_values(run, values, "epoch")
+
+
+def _check_fed(phase: Phase) -> None:
+    """After a first epoch without validation, say which metrics have measured nothing."""
+    for name, inputs in phase.meters.unfed().items():
+        listed = " and ".join(map(repr, inputs))
+        warn(
+            f"metric {name!r} measures nothing: it reads {listed}, which no step of phase {phase.name!r} returned, and "
+            "there is no validation data. Return it with the loss, or pass fit(..., valid=loader)"
+        )
 
 
 def _check_recorded(run: Run, values: dict[str, float]) -> None:

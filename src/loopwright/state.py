@@ -344,7 +344,7 @@ Placement = Literal["replicated", "sharded", "own", "rank 0"]
 _PLACED: dict[Placement, str] = {
     "replicated": "precision savers settings folder status exact progress stage_start metrics history stop_reason "
     "resumed_from nonfinite skip_limit skipped replaced fingerprint schema log_every ended changes stage_end reused "
-    "stage_ended_at own_loss trainable validates_within validated_at skips_in_row stages recorded",
+    "stage_ended_at own_loss trainable validates_within validated_at skips_in_row stepless stages recorded",
     "sharded": "task models optimizers",
     "own": "callbacks hooks comm device state meters latest series team data handlers window looking open_step "
     "compiler restore moves_batches began closing at_sigterm config code attributes",
@@ -429,6 +429,7 @@ class Run:
     validates_within: bool = False
     validated_at: int = -1
     skips_in_row: int = 0
+    stepless: int = 0  # epochs in a row without an optimizer step
     began: float = 0.0
 
     if not TYPE_CHECKING:  # type checkers and editors know the fields, and mark what is none

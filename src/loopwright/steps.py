@@ -16,7 +16,7 @@ from loopwright._compat import any_nonfinite, backward, has_unscaled, may_alias,
 from loopwright.accumulation import Amount, check_unit
 from loopwright.data import Chunks, move, schema_of
 from loopwright.doubles import add_doubles
-from loopwright.errors import NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
+from loopwright.errors import DataError, NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold, hook_name
 from loopwright.out_of_memory import add_memory
 from loopwright.parallel import Spare, is_shard, local
@@ -27,6 +27,7 @@ __all__ = [
     "as_output",
     "backward",
     "closure_step",
+    "count_epoch",
     "end_scaling",
     "explain",
     "mapped",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 _Window = tuple[Iterable[Any], "list[float] | None"]
+_STEPLESS = 10  # epochs in a row without a step
 _NOTED = 8  # batches from which is learned what a batch is made of, and which of its sizes vary
 
 
@@ -248,6 +250,9 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
 
     ``loss`` is None on a rank that had no batch.
     """
+    if not phase.moved:
+        _judge_by_loss(run, phase, loss)
+        return False
     if run.precision.scaler is not None and not _is_own_fault(run, phase, loss, norm):
         return run.skips_in_row > 0
     grads = [
@@ -292,6 +297,37 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         "rate too high, log or division of 0, or bad input; "
         'nonfinite="skip" leaves such steps out, nonfinite=None trains on'
     )
+
+
+def _judge_by_loss(run: Run, phase: Phase, loss: Any) -> None:
+    """Raise for a loss that is not finite of a step that moves its optimizers itself, where the run says so."""
+    if loss is None or run.nonfinite != "raise":
+        return
+    if any_nonfinite([], loss) if isinstance(loss, Tensor) else not math.isfinite(loss):
+        raise NonFiniteError(
+            f"phase {phase.name!r} has a loss of {float(loss):g} at step {run.progress.step + 1}. Its step moves its "
+            "optimizers itself, so that the parameters may have changed already; go on from the last checkpoint. Look "
+            "for a learning rate too high, log or division of 0, or bad input; nonfinite=None trains on"
+        )
+
+
+def count_epoch(run: Run, stage: Stage, stepped: bool) -> None:
+    """Tell of an epoch that went by without an optimizer step, and raise after ten of them in a row.
+
+    A stage that is counted in steps would never end.
+    """
+    if stepped:
+        run.stepless = 0
+        return
+    run.stepless += 1
+    said = (
+        f"went by without an optimizer step in stage {stage.name!r}: every batch was left out by SkipBatch or SkipStep, "
+        "weighed 0, or had a loss that is not finite, or StopEpoch came at once"
+    )
+    if run.stepless >= _STEPLESS:
+        raise DataError(f"{run.stepless} epochs in a row {said}. Let some batches through")
+    if run.stepless == 1 and run.precision.scaler is None:  # which leaves its first steps out by itself
+        warn(f"epoch {run.progress.epoch + 1} {said}")
 
 
 def _say_idle(phase: Phase) -> None:

@@ -41,6 +41,8 @@ def _why_never(hook: str, handler: Handler, run: Run, most: Mapping[str, float])
         return "there is no validation data, pass fit(..., valid=loader)"
     if hook == "on_checkpoint" and not run.savers:
         return "no checkpoint is written, give the Trainer a folder= and checkpoint=True"
+    if hook == "on_backward_end" and not _moves(run):
+        return "no phase moves an optimizer by itself"
     needs = dict(handler.event.needs[hook])
     count = needs.pop("", 0)
     if math.isinf(count):
@@ -52,6 +54,10 @@ def _why_never(hook: str, handler: Handler, run: Run, most: Mapping[str, float])
         if value > most.get(name, math.inf):
             return f"this run has {most[name]:g} {name}, and it asks for {value:g}"
     return None
+
+
+def _moves(run: Run) -> bool:
+    return any(phase.moved for stage in run.stages for phase in stage.phases)
 
 
 def most_of(run: Run) -> dict[str, float]:

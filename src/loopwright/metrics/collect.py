@@ -174,6 +174,15 @@ class Meters:
                         told.setdefault(name, _blank(self.metrics[name])).merge(_blank(self.metrics[name], values))
         return {key: value for name, metric in told.items() for key, value in self._values(name, metric)}
 
+    def unfed(self) -> dict[str, list[str]]:
+        """The metrics that take no part, and what they read that no step has returned."""
+        measured = self._measured()
+        return {
+            name: list(dict.fromkeys(key for leaf in leaves(metric) for key in inputs_of(leaf)))
+            for name, metric in self.metrics.items()
+            if name not in measured
+        }
+
     def _measured(self) -> list[str]:
         """The metrics all of whose parts take part."""
         fed = {id(self._parts[name]) for name in self._fed}
