@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from loopwright.callbacks.mixing import Mixing
+from loopwright.conflicts import changed_by
 from loopwright.described import described
 from loopwright.events import HOOKS, Callback
 from loopwright.every import Every
@@ -25,7 +26,7 @@ Found = Iterator[tuple[str, Any]]  # what is idle, and who says so: a stage, a c
 
 def does_nothing(run: Run) -> Found:
     """All that is idle in ``run``. A rehearsal or a part of the data says nothing of lengths."""
-    checks = (_frozen_twice, _twice, _mixed_twice)
+    checks = (_frozen_twice, _twice, _mixed_twice, _never_asked)
     for check in checks if run.settings.get("debug") else (*checks, _long_windows, _beyond_the_end):
         yield from check(run)
 
@@ -66,6 +67,18 @@ def _mixed_twice(run: Run) -> Found:
                     f"{type(one).__name__} and {type(other).__name__} both change a batch: what the first has mixed is "
                     "mixed again. Say how often each is to: p=0.5, or leave one out",
                     other,
+                )
+
+
+def _never_asked(run: Run) -> Found:
+    """Callbacks that change a loss from which nothing is computed, since the step does all the work."""
+    if not any(phase.moved for stage in run.stages for phase in stage.phases):
+        for callback in run.callbacks:
+            if type(callback).map_loss is not Callback.map_loss and "loss" in changed_by(callback):
+                name = f"{type(callback).__name__}.map_loss"
+                yield (
+                    f"{name} is never called, since no phase moves an optimizer by itself; do it in the step",
+                    callback,
                 )
 
 

@@ -144,7 +144,7 @@ def train_epoch(run: Run, stage: Stage) -> None:
                 f"epoch {run.progress.epoch + 1} of stage {stage.name!r} had no batch to train on. If the data is an "
                 "iterator, it is used up: pass a list, a DataLoader or a generator function instead"
             )
-        count_epoch(run, stage, run.progress.step > before)
+        count_epoch(run, stage, stepped=run.progress.step > before, asked=stopped)
         end_epoch(run, stage)
 
 
@@ -238,11 +238,8 @@ def train_step(run: Run, stage: Stage, window: Iterable[Any], planned: list[floa
             ends_epoch = True
         except SkipStep:
             break
-        if (
-            checks
-            and not phase.closure
-            and nonfinite(run, phase, values.get(prefix + "loss"), norm if phase.clip_norm else None)
-        ):
+        checked = checks and not phase.closure
+        if checked and nonfinite(run, phase, values.get(prefix + "loss"), norm if phase.clip_norm else None):
             break
         if not phase.closure:
             for optimizer in phase.moved:

@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from loopwright.conflicts import lost_work
 from loopwright.data import Chunks
 from loopwright.data.named import check_columns, columns_of
 from loopwright.errors import DataError, SettingError
-from loopwright.events import Callback, hook_name
+from loopwright.events import hook_name
 from loopwright.monitored import watched_in_vain, watched_the_wrong_way
 from loopwright.optim import match_names
 from loopwright.state import Every, Run, Stage
 from loopwright.task import Supervised, Task
-from loopwright.written import caller, is_ours, where, written_by_user
+from loopwright.written import caller, where, written_by_user
 
 __all__ = ["Written", "problems_in"]
 
@@ -280,14 +279,6 @@ def _settings(run: Run, written: Written) -> Found:
                     f"{name}={run.settings[name]!r} cannot apply, since no phase moves an optimizer by itself; "
                     "do it in the step",
                     written.trainer,
-                )
-        for callback, hook in product(run.callbacks, ("map_loss", "on_backward_end")):
-            kind = type(callback)
-            if getattr(kind, hook) is not getattr(Callback, hook) and not is_ours(getattr(kind, hook)):
-                yield (
-                    f"{kind.__name__}.{hook} is never called, since no phase moves an optimizer by itself; do it in the "
-                    "step",
-                    written.callback(run, callback),
                 )
     asked = run.settings.get("validate_every", "1 epoch")
     if asked != "1 epoch" and not any(stage.valid for stage in run.stages):

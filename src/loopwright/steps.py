@@ -311,22 +311,22 @@ def _judge_by_loss(run: Run, phase: Phase, loss: Any) -> None:
         )
 
 
-def count_epoch(run: Run, stage: Stage, stepped: bool) -> None:
+def count_epoch(run: Run, stage: Stage, *, stepped: bool, asked: bool) -> None:
     """Tell of an epoch that went by without an optimizer step, and raise after ten of them in a row.
 
-    A stage that is counted in steps would never end.
+    A stage that is counted in steps would never end. ``asked``: a hook has ended it before its first step.
     """
     if stepped:
         run.stepless = 0
         return
     run.stepless += 1
     said = (
-        f"went by without an optimizer step in stage {stage.name!r}: every batch was left out by SkipBatch or SkipStep, "
-        "weighed 0, or had a loss that is not finite, or StopEpoch came at once"
+        f"went by without an optimizer step in stage {stage.name!r}: every batch was left out by SkipBatch or "
+        "SkipStep, weighed 0, or had a loss that is not finite, or StopEpoch ended it"
     )
     if run.stepless >= _STEPLESS:
         raise DataError(f"{run.stepless} epochs in a row {said}. Let some batches through")
-    if run.stepless == 1 and run.precision.scaler is None:  # which leaves its first steps out by itself
+    if run.stepless == 1 and not asked and run.precision.scaler is None:  # which leaves its first steps out by itself
         warn(f"epoch {run.progress.epoch + 1} {said}")
 
 
