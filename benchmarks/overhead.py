@@ -66,7 +66,7 @@ def ratio_goals(results: list[Results]) -> list[Goal]:
 
     return [
         goal("bar, JSONL, accuracy, history, checkpoint policy / hand-written loop", plain, OURS_BARE, HAND, 0.55),
-        goal("the same with the non-finite check and the capsule, all defaults / hand-written", plain, OURS, HAND),
+        goal("all defaults: the same with the non-finite check and the capsule", plain, OURS, HAND),
         goal("`fit` with defaults / expert's loop", plain, OURS, EXPERT, 1.15),
         goal("`fit` with defaults / expert's loop, fused SGD in both", fused, OURS_FUSED, EXPERT_FUSED, 1.10),
         goal("`fit` with defaults + validation / hand-written loop without", more, OURS_VALID, HAND),
