@@ -53,7 +53,7 @@ gpu: ## on a CUDA machine: the GPU tests, then benchmarks/gpu.py writes docs/ben
 	@PYTHONPATH=src $(PYTHON) -m pytest -q -rs -m gpu
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --write
 
-reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4", QUICK=--quick), write docs/reliability.md
+reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4"), write docs/reliability.md (QUICK=--quick: a sample, to build/)
 	@$(BIN)/python -m reliability.run $(QUICK) $(ROWS)
 
 capabilities: $(TRACKERS) ## run every test that proves a capability and write docs/capabilities.md from those that pass

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import loopwright as lw
+from reliability import worlds
 from reliability.phases import waits
 from reliability.server import say
 from reliability.trial import NAME, digests, observe, seed_all, train
@@ -75,10 +76,15 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(p.name for p in (folder / "checkpoints").glob(".*"))
 
 
+def ranks(row: str, result: str, **settings: Any) -> None:
+    """Signals or faults in ranks: the row of this name of ``worlds``."""
+    _write(Path(result), getattr(worlds, row)(**settings))
+
+
 def _write(path: Path, found: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(found))
     os.replace(temporary, path)
 
 
-JOBS: dict[str, Callable[..., None]] = {"variant": variant, "saving": saving, "waits": waits}
+JOBS: dict[str, Callable[..., None]] = {"variant": variant, "saving": saving, "waits": waits, "ranks": ranks}

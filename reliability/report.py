@@ -14,9 +14,12 @@ import numpy as np
 import torch
 
 import loopwright
+from reliability.cost import LINES
+from reliability.hostile import MEGABYTES, SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON, PAGE = ROOT / "reliability.json", ROOT / "docs" / "reliability.md"
+QUICK = ROOT / "build" / "reliability-quick.json"  # where samples go: they take no full row's place
 # what a row is called, what must be so, and the number of the full run
 ROWS: dict[str, tuple[str, str, int]] = {
     "R1": (
@@ -49,7 +52,8 @@ ROWS: dict[str, tuple[str, str, int]] = {
     ),
     "S": (
         "malicious pickles, names of code, bombs, mutated files, all with valid checksums",
-        "nothing executed or imported, errors of ours only, at most a second each",
+        f"nothing executed or imported, errors of ours only; each takes at most {SECONDS:g} s of CPU time, and none "
+        f"brings the memory in use to more than {MEGABYTES:g} MB above what it was before the first",
         0,
     ),
     "F1": (
@@ -74,11 +78,47 @@ ROWS: dict[str, tuple[str, str, int]] = {
     ),
     "Cost": ("what it costs", "see below", 0),
 }
+# the test of tests/test_reliability.py that `make test` runs of a row, and how much of the row it is
+SUITE: dict[str, tuple[str, str]] = {
+    "R1": (
+        "test_a_run_resumed_after_its_steps_is_the_run_that_went_on",
+        "6 resumes: 3 of the kinds, after 2 of the steps",
+    ),
+    "R2": ("test_a_process_killed_once_ends_with_the_bits_of_one_that_was_not", "1 run"),
+    "R3": ("test_killed_processes_end_with_the_bits_of_those_that_were_not", "3 runs, each killed 2 or 3 times"),
+    "R2 ranks": (
+        "test_ranks_killed_inside_of_a_window_or_a_validation_end_with_the_same_bits_and_log",
+        "1 and 2 ranks with 0 and 2 workers, each killed in a window and in a validation; none at a random moment",
+    ),
+    "D1": ("test_a_kill_while_saving_loses_at_most_one_interval_and_leaves_nothing", "2 kills"),
+    "D1 async": ("test_a_kill_while_saving_loses_at_most_one_interval_and_leaves_nothing", "2 kills"),
+    "D4": (
+        "test_damage_is_seen_and_the_older_checkpoint_gone_on_from",
+        "a twentieth of the bit flips, truncations and zeroed blocks, and of the files",
+    ),
+    "S": (
+        "test_hostile_files_of_each_kind_run_nothing_and_stay_in_bounds",
+        "about 570 attempts, some of each kind; all of the corpora but the mutations are in "
+        "`tests/checkpoint/test_hostile.py`, too",
+    ),
+    "F1": ("test_a_signal_in_any_phase_saves_leaves_and_can_be_gone_on_from", "9 signals, one in each phase"),
+    "F2": (
+        "test_ranks_that_are_signalled_leave_in_time_and_are_gone_on_from",
+        "2 signals: SIGTERM to one of 2 ranks, and to both; none to `lw.launch` or torchrun, none with 4 ranks",
+    ),
+    "F3": (
+        "test_ranks_that_fail_leave_in_time_and_say_where",
+        "2 faults: one of 2 ranks raises, in the first hook and in the second; `make nightly` has more of them, in "
+        "`tests/parallel/test_hang_proof.py`",
+    ),
+    "Cost": ("", "none: it is timed, and other work on the machine would decide"),
+}
 INTRO = """# Reliability
 
-Written by `make reliability`, which runs all of this again (`make reliability ROWS="R1 D4"` some of it, `QUICK=--quick`
-a sample). Each number below was counted; none is extrapolated. The whole, with seeds and every failure, is in
-`reliability.json`. The suite runs a sample of each row (`tests/test_reliability.py`).
+Written by `make reliability`, which runs all of this again (`make reliability ROWS="R1 D4"` some of it). Each number
+below was counted; none is extrapolated. The whole, with seeds and every failure, is in `reliability.json`. With
+`QUICK=--quick` a sample of each row is run, which is told, goes to `build/reliability-quick.json` and changes neither
+this page nor that file.
 """
 LIMITS = """## What is not covered
 
@@ -91,9 +131,10 @@ bits are promised for the same versions, instructions and number of threads; a r
 """
 
 
-def load() -> dict[str, Any]:
-    """What earlier runs of the harness have found, by row."""
-    return json.loads(JSON.read_text())["rows"] if JSON.exists() else {}
+def load(path: Path | None = None) -> dict[str, Any]:
+    """What earlier runs of the harness have found, by row; ``path``: not those of the page."""
+    path = path or JSON
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
 
 
 def about(quick: bool) -> dict[str, Any]:
@@ -112,10 +153,15 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def save(rows: dict[str, Any]) -> None:
-    """Write both files."""
-    JSON.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    PAGE.write_text(page(rows))
+def add(name: str, found: dict[str, Any], *, quick: bool) -> None:
+    """Put a row in its place: a full one in the file and on the page, a sample in a file of its own."""
+    path = QUICK if quick else JSON
+    rows = {**load(path), name: {**found, "about": about(quick)}}  # those of other processes too
+    rows = {row: rows[row] for row in ROWS if row in rows}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if not quick:
+        PAGE.write_text(page(rows))
 
 
 def page(rows: dict[str, Any]) -> str:
@@ -128,8 +174,23 @@ def page(rows: dict[str, Any]) -> str:
         row = rows[name]
         part = f" of {full:,}" if full > row["count"] else ""
         table.append(f"| {name} | {what} | {row['count']:,}{part} | {len(row['failures'])} | {rule} |")
-    parts = [INTRO, "\n".join(table), _variants(rows), _details(rows), _costs(rows), _conditions(rows), LIMITS]
+    parts = [
+        INTRO,
+        "\n".join(table),
+        _suite(),
+        _variants(rows),
+        _details(rows),
+        _costs(rows),
+        _conditions(rows),
+        LIMITS,
+    ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _suite() -> str:
+    lines = [f"| {row} | {f'`{test}`' if test else ''} | {what} |" for row, (test, what) in SUITE.items()]
+    about = "Of each row but the last `make test` runs a small part, by a test in `tests/test_reliability.py`:"
+    return "\n".join(["## What the suite runs of it", "", about, "", "| row | test | part |", "|---|---|---|", *lines])
 
 
 def _variants(rows: dict[str, Any]) -> str:
@@ -143,18 +204,23 @@ def _variants(rows: dict[str, Any]) -> str:
 
 def _details(rows: dict[str, Any]) -> str:
     lines = []
-    for name in ("R2", "R3", "R2 ranks", "D1", "D1 async", "D4", "S", "F1", "F2", "F3"):
-        row = rows.get(name)
-        if row is None:
+    for name, row in rows.items():
+        if name in ("R1", "Cost"):  # which have tables
             continue
-        extra = {k: v for k, v in row.items() if k not in ("count", "failures", "about", "seed", "seconds")}
-        shown = "; ".join(f"{k}: {_shown(v)}" for k, v in extra.items())
-        seed = f"seed {row['seed']}, " if "seed" in row else ""
-        lines.append(f"- {name} ({seed}{row['seconds']:,.0f} s): {shown}")
+        lines.append(f"- {summary(name, row)}")
         lines += [f"  - failed: {where}: {_short(what)}" for where, what in list(row["failures"].items())[:10]]
     for where, what in list(rows.get("R1", {}).get("failures", {}).items())[:20]:
         lines.append(f"- R1 failed: {where}: {_short(what)}")
     return "\n".join(["## Details", "", *lines]) if lines else ""
+
+
+def summary(name: str, row: dict[str, Any]) -> str:
+    """What a row has found besides its failures, in a line."""
+    seed = f"seed {row['seed']}, " if "seed" in row else ""
+    hidden = ("count", "failures", "about", "seed", "seconds", "variants", "lines")
+    extra = {k: v for k, v in row.items() if k not in hidden}
+    extra |= {line["what"]: f"{line['measured']:g} {line['unit']}" for line in row.get("lines", [])}
+    return f"{name} ({seed}{row['seconds']:,.0f} s): " + "; ".join(f"{k}: {_shown(v)}" for k, v in extra.items())
 
 
 def _shown(value: Any) -> str:
@@ -169,11 +235,26 @@ def _short(what: Any) -> str:
 def _costs(rows: dict[str, Any]) -> str:
     if "Cost" not in rows:
         return ""
+    found = rows["Cost"]["lines"]
     lines = [
-        f"| {line['what']} | {line['measured']:g} {line['unit']} | {line['goal']:g} | {line['note']} |"
-        for line in rows["Cost"]["lines"]
+        f"| {line['what']} | {line['measured']:g} {line['unit']} | {LINES[line['what']][0]} | {_median(line)} | "
+        f"{line['goal']:g} | {line['note']} |"
+        for line in found
     ]
-    return "\n".join(["## Cost", "", "| what | median | at most | |", "|---|---|---|---|", *lines])
+    timed = [f"- {line['what']}: {LINES[line['what']][1]}" for line in found]
+    return "\n".join([
+        "## Cost", "",
+        f"{rows['Cost']['rounds']} rounds, or saves. Of the loader and of saves up to three times as many rounds were "
+        "timed, and those kept\nin which other programs did least.", "",
+        "| what | measured | which is the | median | at most | |", "|---|---|---|---|---|---|", *lines, "",
+        "What was timed:", "", *timed,
+    ])  # fmt: skip
+
+
+def _median(line: dict[str, Any]) -> str:
+    if LINES[line["what"]][0].startswith("median"):
+        return "the same"
+    return f"{line['median']:g} {line['unit']}" if "median" in line else "not kept in this run"
 
 
 def _conditions(rows: dict[str, Any]) -> str:
@@ -186,3 +267,7 @@ def _conditions(rows: dict[str, Any]) -> str:
             f"load {a['load']}"
         )
     return "\n".join(["## Conditions", "", *lines])
+
+
+if __name__ == "__main__":  # the page anew, of the results that there are
+    PAGE.write_text(page(load()))

@@ -1,4 +1,7 @@
-"""Run the rows of the reliability table and write the report: ``python -m reliability.run [--quick] [ROW ...]``."""
+"""Run the rows of the reliability table and write the report: ``python -m reliability.run [--quick] [ROW ...]``.
+
+With ``--quick`` a sample of them, which is written elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run rows, write the report after each; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of {', '.join(RUN)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a sample of each row")
+    parser.add_argument("--quick", action="store_true", help=f"a sample of each row, to build/{report.QUICK.name} only")
     options = parser.parse_args(arguments)
     if unknown := [row for row in options.rows if row not in RUN]:
         parser.error(f"there is no row {unknown[0]!r}; the rows are {', '.join(RUN)}")
@@ -74,11 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.perf_counter()
         found = RUN[name](options.quick)
         found.setdefault("seconds", round(time.perf_counter() - began, 1))
-        rows = report.load()  # of other processes too
-        rows[name] = {**found, "about": report.about(options.quick)}
-        report.save({row: rows[row] for row in report.ROWS if row in rows})
+        report.add(name, found, quick=options.quick)
         failed += len(found["failures"])
         _say(name, found["count"], found["failures"])
+        if options.quick:
+            print(f"  {report.summary(name, found)}", flush=True)
+    if options.quick:
+        print(f"A sample: it is in {report.QUICK}; reliability.json and docs/reliability.md are as they were.")
     return 1 if failed else 0
 
 

@@ -267,6 +267,7 @@ class Outcome:
 
     what: str
     seconds: float = 0.0  # until the last rank had gone
+    late: bool = False  # the run had come to its end before the signal
     problems: list[str] = field(default_factory=list)
 
 
@@ -355,13 +356,14 @@ def alone_run(folder: Path, world: int, **settings: Any) -> dict[str, str]:
 
 
 def signalled(
-    target: str, world: int, rank: int, number: signal.Signals, delay: float, folder: Path, alone: dict[str, str]
-) -> Outcome:
+    target: str, world: int, rank: int, number: signal.Signals, delay: float, folder: Path, alone: dict[str, str],
+    *, steps: int = STEPS,
+) -> Outcome:  # fmt: skip
     """Send ``number`` to ``target``, ``delay`` seconds after all ranks have read data; look, and go on."""
     outcome = Outcome(f"{number.name} to {target if target != 'one rank' else f'rank {rank}'} of {world}")
     folder.mkdir()
     how = target if target in ("lw.launch", "torchrun") else "forked"
-    ranks = Ranks(how, folder, world)
+    ranks = Ranks(how, folder, world, steps=steps)
     try:
         if not await_(lambda: all((folder / f"began-{r}").exists() for r in range(world)), 120):
             outcome.problems.append(f"training did not begin: {ranks.text()[-1000:]}")
@@ -375,10 +377,11 @@ def signalled(
         code = ranks.wait(2 * LIMIT_S)
         outcome.seconds = time.monotonic() - sent
         outcome.problems += _left(ranks, code, number, outcome.seconds)
+        outcome.late = not outcome.problems and _record(folder)[1]["status"] == "done"
     finally:
         ranks.kill()
     if not outcome.problems:
-        again = Ranks("forked", folder, world)
+        again = Ranks("forked", folder, world, steps=steps)
         code = again.wait(120)
         again.kill()
         if code != 0 or not (folder / "result.json").exists():
@@ -390,6 +393,12 @@ def signalled(
     return outcome
 
 
+def _record(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of the run, and what ``run.json`` in it says."""
+    (file,) = (folder / "runs" / NAME).glob("*/run.json")
+    return file.parent, json.loads(file.read_text())
+
+
 def _left(ranks: Ranks, code: int | None, number: signal.Signals, seconds: float) -> Iterator[str]:
     """What is wrong after a signal."""
     if code is None:
@@ -397,8 +406,7 @@ def _left(ranks: Ranks, code: int | None, number: signal.Signals, seconds: float
         return
     if seconds > LIMIT_S:
         yield f"gone after {seconds:.1f} s"
-    (file,) = (ranks.folder / "runs" / NAME).glob("*/run.json")
-    record = json.loads(file.read_text())
+    folder, record = _record(ranks.folder)
     if record["status"] == "done":  # it had come to its end
         return
     if ranks.how == "forked":
@@ -409,7 +417,7 @@ def _left(ranks: Ranks, code: int | None, number: signal.Signals, seconds: float
         yield f"lw.launch left with {code}: {ranks.text()[-1500:]}"
     if record["status"] != "interrupted":
         yield f"status {record['status']!r}: {ranks.text()[-1500:]}"
-    checkpoints, stopped = list_checkpoints(file.parent / "checkpoints"), record["progress"]["step"]
+    checkpoints, stopped = list_checkpoints(folder / "checkpoints"), record["progress"]["step"]
     saved = read(checkpoints[-1]).info["step"] if checkpoints else None
     if saved != stopped:
         yield f"the newest checkpoint is of step {saved}, and the run stopped after step {stopped}"
@@ -471,20 +479,23 @@ def _said(kind: str, rank: int, codes: list[int], texts: list[str]) -> Iterator[
         yield f"the hook is not named: {texts[rank][-1000:]}"
 
 
-def signals(count: int, *, seed: int = 19, say: Any = None) -> dict[str, Any]:
-    """F2: ``count`` signals, to each of the targets in turn, with 2 and 4 ranks."""
+def signals(
+    count: int, *, seed: int = 19, worlds: tuple[int, ...] = (2, 4), within: float = 1.0, steps: int = STEPS,
+    say: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """F2: ``count`` signals, to each of the targets in turn, with 2 and 4 ranks, ``within`` seconds from the start."""
     draws, outcomes = random.Random(seed), list[Outcome]()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        alone = {world: alone_run(place / f"alone-{world}", world) for world in (2, 4)}
+        alone = {world: alone_run(place / f"alone-{world}", world, steps=steps) for world in worlds}
         for i in range(count):
-            target, world = TARGETS[i % len(TARGETS)], (2, 4)[i // len(TARGETS) % 2]
+            target, world = TARGETS[i % len(TARGETS)], worlds[i // len(TARGETS) % len(worlds)]
             number = signal.SIGTERM if target == "torchrun" else SIGNALS[i // len(TARGETS) % len(SIGNALS)]
-            rank, delay = draws.randrange(world), draws.uniform(0, 1.0)
-            outcomes.append(signalled(target, world, rank, number, delay, place / f"{i}", alone[world]))
+            rank, delay = draws.randrange(world), draws.uniform(0, within)
+            outcomes.append(signalled(target, world, rank, number, delay, place / f"{i}", alone[world], steps=steps))
             if say is not None:
                 say(outcomes[-1])
-    return _summed(outcomes, seed)
+    return {**_summed(outcomes, seed), "after the end of the run": sum(outcome.late for outcome in outcomes)}
 
 
 def faults(count: int, *, seed: int = 23, say: Any = None) -> dict[str, Any]:
@@ -510,4 +521,6 @@ def _summed(outcomes: list[Outcome], seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    train(**json.loads(sys.argv[1]))
+    from reliability import worlds  # by its name: a resume compares classes, and those of __main__ are others
+
+    worlds.train(**json.loads(sys.argv[1]))
