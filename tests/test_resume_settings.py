@@ -517,3 +517,18 @@ def test_settings_that_a_script_hands_on_as_a_whole_are_compared_but_for_how_lon
 def test_settings_of_another_version_and_addresses_are_not_compared_and_nan_is_nan() -> None:
     assert compared({"gone": 1, "loss": "<f at 0x7f01>", "nonfinite": float("nan")},
                     {"new": 1, "loss": "<f at 0x7f02>", "nonfinite": float("nan")}) == ([], [], [])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "same_one"),
+    [
+        ("<__main__.Net>", "<pkg.train.Net>", True),
+        ("<pkg.train.Net>", "<__main__.Net>", True),
+        ("<__main__.Net>", "<pkg.train.Other>", False),
+        ("<pkg.old.Net>", "<pkg.new.Net>", False),
+    ],
+)
+def test_a_script_that_is_run_and_imported_is_one_module(was: str, now: str, same_one: bool) -> None:
+    """``python -m pkg.train`` calls its classes ``__main__.Net``; whoever imports it has ``pkg.train.Net``."""
+    told = compared({"loss": {"class": was}}, {"loss": {"class": now}}).decides
+    assert told == ([] if same_one else [f"loss was {was} and is {now}"])

@@ -99,7 +99,7 @@ def _changes(saved: Any, now: Any, path: Path) -> Iterator[tuple[Path, str]]:
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
         if path[-1:] == ("fingerprint",):
             yield from ((path, told) for told in changes(saved, now, f"the data of {'/'.join(path[:-1])}"))
-        elif saved.get("class") != now.get("class"):
+        elif not _same(saved.get("class"), now.get("class")):
             yield path, f"{where} was {_shown(saved)} and is {_shown(now)}"
         else:
             for name in dict.fromkeys((*saved, *now)):
@@ -124,9 +124,16 @@ def _same(was: Any, now: Any) -> bool:
         return len(was) == len(now) and all(map(_same, was, now))
     if isinstance(was, str) and isinstance(now, str):
         places = _PLACE.match(was) and _PLACE.match(now)
-        return bool(places) or _less_address(was) == _less_address(now)
+        return bool(places) or _less_address(was) == _less_address(now) or _is_main(was, now)
     none = all(one is None or one is False for one in (was, now))
     return none or bool(was == now) or repr(was) == repr(now)  # nan is nan
+
+
+def _is_main(was: str, now: str) -> bool:
+    """True for a class of one name, of a module that was imported and of the same one run as the main program."""
+    names = [re.fullmatch(r"<(.+)\.([^.<>]+)>", one) for one in (was, now)]
+    modules, last = zip(*(name.groups() for name in names if name), strict=True) if all(names) else ((), ())
+    return "__main__" in modules and last[0] == last[1]
 
 
 def _less_address(text: str) -> str:
