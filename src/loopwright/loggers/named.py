@@ -46,8 +46,8 @@ def _made(name: str) -> Any:
         if kind not in found:
             raise SettingError(
                 f"there is no logger named {kind!r}. {choose(kind, {*_OURS, *found})} Another one is an object with "
-                "log(progress, values, kind), or a plug-in: examples/trackers has those of Comet, Neptune, Polyaxon and "
-                "Visdom, which docs/loggers.md tells how to add"
+                "log(progress, values, kind), or a plug-in: examples/trackers has those of Comet, Neptune, Polyaxon "
+                "and Visdom, which docs/loggers.md tells how to add"
             )
         make = found[kind].load()
     return make(argument) if colon else make()
