@@ -127,6 +127,7 @@ def test_where_it_is_written_and_shown_makes_no_other_run() -> None:
     assert folder.exists()
 
 
+@pytest.mark.capability("GEN-04")
 def test_other_code_or_another_command_line_is_another_run(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit()
     script.write_text("version = 2\n")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopwright.errors import HookError, SettingError
+from loopwright.errors import HookError, SettingError, choose
 from loopwright.rng import forked
 from loopwright.written import warn
 
@@ -26,6 +27,8 @@ METHODS = {
     "log_figure": ("progress", "name", "figure"), "log_text": ("progress", "name", "text"),
     "log_artifact": ("progress", "name", "path"), "flush": (), "close": ("status",),
 }  # fmt: skip
+_OPTIONAL = (*METHODS, "state_dict", "load_state_dict")
+_NEAR = 0.75  # log_fig is as near to log_figure, on_close to close
 
 
 def check_logger(logger: Any) -> None:
@@ -46,6 +49,20 @@ def check_logger(logger: Any) -> None:
                 f"{type(logger).__name__}.{method}{signature} has the wrong parameters; write: "
                 f"def {method}({', '.join(('self', *given))})"
             ) from None
+    _tell_misspelt(logger)
+
+
+def _tell_misspelt(logger: Any) -> None:
+    """Warn of a method that nothing calls, where the one that it is nearly named as is missing."""
+    missing = [name for name in _OPTIONAL if not hasattr(logger, name)]
+    for name in dir(type(logger)):
+        if name[0] == "_" or name in _OPTIONAL or not callable(getattr(type(logger), name, None)):
+            continue
+        if difflib.get_close_matches(name, missing, n=1, cutoff=_NEAR):
+            warn(
+                f"{type(logger).__name__}.{name} is no method of loggers, and nothing calls it. "
+                f"{choose(name, _OPTIONAL)} A helper of your own is passed over if its name begins with _"
+            )
 
 
 @dataclass(slots=True)

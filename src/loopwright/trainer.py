@@ -30,7 +30,7 @@ from loopwright.explain import explain, writers
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
-from loopwright.loggers import JSONLLogger, logger_named
+from loopwright.loggers import CSVLogger, JSONLLogger, logger_named
 from loopwright.loggers.named import usual_loggers
 from loopwright.metrics import check_metrics
 from loopwright.optim import trainable_flags
@@ -178,6 +178,12 @@ class Trainer:
                 )
         for logger in self.loggers:
             check_logger(logger)
+            if folder is None and isinstance(logger, (CSVLogger, JSONLLogger)) and logger.path is None:
+                kind, name = type(logger).__name__, "csv" if isinstance(logger, CSVLogger) else "jsonl"
+                raise SettingError(
+                    f"{kind}() has no place to write to, since folder=None: give the Trainer a folder, or the logger a "
+                    f"path, loggers=['{name}:one.{name}'] or {kind}('one.{name}')"
+                )
         if not isinstance(capsule, bool):
             raise SettingError(f"capsule={capsule!r}: expected True or False; lw.Capsule(...) goes among the callbacks")
         if not isinstance(progress, (bool, Callback)):

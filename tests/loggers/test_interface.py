@@ -335,6 +335,56 @@ def test_the_environment_names_the_usual_loggers(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+@pytest.mark.parametrize(
+    ("loggers", "says"),
+    [
+        ("csv", "CSVLogger() has no place to write to, since folder=None: give the Trainer a folder, or the logger a "
+                "path, loggers=['csv:one.csv'] or CSVLogger('one.csv')"),
+        ([OnlyLog(), lw.JSONLLogger()], "JSONLLogger() has no place to write to, since folder=None: give the Trainer a "
+         "folder, or the logger a path, loggers=['jsonl:one.jsonl'] or JSONLLogger('one.jsonl')"),
+    ],
+)  # fmt: skip
+def test_a_logger_of_files_without_a_place_is_refused_before_training(loggers: Any, says: str) -> None:
+    with pytest.raises(lw.SettingError) as error:
+        trainer(epochs=1, loggers=loggers)
+    assert str(error.value) == says
+    trainer(epochs=1, loggers=["csv:one.csv", lw.JSONLLogger("one.jsonl")]).fit(sgd_task(line()), DATA)
+    assert Path("one.csv").exists()
+    assert Path("one.jsonl").exists()
+
+
+class Misspelt(OnlyLog):
+    def log_fig(self, progress: lw.Progress, name: str, figure: Any) -> None: ...
+
+    def on_close(self, status: str) -> None: ...
+
+    def flsh(self) -> None: ...
+
+    def _clos(self) -> None: ...
+
+    def draw(self) -> None: ...
+
+
+class Helped(Everything):
+    def log_texts(self) -> None: ...
+
+    def load_state(self) -> None: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def test_a_misspelt_method_of_a_logger_is_told_with_the_nearest() -> None:
+    with pytest.warns(lw.LoopwrightWarning) as caught:
+        trainer(epochs=1, loggers=[Misspelt()])
+    known = "'close', 'flush', 'load_state_dict', 'log', 'log_artifact', 'log_config', 'log_figure', 'log_text', "
+    assert [str(one.message) for one in caught] == [
+        f"Misspelt.{name} is no method of loggers, and nothing calls it. Known: {known}'start', 'state_dict'. Did you "
+        f"mean {near!r}? A helper of your own is passed over if its name begins with _"
+        for name, near in (("flsh", "flush"), ("log_fig", "log_figure"), ("on_close", "close"))
+    ]
+    trainer(epochs=1, loggers=[Helped()])  # what they are near to is there
+
+
 def test_curves_have_one_value_a_step() -> None:
     logger = Points()
     trainer(epochs=2, loggers=[logger], log_every=1).fit(sgd_task(line()), DATA, pairs([1.0]))

@@ -123,7 +123,7 @@ def test_a_torn_line_longer_than_the_search_block_is_cut(make_run, tmp_path):
 def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n[2]\n{"step": 3}\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is not a JSON object: b'\[2\]'"):
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is not a JSON object: b'\[2\]'. Delete it to read"):
         read_jsonl(path)
 
 

@@ -106,6 +106,22 @@ def test_a_line_that_is_torn_is_told_with_its_number(recorded: Path, capsys: pyt
     ]
 
 
+def test_a_line_in_the_middle_that_is_no_record_is_left_out_with_its_number(recorded: Path) -> None:
+    """As the report does: what follows it is sent as well, and once."""
+    file = recorded / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], lines[1][:20], *lines[1:], "[2]"]) + "\n")
+    told = f"2 lines of {file} could not be read: line 2, 5. They are left out, the others are sent"
+    with pytest.warns(lw.LoopwrightWarning) as caught:
+        assert main(["log", str(recorded), "--to", "csv:table.csv"]) == 0
+    assert [str(one.message) for one in caught] == [told]
+    assert len(list(csv.DictReader(Path("table.csv").read_text().splitlines()))) == 3
+    with file.open("a") as more:
+        more.write('{"kind": "test", "step": 4, "test/loss": 0.5}\n')
+    with pytest.warns(lw.LoopwrightWarning, match="could not be read: line 2, 5"):
+        assert send(recorded, "csv:table.csv") == 1
+
+
 class Buffered:
     """Sends at ``flush``, and what is left at a good end."""
 

@@ -20,6 +20,7 @@ from loopwright.metrics import (
     MAE,
     MSE,
     Accuracy,
+    ConfusionMatrix,
     Derived,
     Mean,
     Meters,
@@ -137,7 +138,9 @@ def test_f1_from_precision_and_recall_is_fed_once_beside_its_parts() -> None:
     )
 
 
+@pytest.mark.capability("IG-15")
 def test_equal_built_in_parts_of_different_metrics_are_one() -> None:
+    """Equal built-in parts of different metrics, such as those of precision and recall, are fed once."""
     a, b = Precision(classes=3), Recall(classes=3, average="micro")
     meters = Meters({"a": a, "b": b, "c": Precision(classes=4), "d": Precision(classes=3, target="y"), "ab": a * b})
     assert list(meters._parts) == ["a/0", "c/0", "d/0"]
@@ -160,6 +163,22 @@ def test_each_class_keeps_its_name_in_arithmetic() -> None:
     })  # fmt: skip
     known = {name: keys_of(name, metric) for name, metric in meters.metrics.items()}
     assert known == {"f1": ["f1/cat", "f1/dog"], "mixed": None, "mean": ["mean"]}
+
+
+def test_a_class_is_picked_by_its_name() -> None:
+    names, given = ["cat", "dog", "fox"], (torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
+    recall = Recall(names, average=None, zero_division=0.0)
+    assert [value_of(recall[name], *given) for name in names] == [1.0, 1.0, 0.0]
+    assert value_of((2 * recall)["dog"], *given) == 2.0
+    assert value_of(ConfusionMatrix(names)["fox/dog"], *given) == 1.0
+    with pytest.raises(
+        MetricError, match=r"^the metric computed no 'dgo'. Known: 'cat', 'dog', 'fox'. Did you mean 'd"
+    ):
+        value_of(recall["dgo"], *given)
+    with pytest.raises(MetricError, match=r"^\['a'\] of a metric that computed a single number. Of each class"):
+        value_of(Recall(names)["a"], *given)
+    with pytest.raises(MetricError, match=r"computed \[3\] values, which have no names: take a number, such as \[0\]"):
+        value_of(torch.sqrt(recall)["dog"], *given)
 
 
 def test_parts_may_read_different_names_and_be_foreign() -> None:

@@ -215,6 +215,30 @@ def test_nan_scores_are_an_error_with_the_fix(name: str) -> None:
         measured(name, preds, target)
 
 
+def test_what_makes_a_function_fail_is_noted_with_what_to_do() -> None:
+    """Targets that are NaN, and a class that no target has."""
+
+    def notes(name: str, preds: Tensor, target: Tensor) -> list[str]:
+        with pytest.raises(ValueError, match=r".") as error:
+            measured(name, preds, target)
+        return list(error.value.__notes__)
+
+    preds, target = scores("numbers")
+    target[3] = float("nan")
+    assert notes("sklearn:r2", preds, target)[0] == (
+        "[loopwright] a cause may be that the targets are NaN or infinite in 1 of 40 samples: look at the data, or "
+        "leave these samples out with lw.metrics.Where(metric, lambda target: target.isfinite())"
+    )
+    preds, target = scores()
+    split = "such as lw.data.train_valid_split(data, 0.2, stratify=y)"
+    for seen, told in ((target * 0, "one class alone, 0"), (target.clamp(max=1), "2 of the 3 classes")):
+        assert notes("sklearn:roc_auc_ovr", preds, seen) == [
+            f"[loopwright] a cause may be that the 40 targets of this evaluation have {told}; what compares classes "
+            f"needs all of them: give data that has them, {split}",
+            "[loopwright] when metric 'm' was computed",
+        ]
+
+
 def test_what_cannot_be_kept_or_told_is_refused() -> None:
     with pytest.raises(MetricError, match=r"is given preds: \[str, str\]; only tensors, arrays and numbers are kept"):
         Function(max).update(["a", "b"], torch.zeros(2))

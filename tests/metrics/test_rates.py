@@ -17,6 +17,7 @@ from torch import Tensor
 import loopwright as lw
 from loopwright.errors import LoopwrightWarning, MetricError, SettingError
 from loopwright.metrics import ConfusionMatrix, Meters, functional
+from undefined import is_of_nothing
 
 REGRESSION = [
     "torchmetrics:explained_variance", "torchmetrics:kendall_rank_corrcoef", "torchmetrics:log_cosh_error",
@@ -231,7 +232,38 @@ def test_classes_that_occur_nowhere_are_left_out_of_the_macro_mean() -> None:
     recall = lw.metrics.Recall(10)
     recall.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
     assert recall.compute() == 1.0
-    assert str(lw.metrics.Recall(10).compute()) == "nan"  # of nothing, without a warning
+
+
+@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("average", ["macro", "weighted", "micro"])
+@pytest.mark.parametrize("of", [{"classes": 3}, {"labels": 3}])
+def test_a_rate_of_nothing_says_that_it_was_given_nothing(name: str, average: Any, of: Any) -> None:
+    kind, _, more = RATES[name]
+    assert is_of_nothing(kind(**of, average=average, **more))
+
+
+def test_a_rate_of_nothing_in_a_run_says_so_and_a_missing_class_is_still_told_later() -> None:
+    metric = lw.metrics.Precision(3)
+    assert is_of_nothing(metric)
+    metric.update(torch.tensor([0, 0]), torch.tensor([0, 1]))
+    with pytest.warns(LoopwrightWarning, match="^Precision is 0/0 for class '1', which was never predicted"):
+        metric.compute()
+    none = lw.metrics.Where(lw.metrics.F1(3), lambda target: target > 5)
+    task = lw.Supervised(torch.nn.Linear(2, 3), metrics={"f1": none})
+    with pytest.warns(LoopwrightWarning, match="^F1 was given no sample"):
+        found = lw.Trainer(folder=None, progress=False).test(task, [(torch.zeros(4, 2), torch.zeros(4).long())])
+    assert str(found["test/f1"]) == "nan"
+
+
+def test_a_mean_weighted_by_targets_of_which_there_is_none_says_so() -> None:
+    metric = lw.metrics.Precision(labels=2, average="weighted")
+    metric.update(torch.tensor([[1, 1]]), torch.tensor([[0, 0]]))
+    with pytest.warns(LoopwrightWarning) as told:
+        assert str(metric.compute()) == "nan"
+    assert [str(one.message) for one in told] == [
+        "Precision is a mean weighted by the number of targets, and no label has one: it is nan. Write "
+        "zero_division=0.0 for a number without this warning"
+    ]
 
 
 @pytest.mark.capability("IG-13")
@@ -329,6 +361,12 @@ def test_values_that_cannot_be_counted_are_found(size: Any, preds: Any, target: 
          "labels=..., or leave it out"),
         (lambda: lw.metrics.Precision(3, average="macros"), "average='macros' is unknown. Known: 'None', 'macro', "
          "'micro', 'weighted'. Did you mean 'macro'? None gives each class"),
+        (lambda: lw.metrics.Precision(2, average=None, zero_division="warn"), "zero_division='warn': expected a number "
+         "that 0/0 counts as, such as 0.0 or 1.0, or None (nan, and a warning that says which class lacks what)"),
+        (lambda: lw.metrics.Recall(threshold=float("nan")), "threshold=nan: expected a finite number, above which a "
+         "score says 1: 0.5 for probabilities, 0.0 for logits"),
+        (lambda: lw.metrics.Accuracy(threshold="0.5"), "threshold='0.5': expected a finite number, above which a "
+         "score says 1: 0.5 for probabilities, 0.0 for logits"),
         (lambda: lw.metrics.FBeta(0), "beta=0: expected a number above 0, such as 2.0; its square weighs the recall"),
     ],
 )  # fmt: skip
@@ -336,3 +374,31 @@ def test_settings_that_make_no_sense_are_refused(make: Any, message: str) -> Non
     with pytest.raises(SettingError) as error:
         make()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("make", "preds", "target", "message"),
+    [
+        (lw.metrics.Accuracy, torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2).long(),
+         "preds complex64[2, 3]: of complex scores none is the largest. Write preds.abs()"),
+        (lw.metrics.Accuracy, torch.zeros(2), torch.zeros(2, dtype=torch.complex64),
+         "target complex64[2]: class indices are integers. Write target.real.long()"),
+        (lambda: lw.metrics.Precision(3), torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2).long(),
+         "preds complex64[2, 3]: of complex scores none is the largest. Write preds.abs()"),
+        (lw.metrics.Precision, torch.zeros(2, dtype=torch.complex128), torch.zeros(2).long(),
+         "preds complex128[2]: of complex scores none is the largest. Write preds.abs()"),
+    ],
+)  # fmt: skip
+def test_complex_scores_are_refused_at_once(make: Any, preds: Tensor, target: Tensor, message: str) -> None:
+    metric = make()
+    if preds.ndim == 1:
+        metric.update(torch.zeros(2), torch.zeros(2).long())  # what went before does not hide it
+    with pytest.raises(MetricError) as error:
+        metric.update(preds, target)
+    assert str(error.value) == message
+
+
+def test_one_hot_bools_are_scores() -> None:
+    for metric in (lw.metrics.Accuracy(), lw.metrics.Precision(3)):
+        metric.update(torch.eye(3).bool(), torch.tensor([0, 1, 2]))
+        assert metric.compute() == 1.0

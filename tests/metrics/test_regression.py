@@ -11,13 +11,49 @@ import torch
 import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torchmetrics.text import Perplexity as TheirPerplexity
 
+import loopwright as lw
 from loopwright.errors import LoopwrightWarning, MetricError, SettingError
+from loopwright.events import describe
 from loopwright.metrics import MSE, R2, RMSE, Max, Meters, Min, Perplexity, Sum, functional
 from undefined import is_of_nothing
 
 ROWS = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+BOTH = torch.tensor([1 + 1j, 2.0])
+
+
+@pytest.mark.parametrize("name", ["MAE", "MSE", "RMSE", "R2"])
+@pytest.mark.parametrize(
+    ("preds", "target", "fix"),
+    [
+        (BOTH, torch.zeros(2), "preds.abs(), or torch.view_as_real(preds)"),
+        (torch.zeros(2), BOTH, "target.abs(), or torch.view_as_real(target)"),
+        (torch.zeros(2).bool(), torch.zeros(2).bool(), "preds.float()"),
+        (torch.zeros(2), torch.zeros(2).bool(), "target.float()"),
+        (torch.zeros(2).bool(), torch.zeros(2), "preds.float()"),
+    ],
+)
+def test_errors_are_of_real_numbers(name: str, preds: Tensor, target: Tensor, fix: str) -> None:
+    for call in (getattr(lw.metrics, name)().update, getattr(functional, name.lower())):
+        with pytest.raises(MetricError) as error:
+            call(preds, target)
+        assert str(error.value) == (
+            f"preds {describe(preds)} and target {describe(target)}: an error is the difference of real numbers. Write "
+            f"{fix}"
+        )
+
+
+@pytest.mark.parametrize(
+    "metric", [Sum(), Max(), Min(), lw.metrics.Mean(), lw.metrics.Mean(weight="w")], ids=lambda m: type(m).__name__
+)
+@pytest.mark.parametrize("value", [BOTH, BOTH[0], 1 + 1j])
+def test_a_value_of_complex_numbers_is_refused(metric: Any, value: Any) -> None:
+    with pytest.raises(MetricError, match=r"a record holds real numbers. Write value.abs\(\), or value.real"):
+        metric.update(value, *[1.0] * (len(metric.inputs) - 1))
 
 
 @settings(max_examples=30)
@@ -79,6 +115,13 @@ def test_rmse_shares_the_totals_of_mse() -> None:
     assert meters.compute()["mse"] == pytest.approx(theirs(preds, target).item() ** 2)
     assert len(meters._parts) == 1
     assert functional.rmse(preds, target).item() == pytest.approx(theirs(preds, target).item())
+
+
+def test_an_rmse_of_nothing_says_its_own_name() -> None:
+    with pytest.warns(LoopwrightWarning, match="^RMSE was given no sample") as told:
+        assert math.isnan(RMSE().compute())
+    assert len(told) == 1
+    assert is_of_nothing(torch.log(RMSE()))
 
 
 @settings(max_examples=30)

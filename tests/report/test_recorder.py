@@ -324,6 +324,48 @@ def test_what_is_shown_of_a_batch_can_be_chosen(tmp_path):
     assert all(one["text"] == f"sample of class {one['target']}" for one in part(run, "valid")["worst"])
 
 
+@pytest.mark.parametrize(
+    ("shown", "told"),
+    [
+        (lambda batch: ["only one"], "[str]"),
+        (lambda batch: batch[0][:2], "float32[2, 5]"),
+        (lambda batch: "a text", "str"),
+        (lambda batch: {"x": batch[0]}, "{'x': float32[6, 5]}"),
+    ],
+)
+def test_another_number_than_there_are_samples_is_told_once(tmp_path, shown, told):
+    says = (
+        rf"^lw.Report: show= returned {re.escape(told)}, and the batch has \d samples: return one for each, "
+        r"images \[N, C, H, W\] or \[N, H, W\], rows of numbers \[N, D\], or a list of texts$"
+    )
+    with pytest.warns(lw.LoopwrightWarning, match=says) as caught:
+        run = fitted(tmp_path, lw.Report(show=shown, columns=list("abcde")))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    worst = part(run, "valid")["worst"]
+    assert worst
+    assert not any({"text", "image", "row"} & one.keys() for one in worst)
+    with pytest.raises(lw.SettingError, match=r"^lw.report.results: show= returned .*, and the batch has 9 samples"):
+        lw.report.results(lw.Supervised(classifier(), nn.CrossEntropyLoss()), [samples(9)], show=shown)
+
+
+def test_a_show_that_raises_ends_no_training(tmp_path):
+    asked = []
+
+    def show(batch: Any) -> Any:
+        asked.append(batch)
+        return 1 / 0
+
+    says = r"^lw.Report: show= \(.*test_recorder.py:\d+\) failed on a batch: ZeroDivisionError\('division by zero'\)\. "
+    with pytest.warns(lw.LoopwrightWarning, match=says) as caught:
+        run = fitted(tmp_path, lw.Report(show=show, columns=["x"]))
+    assert (len(caught), len(asked), run.status) == (1, 1, "done")
+    assert part(run, "valid")["samples"] == 23
+    assert "failed on a batch" in (run.folder / "report.html").read_text()
+    with pytest.raises(ZeroDivisionError):
+        lw.report.results(lw.Supervised(classifier(), nn.CrossEntropyLoss()), [samples(9)], show=show)
+
+
 def test_a_resume_from_every_step_is_exact_with_a_report(tmp_path):
     def make() -> Experiment:
         net = classifier(dropout=0.2, batch_norm=True)

@@ -31,8 +31,8 @@ class CSVLogger:
     A ``path`` may be that of many runs, one after the other: its first column is ``run``, the end of the folder of
     the run, ``digits/20261121-101500-1a2b3c``. Runs that go on side by side need a file each.
 
-    A resumed run drops those of its rows that its checkpoint did not know. Without a folder and a ``path`` nothing
-    is written. Of several processes only rank 0 writes.
+    A resumed run drops those of its rows that its checkpoint did not know. A Trainer without a folder refuses one
+    without a ``path``. Of several processes only rank 0 writes.
 
     >>> import loopwright as lw
     >>> for name in ("wide", "narrow"):

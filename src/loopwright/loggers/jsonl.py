@@ -16,7 +16,7 @@ from loopwright.loggers.files import keep_artifact, keep_figure, keep_text
 from loopwright.loggers.tracking import run_label
 from loopwright.state import Progress, Run
 
-__all__ = ["NON_FINITE", "JSONLLogger", "read_jsonl", "read_whole_lines"]
+__all__ = ["NON_FINITE", "JSONLLogger", "read_jsonl", "read_whole_lines", "unreadable"]
 
 NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 _encode = json.JSONEncoder(allow_nan=False, default=float, check_circular=False).encode  # else twice the cost
@@ -34,8 +34,8 @@ class JSONLLogger:
     "digits/20261121-101500-1a2b3c"``, the end of its folder. A record is with the operating system when
     ``log`` returns: it survives the end of the process, however it ends, but not that of the machine. A
     resumed run drops those of its records that its checkpoint did not know, so that none is there twice.
-    Figures, texts and files are kept beside it. Without a folder and a ``path`` nothing is written. Of
-    several processes only rank 0 writes.
+    Figures, texts and files are kept beside it. A Trainer without a folder refuses one without a
+    ``path``. Of several processes only rank 0 writes.
 
     >>> logger = JSONLLogger("metrics.jsonl")
     >>> logger.log(Progress(step=50), {"train/loss": float("nan")}, "train")
@@ -191,22 +191,37 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises DataError, naming the line, if another line is not a JSON object.
     """
-    return read_whole_lines(path)[0]
+    records, bad, _ = read_whole_lines(path)
+    if bad:
+        line = Path(path).read_bytes().split(b"\n")[bad[0] - 1]
+        raise DataError(f"{path}, line {bad[0]} is not a JSON object: {line[:80]!r}. Delete it to read the others")
+    return records
 
 
-def read_whole_lines(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int | None]:
-    """What ``read_jsonl`` gives, and the number of a last line that it left out; None if there is none such.
+def read_whole_lines(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[int], int | None]:
+    """The records of the lines that are one, the numbers of lines that are none, and that of a last line which was not
+    written to its end; None if there is none such.
 
-    >>> written = Path("metrics.jsonl").write_text('{"step": 9}\\n{"kind": "tr')
+    >>> written = Path("metrics.jsonl").write_text('{"step": 9}\\n{"st\\n{"step": 10}\\n{"kind": "tr')
     >>> read_whole_lines("metrics.jsonl")
-    ([{'step': 9}], 2)
+    ([{'step': 9}, {'step': 10}], [2], 4)
     """
-    records = []
+    records, bad = [], []
     *whole, last = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(whole, 1):
         try:
             record = json.loads(line)
             records.append({k: NON_FINITE.get(v, v) if type(v) is str else v for k, v in record.items()})
-        except (ValueError, AttributeError):
-            raise DataError(f"{path}, line {number} is not a JSON object: {line[:80]!r}") from None
-    return records, len(whole) + 1 if last else None
+        except (ValueError, AttributeError, RecursionError):
+            bad.append(number)
+    return records, bad, len(whole) + 1 if last else None
+
+
+def unreadable(file: str | os.PathLike[str], bad: list[int]) -> str:
+    """The sentence about lines that are no records.
+
+    >>> unreadable("metrics.jsonl", [3, 7])
+    '2 lines of metrics.jsonl could not be read: line 3, 7'
+    """
+    shown = ", ".join(f"{one:,}" for one in bad[:5]) + (", …" if len(bad) > 5 else "")
+    return f"{len(bad):,} line{'s' * (len(bad) > 1)} of {os.fspath(file)} could not be read: line {shown}"

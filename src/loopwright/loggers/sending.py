@@ -14,10 +14,11 @@ from loopwright.delivery import check_logger
 from loopwright.errors import SettingError
 from loopwright.events import Hooks
 from loopwright.folder import put, recorded
-from loopwright.loggers.jsonl import read_whole_lines
+from loopwright.loggers.jsonl import read_whole_lines, unreadable
 from loopwright.loggers.named import logger_named
 from loopwright.parallel import Plain, Single
 from loopwright.state import Progress, Run, has_state
+from loopwright.written import warn
 
 __all__ = ["send", "send_whole_lines"]
 
@@ -31,9 +32,9 @@ def send(folder: str | os.PathLike[str], to: Any, *, again: bool = False) -> int
     ``to`` is a logger or the name of one. What has been sent before to one of that name or class is not sent again:
     ``sent.json`` in the folder says so, and a run that is still going on may be sent as often as you like.
     ``again=True`` sends everything, after what it had was deleted. A last line of ``metrics.jsonl`` that is not
-    complete is left out.
+    complete is left out; so are other damaged lines, with a warning that numbers them.
 
-    Raises SettingError for what is no run folder or no logger, DataError for another damaged line.
+    Raises SettingError for what is no run folder or no logger.
 
     >>> from loopwright.folder import open_folder
     >>> path = open_folder("runs", "digits", settings={}, seed=0)
@@ -53,7 +54,9 @@ def send_whole_lines(folder: str | os.PathLike[str], to: Any, *, again: bool = F
     notes = _notes(place)
     before = {} if again else notes.get(label, {})
     lines = place / "metrics.jsonl"
-    records, torn = read_whole_lines(lines) if lines.exists() else ([], None)
+    records, bad, torn = read_whole_lines(lines) if lines.exists() else ([], [], None)
+    if bad:
+        warn(f"{unreadable(lines, bad)}. {'It is' if len(bad) == 1 else 'They are'} left out, the others are sent")
     if before.get("state") and has_state(logger):
         logger.load_state_dict(before["state"])
     count = _give(logger, _bare(place, record), record, records[before.get("records", 0) :], before)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loopwright.errors import elsewhere
-from loopwright.loggers.jsonl import read_jsonl
+from loopwright.loggers.jsonl import read_whole_lines
 from loopwright.loggers.tracking import needs, points, run_name
 from loopwright.loggers.wandb_files import last_row
 from loopwright.state import Progress, Run
@@ -68,7 +68,7 @@ class WandbLogger:
     def _catch_up(self, run: Run) -> None:
         """Write the rows that W&B has lost with a process that was killed: those of the records of the run."""
         file = run.folder and run.folder / "metrics.jsonl"
-        for record in read_jsonl(file) if file and file.exists() else ():
+        for record in read_whole_lines(file)[0] if file and file.exists() else ():
             if self._there <= record["step"] <= run.progress.step:
                 values = {key: value for key, value in record.items() if "/" in key or key.startswith("lr")}
                 self.log(Progress(step=record["step"]), values, record["kind"])

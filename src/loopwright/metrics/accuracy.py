@@ -12,7 +12,7 @@ from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.base import Metric
 from loopwright.metrics.counting import binned
-from loopwright.metrics.shapes import check_tensors, check_top_k, fit, hits
+from loopwright.metrics.shapes import check_tensors, check_threshold, check_top_k, fit, hits
 from loopwright.written import warn
 
 __all__ = ["Accuracy"]
@@ -66,6 +66,7 @@ class Accuracy(Metric):
         self.top_k, self.average, self.inputs = check_top_k(top_k), average, (preds, target)
         if average not in ("micro", "macro", None):
             raise SettingError(f"average={average!r}: expected 'micro' (of all samples), 'macro' or None (each class)")
+        check_threshold(threshold)
         if top_k > 1 and threshold is not None:
             raise SettingError(f"threshold={threshold} is for two classes, top_k={top_k} for more: give one of them")
         self.threshold = threshold

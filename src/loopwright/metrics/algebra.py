@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from loopwright.errors import CheckpointError, MetricError, SettingError, choose
 from loopwright.metrics.memory import remember, restore
+from loopwright.written import warn
 
 __all__ = ["Algebra", "Derived", "inputs_of", "is_metric", "leaves"]
 
@@ -34,6 +36,14 @@ class Algebra:
     __array_ufunc__: ClassVar[None] = None  # numpy leaves ``array * metric`` to the metric
     __iter__: ClassVar[None] = None  # indexing alone would make it endlessly iterable
     __contains__: ClassVar[None] = None
+    _said_nothing = False
+
+    def _nothing(self) -> float:
+        """nan, the value where nothing was taken in; a warning says so, once."""
+        if not self._said_nothing:
+            self._said_nothing = True
+            warn(f"{type(self).__name__} was given no sample (none came, or a filter left none): it is nan")
+        return math.nan
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Derived:
@@ -44,7 +54,7 @@ class Algebra:
         return Derived(_mean, self)
 
     def __getitem__(self, key: Any) -> Derived:
-        return Derived(_item, self, key)
+        return Derived(_item, self, key, getattr(self, "keys", None))
 
     def __add__(self, other: Any) -> Derived:
         return Derived(operator.add, self, other)
@@ -276,7 +286,14 @@ def _mean(value: Any) -> Any:
     return value.double().mean()
 
 
-def _item(value: Any, key: Any) -> Any:
+def _item(value: Any, key: Any, names: Any = None) -> Any:
+    """``value[key]``, where a vector may be asked by the ``names`` under which its elements are recorded."""
+    if isinstance(key, str) and isinstance(value, Tensor):
+        if not isinstance(names, tuple) or value.numel() != len(names):
+            found = f"{list(value.shape)} values, which have no names: take a number, such as [0]"
+            one = "a single number. Of each class there is one with average=None"
+            raise MetricError(f"[{key!r}] of a metric that computed {found if value.ndim else one}")
+        value = dict(zip(names, value.flatten(), strict=True))
     if isinstance(value, Mapping) and key not in value:
         raise MetricError(f"the metric computed no {key!r}. {choose(key, value)}")
     try:

@@ -42,7 +42,7 @@ class Mean(Metric):
             if isinstance(value, Tensor) and value.ndim:
                 self.add(total=_sum_of(value), weight=value.numel())
             else:
-                self.add(total=value, weight=1)
+                self.add(total=_real(value), weight=1)
             return
         value, size = _floats(value)
         weight, weights = _floats(weight)
@@ -75,7 +75,7 @@ class Sum(Metric):
 
     def update(self, value: Tensor | float) -> None:
         """Take in the values of one batch."""
-        self.add(total=_sum_of(value) if isinstance(value, Tensor) else value)
+        self.add(total=_sum_of(value) if isinstance(value, Tensor) else _real(value))
 
     def compute(self) -> float:
         """The sum."""
@@ -102,9 +102,9 @@ class Max(Metric):
     def update(self, value: Tensor | float) -> None:
         """Take in the values of one batch."""
         if not isinstance(value, Tensor):
-            self.add(most=value)
+            self.add(most=_real(value))
         elif value.numel():
-            self.add(most=value.detach().amax())
+            self.add(most=_real(value).detach().amax())
 
     def compute(self) -> float:
         """The largest."""
@@ -129,9 +129,9 @@ class Min(Metric):
     def update(self, value: Tensor | float) -> None:
         """Take in the values of one batch."""
         if not isinstance(value, Tensor):
-            self.add(least=value)
+            self.add(least=_real(value))
         elif value.numel():
-            self.add(least=value.detach().amin())
+            self.add(least=_real(value).detach().amin())
 
     def compute(self) -> float:
         """The smallest."""
@@ -144,13 +144,18 @@ def _checked(kind: type, value: Any) -> str:
     return value
 
 
-def _sum_of(value: Tensor) -> Tensor:
-    if value.is_complex():
+def _real(value: Any) -> Any:
+    if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
         raise MetricError(f"value {describe(value)}: a record holds real numbers. Write value.abs(), or value.real")
-    return value.sum(dtype=wide(value.device))
+    return value
+
+
+def _sum_of(value: Tensor) -> Tensor:
+    return _real(value).sum(dtype=wide(value.device))  # type: ignore[no-any-return]
 
 
 def _floats(value: Tensor | float) -> tuple[Tensor, int]:
+    _real(value)
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=torch.float64), 1
     return value.detach().to(wide(value.device)), value.numel()

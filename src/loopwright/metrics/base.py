@@ -11,11 +11,8 @@ from torch import Tensor
 
 from loopwright.errors import CheckpointError, MetricError, SettingError, choose
 from loopwright.metrics.algebra import Algebra
-from loopwright.written import warn
 
-__all__ = ["NOTHING", "Metric", "wide"]
-
-NOTHING = "was given no sample (none came, or a filter left none): it is nan"
+__all__ = ["Metric", "wide"]
 
 
 class Metric(Algebra):
@@ -131,13 +128,6 @@ class Metric(Algebra):
         for name, value in state.items():
             value = value.clone() if isinstance(value, Tensor) else value
             self._totals[name] = [value] if self.state[name] == "cat" else value
-
-    def _nothing(self) -> float:
-        """nan, the value where nothing was taken in; a warning says so, once."""
-        if not vars(self).get("_said_nothing"):
-            self._said_nothing = True
-            warn(f"{type(self).__name__} {NOTHING}")
-        return math.nan
 
     def _ratio(self, total: str, count: str) -> float:
         """One total over another, read from the device; nan, with a warning, where nothing was counted."""

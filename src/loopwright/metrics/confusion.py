@@ -11,7 +11,7 @@ from torch import Tensor
 from loopwright.errors import MetricError, SettingError
 from loopwright.metrics.base import Metric
 from loopwright.metrics.counting import check_shapes, count, size_of
-from loopwright.metrics.shapes import check_tensors
+from loopwright.metrics.shapes import check_tensors, check_threshold
 
 __all__ = ["ConfusionMatrix"]
 
@@ -159,6 +159,7 @@ def kind_of(
     classes: int | Sequence[str] | None, labels: int | Sequence[str] | None, threshold: float | None
 ) -> tuple[str, int, tuple[str, ...]]:
     """Which of "binary", "classes", "labels" is meant, with how many, and their names."""
+    check_threshold(threshold)
     if classes is not None and labels is not None:
         raise SettingError("classes= (one of them a sample) and labels= (any number of them) exclude each other")
     if classes is not None and threshold is not None:

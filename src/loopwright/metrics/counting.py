@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from loopwright.events import describe
 from loopwright.metrics.base import wide
 from loopwright.metrics.shapes import check_tensors, fit
 
-__all__ = ["averaged", "binned", "check_average", "check_shapes", "count", "rate", "rates_of", "size_of", "stats"]
+__all__ = [
+    "averaged", "binned", "check_average", "check_shapes", "check_zero_division", "count", "rate", "rates_of",
+    "size_of", "stats",
+]  # fmt: skip
 
 # N samples, C classes, L labels, ... further dimensions; counts end with bins for what cannot be counted
 
@@ -89,7 +93,7 @@ def _of_classes(preds: Tensor, target: Tensor, classes: int, ignore_index: int |
             top, preds = preds.max(1)  # the largest is NaN where any is
             odd = top.isnan()
         else:
-            preds = preds.argmax(1)
+            preds = (preds.byte() if preds.dtype is torch.bool else preds).argmax(1)
     target = target.long()
     bad = (target < 0) | (target >= classes)
     if not preds.is_floating_point() and odd is None:
@@ -184,7 +188,7 @@ def averaged(
         share = torch.where(tp + fp + fn == 0, 0.0, share)
     total = share.sum()
     mean = (share * torch.where(under == 0, zero_division or 0.0, each)).sum() / total
-    return torch.where(total == 0, undefined, mean)
+    return torch.where((total == 0) | (counted.sum() == 0), undefined, mean)
 
 
 def check_average(average: str | None, kinds: str | None) -> None:
@@ -196,4 +200,13 @@ def check_average(average: str | None, kinds: str | None) -> None:
     if kinds is None and average != "macro":
         raise SettingError(
             f"average={average!r} is over classes or labels: add classes=... or labels=..., or leave it out"
+        )
+
+
+def check_zero_division(value: Any) -> None:
+    """Raise SettingError for what cannot stand for 0/0."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise SettingError(
+            f"zero_division={value!r}: expected a number that 0/0 counts as, such as 0.0 or 1.0, or None (nan, and a "
+            "warning that says which class lacks what)"
         )

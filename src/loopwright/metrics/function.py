@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,32 @@ class Function(Metric):
         values = [self.total(name) for name in self.state]
         if not any(len(value) for value in values):
             return self._nothing()
-        return self._call(self.function, *values)
+        try:
+            return self._call(self.function, *values)
+        except ValueError as error:
+            if not isinstance(error, MetricError) and len(values) == 2:
+                for cause in _causes(*values):
+                    error.add_note(f"[loopwright] a cause may be that {cause}")
+            raise
+
+
+def _causes(preds: Tensor, target: Tensor) -> Iterator[str]:
+    """What about the data makes functions fail that are for such predictions, with what to do."""
+    if target.is_floating_point() and not bool(target.isfinite().all()):
+        rows = int((~target.isfinite()).reshape(len(target), -1).any(1).sum())
+        yield (
+            f"the targets are NaN or infinite in {rows} of {len(target)} samples: look at the data, or leave these "
+            "samples out with lw.metrics.Where(metric, lambda target: target.isfinite())"
+        )
+    if target.ndim == 1 and not target.is_floating_point() and len(target):
+        found = target.unique().tolist()
+        classes = preds.shape[1] if preds.ndim == 2 else 2
+        if len(found) < classes:
+            seen = f"one class alone, {found[0]}" if len(found) == 1 else f"{len(found)} of the {classes} classes"
+            yield (
+                f"the {len(target)} targets of this evaluation have {seen}; what compares classes needs all of them: "
+                "give data that has them, such as lw.data.train_valid_split(data, 0.2, stratify=y)"
+            )
 
 
 def _name(function: Any) -> str:

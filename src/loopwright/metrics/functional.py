@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from loopwright.metrics.base import wide
-from loopwright.metrics.counting import averaged, check_average, check_shapes, count, rates_of, stats
+from loopwright.metrics.counting import (
+    averaged,
+    check_average,
+    check_shapes,
+    check_zero_division,
+    count,
+    rates_of,
+    stats,
+)
 from loopwright.metrics.perplexity import surprise
 from loopwright.metrics.regression import explained
-from loopwright.metrics.shapes import best, check_tensors, check_top_k, difference, fit, hits
+from loopwright.metrics.shapes import best, check_real, check_tensors, check_top_k, difference, fit, hits
 
 __all__ = [
     "accuracy", "confusion_matrix", "dice", "f1", "fbeta", "iou", "mae", "maximum", "mean", "minimum", "mse",
@@ -87,6 +95,7 @@ def r2(preds: Tensor, target: Tensor, *, average: str | None = "macro") -> Tenso
     tensor(0.9486, dtype=torch.float64)
     """
     check_tensors(preds, target)
+    check_real(preds, target)
     target = target.to(wide(target.device))
     error = difference(preds, target)
     value = explained(error.square().sum(0), target.sum(0), target.square().sum(0), len(target))
@@ -241,6 +250,7 @@ def _rate(
 ) -> Tensor:
     kind = "classes" if classes else "labels" if labels else "binary"
     check_average(average, None if kind == "binary" else kind)
+    check_zero_division(zero_division)
     counts = confusion_matrix(preds, target, classes, labels=labels, threshold=threshold, ignore_index=ignore_index)
     return averaged(
         stats(counts, kind), rates_of(name, beta), average, drops_absent=kind == "classes", zero_division=zero_division

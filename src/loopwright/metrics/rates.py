@@ -10,9 +10,8 @@ from torch import Tensor
 
 from loopwright.errors import SettingError
 from loopwright.metrics.algebra import Derived
-from loopwright.metrics.base import NOTHING
 from loopwright.metrics.confusion import ConfusionMatrix
-from loopwright.metrics.counting import averaged, check_average, rate, rates_of, stats
+from loopwright.metrics.counting import averaged, check_average, check_zero_division, rate, rates_of, stats
 from loopwright.written import warn
 
 __all__ = ["F1", "Dice", "FBeta", "IoU", "Precision", "Rate", "Recall", "Specificity"]
@@ -61,6 +60,7 @@ class Rate(Derived):
         target: str = "target",
     ) -> None:
         check_average(average, "" if classes is not None or labels is not None else None)
+        check_zero_division(zero_division)
         counts = ConfusionMatrix(
             classes, labels=labels, threshold=threshold, ignore_index=ignore_index, preds=preds, target=target
         )
@@ -86,17 +86,25 @@ class Rate(Derived):
         return averaged(counted, weights, self.average, drops_absent=drops, zero_division=self.zero_division)
 
     def _say_what_is_missing(self, counted: Tensor, under: Tensor) -> None:
+        if not bool(counted.sum()):
+            self._nothing()
+            return
         missing = under == 0
         if self.average == "macro" and self.kind == "classes":  # those that occur nowhere are left out
             missing = torch.logical_and(missing, counted[:, :3].sum(1) > 0)
         elif self.average == "weighted":
-            missing = torch.logical_and(missing, counted[:, 0] + counted[:, 2] > 0)
+            targets = counted[:, 0] + counted[:, 2]
+            if not bool(targets.any()):
+                self._said = True
+                warn(
+                    f"{type(self).__name__} is a mean weighted by the number of targets, and no label has one: it is "
+                    "nan. Write zero_division=0.0 for a number without this warning"
+                )
+                return
+            missing = torch.logical_and(missing, targets > 0)
         if not bool(missing.any()):
             return
         self._said = True
-        if not bool(counted.sum()):
-            warn(f"{type(self).__name__} {NOTHING}")
-            return
         names = self.names or tuple(map(str, range(self.size)))
         found = [names[i] for i in missing.nonzero().flatten().tolist()] if missing.ndim else []
         shown = f"{', '.join(map(repr, found[:5]))}{f' and {len(found) - 5} more' if len(found) > 5 else ''}"

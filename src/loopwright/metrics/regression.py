@@ -12,7 +12,7 @@ from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.algebra import Derived
 from loopwright.metrics.base import Metric, wide
-from loopwright.metrics.shapes import check_tensors, difference
+from loopwright.metrics.shapes import check_real, check_tensors, difference
 from loopwright.written import warn
 
 __all__ = ["MAE", "MSE", "R2", "RMSE"]
@@ -88,6 +88,11 @@ class RMSE(Derived):
     def __init__(self, *, preds: str = "preds", target: str = "target") -> None:
         super().__init__(torch.sqrt, MSE(preds=preds, target=target))
 
+    def _value(self, known: dict[int, Any]) -> Any:
+        if not int(self.args[0].total("count")):  # the MSE would say that it was given nothing
+            return torch.tensor(self._nothing(), dtype=torch.float64)
+        return super()._value(known)
+
 
 class R2(Metric):
     """Coefficient of determination, 1 - sum of squared errors / sum of squared deviations from the mean target.
@@ -123,6 +128,7 @@ class R2(Metric):
                 f"preds {describe(preds)} and target {describe(target)} do not fit: R2 expects one shape for both, [N] "
                 "or [N, M]. Where a last dimension of 1 is too many, write preds.squeeze(1)"
             )
+        check_real(preds, target)
         target = target.to(wide(target.device))
         error = difference(preds.detach(), target)
         self.add(

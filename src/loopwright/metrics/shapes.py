@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.base import wide
 
-__all__ = ["best", "check_tensors", "check_top_k", "difference", "fit", "hits"]
+__all__ = ["best", "check_real", "check_tensors", "check_threshold", "check_top_k", "difference", "fit", "hits"]
 
 # N samples, C classes, k guesses, ... further dimensions such as height and width
+
+_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+_NO_NUMBERS = _COMPLEX | {torch.bool}
 
 
 def check_tensors(preds: Any, target: Any) -> None:
@@ -25,12 +29,27 @@ def check_tensors(preds: Any, target: Any) -> None:
             raise MetricError(f"{name} is {describe(value)}: expected a tensor. Write torch.as_tensor({name})")
 
 
+def check_real(preds: Tensor, target: Tensor) -> None:
+    """Raise MetricError for what is not subtracted as real numbers are: complex numbers and bools."""
+    if preds.dtype in _NO_NUMBERS or target.dtype in _NO_NUMBERS:
+        name, value = ("preds", preds) if preds.dtype in _NO_NUMBERS else ("target", target)
+        way = f"{name}.abs(), or torch.view_as_real({name})" if value.is_complex() else f"{name}.float()"
+        raise MetricError(
+            f"preds {describe(preds)} and target {describe(target)}: an error is the difference of real numbers. Write "
+            f"{way}"
+        )
+
+
 def fit(preds: Tensor, target: Tensor, top_k: int) -> int:
     """Classes that ``preds`` [N, C, ...] have scores for; 0 where they have the shape of ``target``.
 
     Raises MetricError, with the way out where there is one, if the shapes fit in neither way.
     """
     check_tensors(preds, target)
+    if preds.dtype in _COMPLEX:
+        raise MetricError(f"preds {describe(preds)}: of complex scores none is the largest. Write preds.abs()")
+    if target.dtype in _COMPLEX:
+        raise MetricError(f"target {describe(target)}: class indices are integers. Write target.real.long()")
     if preds.shape == target.shape and top_k == 1:
         return 0
     scores = preds.ndim > 1 and preds.shape[:1] + preds.shape[2:] == target.shape
@@ -61,6 +80,7 @@ def difference(preds: Tensor, target: Tensor, least: torch.dtype | None = None) 
             f"preds {describe(preds)} and target {describe(target)} do not fit: "
             f"{_squeeze(preds, target) or 'expected one shape for both'}"
         )
+    check_real(preds, target)
     dtype = torch.promote_types(preds.dtype, target.dtype)
     if dtype not in (torch.float32, torch.float64):
         preds = preds.to(least or wide(preds.device))
@@ -72,6 +92,17 @@ def check_top_k(top_k: int) -> int:
     if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
         raise SettingError(f"top_k={top_k!r}: expected a whole number from 1, such as top_k=5")
     return top_k
+
+
+def check_threshold(threshold: Any) -> None:
+    """SettingError for a threshold that is no finite number. Logits have thresholds outside of [0, 1]."""
+    if threshold is None:
+        return
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
+        raise SettingError(
+            f"threshold={threshold!r}: expected a finite number, above which a score says 1: 0.5 for probabilities, "
+            "0.0 for logits"
+        )
 
 
 def _unfit(preds: Tensor, target: Tensor, top_k: int) -> MetricError:

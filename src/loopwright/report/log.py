@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopwright.loggers.jsonl import NON_FINITE
+from loopwright.loggers.jsonl import NON_FINITE, unreadable
 
 __all__ = ["Curve", "read_log"]
 
@@ -57,8 +57,7 @@ def read_log(file: Path) -> tuple[dict[str, dict[str, Curve]], list[str]]:
             "killed then, or is writing now"
         )
     if bad:
-        shown = ", ".join(f"{one:,}" for one in bad[:5]) + (", …" if len(bad) > 5 else "")
-        notes.append(f"{len(bad):,} line{'s' * (len(bad) > 1)} of {file.name} could not be read: line {shown}")
+        notes.append(unreadable(file.name, bad))
     curves, left_out = _curves(blocks)
     if left_out:
         notes.append(f"{file.name} holds more than {_MOST:,} series; {left_out:,} are left out")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwright.errors import SettingError
-from loopwright.events import Callback
+from loopwright.events import Callback, describe
 from loopwright.folder import put
 from loopwright.model_summary import rows_of, summary
 from loopwright.out_of_memory import peak_memory
@@ -22,7 +22,7 @@ from loopwright.report.page import write
 from loopwright.report.samples import Samples, misnamed
 from loopwright.report.warned import Warned
 from loopwright.state import Run
-from loopwright.written import warn
+from loopwright.written import warn, where
 
 __all__ = ["Report"]
 
@@ -37,7 +37,8 @@ class Report(Callback):
     warnings that came up. For that it keeps small files of plain data in the folder ``report`` of the run. ``classes``
     are the names of the classes, ``columns`` those of a table's columns; names that do not fit what the model predicts
     are a warning. ``show(batch)`` gives what is shown of the samples of a batch: images [N, C, H, W] or [N, H, W], rows
-    of numbers [N, D], or a list of texts; by default the first part of the batch is taken.
+    of numbers [N, D], or a list of texts; by default the first part of the batch is taken. One that raises, or
+    returns another number than there are samples, is a warning, and the report goes on without what it shows.
 
     Reads: the output of evaluation steps, from the device; the arguments of the first forward; Python's warnings, which
     go on to where they went before. Changes: nothing. Stops: no. A report that cannot be written is a warning.
@@ -80,6 +81,7 @@ class Report(Callback):
         self._handles: list[Any] = []
         self._validating = self._began = 0.0
         self._said = set[str]()
+        self._blank = False  # ``show`` has failed
 
     def problems(self, run: Run) -> Iterator[str]:
         if run.settings.get("folder", "") is None:
@@ -88,6 +90,7 @@ class Report(Callback):
     def on_fit_start(self, run: Run) -> None:
         self._parts, self._validating, self._folder, self._task = {}, 0.0, None, run.task
         self._said.clear()
+        self._blank = False
         if run.comm.rank == 0:
             self._warned.start()
             if run.compiler is None and run.team is None:
@@ -119,7 +122,23 @@ class Report(Callback):
 
     def _open(self, run: Run) -> None:
         self._began = time.perf_counter()
-        self._samples = Samples(keep=self.keep, show=self.show, loss=getattr(run.task, "loss", None))
+        show = None if self.show is None else self._show
+        self._samples = Samples(keep=self.keep, show=show, loss=getattr(run.task, "loss", None))
+
+    def _show(self, batch: Any) -> Any:
+        """What is shown of a batch; nothing from where the user's function has failed."""
+        assert self.show is not None
+        if self._blank:
+            return None
+        try:
+            return self.show(batch)
+        except Exception as error:  # no training ends because of a picture
+            self._blank = True
+            warn(
+                f"lw.Report: show= ({where(self.show)}) failed on a batch: {error!r}. The report goes on without "
+                f"what it shows; it was given {describe(batch)}"
+            )
+            return None
 
     def _ended(self, run: Run) -> dict[str, Any]:
         samples, self._samples = self._samples, None
@@ -131,7 +150,9 @@ class Report(Callback):
                 first.include(other)
             samples = first
         told: dict[str, Any] = samples.as_dict()
-        for wrong in misnamed(told, self.classes or (), self.columns or ()) if told and not run.comm.rank else ():
+        unseen = self._blank or samples.wrong  # of no samples there are no columns
+        found = misnamed(told, self.classes or (), () if unseen else self.columns or ()) if told else ()
+        for wrong in () if run.comm.rank else (*samples.wrong, *found):
             if wrong not in self._said:
                 self._said.add(wrong)
                 warn(f"lw.Report: {wrong}")

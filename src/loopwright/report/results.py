@@ -84,7 +84,8 @@ def results(
 
     The last line of a notebook's cell, it is shown as labelled images, as texts, or as a table; ``to_pandas()`` has the
     same as a DataFrame. ``classes``, ``columns`` and ``show`` are those of ``lw.Report``. Raises MetricError where the
-    test step returns no predictions and targets that are understood, SettingError for names that do not fit them.
+    test step returns no predictions and targets that are understood, SettingError for names that do not fit them,
+    and for a ``show`` that gives another number than there are samples.
 
     >>> import torch, loopwright as lw
     >>> from torch import nn
@@ -102,7 +103,7 @@ def results(
             f"test_step returned {look.got}, of which no samples can be shown: return 'preds' and 'target', scores "
             "[N, C] or [N] with whole numbers [N], or numbers of the same shape"
         )
-    for wrong in misnamed(told, classes, columns):
+    for wrong in (*look.samples.wrong, *misnamed(told, classes, columns)):
         raise SettingError(f"lw.report.results: {wrong}")
     return Results(metrics, told["worst"], told["best"], list(classes), list(columns))
 

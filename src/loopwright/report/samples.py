@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from loopwright.events import describe
 from loopwright.report.png import as_png
 
 __all__ = ["Samples", "misnamed"]
@@ -46,6 +47,7 @@ class Samples:
         self.seen = 0
         self.worst: list[Kept] = []
         self.best: list[Kept] = []
+        self.wrong: list[str] = []  # what ``show`` gave that fits no batch, a sentence
 
     def add(self, output: Mapping[str, Any], batch: Any) -> None:
         """Take note of a batch. It reads predictions and targets from their device."""
@@ -84,7 +86,7 @@ class Samples:
             best = list(zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True))
             return {"target": int(labels[rows[i]]), "guess": int(guesses[i]), "p": float(right[i]), "top": best}
 
-        self._rank(scores.numpy(), rows.numpy(), told, batch)
+        self._rank(scores.numpy(), rows.numpy(), told, batch, len(labels))
 
     def _add_numbers(self, preds: Tensor, target: Tensor, batch: Any) -> None:
         for i in range(-self.seen % self.stride, len(target), self.stride):
@@ -101,10 +103,10 @@ class Samples:
             return {"target": target[i, :_ROW].tolist(), "guess": preds[i, :_ROW].tolist()}
 
         scores = -(preds - target).square().mean(dim=1).nan_to_num(nan=1e300, posinf=1e300)
-        self._rank(scores.numpy(), np.arange(len(target)), told, batch)
+        self._rank(scores.numpy(), np.arange(len(target)), told, batch, len(target))
 
     def _rank(
-        self, scores: NDArray[Any], rows: NDArray[Any], told: Callable[[int], dict[str, Any]], batch: Any
+        self, scores: NDArray[Any], rows: NDArray[Any], told: Callable[[int], dict[str, Any]], batch: Any, count: int
     ) -> None:
         """Keep what is worse or better than what was kept before; only that is looked at."""
         order = scores.argsort(kind="stable")
@@ -115,15 +117,23 @@ class Samples:
                 if len(kept) >= self.keep and value <= kept[0][0]:
                     break
                 if inputs is None:
-                    inputs = self._shown(batch)
+                    inputs = self._shown(batch, count)
                 number = self.seen + int(rows[i])
                 entry = (value, -number, {"n": number, **told(i), **_input(inputs, int(rows[i]))})
                 (heapq.heappush if len(kept) < self.keep else heapq.heappushpop)(kept, entry)
 
-    def _shown(self, batch: Any) -> Any:
-        """What is shown of a batch: what the user says, or its first part that is no target."""
+    def _shown(self, batch: Any, count: int) -> Any:
+        """What is shown of a batch of ``count`` samples: what the user says, or its first part that is no target."""
         if self.show is not None:
-            return self.show(batch)
+            shown = self.show(batch)
+            if shown is None or _has_each(shown, count):
+                return shown
+            if not self.wrong:
+                self.wrong.append(
+                    f"show= returned {describe(shown)}, and the batch has {count} samples: return one for each, "
+                    "images [N, C, H, W] or [N, H, W], rows of numbers [N, D], or a list of texts"
+                )
+            return None
         if isinstance(batch, Mapping):
             return next((value for name, value in batch.items() if name not in _TARGETS), None)
         while isinstance(batch, (list, tuple)) and batch and not isinstance(batch[0], str):
@@ -137,6 +147,7 @@ class Samples:
             self.counts = other.counts if self.counts is None else _sum_of(self.counts, other.counts)
         self.points = (self.points + other.points)[:_POINTS]
         self.seen += other.seen
+        self.wrong = self.wrong or other.wrong
         self.worst = sorted([*self.worst, *other.worst], key=lambda kept: kept[:2], reverse=True)[: self.keep]
         self.best = sorted([*self.best, *other.best], key=lambda kept: kept[:2], reverse=True)[: self.keep]
         for _, _, told in (*self.worst, *self.best):
@@ -207,6 +218,16 @@ def as_classes(preds: Tensor, target: Tensor, loss: Any) -> tuple[Tensor, Tensor
 def _are_numbers(preds: Tensor, target: Tensor) -> bool:
     """True for one number or a row of numbers a sample."""
     return target.is_floating_point() and target.dim() in (1, 2) and preds.numel() == target.numel()
+
+
+def _has_each(shown: Any, count: int) -> bool:
+    """True for what has one entry for each sample of a batch."""
+    if isinstance(shown, (str, bytes, Mapping)):
+        return False
+    try:
+        return len(shown) == count
+    except TypeError:
+        return False
 
 
 def _sum_of(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
