@@ -296,7 +296,7 @@ SAVE = "save the weights alone with the program that wrote it: torch.save(model.
         *((data, "w.pt is not what torch.save or safetensors writes, or it is damaged (it reads as a .tar file, as "
                  "torch wrote them before 0.1.10; they may hold code, and are not opened)")
           for data in (tarball(), bytes(1000))),
-        (script(), "w.pt is a TorchScript archive, or made to look like one. It holds code, so it was not read; "
+        (script(), "w.pt is a TorchScript archive, or looks like one. It may hold code, so it was not read; "
                    f"{SAVE}"),
     ],
     ids=["junk", "page", "tar", "zeros", "script"],

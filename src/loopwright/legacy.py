@@ -200,7 +200,7 @@ def _refusal(source: Path, error: Exception) -> str:
     """What is wrong, in words of ours: those of torch advise to switch its safety off."""
     text = str(error)
     if "TorchScript" in text:
-        return f"{source} is a TorchScript archive, or made to look like one. It holds code, so it was not read; {_MEND}"
+        return f"{source} is a TorchScript archive, or looks like one. It may hold code, so it was not read; {_MEND}"
     named = re.search(r"(?:GLOBAL|class|function|load|find class) ([\w.]+\.\w+)", text)
     if text.startswith("Weights only load failed") and named:
         return (

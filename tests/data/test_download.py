@@ -253,8 +253,8 @@ def test_unpacked_files_that_were_changed_are_told_and_put_back(server: Server, 
     with pytest.warns(LoopwrightWarning) as told:
         assert fetch(url, digest, folder=tmp_path) == path
     assert [str(one.message) for one in told] == [
-        f"{path} was not as it had been unpacked: train/1 was changed, train/3 is missing. The files of the archive are "
-        "there again; to change some, work on a copy of the folder"
+        f"{path} was not as it had been unpacked: train/1 was changed, train/3 is missing. The files of the archive "
+        "are there again; to change some, work on a copy of the folder"
     ]
     whole = {"own": "mine", "train/1": "1", "train/2": "2", "train/3": "3"}
     assert everything(path) == whole

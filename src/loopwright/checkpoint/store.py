@@ -121,7 +121,8 @@ class Packed:
             entries[file.name] = _entry(file, _laid(file))
         named = {file: {**entry, HASHES[0]: "0" * 64} for file, entry in entries.items()}
         manifest = {"format": manifests.FORMAT, "order": 10**9, "info": self.info, "files": named}
-        return len(manifests.render(manifest)) + sum(entry["size"] for entry in entries.values())
+        sizes: list[int] = [entry["size"] for entry in entries.values()]
+        return len(manifests.render(manifest)) + sum(sizes)
 
     def need_space(self, folder: Path) -> None:
         """Better no checkpoint than half of one, and a full disk for everybody."""
@@ -323,6 +324,7 @@ def _checked(file: Place, entry: dict[str, Any], load: _Load) -> Any:
     """What ``load`` makes of a file that has the size and the checksum of its entry."""
     loaded, problem = None, None
     kind = next(name for name in HASHES if name in entry)
+    manifests.no_link(file)
     try:
         size = file.stat().st_size
         if not file.is_file():  # a pipe or a device would never end

@@ -88,8 +88,8 @@ def _make(place: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # a ValueError: no path can hold a zero byte
         raise DataError(
-            f"cannot make the folder {place}: {getattr(error, 'strerror', None) or error}. Name one that can be written "
-            "to: fetch(..., folder='data'), or the environment variable LOOPWRIGHT_DATA"
+            f"cannot make the folder {place}: {getattr(error, 'strerror', None) or error}. Name one that can be "
+            "written to: fetch(..., folder='data'), or the environment variable LOOPWRIGHT_DATA"
         ) from error
 
 
