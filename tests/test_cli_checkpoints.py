@@ -326,6 +326,20 @@ def test_prune_keeps_the_newest_the_last_and_the_best(keep: int, left: list[str]
     assert read(RUN / "checkpoints" / "step-00000040").info["step"] == 40
 
 
+def test_prune_leaves_an_index_of_what_is_left(command: Command) -> None:
+    """The best by each value that was watched stays, and the index says so also where it knew none."""
+    for step in VALUES:
+        make(step, others=[{"monitor": "valid/loss", "mode": "min", "value": VALUES[step]}])
+    (RUN / "checkpoints" / "index.json").write_text('{"last": "step-00000040", "best": null}')
+    _, text, _ = command("prune", str(RUN), "--keep", "1")
+    assert names() == ["10", "20", "40"]
+    assert [line.split("  ")[-1] for line in text.splitlines() if line.startswith("kept")] == [
+        "best valid/loss", "best valid/accuracy", "last",
+    ]  # fmt: skip
+    told = json.loads((RUN / "checkpoints" / "index.json").read_text())
+    assert told == {"last": "step-00000040", "best": "step-00000020"}
+
+
 def test_prune_can_be_tried_first(command: Command) -> None:
     make_all()
     text = command("prune", str(RUN), "--keep", "1", "--dry-run")[1]

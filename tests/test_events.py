@@ -104,8 +104,9 @@ def test_fit_epoch_and_step_events_come_in_the_order_of_the_loop() -> None:
     assert seen == ["FIT_START", *epoch * 2, "FIT_END"]
 
 
+@pytest.mark.capability("FA-22")
 def test_every_hook_is_an_event(folder: Path) -> None:
-    """A function can be called at start and end of fit, stage, epoch, step, batch, evaluation, and at an exception."""
+    """Callbacks and handlers are called at every hook there is: of fit, validation, test, prediction, exceptions."""
     seen: list[str] = []
     user = trainer(epochs=1, validate_every="2 steps", folder=folder, checkpoint=lw.Checkpoint("1 step"), loggers=[])
     for event in EVENTS.values():
@@ -120,6 +121,7 @@ def test_every_hook_is_an_event(folder: Path) -> None:
         user.fit(sgd_task(line(), loss=lambda preds, target: {}["loss"]), DATA, pairs([1.0]))
     assert {f"on_{name.lower()}" for name in EVENTS} == set(seen) == {n for n in HOOKS if n.startswith("on_")}
     assert seen == [name for name in seen_by_callback if name.startswith("on_")]
+    assert set(seen_by_callback) == set(HOOKS)
 
 
 def test_two_handlers_of_one_filter_have_intervals_of_their_own() -> None:

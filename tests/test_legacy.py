@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,59 @@ def test_what_is_no_such_file_is_an_error(data: bytes) -> None:
     Path("w.pt").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"^w.pt (is not what torch.save or safetensors writes|asks for)"):
         convert("w.pt")
+
+
+def tarball() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    return buffer.getvalue()
+
+
+def script() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in ("constants.pkl", "data.pkl", "version"):
+            archive.writestr(f"net/{name}", "3")
+    return buffer.getvalue()
+
+
+SAVE = "save the weights alone with the program that wrote it: torch.save(model.state_dict(), 'weights.pt')"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"this is junk", "w.pt is not what torch.save or safetensors writes, or it is damaged"),
+        (b"<html>please log in</html>", "w.pt is not what torch.save or safetensors writes, or it is damaged "
+                                        "(UnpicklingError: Unsupported operand 60)"),
+        *((data, "w.pt is not what torch.save or safetensors writes, or it is damaged (it reads as a .tar file, as "
+                 "torch wrote them before 0.1.10; they may hold code, and are not opened)")
+          for data in (tarball(), bytes(1000))),
+        (script(), "w.pt is a TorchScript archive, or looks like one. It may hold code, so it was not read; "
+                   f"{SAVE}"),
+    ],
+    ids=["junk", "page", "tar", "zeros", "script"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive:UserWarning")
+def test_nobody_is_advised_to_let_a_file_execute_code(data: bytes, message: str) -> None:
+    """torch's own words say how to load it without a check, and that it will likely succeed."""
+    Path("w.pt").write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        convert("w.pt")
+    text = str(caught.value)
+    assert text.startswith(message)
+    assert not re.search("weights_only|torch.load|Re-running|safe_globals", text)
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("Weights only load failed. In 2.6 ... Re-running `torch.load` with `weights_only` ..."),
+    RuntimeError("Cannot use ``weights_only=True`` with what comes next. Re-running `torch.load` ..."),
+])  # fmt: skip
+def test_advice_of_a_later_torch_is_not_repeated_either(error: Exception) -> None:
+    assert legacy._refusal(Path("w.pt"), error) == (
+        f"w.pt is not what torch.save or safetensors writes, or it is damaged ({type(error).__name__})"
+    )
 
 
 @pytest.mark.nightly

@@ -193,22 +193,29 @@ def _load_safetensors(source: Path) -> dict[str, Any]:
     return tensors | {name: tensors[kept] for name, kept in aliases.items() if kept in tensors}
 
 
+_MEND = "save the weights alone with the program that wrote it: torch.save(model.state_dict(), 'weights.pt')"
+
+
 def _refusal(source: Path, error: Exception) -> str:
+    """What is wrong, in words of ours: those of torch advise to switch its safety off."""
     text = str(error)
-    if not text.startswith("Weights only load failed"):
-        return (
-            f"{source} is not what torch.save or safetensors writes, or it is damaged "
-            f"({type(error).__name__}: {_first_line(error)})"
-        )
+    if "TorchScript" in text:
+        return f"{source} is a TorchScript archive, or looks like one. It may hold code, so it was not read; {_MEND}"
     named = re.search(r"(?:GLOBAL|class|function|load|find class) ([\w.]+\.\w+)", text)
-    return (
-        f"{source} asks for {named[1] if named else 'something'}, which is neither a tensor nor plain data. It may "
-        "be code, so it was not read, and nothing was executed. If you trust the file, save the weights alone with the "
-        "program that wrote it: torch.save(model.state_dict(), 'weights.pt')"
-    )
+    if text.startswith("Weights only load failed") and named:
+        return (
+            f"{source} asks for {named[1]}, which is neither a tensor nor plain data. It may be code, so it was not "
+            f"read, and nothing was executed. If you trust the file, {_MEND}"
+        )
+    why = _first_line(text.rpartition("WeightsUnpickler error:")[2].strip())
+    why = "" if re.search(r"torch\.load|weights_only|safe_globals", why) else f": {why}"
+    told = f"{type(error).__name__}{why}"
+    if "legacy .tar" in text:  # empty ones are so many zeros
+        told = "it reads as a .tar file, as torch wrote them before 0.1.10; they may hold code, and are not opened"
+    return f"{source} is not what torch.save or safetensors writes, or it is damaged ({told})"
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException | str) -> str:
     return next(iter(str(error).splitlines()), "")[:300]
 
 

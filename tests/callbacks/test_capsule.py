@@ -235,7 +235,7 @@ def test_a_step_to_which_sigterm_comes_has_a_capsule_and_a_checkpoint(hook: str,
 
 
 def test_a_replay_of_other_weights_is_not_the_step_that_sigterm_came_to(folder: Path) -> None:
-    _, (path,) = fit(task_of("fine"), folder, lw.Capsule(10**4), kills_itself(2, "on_backward_end"), checkpoint=True)
+    _, (path,) = fit(task_of("fine"), folder, lw.Capsule(10**5), kills_itself(2, "on_backward_end"), checkpoint=True)
     assert lw.replay(path, task_of("fine")).same_values
     state = read(path).state
     assert state["phase"] == "main"
@@ -418,14 +418,20 @@ def test_what_is_too_much_is_left_out_the_optimizer_first(folder: Path) -> None:
         _, (path,) = fit(task_of("forward"), folder, lw.Capsule(size))
         return path, read(path)
 
+    def taken(path: Path) -> int:
+        return sum(file.stat().st_size for file in path.iterdir())
+
     path, all_of_it = kept(10**6)
     assert all_of_it.info["limits"] == []
+    whole = taken(path)
     path, nothing = kept(10)
     assert nothing.state["window"] is None
+    rest = taken(path)
     with pytest.raises(lw.CheckpointError, match="cannot be replayed, it has no batch: the optimizer states"):
         lw.replay(path, task_of("forward"))
     sizes = [int(re.findall(r"([\d,]+) bytes", text)[0].replace(",", "")) for text in nothing.info["limits"]]
-    path, some = kept(sum(sizes) - 1)
+    path, some = kept(whole - 100)  # times have more digits or fewer
+    assert taken(path) < whole
     assert some.state["optimizers"] is None
     assert some.files["model"]
     assert re.fullmatch(
@@ -434,9 +440,39 @@ def test_what_is_too_much_is_left_out_the_optimizer_first(folder: Path) -> None:
     found = lw.replay(path, task_of("forward"))
     assert found.same_error  # they do not enter the forward
     assert found.limits == some.info["limits"]
-    path, little = kept(sizes[-1])
+    path, little = kept(rest + sizes[-1] + 500)
+    assert taken(path) <= rest + sizes[-1] + 500
     assert little.files == {}
     assert len(little.state["window"]) == 1
+
+
+def test_the_bound_of_a_capsule_holds_for_all_that_it_writes(folder: Path) -> None:
+    """What is no tensor counts as well: a batch of texts, the manifest."""
+
+    class Task(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(100, 100)
+
+        def training_step(self, batch: Any) -> Tensor:
+            raise ValueError("no text of mine")
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+    def taken(size: int) -> tuple[int, Any]:
+        for old in folder.glob("x/*/capsules"):
+            shutil.rmtree(old)
+        _, (path,) = fit(Task(), folder, lw.Capsule(size), data=[["a text " * 1000] * 3])
+        return sum(file.stat().st_size for file in path.iterdir()), read(path).state
+
+    whole, _ = taken(10**6)
+    rest, _ = taken(0)
+    for size, window in ((whole + 100, True), (whole - 100, True), (whole - 42_000, False), (rest + 100, False)):
+        found, state = taken(size)
+        assert found <= size
+        assert (state["window"] is not None) is window
+    assert taken(whole + 100)[0] > whole - 100
 
 
 @pytest.mark.parametrize("kind", ["fetch", "in the window", "in a worker", "on_step_end", "validation", "ctrl-c"])

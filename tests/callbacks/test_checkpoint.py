@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 import loopwright as lw
 from loopwright.checkpoint import index, list_checkpoints, read
+from loopwright.cli import main
 from loopwright.errors import CheckpointError, LoopwrightWarning, SettingError
 from tiny import acts, line, loader, pairs, sgd_task, trainer
 
@@ -314,6 +316,32 @@ def test_several_at_once_share_a_folder_and_none_deletes_what_another_wants(back
         again = lw.Checkpoint("1 day", monitor=saver.monitor, keep=1)
         again.start(run)
         assert (again.best, again.best_value) == (saver.best, saver.best_value)
+
+
+def indexed(run: lw.Run) -> Any:
+    assert run.folder is not None
+    return json.loads((run.folder / "checkpoints" / "index.json").read_text())
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_index_names_the_best_whoever_writes_last(first: int, background: bool) -> None:
+    """Also where one of several savers judges by nothing, and is the last one to write."""
+    scores = [0.9, 0.1, 0.5, 0.2]
+    best = lw.Checkpoint("1 day", monitor="valid/score", keep=1, async_save=background)
+    savers = [best, lw.Checkpoint("3 steps", keep=1, async_save=background)]
+    run = fit(savers[first], savers[1 - first], scores=scores, callbacks=[turn(scores)])
+    assert indexed(run) == {"last": "step-00000012", "best": "step-00000003"}
+    assert main(["checkpoints", "prune", str(run.folder), "--keep", "1"]) == 0
+    assert indexed(run) == {"last": "step-00000012", "best": "step-00000003"}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_best_of_the_index_is_that_of_the_first_that_judges(first: int) -> None:
+    scores = [0.2, 0.9, 0.1, 0.5]
+    savers = [lw.Checkpoint("1 day", monitor="valid/score", mode=mode, keep=1) for mode in ("max", "min")]
+    run = fit(lw.Checkpoint("2 steps"), savers[first], savers[1 - first], scores=scores, callbacks=[turn(scores)])
+    assert indexed(run)["best"] == ["step-00000006", "step-00000009"][first]
 
 
 def test_a_best_that_nothing_was_judged_by_is_told(folder: Path) -> None:

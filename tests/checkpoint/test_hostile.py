@@ -449,6 +449,30 @@ def _links() -> Iterator[Any]:
             yield pytest.param(file, target)
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_link_in_the_place_of_a_file_is_refused_by_name(file: str) -> None:
+    """Also to the very bytes that were there. The folders above may be links: runs are moved to larger disks."""
+    path = make()
+    Path("elsewhere").mkdir()
+    os.rename(path / file, Path("elsewhere") / file)
+    (path / file).symlink_to(Path("elsewhere", file).absolute())
+    for way in (read, verify):
+        with pytest.raises(CheckpointError) as caught:
+            way(path)
+        assert str(caught.value) == (
+            f"{path / file} is a link, and the files of a checkpoint lie in its folder. If you have put it there, put "
+            f"a copy in its place: cp --remove-destination {Path('elsewhere', file).resolve()} {path / file}"
+        )
+    (path / file).unlink()
+    os.rename(Path("elsewhere") / file, path / file)
+    for folder in (path, path.parent, path.parent.parent):
+        os.rename(folder, "elsewhere/it")
+        folder.symlink_to(Path("elsewhere/it").absolute())
+        assert read(path).state["n"] == 1
+        folder.unlink()
+        os.rename("elsewhere/it", folder)
+
+
 @pytest.mark.parametrize(("file", "target"), list(_links()))
 def test_links_pipes_and_devices_end_no_reader(file: str, target: str) -> None:
     """A reader that opened one of them would never come back."""

@@ -23,7 +23,7 @@ import pytest
 
 from loopwright.data import unpack
 from loopwright.data.download import fetch
-from loopwright.errors import DataError, SettingError
+from loopwright.errors import DataError, LoopwrightWarning, SettingError
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -118,10 +118,9 @@ def test_a_file_is_downloaded_and_unpacked_once_to_a_place_that_can_be_chosen(
         assert everything(path) == {"readme": "read me", "train/one": "1", "train/two": "2"}
         assert path.name == "digits"
         assert path.is_relative_to(tmp_path / "here")
-    (path / "train/one").write_text("changed by hand")
-    (path / "readme").unlink()
-    path = fetch(url, digest, folder=tmp_path / "here")  # what is unpacked is not unpacked again
-    assert everything(path) == {"train/one": "changed by hand", "train/two": "2"}
+    unpacked = (path / "train/one").stat()
+    fetch(url, digest, folder=tmp_path / "here")  # what is unpacked is not unpacked again
+    assert (path / "train/one").stat() == unpacked
     assert server.asked == ["/sets/digits.zip"]
     monkeypatch.setenv("LOOPWRIGHT_DATA", str(tmp_path / "there"))
     assert fetch(url, digest).is_relative_to(tmp_path / "there")
@@ -243,6 +242,98 @@ def test_a_file_that_was_damaged_on_the_disk_is_fetched_again(server: Server, tm
     assert len(server.asked) == 2
 
 
+def test_unpacked_files_that_were_changed_are_told_and_put_back(server: Server, tmp_path: Path) -> None:
+    """With a hash, what is unpacked is verified as well as what is not; files that were added are not touched."""
+    url, digest = serve(server, "/set.tar.gz", tarred(*(member(f"train/{n}", n.encode()) for n in ("1", "2", "3"))))
+    path = fetch(url, digest, folder=tmp_path)
+    (path / "train/1").write_text("X")  # of the same size, and made to look as old
+    os.utime(path / "train/1", (0, 0))
+    (path / "train/3").unlink()
+    (path / "own").write_text("mine")
+    with pytest.warns(LoopwrightWarning) as told:
+        assert fetch(url, digest, folder=tmp_path) == path
+    assert [str(one.message) for one in told] == [
+        f"{path} was not as it had been unpacked: train/1 was changed, train/3 is missing. The files of the archive "
+        "are there again; to change some, work on a copy of the folder"
+    ]
+    whole = {"own": "mine", "train/1": "1", "train/2": "2", "train/3": "3"}
+    assert everything(path) == whole
+    assert everything(fetch(url, digest, folder=tmp_path)) == whole
+    assert len(server.asked) == 1
+    assert sorted(p.name for p in path.parent.iterdir()) == [".set.sha256", "set", "set.tar.gz"]
+
+
+@pytest.mark.parametrize("record", [None, "", "[]", "{"])
+def test_what_was_unpacked_without_a_record_is_compared_with_its_archive(
+    server: Server, tmp_path: Path, record: str | None
+) -> None:
+    url, digest = serve(server, "/a.zip", zipped(a="1", b="2"))
+    path = fetch(url, digest, folder=tmp_path)
+    kept = path.parent / ".a.sha256"
+    kept.unlink()
+    if record is not None:
+        kept.write_text(record)
+    assert everything(fetch(url, digest, folder=tmp_path)) == {"a": "1", "b": "2"}
+    (path / "b").write_text("3")
+    with pytest.warns(LoopwrightWarning, match="b was changed"):
+        assert everything(fetch(url, digest, folder=tmp_path)) == {"a": "1", "b": "2"}
+
+
+def test_a_single_file_that_was_unpacked_is_verified_too(server: Server, tmp_path: Path) -> None:
+    url, digest = serve(server, "/train.csv.gz", gzip.compress(b"1,2"))
+    path = fetch(url, digest, folder=tmp_path)
+    path.write_text("1,3")
+    with pytest.warns(LoopwrightWarning, match=r"train\.csv was not as it had been unpacked: was changed\. The files"):
+        assert fetch(url, digest, folder=tmp_path).read_text() == "1,2"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_nothing_is_put_back_through_a_link(server: Server, tmp_path: Path) -> None:
+    url, digest = serve(server, "/a.zip", zipped(in__a="1", b="2", c="3"))
+    path = fetch(url, digest, folder=tmp_path / "data")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "a").write_text("mine")
+    shutil.rmtree(path / "in")
+    (path / "in").symlink_to(outside)
+    (path / "b").unlink()
+    (path / "b").symlink_to(outside / "a")
+    (path / "c").unlink()
+    os.mkfifo(path / "c")
+    with pytest.warns(LoopwrightWarning, match="in/a was changed"):
+        assert everything(fetch(url, digest, folder=tmp_path / "data")) == {"in/a": "1", "b": "2", "c": "3"}
+    assert everything(outside) == {"a": "mine"}
+    (path / "c").unlink()
+    (path / "c").mkdir()
+    shutil.rmtree(path / "in")
+    (path / "in").write_text("a file in the place of a folder")
+    with pytest.warns(LoopwrightWarning, match="c was changed, in/a is missing"):
+        assert everything(fetch(url, digest, folder=tmp_path / "data")) == {"in/a": "1", "b": "2", "c": "3"}
+
+
+@pytest.mark.parametrize("ending", ["", ".zip"])
+def test_a_folder_that_cannot_be_made_says_what_to_name(tmp_path: Path, ending: str) -> None:
+    source = tmp_path / f"a{ending}"
+    source.write_bytes(zipped(a="1"))
+    for folder, why in ((source, "Not a directory"), ("a\0b", "embedded null byte")):
+        with pytest.raises(DataError) as error:
+            fetch(source.as_uri(), folder=folder)
+        text = str(error.value)
+        assert text.startswith(f"cannot make the folder {folder}{os.sep}a-")
+        assert text.endswith(
+            f": {why}. Name one that can be written to: fetch(..., folder='data'), or the environment variable "
+            "LOOPWRIGHT_DATA"
+        )
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="of Linux")
+def test_a_folder_where_nothing_can_be_is_an_error_of_ours(tmp_path: Path) -> None:
+    source = tmp_path / "a"
+    source.write_text("1")
+    with pytest.raises(DataError, match=r"cannot make the folder /proc/nope/a-\w+: No such file or directory\. Name"):
+        fetch(source.as_uri(), folder="/proc/nope")
+
+
 def test_a_download_that_ends_early_is_no_file(server: Server, tmp_path: Path) -> None:
     url, digest = serve(server, "/short.txt", b"half")
     with pytest.raises(DataError, match=r"short\.txt ended after 4 of 9 bytes; try again"):
@@ -286,7 +377,7 @@ def test_fetching_the_same_file_at_the_same_time_is_safe(server: Server, tmp_pat
         paths = set(pool.map(lambda _: fetch(url, digest, folder=tmp_path), range(16)))
     assert len(paths) == 1
     assert len(everything(paths.pop())) == 50
-    assert sorted(p.name for p in next(tmp_path.iterdir()).iterdir()) == ["many", "many.tar.gz"]
+    assert sorted(p.name for p in next(tmp_path.iterdir()).iterdir()) == [".many.sha256", "many", "many.tar.gz"]
 
 
 def test_progress_of_a_big_file_is_shown_on_stderr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import traceback
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from loopwright import rng
-from loopwright.checkpoint import check, encode, snapshot, write
+from loopwright.checkpoint import Packed, check, encode, snapshot
 from loopwright.data import Chunks
 from loopwright.errors import CheckpointError, SettingError
 from loopwright.events import Callback
@@ -52,9 +53,11 @@ class Capsule(Callback):
     drops some), and errors between steps (reading data, validation, saving) have none: the last checkpoint is the
     better place to go on from.
 
-    ``max_size`` bounds it, as a number of bytes or "100 MB": what is too much is left out, the optimizer states first,
-    then the weights, then the batches. ``folder`` is another place than the run folder. It must come first in the list
-    of callbacks, to see batches and random numbers before the others do.
+    ``max_size`` bounds the bytes of its files, as a number or "100 MB": what is too much is left out, the optimizer
+    states first, then the weights, then the batches with their random states. The rest is written whatever the bound:
+    the error, settings, values, attributes, which is some kB as a rule (of a traceback the last 20,000 characters).
+    ``folder`` is another place than the run folder. It must come first in the list of callbacks, to see batches and
+    random numbers before the others do.
 
     What it cannot bring back: what a step has changed in place in its batch, statistics of batch norm as they were
     before the forward (they do not enter it), other buffers that change, beyond 1 MB, and weights that have moved when
@@ -214,7 +217,6 @@ class Capsule(Callback):
         }  # fmt: skip
         if state["attributes"]:
             limits.append(f"plain attributes are those of after the error: {_listed(state['attributes'])}")
-        files = self._fitting(files, state, limits)
         n = stage.accumulate if isinstance(stage.accumulate, int) else len(planned or [1])
         about = {
             **snapshot.info(run), "kind": "capsule", "device": str(run.device), "stage_index": self._at.stage,
@@ -226,7 +228,8 @@ class Capsule(Callback):
             "conditions": snapshot.conditions(run), "limits": limits,
         }  # fmt: skip
         rank = f"-rank{run.comm.rank}" if run.comm.rank else ""  # several may fail at once
-        self.last = write(root / "capsules" / f"step-{self._at.step + 1:08d}-{name}{rank}", files, state, about)
+        packed = self._fitting(files, state, about)
+        self.last = packed.write(root / "capsules" / f"step-{self._at.step + 1:08d}-{name}{rank}")
 
     def _models(self, run: Run, limits: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
         """Tensors of the models as they were before the step, and what else their state_dicts hold."""
@@ -248,24 +251,27 @@ class Capsule(Callback):
         ]  # fmt: skip
         return files, _kept(extras, "extra state", limits)
 
-    def _fitting(self, files: dict[str, Any], state: dict[str, Any], limits: list[str]) -> dict[str, Any]:
+    def _fitting(self, files: dict[str, Any], state: dict[str, Any], about: dict[str, Any]) -> Packed:
         """Leave out what is too much."""
-
-        def size(part: Any) -> int:
-            return sum(t.numel() * t.element_size() for t in encode(part)[1].values())
-
-        sizes = {"optimizers": size(state["optimizers"]), "weights": size(files), "window": size(state["window"])}
+        packed = Packed.of(files, state, about)
         for part, what in _PARTS.items():
-            if sum(sizes.values()) <= self.max_bytes:
+            if packed.size() <= self.max_bytes:
                 break
-            limits.append(
-                f"{what} ({sizes.pop(part):,} bytes) were left out: the capsule is bounded by {self.max_size}"
+            held = files if part == "weights" else state[part]
+            about["limits"].append(
+                f"{what} ({_size(held):,} bytes) were left out: the capsule is bounded by {self.max_size}"
             )
             if part == "weights":
                 files = {}
             else:
                 state[part] = None
-        return files
+            packed = Packed.of(files, state, about)
+        return packed
+
+
+def _size(part: Any) -> int:
+    plain, tensors = encode(part)
+    return len(json.dumps(plain)) + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _moving(run: Run) -> list[tuple[dict[str, Tensor | None], str]]:

@@ -166,10 +166,8 @@ class Checkpoint:
         if state == self._saved and self._writing is not None:
             return None
         folder = self._folder(run)
-        others: Sequence[Checkpoint] = [
-            s for s in run.savers if isinstance(s, Checkpoint) and s is not self and s._folder(run) == folder
-        ]
-        for saver in (self, *others):
+        savers = self._savers(run, folder)
+        for saver in savers:
             saver.finish(run)  # one at a time
         if state == self._saved and self.last is not None:
             return self.last
@@ -177,19 +175,20 @@ class Checkpoint:
         step = run.progress.step
         try:
             rank = self._rank_here(run, path)
-            if any(o._saved == state for o in others) and (rank is None or monitored(path, self.monitor) is not None):
-                self._landed(path, rank, others)  # another one has written it
+            written = any(s._saved == state for s in savers if s is not self)
+            if written and (rank is None or monitored(path, self.monitor) is not None):
+                self._landed(path, rank, savers)  # another one has written it
             else:
-                monitors = [saver._monitors(run, path) for saver in (self, *others) if saver.monitor is not None]
+                monitors = [saver._monitors(run, path) for saver in savers if saver.monitor is not None]
                 about = snapshot.info(run)
                 about |= (monitors[0] if monitors else {}) | ({"others": monitors[1:]} if monitors[1:] else {})
                 packed = Packed.of(*snapshot.take(run, ranks), about)
                 if self.async_save:
                     packed = self._copies.of(packed)
-                    future = in_background(lambda: self._write(packed, path, rank, others))
+                    future = in_background(lambda: self._write(packed, path, rank, savers))
                     self._writing, self._saved = (path, rank, future), state
                     return None
-                self._write(packed, path, rank, others)
+                self._write(packed, path, rank, savers)
         except (CheckpointError, OSError) as error:
             self._failed(step, error)
             return None
@@ -203,14 +202,14 @@ class Checkpoint:
         folder, rank = self._folder(run), run.comm.rank
         path = folder / f"step-{run.progress.step:08d}"
         state = (run.progress._replace(seconds=0.0), dict(run.metrics), len(run.history), run.validated_at)
-        others = [s for s in run.savers if isinstance(s, Checkpoint) and s is not self and s._folder(run) == folder]
+        savers = self._savers(run, folder)
         value, about, written = None, dict[str, Any](), False
         if not rank:
             value = self._rank_here(run, path)
-            written = any(o._saved == state for o in others) and (
+            written = any(s._saved == state for s in savers if s is not self) and (
                 value is None or monitored(path, self.monitor) is not None
             )
-            monitors = [saver._monitors(run, path) for saver in (self, *others) if saver.monitor is not None]
+            monitors = [saver._monitors(run, path) for saver in savers if saver.monitor is not None]
             about = snapshot.info(run)
             about |= (monitors[0] if monitors else {}) | ({"others": monitors[1:]} if monitors[1:] else {})
         old = run.comm.broadcast((state == self._saved and self.last, written))
@@ -221,7 +220,7 @@ class Checkpoint:
                 packed = Packed.of(*snapshot.take(run, ranks), about, shards=True)
                 write_together(packed, path, run.comm)
             if not rank:
-                self._landed(path, value, others)
+                self._landed(path, value, savers)
         except (CheckpointError, OSError) as error:
             self._failed(run.progress.step, error)
             return None
@@ -269,16 +268,22 @@ class Checkpoint:
             raise error
         warn(f"no checkpoint at step {step}: {error}")
 
-    def _write(self, packed: Packed, path: Place, rank: float | None, others: Sequence[Checkpoint]) -> None:
-        packed.write(path)
-        self._landed(path, rank, others)
+    def _savers(self, run: Run, folder: Place) -> list[Checkpoint]:
+        """Those that write to ``folder``, this one among them, in the order in which they were given."""
+        found = [s for s in run.savers if isinstance(s, Checkpoint) and s._folder(run) == folder]
+        return found if self in found else [self, *found]
 
-    def _landed(self, path: Place, rank: float | None, others: Sequence[Checkpoint]) -> None:
+    def _write(self, packed: Packed, path: Place, rank: float | None, savers: Sequence[Checkpoint]) -> None:
+        packed.write(path)
+        self._landed(path, rank, savers)
+
+    def _landed(self, path: Place, rank: float | None, savers: Sequence[Checkpoint]) -> None:
         """The checkpoint is on disk: only now may older ones go, those that no saver of this folder wants."""
         self._ranks = {**{p: r for p, r in self._ranks.items() if p != path}, path: rank}
         self._look()
-        write_index(path.parent, last=self.last, best=self.best)
-        wanted = {p for saver in (self, *others) for p in saver._wanted()}
+        judge = next((saver for saver in savers if saver.monitor is not None), self)  # whoever writes, one says best
+        write_index(path.parent, last=self.last, best=judge.best)
+        wanted = {p for saver in savers for p in saver._wanted()}
         for old in [p for p in self._ranks if p not in wanted]:
             if (old / NAME).is_file():
                 delete(old)

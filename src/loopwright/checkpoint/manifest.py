@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from pathlib import Path
 from reprlib import repr  # what it shows of a forged value is short
 from typing import Any
 
@@ -23,7 +25,7 @@ from loopwright.checkpoint.streams import HASHES
 from loopwright.errors import CheckpointError
 from loopwright.text import with_article
 
-__all__ = ["FILE", "FORMAT", "NAME", "parse", "peek", "render"]
+__all__ = ["FILE", "FORMAT", "NAME", "no_link", "parse", "peek", "render"]
 
 NAME = "manifest.json"
 FILE = re.compile(r"[\w%~-][\w.%~-]*\.(safetensors|json)")
@@ -48,6 +50,7 @@ def parse(path: Place) -> dict[str, Any]:
     none, if it is damaged, and if a newer version wrote it.
     """
     file = path / NAME
+    no_link(file)
     if not file.is_file():  # not merely missing: a pipe or a device of that name would never end
         state = "has no manifest.json" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} is not a checkpoint: it {state}")
@@ -82,6 +85,15 @@ def parse(path: Place) -> dict[str, Any]:
     if not isinstance(manifest.get("info"), dict):
         raise CheckpointError(f"{file} is damaged: its info is {repr(manifest.get('info'))}, not an object")
     return manifest
+
+
+def no_link(file: Place) -> None:
+    """Raise CheckpointError for a link: it leads to a file that others may have, change or not want read."""
+    if isinstance(file, Path) and file.is_symlink():
+        raise CheckpointError(
+            f"{file} is a link, and the files of a checkpoint lie in its folder. If you have put it there, put a copy "
+            f"in its place: cp --remove-destination {os.path.realpath(file)} {file}"
+        )
 
 
 def _load(file: Place) -> tuple[dict[str, Any], bytes]:
@@ -129,6 +141,7 @@ def _is_entry(entry: dict[str, Any]) -> bool:
 def peek(path: Place) -> dict[str, Any]:
     """The manifest as it stands, unverified; empty if there is none that can be read. For listings."""
     try:
+        no_link(path / NAME)
         return migrate_manifest(_load(path / NAME)[0])
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

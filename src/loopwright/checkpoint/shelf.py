@@ -82,7 +82,7 @@ def index(folder: Place | str) -> dict[str, Place | None]: ...
 def index(folder: Place | str) -> Any:
     """``{"last": path, "best": path}`` of a folder of checkpoints, read from its ``index.json``.
 
-    The file is a cache: where it is missing, damaged or names what is gone, the manifests tell.
+    The file is a cache: where it is missing, damaged, names what is gone or knows no best one, the manifests tell.
     """
     folder = as_place(folder)
     try:
@@ -91,7 +91,7 @@ def index(folder: Place | str) -> Any:
     except Exception:  # whatever stands there, and whatever a library behind a URL raises
         found = {}
     present = list_checkpoints(folder)
-    if found and found["last"] == next(reversed(present), None) and found["best"] in (None, *present):
+    if found and found["last"] == next(reversed(present), None) and found["best"] in present:
         return found
     return {"last": next(reversed(present), None), "best": best(present)}
 

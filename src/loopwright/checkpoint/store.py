@@ -24,7 +24,7 @@ from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.publish import publish
 from loopwright.checkpoint.shelf import list_checkpoints, order
 from loopwright.checkpoint.streams import HASHES, Hashed, Writer, new_hash
-from loopwright.checkpoint.tensors import layout, unpack
+from loopwright.checkpoint.tensors import Layout, layout, unpack
 from loopwright.errors import CheckpointError
 
 __all__ = ["Contents", "Packed", "read", "verify", "write"]
@@ -114,6 +114,16 @@ class Packed:
             out.write(manifests.NAME, [(memoryview(text), False)], size=len(text))
             out.sync_folder()
 
+    def size(self) -> int:
+        """How many bytes its files will have."""
+        entries: dict[str, dict[str, Any]] = {STATE: {"size": len(self.state)}}
+        for file in _several(plan(self.groups)):
+            entries[file.name] = _entry(file, _laid(file))
+        named = {file: {**entry, HASHES[0]: "0" * 64} for file, entry in entries.items()}
+        manifest = {"format": manifests.FORMAT, "order": 10**9, "info": self.info, "files": named}
+        sizes: list[int] = [entry["size"] for entry in entries.values()]
+        return len(manifests.render(manifest)) + sum(sizes)
+
     def need_space(self, folder: Path) -> None:
         """Better no checkpoint than half of one, and a full disk for everybody."""
         needed = len(self.state) + sum(layout(named).size for named in self.groups.values()) + (1 << 16)
@@ -147,11 +157,19 @@ def _begun(out: Writer, files: list[File]) -> tuple[dict[str, dict[str, Any]], d
     entries: dict[str, dict[str, Any]] = {}
     digests: dict[str, Any] = {}
     for file in files:
-        pieces = {} if file.shards is None else {"shards": file.shards}
-        laid = layout(file.tensors, None if file.shards is None else _offsets(file))
+        laid = _laid(file)
         digests[file.name] = out.write(file.name, laid.parts(), size=laid.size)
-        entries[file.name] = {"group": file.group, "size": laid.size, **pieces, **laid.notes}
+        entries[file.name] = _entry(file, laid)
     return entries, digests
+
+
+def _laid(file: File) -> Layout:
+    return layout(file.tensors, None if file.shards is None else _offsets(file))
+
+
+def _entry(file: File, laid: Layout) -> dict[str, Any]:
+    pieces = {} if file.shards is None else {"shards": file.shards}
+    return {"group": file.group, "size": laid.size, **pieces, **laid.notes}
 
 
 def _several(files: list[File]) -> list[File]:
@@ -306,6 +324,7 @@ def _checked(file: Place, entry: dict[str, Any], load: _Load) -> Any:
     """What ``load`` makes of a file that has the size and the checksum of its entry."""
     loaded, problem = None, None
     kind = next(name for name in HASHES if name in entry)
+    manifests.no_link(file)
     try:
         size = file.stat().st_size
         if not file.is_file():  # a pipe or a device would never end

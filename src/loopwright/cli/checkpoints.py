@@ -7,7 +7,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from loopwright.checkpoint import decode, delete, index, list_checkpoints, verify
+from loopwright.checkpoint import decode, delete, index, list_checkpoints, verify, write_index
 from loopwright.checkpoint.manifest import NAME, peek
 from loopwright.checkpoint.places import Place, as_place
 from loopwright.checkpoint.shelf import monitored
@@ -87,7 +87,7 @@ def damage(path: Place) -> str | None:
 def marks(found: list[Place]) -> dict[Place, list[str]]:
     """Which checkpoint of a folder is the last, and which is the best by each value that was monitored."""
     notes: dict[Place, list[str]] = {path: [] for path in found}
-    names = sorted({name for path in found if isinstance(name := about(path).get("monitor"), str)})
+    names = sorted({name for path in found for name in _monitors(path)})
     for name in names:
         ranked = [(value, path) for path in found if (value := monitored(path, name)) is not None]
         if ranked:
@@ -98,6 +98,14 @@ def marks(found: list[Place]) -> dict[Place, list[str]]:
     for path in found[-1:]:
         notes[path].append("last")
     return notes
+
+
+def _monitors(path: Place) -> list[str]:
+    """The names of the values that a checkpoint was judged by."""
+    info = about(path)
+    others = info.get("others")
+    told = [info, *(others if isinstance(others, list) else ())]
+    return [name for one in told if isinstance(one, dict) and isinstance(name := one.get("monitor"), str)]
 
 
 def print_verified(path: str) -> int:
@@ -149,6 +157,8 @@ def prune(path: str, *, keep: int, dry: bool) -> int:
         for checkpoint in kept:
             why = ", ".join(notes[checkpoint] or ["newest good" if checkpoint == good else ""])
             print(safe(f"{'would keep' if dry else 'kept':<{12 if dry else 7}}  {checkpoint}  {why}").rstrip())
+        if not dry:
+            write_index(first.parent, **index(first.parent))
     freed = format_size(sum(sizes[p] for p in surplus))
     print(f"\n{freed} {'would be freed' if dry else 'freed'}; {len(kept)} of {len(found)} checkpoints kept")
     return 0

@@ -17,7 +17,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from loopwright.data.unpack import stem_of, unpack
+from loopwright.data.unpack import hash_of, is_as_unpacked, stem_of, unpack
 from loopwright.errors import DataError, SettingError
 
 __all__ = ["fetch"]
@@ -34,10 +34,13 @@ def fetch(url: str, sha256: str | None = None, *, folder: str | Path | None = No
     (.gz, .xz, .bz2) the unpacked one, of anything else, or with ``extract=False``, the file itself. It is kept below
     ``folder``; without it below the environment variable LOOPWRIGHT_DATA, or else below ~/.cache/loopwright.
 
-    With ``sha256`` (64 hex digits) the content is verified, also when it was there already. Without it only https and
-    file URLs are taken, http is not; a file of this machine that has changed is fetched anew, and an archive that
-    cannot be unpacked is deleted, so that the next call fetches it again. Processes may fetch the same file at the same
-    time. No archive can write outside its folder, make links, or grow beyond a gigabyte and 100 times its size.
+    With ``sha256`` (64 hex digits) the content is verified, also when it was there already, for which all of it is
+    read: a file that is not what was fetched is fetched anew; unpacked files are compared with a record that is kept
+    beside them, and those changed or missing are told by a warning and put back. Files that were added stay. Without
+    it only https and file URLs are taken, http is not; a file of this machine that has changed is fetched anew, and an
+    archive that cannot be unpacked is deleted, so that the next call fetches it again. Processes may fetch the same
+    file at the same time. No archive can write outside its folder, make links, or grow beyond a gigabyte and 100 times
+    its size.
     Progress of big files is written to stderr. Raises DataError if the file cannot be had, or is not what was asked
     for, and SettingError for a URL or a hash that cannot be used.
 
@@ -56,16 +59,16 @@ def fetch(url: str, sha256: str | None = None, *, folder: str | Path | None = No
     own = f"{stem_of(name) or name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     place = _root(folder) / own
     file, target = place / name, place / (stem_of(name) or name)
-    wants = extract and stem_of(name) is not None
-    if wants and target.exists():
+    wants, record = extract and stem_of(name) is not None, place / f".{target.name}.sha256"
+    if wants and os.path.exists(target) and (sha256 is None or is_as_unpacked(target, record)):
         return target
-    if not file.exists() or (sha256 is not None and _hash(file) != sha256):
-        place.mkdir(parents=True, exist_ok=True)
+    if not os.path.exists(file) or (sha256 is not None and hash_of(file) != sha256):
+        _make(place)
         _download(url, sha256, file)
     if not wants:
         return file
     try:
-        return unpack(file, target)
+        return unpack(file, target, None if sha256 is None else record)
     except DataError as error:
         ours = getattr(error.__cause__, "errno", None) is not None  # a full disk, a permission
         if sha256 is None and not ours:  # what was asked for by its hash would only come again
@@ -78,6 +81,16 @@ def _root(folder: str | Path | None) -> Path:
     if folder is None:
         folder = os.environ.get("LOOPWRIGHT_DATA") or Path.home() / ".cache" / "loopwright"
     return Path(folder).expanduser()
+
+
+def _make(place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a ValueError: no path can hold a zero byte
+        raise DataError(
+            f"cannot make the folder {place}: {getattr(error, 'strerror', None) or error}. Name one that can be "
+            "written to: fetch(..., folder='data'), or the environment variable LOOPWRIGHT_DATA"
+        ) from error
 
 
 def _stamp(url: str) -> str:
@@ -118,11 +131,6 @@ def _shown(url: str) -> str:
     """Without user, password and query, which may hold secrets."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

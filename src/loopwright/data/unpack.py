@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
+import json
 import lzma
 import os
 import shutil
@@ -13,14 +15,15 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from loopwright.errors import DataError
+from loopwright.written import warn
 
-__all__ = ["stem_of", "unpack"]
+__all__ = ["hash_of", "is_as_unpacked", "stem_of", "unpack"]
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _SINGLE: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -44,15 +47,17 @@ def stem_of(name: str) -> str | None:
     return None
 
 
-def unpack(file: Path, target: Path) -> Path:
+def unpack(file: Path, target: Path, record: Path | None = None) -> Path:
     """Unpack ``file`` into the folder (or, a single packed file, the file) ``target``, which appears when all is there.
 
+    ``record``: keep the hash of each file there; of a ``target`` that exists, files that differ are told and put back.
     Only files and folders are written; a link to a file inside the archive becomes a copy of it. Raises DataError,
     and leaves nothing behind, for a damaged archive, for names and links that lead outside, devices, and for more
     than a gigabyte and 100 times the archive's size.
     """
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    work: Path | None = None
     try:
+        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         made = work / target.name
         budget = _Budget(file, max(_FREE, _RATIO * file.stat().st_size))
         if file.name.lower().endswith((".zip", *_TARS)):
@@ -61,6 +66,13 @@ def unpack(file: Path, target: Path) -> Path:
         else:
             with _SINGLE[file.suffix.lower()](file) as source, made.open("wb") as out:
                 budget.copy(source, out)
+        if record is not None:
+            hashes = _hashes(made)
+            (work / record.name).write_text(json.dumps(hashes))
+            os.replace(work / record.name, record)  # the same whoever writes it
+            if target.exists():
+                _put_back(made, target, _differing(target, hashes))
+                return target
         try:
             os.rename(made, target)  # a folder that is not empty stays: another process was faster
         except OSError:
@@ -72,8 +84,63 @@ def unpack(file: Path, target: Path) -> Path:
         own = getattr(error, "errno", None) is not None  # of the disk, or a permission; no fault of the archive
         raise DataError(f"cannot unpack {file}: {error}{'' if own else '. It is damaged, or no archive'}") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def is_as_unpacked(target: Path, record: Path) -> bool:
+    """True if every file that ``record`` names is in ``target`` with the content that it had."""
+    try:
+        hashes = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(hashes, dict) and not _differing(target, hashes)
+
+
+def _hashes(made: Path) -> dict[str, str]:
+    """Of each file, by its path below ``made``; "." where that is a file itself."""
+    files = [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file())
+    return {path.relative_to(made).as_posix(): hash_of(path) for path in files}
+
+
+def hash_of(file: Path) -> str:
+    """The sha256 of what is in ``file``, as 64 hex digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _differing(target: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What is wrong with files that were unpacked, by name."""
+    found = {}
+    for name, digest in hashes.items():
+        path = target / name
+        try:
+            if not path.is_file() or hash_of(path) != digest:  # a pipe would never end
+                found[name] = "was changed" if path.exists() else "is missing"
+        except OSError:
+            found[name] = "cannot be read"
+    return found
+
+
+def _put_back(made: Path, target: Path, differing: Mapping[str, str]) -> None:
+    """Move these files from ``made`` to ``target``, each at once: others may be reading there."""
+    for name in differing:
+        path = target / name
+        for above in [folder for folder in reversed(path.parents) if folder.is_relative_to(target)]:
+            if above.is_file() or (above.is_symlink() and above != target):  # nothing is written through a link
+                above.unlink()
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(made / name, path)
+    if differing:
+        told = [f"{name} {wrong}" if name != "." else wrong for name, wrong in list(differing.items())[:5]]
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        warn(
+            f"{target} was not as it had been unpacked: {', '.join(told)}{more}. The files of the archive are there "
+            "again; to change some, work on a copy of the folder"
+        )
 
 
 @dataclass(slots=True)
