@@ -684,6 +684,53 @@ def test_an_error_in_a_hook_keeps_its_type_and_says_where_it_was(hook: str) -> N
     assert notes[0].startswith(f"[loopwright] in Acts.{hook}, after epoch ")
 
 
+SHAPES = "; batch: (float32[2, 1], float32[2, 1])"
+
+
+@pytest.mark.parametrize("hook", TRAINING_HOOKS)
+def test_an_error_in_a_hook_of_a_step_has_the_shapes_of_its_batch(hook: str) -> None:
+    def fail(run: lw.Run, *args: Any) -> None:
+        raise ZeroDivisionError("by a hook")
+
+    done = int(hook == "on_step_end")
+    with pytest.raises(ZeroDivisionError) as raised:
+        recorded(pairs([1.0, 2.0]), callbacks=[acts(**{hook: fail})])
+    assert raised.value.__notes__ == [
+        f"[loopwright] in Acts.{hook}, after epoch 0, batch {done} of the open epoch, step {done}{SHAPES}"
+    ]
+
+
+@pytest.mark.parametrize("hook", TRAINING_HOOKS)
+def test_what_a_hook_may_not_return_is_told_with_the_shapes_of_its_batch(hook: str) -> None:
+    wrong = None if hook.startswith("map_") else 5
+    with pytest.raises(lw.HookError) as raised:
+        recorded(pairs([1.0, 2.0]), callbacks=[acts(**{hook: lambda run, *args: wrong})])
+    assert len(raised.value.__notes__) == 1
+    assert raised.value.__notes__[0].endswith(SHAPES)
+
+
+def test_a_loss_that_is_not_finite_is_told_with_the_shapes_of_all_batches_that_are_held() -> None:
+    def fit(*batches: list[float], **settings: Any) -> list[str]:
+        with pytest.raises(lw.NonFiniteError) as raised:
+            trainer(epochs=1, **settings).fit(sgd_task(line(float("nan"))), lambda: iter(pairs(*batches)))
+        return raised.value.__notes__
+
+    place = "[loopwright] after epoch 0, batch 0 of the open epoch, step 0; batch: "
+    assert fit([1, 2]) == [f"{place}(float32[2, 1], float32[2, 1])"]
+    held = fit([1, 2], [3], accumulate=2)
+    assert held == [f"{place}[(float32[2, 1], float32[2, 1]), (float32[1, 1], float32[1, 1])]"]
+
+
+def test_an_error_in_a_hook_between_steps_has_no_batch() -> None:
+    def fail(run: lw.Run, *args: Any) -> None:
+        raise ZeroDivisionError("by a hook")
+
+    for hook in ("on_epoch_start", "on_validation_start", "on_epoch_end", "on_stage_end"):
+        with pytest.raises(ZeroDivisionError) as raised:
+            recorded(pairs([1.0, 2.0]), callbacks=[acts(**{hook: fail})])
+        assert not [note for note in raised.value.__notes__ if "; batch: " in note]
+
+
 def test_an_error_in_a_step_says_after_which_step_and_with_which_batch() -> None:
     class Fails(nn.Module):
         def __init__(self) -> None:

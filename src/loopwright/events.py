@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from loopwright.errors import HookError, SkipBatch, SkipStep, StopEpoch, choose, name_nearest
+from loopwright.errors import HookError, NonFiniteError, SkipBatch, SkipStep, StopEpoch, choose, name_nearest
 from loopwright.state import Phase, Run, Stage, StepResult
 from loopwright.written import warn
 
@@ -333,7 +333,7 @@ def fire(hooks: Calls, run: Run, *args: Any) -> None:
                 f"{hook_name(hook, run)} returned {_short(returned)}; on_* hooks observe and must return None. "
                 "To change a value, override map_batch, map_output or map_loss and return the new one there"
             )
-            add_place(wrong, run, hook)
+            add_place(wrong, run, hook, _batch(hook, run, args))
             raise wrong
 
 
@@ -352,10 +352,10 @@ def end_early(hooks: Calls, run: Run, *where: str) -> None:
 def fold(hooks: Calls, run: Run, value: Any, *args: Any) -> Any:
     """Thread ``value`` through every ``map_*`` hook, in order."""
     for hook in hooks:
-        value = _call(hook, run, (value, *args))
+        given, value = value, _call(hook, run, (value, *args))
         if value is None:
             wrong = HookError(f"{hook_name(hook, run)} returned None; map_* hooks must return the (new) value")
-            add_place(wrong, run, hook)
+            add_place(wrong, run, hook, _batch(hook, run, (given, *args)))
             raise wrong
     return value
 
@@ -381,13 +381,30 @@ def _call(hook: Callable[..., Any], run: Run, args: tuple[Any, ...]) -> Any:
             f"{hook_name(hook, run)} raised {type(signal).__name__}, which steers the loop only from "
             f"{', '.join(places)}. Raise it there, or stop training with run.request_stop(reason)"
         )
-        add_place(wrong, run, hook)
+        add_place(wrong, run, hook, _batch(hook, run, args))
         raise wrong from signal
     except BaseException as error:
-        base = getattr(Callback, _place(hook, run), None)
-        names = list(inspect.signature(base).parameters)[2:] if base is not None else []
-        add_place(error, run, hook, dict(zip(names, args, strict=False)).get("batch"))
+        add_place(error, run, hook, _batch(hook, run, args))
         raise
+
+
+_OF_STEP = ("on_step_start", "on_grads_ready", "on_step_end")  # no batch is passed to them
+
+
+def _batch(hook: Any, run: Run, args: tuple[Any, ...]) -> Any:
+    """The batch that a hook was called for, or the batches of its step; None where there is none."""
+    place = _place(hook, run)
+    if place in _OF_STEP:
+        return _of_window(run)
+    base = getattr(Callback, place, None)
+    names = list(inspect.signature(base).parameters)[2:] if base is not None else []
+    return dict(zip(names, args, strict=False)).get("batch")
+
+
+def _of_window(run: Run) -> Any:
+    """The batches of the open step; None where they came one by one, and are gone."""
+    window = run.window if isinstance(run.window, (tuple, list)) else ()
+    return window[0] if len(window) == 1 else list(window) or None
 
 
 def _place(hook: Any, run: Run) -> str:
@@ -410,6 +427,8 @@ def add_place(error: BaseException, run: Run, hook: Any = None, batch: Any = Non
     There is one such note for each place: a second call adds what the first did not know.
     """
     p = run.progress
+    if batch is None and hook is None and isinstance(error, NonFiniteError):
+        batch = _of_window(run)  # found when the step had no batch in its hands any more
     who = hook_name(hook, run) if hook is not None else ""
     place = f"after epoch {p.epoch}, batch {p.batch} of the open epoch, step {p.step}"
     shapes = "" if batch is None else f"; batch: {describe(batch)}"
