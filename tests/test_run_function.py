@@ -198,12 +198,12 @@ def test_what_cannot_be_logged_is_refused(returned: Any) -> None:
     [
         (3, "run.log(3) takes a dict with a name for each: run.log({'name': value})"),
         ({3: 1.0}, "run.log({3: ...}): names are texts; write {'3': ...}"),
-        ({"train/loss": 9.0}, "run.log({'train/loss': ...}) would be logged as 'train/train/loss': it adds to the records "
-                              "of training, whose names begin with 'train/'. Write {'train_loss': ...}"),
+        ({"train/loss": 9.0}, "run.log({'train/loss': ...}) would be logged as 'train/train/loss': it adds to the "
+                              "records of training, whose names begin with 'train/'. Write {'train_loss': ...}"),
         ({"train/width": 9.0}, "run.log({'train/width': ...}) would be logged as 'train/train/width': it adds to the "
                                "records of training, whose names begin with 'train/'. Write {'width': ...}"),
-        ({"valid/loss": 9.0}, "run.log({'valid/loss': ...}) would be logged as 'train/valid/loss': it adds to the records "
-                              "of training, whose names begin with 'train/'. Write {'valid_loss': ...}"),
+        ({"valid/loss": 9.0}, "run.log({'valid/loss': ...}) would be logged as 'train/valid/loss': it adds to the "
+                              "records of training, whose names begin with 'train/'. Write {'valid_loss': ...}"),
         ({"a": [1]}, "run.log({'a': ...}) takes a number, a 0-dimensional tensor, a text, a figure with savefig() or a "
                      "Path; got [1]"),
     ],
@@ -226,7 +226,7 @@ def test_a_step_function_is_planned_and_explained_as_run_takes_it() -> None:
     assert plan.facts[0] == "stage 'main': until 2 epochs; an epoch is 2 batches, 2 steps; phases: main"
     assert "exact resume: yes" in plan.facts
     assert any("state= was not given" in fact for fact in user.plan(step, pairs([1.0])).facts)
-    assert "for each batch of ListSource:\n" in user.explain(step, pairs([1.0]), state={"net": net})
+    assert "takes_it.<locals>.step(batch)" in user.explain(step, pairs([1.0]), state={"net": net})
     assert not calls
     cost = user.plan(step, pairs([1.0], [2.0]), state={"net": net}, measure=1).cost
     assert cost.steps == 4

@@ -145,7 +145,7 @@ class Event:
         if when is not None and not callable(when):
             raise SettingError(f"{self.name}(when={when!r}): expected a function of the run that returns True or False")
         if when is not None and (why := not_callable_with(when, "run")) is not None:
-            name = getattr(when, "__qualname__", type(when).__name__)
+            name = getattr(when, "__name__", type(when).__name__)
             raise SettingError(f"{self.name}(when=...): {name}{why}. Write: when=lambda run: ...")
         if isinstance(every, float) and every % 1 == 0:
             given["every"] = every = int(every)

@@ -338,7 +338,7 @@ class StepTask:
     def __init__(self, step: Callable[[Any, Any], Any], state: Mapping[str, Any] | None = None) -> None:
         if not callable(step):
             raise SettingError(f"step={step!r} cannot be called; pass a function step(run, batch)")
-        name = getattr(step, "__qualname__", type(step).__name__)
+        name = getattr(step, "__name__", type(step).__name__)
         if (why := not_callable_with(step, "run", "batch")) is not None:
             raise SettingError(f"step={name}{why}. Write: def step(run, batch): ...")
         if state is not None and not isinstance(state, Mapping):
@@ -367,7 +367,12 @@ class StepTask:
     def phases(self) -> list[Phase]:
         """One phase without optimizers: the step does all the work."""
         step, task = self.step, self
-        return [Phase("main", lambda batch: step(task.run, batch), optimizers=())]
+
+        def call(batch: Any) -> Any:
+            return step(task.run, batch)
+
+        call.__qualname__ = getattr(step, "__qualname__", type(step).__name__)  # by which explain tells it
+        return [Phase("main", call, optimizers=())]
 
     def models(self) -> dict[str, nn.Module]:
         """The modules among the state."""

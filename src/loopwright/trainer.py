@@ -404,7 +404,7 @@ class Trainer:
         >>> def count(run, batch): ...
         >>> print(Trainer(epochs=1, folder=None, progress=False).explain(count, [1, 2], of="output"))
         output, in this order:
-          1. count(run, batch), which returns it
+          1. count(batch), which returns it
         """
         run, parts, _ = self._prepare(_task_of(task, valid, stages, state), train, valid, stages, None)
         parts.undo()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -227,7 +228,8 @@ class Loader:
     def _checked(self, rows: Iterator[tuple[int, Any]], epoch: int) -> Iterator[tuple[int, Any]]:
         """What the sampler gives, where it is samples of the data: 2.7 would be cut to 2, and -1 be the last one."""
         for number, indices in rows:
-            found, length = torch.as_tensor(indices), self._read.length
+            rows_of = indices if isinstance(indices, Tensor) else np.asarray(indices)
+            found, length = torch.as_tensor(rows_of), self._read.length
             whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
             wrong = (found < 0) | (found >= length) if whole else torch.ones_like(found, dtype=torch.bool)
             if found.numel() and bool(wrong.any()):
