@@ -264,6 +264,8 @@ def test_once_after_and_before_are_durations_too(settings: Any, steps: list[int]
                                                 "binds closer than '|': 'a & c | b & c'"),
         ("evry 2 steps", "'evry 2 steps' begins with an unknown word. Known: 'after', 'at', 'before', 'every'. Did you "
                          "mean 'every'?"),
+        ("five steps", "'five steps' begins with an unknown word: a number comes first, as in '5 steps', or a word "
+                       "before that. Known: 'after', 'at', 'before', 'every'."),
         ("2 steps |", "'' is not a duration; write a number and a unit, such as '500 steps', '2 epochs', '10 min' or "
                       "'1e6 samples'"),
     ],

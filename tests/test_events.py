@@ -372,6 +372,9 @@ CALL = "handler demanding(run: 'lw.Run', word: 'str', result: 'Any') -> 'None' c
          "'second', 'seconds', 'step', 'steps', 'token', 'tokens'. Did you mean 'steps'?"),
         (lambda user: Event.STEP_END(before=True),
          "STEP_END(before=True): count occurrences from 1, such as before=20, or give a duration '20 epochs'"),
+        (lambda user: Event.STEP_END(when=lambda: True),
+         "STEP_END(when=...): <lambda>() cannot be called with (run): too many positional arguments. Write: "
+         "when=lambda run: ..."),
         (lambda user: Event.STEP_END(when=True),
          "STEP_END(when=True): expected a function of the run that returns True or False"),
         (lambda user: user.on(Event.STEP_END)(bare),

@@ -276,7 +276,7 @@ def test_all_problems_are_told_at_once() -> None:
          "loss=nn.CrossEntropyLoss(), optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3)), or derive it from "
          "lw.Task"),
         (lambda: lw.Task, DATA, "Task is a class; make an instance: Task()"),
-        (lambda: print, DATA, "builtin_function_or_method is no task; pass lw.Supervised(...) or an lw.Task, or call "
+        (lambda: 3, DATA, "int is no task; pass lw.Supervised(...) or an lw.Task, or call "
          "trainer.run(step, data)"),
         (lambda: lw.Supervised(line()), DATA, "Supervised has no optimizer to train with; pass one: "
          "optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3)"),

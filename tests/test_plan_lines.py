@@ -629,3 +629,48 @@ def test_those_that_may_go_together_are_not_warned_of(first: Any, second: Any) -
         warnings.simplefilter("error")
         run = trainer(epochs=1, callbacks=[first, second]).fit(sgd_task(line()), pairs([1.0]))
     assert run.status == "done"
+
+
+class SetsProgress(lw.Callback):
+    def on_step_end(self, run: lw.Run, result: lw.state.StepResult) -> None:
+        run.progress = run.progress._replace(step=0)
+
+
+def sets_progress(r: lw.Run) -> None:
+    r.progress = r.progress._replace(epoch=100)
+
+
+class SkipsLate(lw.Callback):
+    def map_output(self, run: lw.Run, output: Any, batch: Any, phase: lw.Phase) -> Any:
+        if len(batch[0]) > 100:
+            raise lw.SkipBatch
+        return output
+
+    def on_step_end(self, run: lw.Run, result: lw.state.StepResult) -> None:
+        raise lw.SkipBatch()
+
+
+def test_a_hook_that_sets_the_progress_is_told_what_ends_training() -> None:
+    user = trainer(epochs=1, callbacks=[SetsProgress()])
+    user.on(lw.Event.EPOCH_END)(sets_progress)
+    problems = user.plan(sgd_task(line()), pairs([1.0])).problems
+    assert [one.partition(" (")[0] for one in problems] == ["SetsProgress.on_step_end", "handler sets_progress"]
+    assert all(
+        one.endswith(
+            ") sets run.progress, which the loop alone counts; to end training or a stage, call "
+            "run.request_stop(reason) or run.end_stage(), or raise lw.StopEpoch"
+        )
+        for one in problems
+    )
+
+
+def test_a_batch_that_is_skipped_where_that_is_too_late_is_told_with_the_hooks_that_may() -> None:
+    problems = trainer(epochs=1, callbacks=[SkipsLate()]).plan(sgd_task(line()), pairs([1.0])).problems
+    assert [one.partition(" (")[0] for one in problems] == ["SkipsLate.map_output", "SkipsLate.on_step_end"]
+    assert all(
+        one.endswith(
+            ") raises SkipBatch, which leaves a batch out only from on_batch_start and map_batch; raise it there, or "
+            "drop a step by lw.SkipStep, before the optimizers move"
+        )
+        for one in problems
+    )

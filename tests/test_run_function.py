@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import loopwright as lw
-from tiny import bits, classifier, loader, same, seed_all, trainer
+from tiny import bits, classifier, line, loader, pairs, same, samples, seed_all, sgd_task, trainer
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,8 @@ def test_two_runs_of_one_function_do_not_know_of_one_another() -> None:
     ("step", "state", "message"),
     [
         (5, {}, "step=5 cannot be called; pass a function step(run, batch)"),
+        (lambda batch: None, {}, "step=<lambda>(batch) cannot be called with (run, batch): too many positional "
+                                 "arguments. Write: def step(run, batch): ..."),
         (print, {"n": [1]}, "state['n'] is a list, which has no state_dict; pass a pair of functions instead: "
                             "state={'n': (get, set)}, where set(get()) puts the object back"),
     ],
@@ -196,6 +198,10 @@ def test_what_cannot_be_logged_is_refused(returned: Any) -> None:
     [
         (3, "run.log(3) takes a dict with a name for each: run.log({'name': value})"),
         ({3: 1.0}, "run.log({3: ...}): names are texts; write {'3': ...}"),
+        ({"train/loss": 9.0}, "run.log({'train/loss': ...}) would be logged as 'train/train/loss': it adds to the "
+                              "records of training, whose names begin with 'train/'. Write {'my_loss': ...}"),
+        ({"train/width": 9.0}, "run.log({'train/width': ...}) would be logged as 'train/train/width': it adds to the "
+                               "records of training, whose names begin with 'train/'. Write {'width': ...}"),
         ({"a": [1]}, "run.log({'a': ...}) takes a number, a 0-dimensional tensor, a text, a figure with savefig() or a "
                      "Path; got [1]"),
     ],
@@ -204,3 +210,64 @@ def test_what_run_log_cannot_take_is_refused_with_what_it_takes(values: Any, say
     with pytest.raises(lw.SettingError) as caught:
         trainer(epochs=1).run(lambda run, batch: run.log(values), [1])
     assert str(caught.value) == says
+
+
+def test_a_step_function_is_planned_and_explained_as_run_takes_it() -> None:
+    calls, net = [], line()
+
+    def step(run: lw.Run, batch: Any) -> Any:
+        calls.append(run.state["net"](batch[0]))
+
+    user = trainer(epochs=2)
+    plan = user.plan(step, pairs([1.0], [2.0]), state={"net": net})
+    assert plan.problems == []
+    assert plan.facts[0] == "stage 'main': until 2 epochs; an epoch is 2 batches, 2 steps; phases: main"
+    assert "exact resume: yes" in plan.facts
+    assert any("state= was not given" in fact for fact in user.plan(step, pairs([1.0])).facts)
+    assert "takes_it.<locals>.step(batch)" in user.explain(step, pairs([1.0]), state={"net": net})
+    assert not calls
+    cost = user.plan(step, pairs([1.0], [2.0]), state={"net": net}, measure=1).cost
+    assert cost.steps == 4
+    assert user.run(step, pairs([1.0], [2.0]), state={"net": net}).progress.step == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"valid": [1]}, "valid= goes with a task; trainer.run(step, data) has none, leave it out"),
+        ({"stages": [lw.Stage("a", 1)]}, "stages= goes with a task; trainer.run(step, data) has none, leave it out"),
+        ({"state": [1]}, "state=[int]: expected a dict of the objects that checkpoints keep, by name, such as "
+                         'state={"net": net, "opt": opt}'),
+    ],
+)  # fmt: skip
+def test_what_run_does_not_take_is_no_part_of_its_plan(arguments: Any, message: str) -> None:
+    user = trainer(epochs=1)
+    assert user.plan(lambda run, batch: None, [1], **arguments).problems == [message]
+    with pytest.raises(lw.SettingError) as caught:
+        user.explain(lambda run, batch: None, [1], **arguments)
+    assert str(caught.value) == message
+
+
+def test_state_is_no_argument_of_a_plan_of_a_task() -> None:
+    told = trainer(epochs=1).plan(sgd_task(line()), pairs([1.0]), state={})
+    assert told.problems == ["state= goes with a function step(run, batch); a task holds its own, leave it out"]
+
+
+def test_what_validate_returns_can_be_logged_as_it_is() -> None:
+    net = classifier()
+    judge = lw.Supervised(net, nn.CrossEntropyLoss(), metrics={"accuracy": lw.metrics.Accuracy()})
+    looking = lw.Trainer(folder=None, progress=False)
+    user = lw.Trainer(epochs=2, name="a", progress=False)
+
+    @user.on(lw.Event.EPOCH_END)
+    def validate(run: lw.Run) -> None:
+        run.log({**looking.validate(judge, samples(12)), "width": 3.0})
+
+    run = user.run(lambda run, batch: 1.0, [1, 2], state={"net": net})
+    assert run.folder is not None
+    written = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    valid = [one for one in written if one["kind"] == "valid"]
+    assert [one["step"] for one in valid] == [2, 4]
+    assert {"valid/loss", "valid/accuracy"} <= valid[0].keys()
+    assert run.metrics["valid/loss"] == valid[1]["valid/loss"]
+    assert run.metrics["train/width"] == 3.0

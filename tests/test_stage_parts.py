@@ -167,7 +167,7 @@ def test_an_early_stop_of_a_stage_watches_that_stage_only() -> None:
         (
             lambda: lw.Stage("s", "1 epoch", callbacks=Counts()),
             lw.SettingError,
-            r"expected a list of them, callbacks=\[",
+            r"expected a list of them, such as callbacks=\[",
         ),
         (lambda: fit_stage(callbacks=[Counts]), lw.errors.HookError, "got the class Counts"),
         (

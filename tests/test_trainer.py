@@ -89,6 +89,28 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
                                             "callbacks=[EarlyStopping(...)]"),
         ({"loggers": lw.JSONLLogger()}, "loggers=JSONLLogger: expected a list of them, such as "
                                         "loggers=[JSONLLogger(...)]"),
+        ({"callbacks": lw.EarlyStopping}, "callbacks=EarlyStopping: expected a list of them, such as "
+                                          "callbacks=[EarlyStopping(...)]"),
+        ({"callbacks": None}, "callbacks=None: expected a list of them, such as "
+                              "callbacks=[lw.EarlyStopping('valid/loss')]"),
+        ({"loggers": 3}, "loggers=3: expected a list of them, such as loggers=['csv']"),
+        ({"loggers": False}, "loggers=False: expected a list of them, such as loggers=['csv']"),
+        ({"clip_norm": True}, "clip_norm=True: expected a positive number, or None for no clipping"),
+        ({"clip_norm": "1"}, "clip_norm='1': expected a positive number, or None for no clipping"),
+        ({"clip_norm": float("nan")}, "clip_norm=nan: expected a positive number, or None for no clipping"),
+        ({"deterministic": "no"}, "deterministic='no': expected True or False"),
+        ({"deterministic": None}, "deterministic=None: expected True or False"),
+        ({"deterministic": 1}, "deterministic=1: expected True or False"),
+        ({"name": ""}, "name='': expected a text, such as name='baseline'"),
+        ({"name": 3}, "name=3: expected a text, such as name='baseline'"),
+        ({"folder": 3}, "folder=3: expected a path, such as folder='runs', or None to write nothing"),
+        ({"folder": False}, "folder=False: expected a path, such as folder='runs', or None to write nothing"),
+        ({"device": None}, "device=None: expected 'auto', or a device such as 'cpu' or 'cuda:0'"),
+        ({"device": True}, "device=True: expected 'auto', or a device such as 'cpu' or 'cuda:0'"),
+        ({"device": -1}, "device=-1: expected 'auto', or a device such as 'cpu' or 'cuda:0'"),
+        ({"devices": "no"}, "devices='no': expected 'auto' or a whole number from 1"),
+        ({"devices": True}, "devices=True: expected 'auto' or a whole number from 1"),
+        ({"nodes": -1}, "nodes=-1: expected 'auto' or a whole number from 1"),
         ({"checkpoint": "5 min", "folder": "runs"}, "checkpoint='5 min': expected True, False, an lw.Checkpoint or a "
                                                     "list "
          "of them, such as checkpoint=lw.Checkpoint('10 min')"),
@@ -102,6 +124,64 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
 def test_a_setting_that_cannot_be_used_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(lw.SettingError) as caught:
         trainer(**{"epochs": 1, **settings})
+    assert str(caught.value) == message
+
+
+_NAMES = "; expected a name of those of configure_optimizers, an optimizer, a list of these, or None for all"
+_PATTERN = "expected a pattern of names of parameters, such as "
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lw.Phase("", print), "Phase: name='': expected a text, such as name='generator'"),
+        (lambda: lw.Phase("a", print, clip_norm=True), "Phase 'a': clip_norm=True; expected a positive number or None"),
+        (lambda: lw.Phase("a", print, clip_norm="1"), "Phase 'a': clip_norm='1'; expected a positive number or None"),
+        (lambda: lw.Phase("a", print, optimizers=True), f"Phase 'a': optimizers=True{_NAMES}"),
+        (lambda: lw.Phase("a", print, optimizers=["main", 3]), f"Phase 'a': optimizers=['main', 3]{_NAMES}"),
+        (lambda: lw.Stage(3, "1 epoch"), "Stage: name=3: expected a text, such as name='head'"),
+        (lambda: lw.Stage("a", 1, train=True), f"Stage 'a': train=True; {_PATTERN}train='head.*', or a list of them"),
+        (lambda: lw.Stage("a", 1, freeze=[3]), f"Stage 'a': freeze=[3]; {_PATTERN}freeze='head.*', or a list of them"),
+        (lambda: lw.Stage("a", 1, callbacks=3), "Stage 'a': callbacks=3: expected a list of them, such as "
+                                                "callbacks=[lw.EarlyStopping('valid/loss')]"),
+        (lambda: lw.Checkpoint(monitor=3), "monitor=3: expected a text, such as monitor='valid/loss'"),
+        (lambda: lw.Checkpoint(async_save="no"), "async_save='no': expected True or False"),
+        (lambda: lw.Checkpoint(at_end=None), "at_end=None: expected True or False"),
+        (lambda: lw.Checkpoint(folder=3), "folder=3: expected a path or a URL, such as folder='s3://bucket/run', or "
+                                          "None for the run folder"),
+        (lambda: lw.EarlyStopping(None), "monitor=None: expected a text, such as monitor='valid/loss'"),
+        (lambda: lw.EarlyStopping(min_delta="0"), "min_delta='0': expected 0 or more; mode tells the direction"),
+        (lambda: lw.EarlyStopping(min_delta=True), "min_delta=True: expected 0 or more; mode tells the direction"),
+        (lambda: lw.EarlyStopping(min_delta=0.1, relative="no"), "relative='no': expected True or False"),
+        (lambda: lw.EarlyStopping(stop_at="1"), "stop_at='1': expected a number, or None"),
+        (lambda: lw.EarlyStopping(diverged_at=float("nan")), "diverged_at=nan: expected a number, or None"),
+        (lambda: lw.Loader([1], seed="x"), "seed='x': expected a whole number from 0, or None for that of the run"),
+        (lambda: lw.Loader([1], seed=1.5), "seed=1.5: expected a whole number from 0, or None for that of the run"),
+        (lambda: lw.Loader([1], seed=True), "seed=True: expected a whole number from 0, or None for that of the run"),
+        (lambda: lw.Loader([1], drop_last="no"), "drop_last='no': expected True or False"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_cannot_be_used_is_refused_where_it_is_given(make: Any, message: str) -> None:
+    with pytest.raises(lw.SettingError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"until": []}, "Stage 'a': until=[] names no end; write until='2 epochs'"),
+        ({"phases": True}, "stage 'a': phases=True: expected a list of phases: [lw.Phase('main', step), ...]"),
+        ({"phases": ["a"]}, "stage 'a': phases=['a']: expected a list of phases: [lw.Phase('main', step), ...]"),
+        ({"weight": 3}, "weight=3 cannot be called; pass a function of the batch that returns how many samples or "
+                        "tokens it has"),
+        ({"weight": []}, "weight=[] cannot be called; pass a function of the batch that returns how many samples or "
+                         "tokens it has"),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_stage_that_cannot_be_used_is_refused_before_any_work(stage: dict[str, Any], message: str) -> None:
+    with pytest.raises(lw.SettingError) as caught:
+        trainer().fit(sgd_task(line()), DATA, stages=[lw.Stage(**{"name": "a", "until": "1 epoch", **stage})])
     assert str(caught.value) == message
 
 

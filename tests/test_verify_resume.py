@@ -243,3 +243,10 @@ def test_differences_are_of_bits() -> None:
         "a": "a should be float32[2] and is float64[2]", "b": "b is only in one of the runs",
     }  # fmt: skip
     assert _differences({"a": 1}, {"a": 1.0}) == {"a": "a should be 1 and is 1.0"}
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1, True, 2.5, None])
+def test_a_number_of_steps_that_leaves_nothing_to_stop_is_refused(steps: Any) -> None:
+    with pytest.raises(lw.SettingError) as caught:
+        lw.verify_resume(plain, lw.Trainer(epochs=1), steps=steps)
+    assert str(caught.value) == f"steps={steps!r}: expected a whole number of steps from 2, to stop after one of them"

@@ -26,11 +26,12 @@ _SEEN = {  # what a hook is given, as it is called, and where else it is to be s
     "map_loss": ("loss", "it", f", or look in map_output, which comes before both, or in {_AFTER}"),
     "on_grads_ready": ("gradients", "them", ""),
 }
+_MAY_SKIP = ("on_batch_start", "map_batch")
 _HARMLESS = ("append", "float", "isinstance", "len", "list", "print", "repr", "str", "type")  # as a call with the value
 
 
 def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
-    """What a hook returns is lost, since a later one makes its own; weights put back twice.
+    """What a hook returns is lost, since a later one makes its own; weights put back twice; what is the loop's alone.
 
     Each with the line of the hook that is to blame, where it is one.
     """
@@ -44,6 +45,7 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
                     "or leave one of the two out",
                     where(second),
                 )
+    yield from _not_its_own(run)
     judged: list[Any] = [
         one for one in (*run.savers, *run.callbacks) if getattr(one, "restore", None) and hasattr(one, "monitor")
     ]
@@ -54,6 +56,35 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
                 "both put weights back after the fit; leave restore='best' to one of them",
                 None,
             )
+
+
+def _not_its_own(run: Run) -> Iterator[tuple[str, str | None]]:
+    """A hook sets the progress, or skips a batch where that is not possible: said before step 0, at no cost later."""
+    told: set[tuple[int, str]] = set()
+    for hook in HOOKS:
+        mine = [
+            (one, getattr(one, "__func__", one), f"{hook_name(one, run)} ({where(one)})") for one in _own(run, hook)
+        ]
+        mine += [(h.fn, h.fn, f"handler {h.name} ({where(h.fn)})") for h in run.handlers if hook in h.tests]
+        for function, key, said in mine:
+            if _sets_progress(function) and (id(key), "progress") not in told:
+                told.add((id(key), "progress"))
+                yield (
+                    f"{said} sets run.progress, which the loop alone counts; to end training or a stage, call "
+                    "run.request_stop(reason) or run.end_stage(), or raise lw.StopEpoch",
+                    where(function),
+                )
+            if hook not in _MAY_SKIP and _skips_batch(function) and not _serves(run, key):
+                yield (
+                    f"{said} raises SkipBatch, which leaves a batch out only from {' and '.join(_MAY_SKIP)}; raise it "
+                    "there, or drop a step by lw.SkipStep, before the optimizers move",
+                    where(function),
+                )
+
+
+def _serves(run: Run, function: Any) -> bool:
+    """True if ``function`` is a hook from which a batch can be skipped as well: which one it serves, it can ask."""
+    return any(getattr(one, "__func__", one) is function for hook in _MAY_SKIP for one in getattr(run.hooks, hook))
 
 
 def odd_work(run: Run) -> Iterator[tuple[str, str | None]]:
@@ -241,3 +272,23 @@ def _name(function: Any) -> str | None:
     """What a hook calls the value that it is given; None where it takes it as one of ``*args``."""
     named = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     return named[1] if len(named) > 1 else None
+
+
+def _sets_progress(function: Any) -> bool:
+    """True where a function stores into ``run.progress``, whatever it calls the run."""
+    function = getattr(function, "__func__", function)
+    tree = parsed(function)
+    if tree is None:
+        return False
+    names = inspect.signature(function).parameters.keys() - {"self"}
+    stores = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+    return any(n.attr == "progress" and any(is_name(n.value, name) for name in names) for n in stores)
+
+
+def _skips_batch(function: Any) -> bool:
+    """True where a function raises SkipBatch, and catches nothing."""
+    tree = parsed(getattr(function, "__func__", function))
+    nodes = list(ast.walk(tree)) if tree is not None else []
+    raised = [n.exc.func if isinstance(n.exc, ast.Call) else n.exc for n in nodes if isinstance(n, ast.Raise)]
+    named = any(getattr(one, "attr", getattr(one, "id", "")) == "SkipBatch" for one in raised)
+    return named and not any(isinstance(node, ast.Try) for node in nodes)

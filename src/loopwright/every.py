@@ -160,7 +160,9 @@ class _Term:
         word, _, rest = text.strip().partition(" ") if isinstance(text, str) else ("", "", "")
         self.word = word.lower() if word.lower() in _WORDS else "every"
         if rest and word.isalpha() and word.lower() not in _WORDS:
-            raise SettingError(f"{text!r} begins with an unknown word. {choose(word, _WORDS)}")
+            numbered = any(letter.isdigit() for letter in rest)
+            first = "" if numbered else f": a number comes first, as in '5 {rest.split()[-1]}', or a word before that"
+            raise SettingError(f"{text!r} begins with an unknown word{first}. {choose(word, _WORDS)}")
         self.duration = Duration.parse(rest if word.lower() in _WORDS else text, unit=unit)
         self.next = 0.0
 

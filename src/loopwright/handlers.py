@@ -12,6 +12,7 @@ from typing import Any
 from loopwright.errors import SettingError, choose, elsewhere
 from loopwright.events import HOOKS, Callback, Hooks
 from loopwright.every import Every
+from loopwright.given import not_callable_with
 from loopwright.state import Duration, Run
 from loopwright.written import caller
 
@@ -143,6 +144,9 @@ class Event:
                 )
         if when is not None and not callable(when):
             raise SettingError(f"{self.name}(when={when!r}): expected a function of the run that returns True or False")
+        if when is not None and (why := not_callable_with(when, "run")) is not None:
+            name = getattr(when, "__name__", type(when).__name__)
+            raise SettingError(f"{self.name}(when=...): {name}{why}. Write: when=lambda run: ...")
         if isinstance(every, float) and every % 1 == 0:
             given["every"] = every = int(every)
         number = isinstance(every, int) and not isinstance(every, bool) and every > 0

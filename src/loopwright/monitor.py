@@ -8,6 +8,7 @@ import re
 from typing import Literal
 
 from loopwright.errors import SettingError
+from loopwright.given import check_text
 
 __all__ = ["Direction", "better", "direction", "improved"]
 
@@ -51,6 +52,7 @@ def direction(monitor: str, mode: str | None = None) -> Direction:
     Raises SettingError for a mode other than "min" and "max", and for a name that does not tell: a wrong
     guess would keep the worst model as the best.
     """
+    check_text("monitor", monitor, "valid/loss")
     if mode not in (None, "min", "max"):
         raise SettingError(f"mode={mode!r} is unknown; use mode='min' (smaller is better) or mode='max'")
     if mode is not None:

@@ -160,7 +160,15 @@ def sample_count(batch: Any) -> int:
 
 
 def number_of(weight: Callable[[Any], Any]) -> Callable[[Any], float]:
-    """``weight`` with a number as its result, also where it returns a tensor; DataError for what weighs nothing."""
+    """``weight`` with a number as its result, also where it returns a tensor; DataError for what weighs nothing.
+
+    Raises SettingError for what cannot be called.
+    """
+    if not callable(weight):
+        raise SettingError(
+            f"weight={weight!r} cannot be called; pass a function of the batch that returns how many samples or tokens "
+            "it has"
+        )
 
     @wraps(weight)
     def number(batch: Any) -> float:
@@ -253,13 +261,17 @@ def _stage(
     ends = [one for one in _listed(stage.until) if isinstance(one, Callback)]
     until = [Ends.parse(one, unit="epochs") for one in _listed(stage.until) if one not in ends]
     made.callbacks, made.ends = [*stage.callbacks, *ends], [str(one) for one in (*until, *ends)]
+    if not made.ends:
+        raise SettingError(f"Stage {stage.name!r}: until={stage.until!r} names no end; write until='2 epochs'")
     _check_stage(stage, task, made.callbacks)
     made.source = as_source(base.source if stage.source is None else stage.source, train=True, key=key)
     made.valid = as_sources(base.valid if stage.valid is None else stage.valid, key)
     made.accumulate = parse_accumulate(base.accumulate if stage.accumulate is None else stage.accumulate)
-    made.weight = stage.weight or base.weight
+    made.weight = base.weight if stage.weight is None else stage.weight
     made.counts_samples = made.weight is None
-    made.weight = number_of(made.weight) if made.weight else samples if isinstance(task, nn.Module) else sample_count
+    made.weight = (
+        number_of(made.weight) if made.weight is not None else samples if isinstance(task, nn.Module) else sample_count
+    )
     made.validate_every = Every(base.validate_every if stage.validate_every is None else stage.validate_every)
     optimizers = dict(parts.shared)
     if stage.optimizer is not None:
@@ -271,7 +283,11 @@ def _stage(
             )
             parts.optimizers[full] = optimizers[name]
             schedules[name] = schedule
-    phases = [replace(phase) for phase in (task.phases() if stage.phases is None else stage.phases)]
+    given_phases = task.phases() if stage.phases is None else stage.phases
+    if not isinstance(given_phases, (list, tuple)) or not all(isinstance(one, Phase) for one in given_phases):
+        who = f"{type(task).__name__}.phases() returned " if stage.phases is None else f"stage {stage.name!r}: phases="
+        raise SettingError(f"{who}{_short(given_phases)}: expected a list of phases: [lw.Phase('main', step), ...]")
+    phases = [replace(phase) for phase in given_phases]
     if not phases:
         raise SettingError(f"stage {stage.name!r} has no phase to train; return at least one from phases()")
     known = {phase.name: (*phase.step_schedulers, *phase.epoch_schedulers) for phase in before}

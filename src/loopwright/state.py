@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loopwright.accumulation import parse_accumulate
-from loopwright.delivery import hand_over, takes
+from loopwright.delivery import hand_over, log_values, takes
 from loopwright.errors import SettingError, choose, name_nearest
 from loopwright.every import Every
+from loopwright.given import check_list, check_text, is_number
 from loopwright.history import History, Series
 from loopwright.notebook import sparkline, table_html
 from loopwright.progress import Duration, Progress, Whole
@@ -220,6 +221,7 @@ class Phase:
     closure: bool = field(default=False, init=False, repr=False)  # the optimizer calls back, as LBFGS does
 
     def __post_init__(self) -> None:
+        check_text("name", self.name, "generator", where="Phase: ")
         if not callable(self.step):
             raise SettingError(
                 f"Phase {self.name!r}: step={self.step!r} cannot be called; pass a function of the batch"
@@ -230,7 +232,15 @@ class Phase:
                 f"Phase {self.name!r}: every={self.every!r}; expected a whole number of steps, from 1, or a function "
                 "of the run that says whether it is to run in the next step"
             )
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        moved: Any = self.optimizers
+        several = moved is not None and not isinstance(moved, (str, Optimizer))
+        listed = isinstance(moved, (list, tuple)) and all(isinstance(one, (str, Optimizer)) for one in moved)
+        if several and not listed and (isinstance(moved, (list, tuple)) or not isinstance(moved, Iterable)):
+            raise SettingError(
+                f"Phase {self.name!r}: optimizers={self.optimizers!r}; expected a name of those of "
+                "configure_optimizers, an optimizer, a list of these, or None for all"
+            )
+        if self.clip_norm is not None and not (is_number(self.clip_norm) and self.clip_norm > 0):
             raise SettingError(f"Phase {self.name!r}: clip_norm={self.clip_norm!r}; expected a positive number or None")
 
     def is_due(self, run: Run) -> bool:
@@ -291,14 +301,20 @@ class Stage:
     made_at: str | None = field(default_factory=caller, init=False, repr=False, compare=False)  # file and line
 
     def __post_init__(self) -> None:
+        check_text("name", self.name, "head", where="Stage: ")
         if self.accumulate is not None:
             parse_accumulate(self.accumulate)
+        for name, patterns in (("train", self.train), ("freeze", self.freeze)):
+            listed = [patterns] if isinstance(patterns, str) else patterns
+            if listed is not None and not (isinstance(listed, Iterable) and all(isinstance(p, str) for p in listed)):
+                raise SettingError(
+                    f"Stage {self.name!r}: {name}={patterns!r}; expected a pattern of names of parameters, such as "
+                    f"{name}='head.*', or a list of them"
+                )
         for name, kind in (("loss", self.loss), ("loop", self.loop)):
             if kind is not None and (isinstance(kind, type) or not callable(kind)):
                 raise SettingError(f"Stage {self.name!r}: {name}={kind!r} cannot be called; pass a function")
-        if not isinstance(self.callbacks, (list, tuple)):
-            one = type(self.callbacks).__name__
-            raise SettingError(f"Stage {self.name!r}: callbacks={one}: expected a list of them, callbacks=[{one}(...)]")
+        check_list("callbacks", self.callbacks, "lw.EarlyStopping('valid/loss')", where=f"Stage {self.name!r}: ")
         if not isinstance(self.reuse, (bool, str)):
             raise SettingError(
                 f"Stage {self.name!r}: reuse={self.reuse!r}; expected True, False, or a text that names a version"
@@ -505,6 +521,7 @@ class Run:
     def log(self, values: Mapping[str, Any]) -> None:
         """Add scalars (numbers or 0-dimensional tensors) to the next record, as the mean since the last one.
 
+        What is called ``valid/...`` or ``test/...``, as ``trainer.validate`` and ``test`` give it, is a record at once.
         A text, a figure of matplotlib and a ``Path`` (a file or folder) go to every logger that takes them at once,
         and into the run folder: ``figures/<name>-<step>.png``, ``texts/<name>-<step>.txt``, ``artifacts/<name>``.
         Raises SettingError for anything else, where nothing takes them, and for the name "loss", which is that of the
@@ -524,9 +541,19 @@ class Run:
                 )
             if not isinstance(name, str):
                 raise SettingError(f"run.log({{{name!r}: ...}}): names are texts; write {{{str(name)!r}: ...}}")
+            if name.startswith("train/"):
+                instead = name.removeprefix("train/")
+                raise SettingError(
+                    f"run.log({{{name!r}: ...}}) would be logged as 'train/{name}': it adds to the records of "
+                    f"training, whose names begin with 'train/'. Write {{{instead.replace('loss', 'my_loss')!r}: ...}}"
+                )
             if name == "loss":
                 raise SettingError("run.log cannot log 'loss', the name of the steps' own; call it something else")
-        self.series.add({name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()})
+        measured = {name: float(v) for name, v in values.items() if name.startswith(("valid/", "test/"))}
+        if measured:
+            log_values(self, measured, "valid")
+        means = {name: v for name, v in values.items() if name not in measured} if measured else values
+        self.series.add({name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in means.items()})
 
     def replace(self, name: str, obj: Any) -> None:
         """Change ``"model"``, ``"loss"``, ``"optimizer"`` (or ``"optimizer.<name>"``), ``"train"`` or ``"valid"``.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loopwright.data import chunked
 from loopwright.errors import SettingError, StepOutputError, choose, elsewhere
 from loopwright.events import describe
+from loopwright.given import not_callable_with
 from loopwright.metrics.check import check_metrics
 from loopwright.state import Phase, has_state
 from loopwright.text import with_article
@@ -337,12 +338,15 @@ class StepTask:
     def __init__(self, step: Callable[[Any, Any], Any], state: Mapping[str, Any] | None = None) -> None:
         if not callable(step):
             raise SettingError(f"step={step!r} cannot be called; pass a function step(run, batch)")
+        name = getattr(step, "__name__", type(step).__name__)
+        if (why := not_callable_with(step, "run", "batch")) is not None:
+            raise SettingError(f"step={name}{why}. Write: def step(run, batch): ...")
         if state is not None and not isinstance(state, Mapping):
             raise SettingError(
                 f"state={describe(state)}: expected a dict of the objects that checkpoints keep, by name, such as "
                 'state={"net": net, "opt": opt}'
             )
-        self.step, self.state = step, dict(state or {})
+        self.step, self.given, self.state = step, state, dict(state or {})
         unnamed = (
             "state= was not given, so that a checkpoint holds nothing of what the step function changes: name it, "
             'trainer.run(step, data, state={"net": net, "opt": opt}), or say that there is nothing, state={}'
@@ -363,7 +367,12 @@ class StepTask:
     def phases(self) -> list[Phase]:
         """One phase without optimizers: the step does all the work."""
         step, task = self.step, self
-        return [Phase("main", lambda batch: step(task.run, batch), optimizers=())]
+
+        def call(batch: Any) -> Any:
+            return step(task.run, batch)
+
+        call.__qualname__ = getattr(step, "__qualname__", type(step).__name__)  # by which explain tells it
+        return [Phase("main", call, optimizers=())]
 
     def models(self) -> dict[str, nn.Module]:
         """The modules among the state."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
+from os import PathLike
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -27,6 +28,7 @@ from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
 from loopwright.events import Callback, Hooks, check_callback
 from loopwright.every import Every
 from loopwright.explain import explain, writers
+from loopwright.given import check_flag, check_list, check_seed, check_text, is_number
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
@@ -34,7 +36,15 @@ from loopwright.loggers import CSVLogger, JSONLLogger, logger_named
 from loopwright.loggers.named import usual_loggers
 from loopwright.metrics import check_metrics
 from loopwright.optim import trainable_flags
-from loopwright.parallel import Single, check_strategy, pick_precision, pick_team, watched
+from loopwright.parallel import (
+    Single,
+    check_counts,
+    check_device,
+    check_strategy,
+    pick_precision,
+    pick_team,
+    watched,
+)
 from loopwright.plan import Plan, facts_of, make_plan
 from loopwright.prepare import Parts, assemble, measured_by, move_task, number_of
 from loopwright.progress import Duration
@@ -132,24 +142,28 @@ class Trainer:
         limits = (("epochs", epochs, "epochs"), ("steps", steps, "steps"), ("time", time, "seconds"))
         self.until = [_limit(name, value, unit) for name, value, unit in limits if value is not None]
         self.nonfinite, self.skip_limit = _nonfinite(nonfinite)
-        if clip_norm is not None and not clip_norm > 0:
+        if clip_norm is not None and not (is_number(clip_norm) and clip_norm > 0):
             raise SettingError(f"clip_norm={clip_norm!r}: expected a positive number, or None for no clipping")
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
-            raise SettingError(f"seed={seed!r}: expected a whole number from 0, or None to leave the generators alone")
+        check_seed(seed, "to leave the generators alone")
+        check_flag("deterministic", deterministic)
+        if folder is not None and not isinstance(folder, (str, PathLike)):
+            raise SettingError(f"folder={folder!r}: expected a path, such as folder='runs', or None to write nothing")
+        if name is not None:
+            check_text("name", name, "baseline")
         Every(validate_every), Every(log_every)
         self.accumulate = parse_accumulate(accumulate)
         self.clip_norm, self.seed, self.deterministic = clip_norm, seed, deterministic
         self.validate_every, self.log_every = validate_every, log_every
         check_strategy(strategy)
+        check_device(device)
+        check_counts(devices, nodes)
         self.device, self.precision = device, precision
         self.devices, self.nodes, self.strategy = devices, nodes, strategy
         pick_precision(precision)
         self.compile = compile_options(compile)
-        listed_loggers = [loggers] if isinstance(loggers, str) else loggers or ()
-        for kind, listed in (("callbacks", callbacks), ("loggers", listed_loggers)):
-            if not isinstance(listed, (list, tuple)):
-                one = type(listed).__name__
-                raise SettingError(f"{kind}={one}: expected a list of them, such as {kind}=[{one}(...)]")
+        listed_loggers: Any = [loggers] if isinstance(loggers, str) else () if loggers is None else loggers
+        check_list("callbacks", callbacks, "lw.EarlyStopping('valid/loss')")
+        check_list("loggers", listed_loggers, "'csv'")
         if not isinstance(debug, (Debug, NoneType)):
             raise SettingError(f"debug={debug!r}: expected an lw.Debug, such as debug=lw.Debug(dev_run=2)")
         self.debug = debug or Debug()
@@ -309,9 +323,17 @@ class Trainer:
             return joined(loop.predict(run, source, _compiled(run, task.predict_step)))
 
     def plan(
-        self, task: Task, train: Any, valid: Any = None, *, stages: Sequence[Stage] | None = None,
-        weight: Callable[[Any], float] | None = None, resume: Resume | str | Path | None = None, measure: int = 0,
-    ) -> Plan:  # fmt: skip
+        self,
+        task: Task | Callable[[Run, Any], Any],
+        train: Any,
+        valid: Any = None,
+        *,
+        stages: Sequence[Stage] | None = None,
+        weight: Callable[[Any], float] | None = None,
+        resume: Resume | str | Path | None = None,
+        measure: int = 0,
+        state: Mapping[str, Any] | None = None,
+    ) -> Plan:
         """Check all that can be checked before step 0, and say what the run will do. Reads no batch.
 
         What a checkpoint could not hold is among the problems, and why a resume could not be exact among the facts.
@@ -319,12 +341,14 @@ class Trainer:
         could not go on exactly; nothing is loaded. ``weight`` is that of ``fit``.
         ``measure=20`` trains as ``lw.Debug(dev_run=20)`` does, two epochs of so many batches, and puts back all that
         this has changed; ``plan.cost`` then says how many steps the whole run has, and what it takes: time, memory,
-        bytes of checkpoints.
+        bytes of checkpoints. A function ``step(run, batch)`` is planned as ``run`` takes it, with ``state``.
 
         >>> net = nn.Linear(2, 1)
         >>> task = Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
         >>> Trainer(epochs=50).plan(task, (torch.ones(640, 2), torch.zeros(640, 1)), measure=3).cost.steps
         500
+        >>> print(Trainer(epochs=2, folder=None).plan(lambda run, batch: None, [1, 2, 3], state={}).facts[0])
+        stage 'main': until 2 epochs; an epoch is 3 batches, 3 steps; phases: main
         """
         if type(measure) is not int or measure < 0:
             raise SettingError(
@@ -332,7 +356,8 @@ class Trainer:
             )
         plan = Plan()
         try:
-            run, parts, point = self._prepare(task, train, valid, stages, weight, resume, tidy=False)
+            what = _task_of(task, valid, stages, state)
+            run, parts, point = self._prepare(what, train, valid, stages, weight, resume, tidy=False)
             try:
                 plan = make_plan(run, made_at=self._made_at)
                 plan.facts += facts_of(run)
@@ -350,24 +375,29 @@ class Trainer:
             given = {"callbacks": [*self.settings["callbacks"], meter], "progress": False}
             rehearsal = Trainer(**{**self.settings, **given, "debug": Rehearsal(dev_run=measure)})
             rehearsal.handlers = self.handlers
-            rehearsal.fit(task, train, valid, stages=stages, weight=weight)
+            if isinstance(what, StepTask):
+                rehearsal.run(what.step, train, state=what.given, weight=weight)
+            else:
+                rehearsal.fit(what, train, valid, stages=stages, weight=weight)
             plan.cost = cost_of(run, meter)
             plan.facts.append(f"cost: {plan.cost}")
         return plan
 
     def explain(
         self,
-        task: Task,
+        task: Task | Callable[[Run, Any], Any],
         train: Any,
         valid: Any = None,
         *,
         stages: Sequence[Stage] | None = None,
         of: str | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> str:
         """The flat loop of this very run, with each callback and handler in its place, as text to print.
 
         ``of="loss"`` tells instead who writes the loss, in order, and who is given it to read; likewise "batch",
-        "output", "gradients", "weights" and "lr".
+        "output", "gradients", "weights" and "lr". A function ``step(run, batch)`` is taken as by ``run``, with
+        ``state``.
 
         >>> net = nn.Linear(2, 1)
         >>> task = Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
@@ -377,8 +407,12 @@ class Trainer:
           1. the start of the step, which sets them to None
           2. loss.backward()
           3. clipping to a norm of 1
+        >>> def count(run, batch): ...
+        >>> print(Trainer(epochs=1, folder=None, progress=False).explain(count, [1, 2], of="output"))
+        output, in this order:
+          1. count(batch), which returns it
         """
-        run, parts, _ = self._prepare(task, train, valid, stages, None)
+        run, parts, _ = self._prepare(_task_of(task, valid, stages, state), train, valid, stages, None)
         parts.undo()
         return explain(run) if of is None else writers(run, of)
 
@@ -533,7 +567,7 @@ class Trainer:
         if run.team is not None:
             sources = _begin_evaluation(run, sources)
         with loop.leaving(run), closing_all(sources.values()), watched(run):
-            return loop.evaluate(run, sources, step, number_of(weight) if weight else samples, kind=kind)
+            return loop.evaluate(run, sources, step, samples if weight is None else number_of(weight), kind=kind)
 
 
 def joined(outputs: list[Any]) -> Any:
@@ -585,6 +619,18 @@ def _checked(task: Any) -> Any:
     raise SettingError(
         f"{type(task).__name__} is no task; pass lw.Supervised(...) or an lw.Task, or call trainer.run(step, data)"
     )
+
+
+def _task_of(task: Any, valid: Any, stages: Any, state: Mapping[str, Any] | None) -> Any:
+    """What ``plan`` and ``explain`` look at: a task as it is, a function as ``Trainer.run`` takes it."""
+    if isinstance(task, (nn.Module, type)) or not callable(task):
+        if state is not None:
+            raise SettingError("state= goes with a function step(run, batch); a task holds its own, leave it out")
+        return task
+    for name, given in (("valid", valid), ("stages", stages)):
+        if given is not None:
+            raise SettingError(f"{name}= goes with a task; trainer.run(step, data) has none, leave it out")
+    return StepTask(task, state)
 
 
 def _compiled(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:

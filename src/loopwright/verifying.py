@@ -81,6 +81,8 @@ def verify_resume(
     >>> print(verify_resume(make, Trainer(epochs=3)))
     12 steps, stopped after 1, 6, 11 and gone on with: the same bits
     """
+    if type(steps) is not int or steps < 2:
+        raise SettingError(f"steps={steps!r}: expected a whole number of steps from 2, to stop after one of them")
     if trainer.debug.dev_run:
         raise SettingError("Debug(dev_run=...) leaves nothing behind that could be gone on with; leave it out")
     with rng.forked(), TemporaryDirectory() as folder:

@@ -231,3 +231,36 @@ def test_a_sampler_for_other_data_and_one_of_torch_are_refused() -> None:
     theirs: Any = torch.utils.data.RandomSampler(range(3))
     with pytest.raises(SettingError, match=r"has no batches\(epoch, key\), .* torch\.utils\.data\.DataLoader\(dataset"):
         Loader(torch.arange(3), sampler=theirs)
+
+
+class Gives:
+    def __init__(self, *indices: Any) -> None:
+        self.indices = indices
+
+    def batches(self, epoch: int, key: int) -> Any:
+        return [[0, 1], *self.indices]
+
+
+@pytest.mark.parametrize("data", [torch.arange(16), list(range(16))], ids=["arrays", "dataset"])
+@pytest.mark.parametrize(
+    ("indices", "bad"),
+    [([2.7, 3], "2.7"), ([1, -1], "-1"), ([99], "99"), (torch.tensor([3, 16]), "16"), ([True, False], "True")],
+)
+def test_an_index_that_the_data_does_not_have_is_named_with_its_sampler(data: Any, indices: Any, bad: str) -> None:
+    data = data if isinstance(data, torch.Tensor) else _Squares()
+    batches = iter(Loader(data, sampler=Gives(indices)))
+    next(batches)
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert str(caught.value).startswith(f"Gives.batches gave the index {bad}")
+    assert str(caught.value).endswith(
+        " in batch 2 of epoch 1; expected whole numbers from 0 to 15, for the data has 16 samples"
+    )
+
+
+class _Squares(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> int:
+        return i * i

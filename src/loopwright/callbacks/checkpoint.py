@@ -11,12 +11,13 @@ from typing import Any
 from loopwright.checkpoint import Packed, delete, list_checkpoints, read, snapshot, sweep, write_index
 from loopwright.checkpoint.background import Copies, in_background
 from loopwright.checkpoint.manifest import NAME
-from loopwright.checkpoint.places import Place, as_place
+from loopwright.checkpoint.places import Place, Remote, as_place
 from loopwright.checkpoint.shelf import monitored
 from loopwright.checkpoint.together import write_together
 from loopwright.errors import CheckpointError, SettingError, choose, elsewhere
 from loopwright.events import fire
 from loopwright.every import Every
+from loopwright.given import check_flag
 from loopwright.monitor import direction
 from loopwright.progress import Duration
 from loopwright.state import Run
@@ -69,6 +70,13 @@ class Checkpoint:
     ) -> None:
         if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
             raise SettingError(f"keep={keep!r}: expected the number of checkpoints to keep, from 1")
+        check_flag("async_save", async_save)
+        check_flag("at_end", at_end)
+        if folder is not None and not isinstance(folder, (str, Path, Remote)):
+            raise SettingError(
+                f"folder={folder!r}: expected a path or a URL, such as folder='s3://bucket/run', or None for the run "
+                "folder"
+            )
         if on_error not in ("raise", "warn"):
             raise SettingError(f"on_error={on_error!r} is unknown; use on_error='raise' or on_error='warn'")
         if restore not in (None, "best") or (restore and monitor is None):

@@ -9,6 +9,7 @@ from typing import Any
 
 from loopwright.errors import MetricError, SettingError, choose, elsewhere
 from loopwright.events import Callback
+from loopwright.given import check_flag, is_number
 from loopwright.monitor import direction, improved
 from loopwright.state import Run
 
@@ -59,7 +60,11 @@ class EarlyStopping(Callback):
         for name, value, least in counts:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise SettingError(f"{name}={value!r}: expected a whole number of validations from {least}")
-        if not min_delta >= 0:
+        check_flag("relative", relative)
+        for name, value in (("stop_at", stop_at), ("diverged_at", diverged_at)):
+            if value is not None and not is_number(value):
+                raise SettingError(f"{name}={value!r}: expected a number, or None")
+        if not (is_number(min_delta) and min_delta >= 0):
             raise SettingError(f"min_delta={min_delta!r}: expected 0 or more; mode tells the direction")
         if relative and not min_delta:
             raise SettingError("relative=True says what min_delta is a share of; give one, such as min_delta=0.01")

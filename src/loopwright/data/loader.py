@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from loopwright.data.samplers import BatchSampler
 from loopwright.data.share import Cut, Part
 from loopwright.data.workers import Watch, Workers
 from loopwright.errors import DataError, SettingError, elsewhere
+from loopwright.given import check_flag, check_seed
 
 __all__ = ["Loader"]
 
@@ -76,6 +78,8 @@ class Loader:
             _check_sampler(sampler, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last)
         if not isinstance(shuffle, (bool, Blocks)):
             raise SettingError(f"shuffle={shuffle!r}; expected True, False or lw.data.Blocks(size)")
+        check_flag("drop_last", drop_last)
+        check_seed(seed, "for that of the run")
         _check_number("workers", workers, 0)
         if prefetch is not None:
             _check_number("prefetch", prefetch, 1)
@@ -219,7 +223,22 @@ class Loader:
         batches = self._batches(epoch)
         rest = range(batch, len(batches))
         rows = batches.since(batch) if isinstance(batches, Planned) else (batches[i] for i in rest)
-        return enumerate(rows, batch)
+        return enumerate(rows, batch) if self.sampler is None else self._checked(enumerate(rows, batch), epoch)
+
+    def _checked(self, rows: Iterator[tuple[int, Any]], epoch: int) -> Iterator[tuple[int, Any]]:
+        """What the sampler gives, where it is samples of the data: 2.7 would be cut to 2, and -1 be the last one."""
+        for number, indices in rows:
+            rows_of = indices if isinstance(indices, Tensor) else np.asarray(indices)
+            found, length = torch.as_tensor(rows_of), self._read.length
+            whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+            wrong = (found < 0) | (found >= length) if whole else torch.ones_like(found, dtype=torch.bool)
+            if found.numel() and bool(wrong.any()):
+                bad = next(one for one in found[wrong].tolist() if not whole or not 0 <= one < length)
+                raise DataError(
+                    f"{type(self.sampler).__name__}.batches gave the index {bad!r} in batch {number + 1} of epoch "
+                    f"{epoch + 1}; expected whole numbers from 0 to {length - 1}, for the data has {length} samples"
+                )
+            yield number, indices
 
     def _run_key(self) -> int:
         return torch.initial_seed() if self._key is None else self._key

@@ -2,14 +2,14 @@
 
 from loopwright.parallel.comm import Ranks, Single
 from loopwright.parallel.ddp import DDP
-from loopwright.parallel.device import pick_device
+from loopwright.parallel.device import check_device, pick_device
 from loopwright.parallel.fsdp import FSDP
 from loopwright.parallel.join import join, local_device
 from loopwright.parallel.pick import check_strategy, pick_team
 from loopwright.parallel.precision import Autocast, Plain, Scaled, pick_precision
 from loopwright.parallel.shards import is_shard, like, local, region, shard_of, whole
 from loopwright.parallel.team import Spare, Team, watched
-from loopwright.parallel.world import World, check_world, find_world
+from loopwright.parallel.world import World, check_counts, check_world, find_world
 
 __all__ = [
     "DDP",
@@ -22,6 +22,8 @@ __all__ = [
     "Spare",
     "Team",
     "World",
+    "check_counts",
+    "check_device",
     "check_strategy",
     "check_world",
     "find_world",

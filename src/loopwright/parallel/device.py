@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from loopwright.errors import SettingError
 
-__all__ = ["pick_device"]
+__all__ = ["check_device", "pick_device"]
+
+
+def check_device(device: Any) -> None:
+    """Raise SettingError for what can name no device: torch takes a text, one of its own, or the number of one."""
+    number = isinstance(device, int) and not isinstance(device, bool) and device >= 0
+    if not number and not isinstance(device, (str, torch.device)):
+        raise SettingError(f"device={device!r}: expected 'auto', or a device such as 'cpu' or 'cuda:0'")
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -14,7 +14,7 @@ from torch import distributed as dist
 from loopwright.errors import SettingError
 from loopwright.written import warn
 
-__all__ = ["World", "check_world", "find_world", "first_host", "in_batch_job"]
+__all__ = ["World", "check_counts", "check_world", "find_world", "first_host", "in_batch_job"]
 
 _LOCALHOST = "127.0.0.1"
 _NUMBERS = re.compile(r"\[(\d+)(?:-\d+)?(?:,\d+(?:-\d+)?)*\]")
@@ -83,6 +83,13 @@ def _launched(environ: Mapping[str, str]) -> World:
     return World()
 
 
+def check_counts(devices: int | str, nodes: int | str) -> None:
+    """Raise SettingError for a number of processes or of machines that cannot be one."""
+    for name, value in (("devices", devices), ("nodes", nodes)):
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise SettingError(f"{name}={value!r}: expected 'auto' or a whole number from 1")
+
+
 def check_world(world: World, devices: int | str, nodes: int | str) -> None:
     """Compare what was launched with what was asked for: a number of processes on this machine, and of machines.
 
@@ -94,9 +101,7 @@ def check_world(world: World, devices: int | str, nodes: int | str) -> None:
     `loopwright launch --nproc 2 -- train.py` or `torchrun --nproc-per-node 2 train.py`, in a notebook with
     lw.launch(fn, nproc=2); or leave devices out to take what was started
     """
-    for name, value in (("devices", devices), ("nodes", nodes)):
-        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise SettingError(f"{name}={value!r}: expected 'auto' or a whole number from 1")
+    check_counts(devices, nodes)
     if nodes not in ("auto", world.nodes):
         n = world.local_world_size if devices == "auto" else devices
         here = "1 machine takes" if world.nodes == 1 else f"{world.nodes} machines take"
