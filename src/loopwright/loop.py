@@ -105,7 +105,7 @@ def leaving(run: Run) -> Iterator[None]:
 
 def train_epoch(run: Run, stage: Stage) -> None:
     """Go through an epoch's data, or what is left of it after a resume, one optimizer step a window."""
-    hooks, source, before = run.hooks, stage.source, run.progress.step
+    hooks, source, began = run.hooks, stage.source, run.progress
     if run.progress.batch == 0:
         fire(hooks.on_epoch_start, run)
         fire(hooks.on_loader_start, run, "train", "")
@@ -144,7 +144,8 @@ def train_epoch(run: Run, stage: Stage) -> None:
                 f"epoch {run.progress.epoch + 1} of stage {stage.name!r} had no batch to train on. If the data is an "
                 "iterator, it is used up: pass a list, a DataLoader or a generator function instead"
             )
-        count_epoch(run, stage, stepped=run.progress.step > before, asked=stopped)
+        if began.batch == 0:  # else a resumed one, which may have had its steps before
+            count_epoch(run, stage, stepped=run.progress.step > began.step, asked=stopped)
         end_epoch(run, stage)
 
 

@@ -302,7 +302,9 @@ def note_attributes(run: Run) -> None:
     """
     if run.attributes is None:
         silent = [
-            one for one in run.callbacks if type(one).state_dict is Callback.state_dict and not is_ours(type(one))
+            one
+            for one in run.callbacks
+            if getattr(type(one), "state_dict", Callback.state_dict) is Callback.state_dict and not is_ours(type(one))
         ]
         changing = [one for one in silent if changed_by(one)]
         kinds = [_kind(one) for one in changing]
