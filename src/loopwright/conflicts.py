@@ -156,7 +156,8 @@ def changed_by(callback: Any) -> list[str]:
     (['loss'], [])
     """
     kind = type(callback)
-    maps = [hook for hook in _MAPS if getattr(kind, hook, None) is not getattr(Callback, hook)]
+    bases = {hook: getattr(Callback, hook) for hook in _MAPS}
+    maps = [hook for hook, base in bases.items() if getattr(kind, hook, base) is not base]
     found = [hook.removeprefix("map_") for hook in maps if not _only_looks(getattr(callback, hook))]
     edits = getattr(kind, "on_grads_ready", Callback.on_grads_ready)
     if edits is not Callback.on_grads_ready and _may_edit(callback.on_grads_ready):
