@@ -2,6 +2,7 @@
 
 ``python benchmarks/loggers.py`` prints microseconds a record (the median of repetitions, interleaved), and how much
 memory grows over a million records. Lightning's CSV logger and TensorBoard are measured where they are installed.
+``--write`` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from typing import Any
 
 from loopwright.loggers import CSVLogger, JSONLLogger
 from loopwright.state import Progress
+from measure import PAGE, in_text, write_section
 
 NAMES = [f"train/value_{i}" for i in range(10)]
 Log = Callable[[int, dict[str, float]], None]
@@ -107,14 +110,21 @@ def main() -> None:
         for repetition in range(15):
             for kind, log in logs.items():
                 times[kind].append(measure(log, repetition * 1000))
-        for kind, taken in times.items():
-            print(f"{kind:<30} {statistics.median(taken):7.1f} us a record of {len(NAMES)} scalars")
+        lines = [
+            f"{kind:<30} {statistics.median(taken):7.1f} us a record of {len(NAMES)} scalars"
+            for kind, taken in times.items()
+        ]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         log = ours(opened(folder))
         for i in range(100):
             measure(log, i * 10_000, 10_000)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        print(f"{'a million records':<30} {grown:7.1f} MB more memory at the peak (10,000 of them are held at a time)")
+        lines.append(
+            f"{'a million records':<30} {grown:7.1f} MB more memory at the peak (10,000 of them are held at a time)"
+        )
+    print(*lines, sep="\n")
+    if "--write" in sys.argv:
+        write_section(PAGE, "loggers", in_text("A record", "The goal is at most 30 us for ten scalars.", lines))
 
 
 if __name__ == "__main__":

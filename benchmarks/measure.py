@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
 EndOfEpoch = Callable[[], None]
 Prepare = Callable[[int, EndOfEpoch], Callable[[], nn.Module]]
 """``prepare(epochs, end_of_epoch)`` makes all that the clock should not see and returns the run to be timed, which
@@ -267,6 +268,12 @@ def write_section(path: Path, name: str, text: str) -> None:
     path.write_text(page)
 
 
+def in_text(title: str, about: str, lines: list[str]) -> str:
+    """A section of a page whose table is set in plain text."""
+    table = "\n".join(lines)
+    return f"## {title}\n\nMachine: {machine()}.\n{about}\n\n```text\n{table}\n```"
+
+
 def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
@@ -282,7 +289,7 @@ def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
         "--write",
         nargs="?",
         type=Path,
-        const=ROOT / "docs" / "benchmarks.md",
+        const=PAGE,
         default=None,
         metavar="PAGE",
         help="put the tables on this page (default docs/benchmarks.md)",

@@ -1,8 +1,8 @@
-"""What a metric costs a batch, ours beside torchmetrics' in the same run: ``python benchmarks/metrics.py [--quick]``.
+"""What a metric costs a batch, ours beside torchmetrics' in the same run: ``python benchmarks/metrics.py [--quick] [--write]``.
 
 Each update is timed alone, in turns (ours, theirs, the bare tensor work), in time of the processor; the best of many
 rounds is told. "beyond" is what ours costs more than its tensor work done by hand, the goal of which is 10 us; "times"
-is theirs over ours.
+is theirs over ours. ``--write`` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torchmetrics import classification as tm
 from torchmetrics.text import Perplexity
 
 from loopwright import metrics as lw
+from measure import PAGE, in_text, write_section
 
 N, C = 64, 10
 
@@ -109,10 +110,9 @@ def several(rounds: int, calls: int) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    quick = "--quick" in sys.argv
-    rounds, calls = (5, 50) if quick else (30, 500)
-    print(f"us an update, {N} samples, {C} classes, torch {torch.__version__}, torchmetrics {torchmetrics.__version__}")
-    print(f"{'':16} {'ours':>7} {'theirs':>7} {'times':>6} {'tensors':>8} {'beyond':>7}")
+    rounds, calls = (5, 50) if "--quick" in sys.argv else (30, 500)
+    sizes = f"us an update, {N} samples, {C} classes, torchmetrics {torchmetrics.__version__}"
+    lines = [f"{'':16} {'ours':>7} {'theirs':>7} {'times':>6} {'tensors':>8} {'beyond':>7}"]
     for name, (ours, theirs, work, given, total) in cases().items():
         calls_ = {
             "ours": lambda ours=ours, given=given: ours.update(*given),
@@ -121,10 +121,18 @@ def main() -> None:
         }
         us = compare(calls_, rounds, calls)
         beyond = us["ours"] - us["tensors"]
-        print(f"{name:16} {us['ours']:7.1f} {us['theirs']:7.1f} {us['theirs'] / us['ours']:6.1f} {us['tensors']:8.1f} "
-              f"{beyond:7.1f}{'' if beyond < 10 else '  over 10 us'}")  # fmt: skip
+        lines.append(
+            f"{name:16} {us['ours']:7.1f} {us['theirs']:7.1f} {us['theirs'] / us['ours']:6.1f} {us['tensors']:8.1f} "
+            f"{beyond:7.1f}{'' if beyond < 10 else '  over 10 us'}"
+        )
     us = several(rounds, calls)
-    print(f"{'five rates':16} {us['ours']:7.1f} {us['theirs']:7.1f} {us['theirs'] / us['ours']:6.1f}")
+    lines.append(f"{'five rates':16} {us['ours']:7.1f} {us['theirs']:7.1f} {us['theirs'] / us['ours']:6.1f}")
+    print(sizes, *lines, sep="\n")
+    if "--write" in sys.argv:
+        goal = "The goal is at most 10 us beyond the tensor work, done by hand."
+        write_section(
+            PAGE, "metrics", in_text("An update of a metric, next to torchmetrics", f"{sizes}. {goal}", lines)
+        )
 
 
 if __name__ == "__main__":
