@@ -207,19 +207,23 @@ def terminal() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the goal table. ``limit`` None: measured, but nothing was promised."""
+    """One line of the goal table. ``limit`` None: measured, but nothing was promised. ``value`` None: no such cost."""
 
     what: str
-    value: float
+    value: float | None
     unit: str = ""
     limit: float | None = None
     note: str = ""
 
     @property
     def share(self) -> float:
-        return -1.0 if self.limit is None else self.value / self.limit if self.limit else self.value
+        if self.limit is None or self.value is None:
+            return -1.0
+        return self.value / self.limit if self.limit else self.value
 
     def row(self) -> list[str]:
+        if self.value is None:
+            return [self.what, "not called in a step", "", "", self.note]
         promised = "" if self.limit is None else f"<= {self.limit:g}"
         verdict = "" if self.limit is None else "pass" if self.value <= self.limit else "**FAIL**"
         return [self.what, f"{self.value:.4g} {self.unit}".strip(), promised, verdict, self.note]

@@ -35,9 +35,10 @@ def generated(data: Batches) -> Callable[[], Any]:
 BOTH = pytest.mark.parametrize("given_as", [list, generated], ids=["planned", "read ahead"])
 
 
-@pytest.mark.capability("B-05")
+@pytest.mark.capability("B-05", "PL-09")
 @BOTH
 def test_a_window_of_unequal_batches_is_the_mean_over_its_samples(given_as: Callable[..., Any]) -> None:
+    """Accumulation by one argument: the gradient of a window is the mean over its samples, not over its batches."""
     data = given_as(pairs([1, 2, 3], [6], [4, 4]))
     assert gradients(data, accumulate=2) == [3.0, 4.0]  # (1 + 2 + 3 + 6) / 4; not the mean of 2 and 6
 

@@ -268,3 +268,12 @@ def test_a_page_that_replaces_something_of_ours_fails(
         lw.Trainer.validate, loop.train_step = kept[0]["validate"], kept[1]
         if hasattr(lw.Trainer, "more"):
             del lw.Trainer.more
+
+
+def test_what_the_table_of_callbacks_shows_can_be_typed_as_it_stands() -> None:
+    page = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8").partition("## One line")[0]
+    shown = re.findall(r"`(lw\.[\w.]+\([^`]*\))`", page)
+    assert len(shown) > 20
+    names = {"lw": lw, "fn": abs, "schedule": lw.schedules.linear(0.1, 0.5), "loader": [torch.ones(1)]}
+    for code in shown:
+        eval(code, dict(names))

@@ -271,6 +271,15 @@ def two_phases() -> lw.Task:
     return Two()
 
 
+NAN = [(torch.full((4, 5), math.nan), torch.zeros(4).long())]
+
+
+def test_a_curve_without_a_loss_says_why_where_it_is_printed() -> None:
+    curve = lw.lr_find(trainer(epochs=1), task_of(classifier()), NAN)
+    assert repr(curve) == "LRCurve(no suggestion: the first loss is not finite; no step)"
+    assert "there is no loss to judge by" in curve._repr_html_()
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -280,6 +289,10 @@ def two_phases() -> lw.Task:
         (lambda t, d: lw.lr_find(t, task_of(classifier()), d, start=1.0, end=0.1), "expected learning rates that grow"),
         (lambda t, d: lw.lr_find(t, task_of(classifier()), d, steps=12).valley, "12 losses are too few to judge by"),
         (lambda t, d: lw.lr_find(t, task_of(classifier()), d, smooth=1.0), "expected 0 <= smooth < 1"),
+        (lambda t, d: lw.lr_find(t, task_of(classifier()), NAN).valley, "there is no loss to judge by: the first one "
+         "is not finite, and no learning rate was used before it. Look for NaN in the data"),
+        (lambda t, d: lw.batch_size_find(t, task_of(classifier()), d), "this is a list of batches or of samples; pass "
+         "arrays, (x, y), a dataset, or a function of the size: lambda n: DataLoader(samples, n)"),
         (lambda t, d: lw.batch_size_find(t, task_of(classifier()), samples(3), start=4), "start=4 is over the 3"),
         (lambda t, d: lw.batch_size_find(t, task_of(classifier()), lw.Loader(samples(3))), "pass what the"),
         (lambda t, d: lw.batch_size_find(t, task_of(classifier()), samples(3), steps=0), "steps=0: expected a whole"),
@@ -309,9 +322,9 @@ def test_what_is_printed_of_a_curve_is_one_line_with_its_suggestions() -> None:
     assert f"{found.valley:.1e}" in shown
 
 
-@pytest.mark.parametrize("count", [0, 1, 9])
+@pytest.mark.parametrize("count", [1, 9])
 def test_a_curve_too_short_to_judge_by_says_so_where_it_is_printed(count: int) -> None:
     found = LRCurve([1e-3] * count, [1.0] * count)
-    steps = f"{count} step{'s' * (count != 1)}, lr 1.0e-03 to 1.0e-03" if count else "no step"
+    steps = f"{count} step{'s' * (count != 1)}, lr 1.0e-03 to 1.0e-03"
     assert repr(found) == f"LRCurve(no suggestion: too few losses to judge by; {steps})"
     assert f"{count} losses are too few to judge by" in found._repr_html_()

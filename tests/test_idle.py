@@ -59,6 +59,21 @@ IDLE: dict[str, tuple[Callable[[], Made], str]] = {
         "accumulate=9 is more than the 1 batch of an epoch, and a step takes no batch of the next one; write "
         "accumulate=1",
     ),
+    "a phase that is never due": (
+        of(
+            lw.Stage("a", "4 steps"),
+            lw.Stage(
+                "b",
+                "4 epochs",
+                phases=[
+                    lw.Phase("often", lambda batch: None, optimizers=()),
+                    lw.Phase("rare", lambda batch: None, optimizers=(), every=17),
+                ],
+            ),
+        ),
+        "phase 'rare': every=17 is never due in this run, which has 16 steps; take a smaller one, or leave the phase "
+        "out",
+    ),
     "records after the end": (
         of(log_every="at 99 epochs"),
         "log_every: 'at 99 epochs' comes after the end of this run, which has 2 epochs",
@@ -125,6 +140,16 @@ def test_a_checkpoint_that_is_never_written_is_warned_of(folder: Path) -> None:
 BUSY = {
     "a pattern of what trains": of(lw.Stage("a", "1 epoch", freeze="module.0.*")),
     "as many batches to a step as there are": of(accumulate=3),
+    "a phase that is due at the last step": of(
+        lw.Stage("a", "2 epochs", phases=[
+            lw.Phase("p", lambda batch: None, optimizers=()), lw.Phase("q", lambda batch: None, optimizers=(), every=6),
+        ]),
+    ),
+    "a phase of a run whose length nobody knows": of(
+        lw.Stage("a", "0.05 s", phases=[
+            lw.Phase("p", lambda batch: None, optimizers=()), lw.Phase("q", lambda _: None, optimizers=(), every=999),
+        ]),
+    ),
     "a step of data whose length nobody knows": lambda: (
         trainer(steps=2, accumulate=9), sgd_task(line()), {"train": lambda: iter(DATA)},
     ),

@@ -101,6 +101,10 @@ def test_any_loss_may_return_a_dict() -> None:
     [
         (lambda: lw.losses.Weighted({}), "Weighted({}): expected losses by name, functions of (preds, target)"),
         (lambda: lw.losses.Weighted({"a": nn.MSELoss()}, {"b": 1}), "weights has 'b', which is no loss. Known: 'a'."),
+        (lambda: lw.losses.Weighted({"a": nn.MSELoss()}, {"a": float("nan")}), "the weight of the loss 'a' is nan: "
+         "expected a finite number"),
+        (lambda: lw.losses.Weighted({"a": nn.MSELoss()}, {"a": "1"}), "the weight of the loss 'a' is '1': expected a "
+         "finite number"),
         (lambda: lw.losses.Weighted({"loss": nn.MSELoss()}), "a loss cannot be named 'loss'; call it something else"),
     ],
 )  # fmt: skip

@@ -283,7 +283,9 @@ class ActorCritic(lw.Task):
         ]
 
 
+@pytest.mark.capability("IG-17")
 def test_an_actor_critic_has_the_bits_of_the_loop_by_hand() -> None:
+    """An actor-critic that plays an episode a step, three phases of which one moves nothing: the bits of the loop."""
     task = ActorCritic()
     actor, critic = task.configure_optimizers().values()
     for step, seed in enumerate(torch.arange(12), 1):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import loopwright as lw
 
@@ -117,3 +119,15 @@ lw.data.limit
         "loopwright.loop", "loopwright.loop.train_step", "loopwright.steps", "lw.loop.train_step = ...", "run._place",
         "setattr(lw.Trainer, 'fit', None)",
     ]  # fmt: skip
+
+
+@pytest.mark.capability("IG-17")
+def test_the_cycle_of_a_cyclegan_is_what_brings_a_sample_back() -> None:
+    """The CycleGAN of the recipes: what was translated there and back is what it was, and is not without the cycle."""
+    names: dict[str, Any] = {}
+    exec(recipes()["cyclegan.md: "], names)
+    with_it = names["run"].history["train/translators/back"][-1]
+    torch.manual_seed(0)
+    data = lw.Loader((names["photos"], names["paintings"]), 64, shuffle=True)
+    without = lw.Trainer(epochs=20, progress=False, folder=None).fit(names["CycleGAN"](cycle=0.0), data)
+    assert with_it < 0.3 * without.history["train/translators/back"][-1]

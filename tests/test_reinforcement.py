@@ -57,3 +57,32 @@ def test_dqn_reaches_a_return_of_195(folder: Path) -> None:
     assert run.metrics["valid/return"] >= 195
     assert run.progress.phase_steps["learn"] == run.progress.step - 100
     assert not torch.equal(next(run.task.target.parameters()), next(run.task.value.parameters()))
+
+
+class Following(lw.Callback):
+    """Compares the target network with a mean of what it was and what it follows, at every step that learns."""
+
+    def __init__(self) -> None:
+        self.before: list[torch.Tensor] = []
+        self.seen = 0
+
+    def on_step_start(self, run: lw.Run) -> None:
+        self.before = [p.clone() for p in run.task.target.parameters()]
+
+    def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+        if "learn" in result.moved:
+            for now, old, value in zip(
+                run.task.target.parameters(), self.before, run.task.value.parameters(), strict=True
+            ):
+                torch.testing.assert_close(now, old + 0.01 * (value - old))
+            self.seen += 1
+
+
+@pytest.mark.capability("CA-21")
+def test_dqn_is_on_its_way_after_800_steps() -> None:
+    """DQN whose target network follows by a hundredth a step: its poles stand several times as long as at first."""
+    following = Following()
+    settings: dict[str, Any] = {**QUIET, "validate_every": "200 steps", "folder": None, "callbacks": [following]}
+    run = load("dqn").main(800, **settings)
+    assert run.metrics["valid/return"] >= 40  # about 10 with a target network that stays where it was
+    assert following.seen == 700

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim import lr_scheduler
 
 import loopwright as lw
@@ -34,6 +35,7 @@ from loopwright.schedules import (
     scaled,
     warmup,
 )
+from tiny import line, pairs, trainer
 
 TOTAL = 24
 
@@ -235,6 +237,19 @@ def test_durations_become_fractions_of_the_whole_that_they_stand_in() -> None:
         (lambda: warmup(1.0, "5 stepps"), "unknown unit 'stepps' in the duration '5 stepps'"),
         (lambda: warmup(1.0, "5 steps")(0.1), "how much '5 steps' is of the whole is known in a run only"),
         (lambda: warmup(1.0, "5 steps").within(lambda d: 1.5), "'5 steps' is longer than the whole in which it lies"),
+        (lambda: warmup(1.0, 2), "over=2: expected a fraction from 0 to 1, or a duration such as '500 steps'"),
+        (lambda: one_cycle(0.1, div=0), "div=0: expected a positive number, by which the peak is divided"),
+        (lambda: one_cycle(0.1, div_final=-1), "div_final=-1: expected a positive number"),
+        (lambda: one_cycle(math.nan), "peak=nan: expected a finite number"),
+        (lambda: one_cycle(0.1, rise=2), "rise=2: expected a fraction from 0 to 1, or a duration"),
+        (lambda: one_cycle(0.1, momentum=(0.9, 0.8)), "momentum=(0.9, 0.8): expected three numbers, at the start"),
+        (lambda: one_cycle(0.1, momentum=0.9), "momentum=0.9: expected three numbers"),
+        (lambda: one_cycle(0.1, momentum=(0.9, "a", 0.9)), "momentum='a': expected a finite number"),
+        (lambda: cyclical(0.0, 1.0, cycles=-1), "cycles=-1: expected a whole number, from 1"),
+        (lambda: cyclical(0.0, 1.0, cycles=2, rise=-1), "rise=-1: expected a fraction from 0 to 1"),
+        (lambda: cyclical("a", 1.0, cycles=2), "low='a': expected a finite number"),
+        (lambda: restarts(1.0, cycles=0), "cycles=0: expected a whole number, from 1"),
+        (lambda: restarts(math.inf, cycles=2), "high=inf: expected a finite number"),
         (lambda: from_plain({"kind": "cosin"}), "Did you mean 'cosine'?"),
         (lambda: from_plain({"kind": "cosine", "begin": 1}), "cosine does not take these fields"),
         (lambda: lw.schedules.as_schedule("0.1"), "'0.1' is no schedule; write a number, or one such as"),
@@ -260,3 +275,23 @@ def test_the_picture_shows_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.get_ylabel() for one in both] == ["lr", "momentum"]
     assert schedule.plot(both[0]) is both[0]
     pyplot.close("all")
+
+
+@pytest.mark.parametrize("rule", [lambda f: 0.1 * (1 - f), lambda f: math.cos(f), lambda f: 0.1 if f < 0.5 else 0.2])
+def test_a_function_of_the_fraction_outside_of_a_dict_is_told_where_it_goes(rule: Any) -> None:
+    task = lw.Supervised(net := line(), nn.MSELoss(), torch.optim.SGD(net.parameters(), 0.1), schedule=rule)
+    with pytest.raises(lw.SettingError) as error:
+        trainer(epochs=1).fit(task, pairs([1.0]))
+    assert str(error.value).startswith(
+        "the function schedule=... is called with the optimizer, SGD, to make a scheduler of it, and failed: "
+    )
+    assert str(error.value).endswith(
+        '. A function of the part of the stage that is done goes into a dict: schedule={"lr": function}'
+    )
+
+
+def test_an_error_of_a_factory_itself_stays_what_it_is() -> None:
+    made: Any = torch.optim.lr_scheduler.CosineAnnealingLR
+    task = lw.Supervised(net := line(), nn.MSELoss(), torch.optim.SGD(net.parameters(), 0.1), schedule=made)
+    with pytest.raises(TypeError, match="T_max"):
+        trainer(epochs=1).fit(task, pairs([1.0]))

@@ -194,6 +194,16 @@ def test_what_a_stage_cannot_have_is_refused(make: Callable[[], Any], error: Any
         make()
 
 
+@pytest.mark.parametrize("until", [[], (), "", " ", None, [None], ["2 epochs", ""]])
+def test_a_stage_that_says_no_end_is_refused_where_it_is_made(until: Any) -> None:
+    with pytest.raises(lw.SettingError) as caught:
+        lw.Stage("s", until=until)
+    assert str(caught.value) == (
+        f"Stage 's': until={until!r} says no end, and it would train forever; write a duration, until='2 epochs', or "
+        "several, until=['10 epochs', '2 h'], of which the first one counts"
+    )
+
+
 SHARED = Counts()
 
 

@@ -268,3 +268,39 @@ def fit_without_carry(truncate: int = 1) -> None:
     net = Forgets()
     task = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), 1.0), truncate=truncate)
     trainer(epochs=1).fit(task, pairs([1.0]))
+
+
+def uneven(loss: Callable[..., Tensor], target: Tensor) -> Any:
+    net = Reader(nn.RNN)
+    task = lw.Supervised(net, loss, torch.optim.SGD(net.parameters(), 0.1), truncate=10)
+    return trainer(epochs=1).fit(task, [(torch.randn(3, 105, 2), target)])
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [
+        (lambda preds, y: (preds - y).square().mean(), torch.zeros(3, 95, 2)),
+        (lambda preds, y: nn.functional.cross_entropy(preds.transpose(1, 2), y), torch.zeros(3, 95).long()),
+        (lambda preds, y: nn.functional.cross_entropy(preds.flatten(0, 1), y.flatten()), torch.zeros(3, 95).long()),
+    ],
+)
+def test_sequences_of_two_lengths_in_a_batch_are_told_with_both(loss: Any, target: Tensor) -> None:
+    with pytest.raises(lw.DataError) as caught:
+        uneven(loss, target)
+    assert str(caught.value).startswith(
+        "truncate= cuts what has 105 steps along dimension 1, as the first tensor of the batch has; another one has "
+        "95, goes into each piece whole, and the step failed: "
+    )
+    assert str(caught.value).endswith(". Give both the same number of steps")
+
+
+def test_what_has_another_meaning_than_steps_goes_in_whole_and_other_errors_stay() -> None:
+    run = uneven(lambda preds, y: (preds.mean(1) - y[:, :2]).square().mean(), torch.zeros(3, 95))
+    assert run.progress.step == 11
+
+    def fails(preds: Tensor, y: Tensor) -> Tensor:
+        raise RuntimeError("something else, 7")
+
+    with pytest.raises(RuntimeError, match="something else, 7") as caught:
+        uneven(fails, torch.zeros(3, 95))
+    assert not isinstance(caught.value, lw.DataError)

@@ -210,6 +210,11 @@ def test_what_differs_without_a_stop_is_told_apart() -> None:
     )
 
 
+@pytest.mark.filterwarnings("error:this very run")  # which the suite leaves out elsewhere
+def test_its_own_runs_are_not_told_that_they_repeat_one_another() -> None:
+    assert lw.verify_resume(plain, lw.Trainer(epochs=3, seed=1), steps=4, stop=[2]).exact
+
+
 def test_nothing_is_left_behind() -> None:
     seen: list[int] = []
     trainer = lw.Trainer(epochs=3, callbacks=[acts(on_step_end=lambda run, _: seen.append(1))], name="mine")

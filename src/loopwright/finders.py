@@ -138,6 +138,11 @@ def _by_size(data: Any) -> tuple[Callable[[int], Any], int | None]:
     if isinstance(data, Loader):
         raise SettingError("batch_size_find makes the batches itself; pass what the lw.Loader reads, or a function of "
                            "the size: lambda n: lw.Loader(data, n)")  # fmt: skip
+    if isinstance(data, list) and data and all(isinstance(one, (tuple, list, dict)) for one in data):
+        raise SettingError(
+            "batch_size_find makes the batches itself, and this is a list of batches or of samples; pass arrays, (x, "
+            "y), a dataset, or a function of the size: lambda n: DataLoader(samples, n)"
+        )
     first = data
     while isinstance(first, (tuple, list, dict)):
         first = next(iter(first.values() if isinstance(first, dict) else first))

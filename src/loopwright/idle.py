@@ -27,7 +27,7 @@ Found = Iterator[tuple[str, Any]]  # what is idle, and who says so: a stage, a c
 def does_nothing(run: Run) -> Found:
     """All that is idle in ``run``. A rehearsal or a part of the data says nothing of lengths."""
     checks = (_frozen_twice, _twice, _mixed_twice, _never_asked)
-    for check in checks if run.settings.get("debug") else (*checks, _long_windows, _beyond_the_end):
+    for check in checks if run.settings.get("debug") else (*checks, _long_windows, _never_due, _beyond_the_end):
         yield from check(run)
 
 
@@ -92,6 +92,19 @@ def _long_windows(run: Run) -> Found:
                 f"the next one; write accumulate={most}",
                 None if n == run.settings.get("accumulate") else stage,
             )
+
+
+def _never_due(run: Run) -> Found:
+    """Phases that the run is too short for."""
+    steps = most_of(run)["steps"]
+    for stage in run.stages:
+        for phase in stage.phases:
+            if isinstance(phase.every, int) and phase.every > steps:
+                yield (
+                    f"phase {phase.name!r}: every={phase.every} is never due in this run, which has "
+                    f"{_count(steps, 'steps')}; take a smaller one, or leave the phase out",
+                    stage,
+                )
 
 
 def _beyond_the_end(run: Run) -> Found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loopwright.errors import SettingError, StepOutputError, choose
@@ -21,7 +22,8 @@ class Weighted(nn.Module):
     by name; 1 where it names none. Called, it returns a dict: ``loss``, and each term before its weight, which are
     logged as ``train/<name>`` and ``valid/<name>``.
 
-    Raises SettingError for names that do not go together, and StepOutputError for preds or a target without a name.
+    Raises SettingError for names that do not go together and weights that are not finite, and StepOutputError for
+    preds or a target without a name.
 
     >>> import torch
     >>> loss = Weighted({"mse": nn.MSELoss(), "l1": nn.L1Loss()}, {"l1": 0.5})
@@ -42,6 +44,9 @@ class Weighted(nn.Module):
         for name in weights or ():
             if name not in losses:
                 raise SettingError(f"weights has {name!r}, which is no loss. {choose(name, losses)}")
+        for name, weight in (weights or {}).items():
+            if not isinstance(weight, (int, float, Tensor)) or not torch.as_tensor(weight).isfinite().all():
+                raise SettingError(f"the weight of the loss {name!r} is {weight!r}: expected a finite number")
         for name in losses:
             if name in ("loss", "preds", "target") or "." in name or hasattr(nn.Module, name):
                 raise SettingError(f"a loss cannot be named {name!r}; call it something else")

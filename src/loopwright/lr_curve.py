@@ -38,7 +38,8 @@ class LRCurve:
         try:
             told = ", ".join(f"{name} {lr:.1e}" for name, lr in self.suggestions.items())
         except SettingError:
-            told = "no suggestion: too few losses to judge by"
+            why = "too few losses to judge by" if self.losses else "the first loss is not finite"
+            told = f"no suggestion: {why}"
         return f"LRCurve({told}; {self._tried()})"
 
     def _tried(self) -> str:
@@ -98,6 +99,11 @@ class LRCurve:
     def _judged(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         judged = slice(len(self.losses) // 10, max(len(self.losses) - _MARGIN, 0))
         lrs, losses = np.asarray(self.lrs)[judged], np.asarray(self.losses)[judged]
+        if not self.losses:
+            raise SettingError(
+                "there is no loss to judge by: the first one is not finite, and no learning rate was used before it. "
+                "Look for NaN in the data, and in what the model returns for its first batch"
+            )
         if len(losses) < 10:
             raise SettingError(
                 f"{len(self.losses)} losses are too few to judge by; begin with a smaller learning rate (start=), or "

@@ -123,7 +123,8 @@ def assemble(
         with placed(f"the optimizer {name!r}", at):
             parts.optimizers[name] = parts.shared[name] = _optimizer(optimizer, task, name)
         schedules[name] = schedule
-    base = Stage("main", until, train, valid, None, accumulate, weight, validate_every)
+    # where there are stages, this one is never trained: each has its own end
+    base = Stage("main", "1 step" if stages else until, train, valid, None, accumulate, weight, validate_every)
     base.made_at = None  # what it says was said to the Trainer
     _unique("stage", [stage.name for stage in stages or []])
     for i, stage in enumerate(stages or [base]):

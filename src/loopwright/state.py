@@ -302,6 +302,12 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_text("name", self.name, "head", where="Stage: ")
+        ends = self.until if isinstance(self.until, (list, tuple)) else [self.until]
+        if not ends or any(one is None or (isinstance(one, str) and not one.strip()) for one in ends):
+            raise SettingError(
+                f"Stage {self.name!r}: until={self.until!r} says no end, and it would train forever; write a duration, "
+                "until='2 epochs', or several, until=['10 epochs', '2 h'], of which the first one counts"
+            )
         if self.accumulate is not None:
             parse_accumulate(self.accumulate)
         for name, patterns in (("train", self.train), ("freeze", self.freeze)):

@@ -163,7 +163,7 @@ class _Trial:
         saver = Checkpoint(f"{cut} steps", keep=1, at_end=False) if cut else False
         more: dict[str, Any] = dict(
             callbacks=[*own, _Stopper(self.steps, cuts=bool(cut))], checkpoint=saver, loggers=None, progress=False,
-            folder=self.folder, name=name, capsule=False,
+            folder=self.folder / name, name=name, capsule=False,  # apart: none is told that it repeats another
         )  # fmt: skip
         trainer = Trainer(**{**self.settings, **more})
         trainer.handlers = [handler.anew() for handler in self.handlers]

@@ -163,6 +163,50 @@ def test_flags_that_a_hook_turns_are_named() -> None:
     )
 
 
+def slower(run: lw.Run) -> None:
+    run.optimizers["main"].param_groups[0]["lr"] *= 0.5
+
+
+@pytest.mark.parametrize("hook", [*EVERY, *MAPS])
+def test_a_hook_that_changes_rates_is_named(hook: str) -> None:
+    assert f"Acts.{hook} changed main.param_groups[0]['lr'] after step" in said(hook, slower)
+
+
+def test_every_number_of_a_group_is_looked_at_and_the_remedy_is_told() -> None:
+    def heavier(run: lw.Run) -> None:
+        run.optimizers["main"].param_groups[0].update(momentum=0.9, weight_decay=0.1)
+
+    assert said("on_epoch_end", heavier) == (
+        "Acts.on_epoch_end changed main.param_groups[0]['momentum'], main.param_groups[0]['weight_decay'] after step "
+        "3. Rates follow the schedule: make it a part of schedule=; or let the callback say that it is meant: changes "
+        "= ('rates',)"
+    )
+
+
+def test_rates_may_be_changed_by_who_says_so_and_by_schedules() -> None:
+    class Slower(lw.Callback):
+        changes = ("rates",)
+
+        def on_epoch_end(self, run: lw.Run) -> None:
+            slower(run)
+
+    run = audited(Slower())
+    assert run.lr == 0.05
+    for schedule in (
+        lw.schedules.one_cycle(0.1),
+        lambda sgd: lw.per_step(torch.optim.lr_scheduler.StepLR(sgd, 1)),
+        lambda sgd: torch.optim.lr_scheduler.StepLR(sgd, 1),
+        lambda sgd: torch.optim.lr_scheduler.ReduceLROnPlateau(sgd, patience=0, threshold=10.0),
+    ):
+        net = classifier()
+        sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.5)
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), sgd, schedule=schedule)
+        run = trainer(
+            epochs=3, callbacks=[lw.Audit(), acts(on_epoch_end=lambda run: None, on_step_end=lambda *_: None)]
+        ).fit(task, loader(12, batch_size=5), loader(4, batch_size=4))
+        assert run.lr != 0.1
+
+
 def test_handlers_are_audited_as_well_and_named_with_their_event() -> None:
     def meddle(run: lw.Run) -> None:
         behind(run)

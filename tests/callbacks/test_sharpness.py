@@ -139,7 +139,8 @@ def test_a_second_pass_that_is_not_finite_leaves_the_weights_alone() -> None:
     with pytest.raises(NonFiniteError):
         trainer(epochs=1, callbacks=[lw.SAM(0.5)]).fit(steep, pairs([1.0]))
     assert net.weight.item() == 1.0
-    run = trainer(epochs=1, nonfinite="skip", callbacks=[lw.SAM(0.5)]).fit(steep, pairs([1.0], [2.0]))
+    with pytest.warns(lw.LoopwrightWarning, match="epoch 1 went by without an optimizer step"):
+        run = trainer(epochs=1, nonfinite="skip", callbacks=[lw.SAM(0.5)]).fit(steep, pairs([1.0], [2.0]))
     assert (net.weight.item(), run.progress.step, run.skipped) == (1.0, 0, 2)
 
 
@@ -223,3 +224,37 @@ def test_parameters_that_are_shared_out_are_refused_at_the_start() -> None:
 
     with pytest.raises(PlanError, match="SAM cannot go over the window again with FSDP; train with strategy='ddp'"):
         lw.launch(fit, 2)
+
+
+def two(*callbacks: Any, stages: Any = None) -> list[str]:
+    net = line()
+    length = {} if stages else {"epochs": 1}
+    return trainer(**length, callbacks=callbacks).plan(sgd_task(net), pairs([1.0]), stages=stages).problems
+
+
+def test_two_for_one_phase_are_refused() -> None:
+    told = (
+        "two SAM go uphill for the phase 'main', and what the first has found is lost in the second; leave one out, or "
+        "say which phases each is for: lw.SAM(phases=...)"
+    )
+    one, other = lw.SAM(0.5), lw.SAM(0.5, phases="main")
+    assert two(one, other) == [told]
+    assert two(lw.SAM(), stages=[lw.Stage("a", "1 epoch", callbacks=[lw.SAM()])]) == [told]
+    assert two(stages=[lw.Stage("a", "1 epoch", callbacks=[lw.SAM(), lw.SAM()])]) == [told]
+    assert two(stages=[lw.Stage(name, "1 epoch", callbacks=[lw.SAM()]) for name in "ab"]) == []
+
+
+def test_one_for_each_phase_may_be() -> None:
+    class Two(lw.Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = line(), line()
+
+        def phases(self) -> list[lw.Phase]:
+            return [lw.Phase(n, lambda batch, n=n: getattr(self, n)(batch[0]).mean(), optimizers=n) for n in "ab"]
+
+        def configure_optimizers(self) -> Any:
+            return {n: torch.optim.SGD(getattr(self, n).parameters(), 0.1) for n in "ab"}
+
+    both = [lw.SAM(0.5, phases="a"), lw.SAM(0.1, phases="b")]
+    assert trainer(epochs=1, callbacks=both).plan(Two(), pairs([1.0])).problems == []

@@ -39,6 +39,7 @@ _RULES = {
     "gradients": "Gradients may be edited in on_grads_ready and nowhere else",
     "values": "on_* hooks observe: return the new value from map_batch, map_output or map_loss",
     "random": "The global generators belong to the model: draw from one of its own, such as torch.Generator()",
+    "rates": "Rates follow the schedule: make it a part of schedule=",
     "flags": "Flags are the user's: set them before fit, or name what a stage trains, lw.Stage(train=...)",
 }
 
@@ -47,7 +48,8 @@ class Audit(Callback):
     """Checks at each hook of each callback and handler that it changes only what it may, and names who does not.
 
     Looked at, before and after every call: weights and buffers, gradients, what the hook was passed (batch, output,
-    loss, result), the global random generators, ``training`` and ``requires_grad`` flags. Tensors by their version
+    loss, result), the global random generators, ``training`` and ``requires_grad`` flags, and the numbers in the groups
+    of optimizers, such as their learning rates. Tensors by their version
     counters, and by 256 elements of each, since an edit through ``.data`` leaves the counter as it is: one that
     misses all of these elements is not seen. ``map_*`` hooks take part in training: they may draw, and run the model.
     ``on_fit_start`` comes before training and may do anything. What a callback lists in its ``changes`` is allowed.
@@ -84,7 +86,9 @@ class Audit(Callback):
         owner = getattr(function, "__self__", None)
         if owner is self or hook in _FREE:
             return function
-        looks = {kind: look for kind, look in _looks(hook).items() if kind not in getattr(owner, "changes", ())}
+        allowed = getattr(owner, "changes", ())
+        every: dict[str, _Look] = {**_looks(hook), "rates": lambda slots, args: _rates(run)}
+        looks = {kind: look for kind, look in every.items() if kind not in allowed}
         name, names = hook_name(function, run), list(inspect.signature(getattr(Callback, hook)).parameters)[2:]
 
         def call(run: Run, *args: Any) -> Any:
@@ -181,6 +185,16 @@ def _flags(slots: list[_Slot], args: Mapping[str, Any]) -> _State:
     for slot in slots:
         found[slot.name] = (getattr(slot.kept.get(slot.key), "requires_grad", False),)
         found[f"{slot.name.rpartition('.')[0] or type(slot.module).__name__}"] = (slot.module.training,)
+    return found
+
+
+def _rates(run: Run) -> _State:
+    """The numbers in the groups of all optimizers."""
+    found: _State = {}
+    for name, optimizer in run.optimizers.items():
+        for i, group in enumerate(optimizer.param_groups):
+            numbers = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            found.update(leaves(numbers, f"{name}.param_groups[{i}]"))
     return found
 
 

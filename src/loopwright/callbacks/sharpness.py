@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,23 @@ class SAM(Callback):
                 yield f"SAM(phases={name!r}): {choose(name, phases)}"
             elif not phases[name].moved:
                 yield f"SAM cannot apply to phase {name!r}, whose step moves its optimizers itself; do it in that step"
+        yield from self._met(run, phases)
+
+    def _met(self, run: Run, phases: Iterable[str]) -> Iterator[str]:
+        """Another one before it that looks uphill for the same phase: neither has a meaning then."""
+        own = [{id(c) for c in stage.callbacks} for stage in run.stages]
+        for other in run.callbacks[: next(i for i, c in enumerate(run.callbacks) if c is self)]:
+            if not isinstance(other, SAM):
+                continue
+            apart = not any({id(self), id(other)} <= ids for ids in own)
+            if apart and all(any(id(c) in ids for ids in own) for c in (self, other)):
+                continue  # each in stages of its own
+            both = [name for name in phases if all(c._names is None or name in c._names for c in (self, other))]
+            if both:
+                yield (
+                    f"two SAM go uphill for the phase {both[0]!r}, and what the first has found is lost in the second; "
+                    "leave one out, or say which phases each is for: lw.SAM(phases=...)"
+                )
 
     def on_step_start(self, run: Run) -> None:
         self._window.clear()  # a step that was dropped may have left some

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopwright.data.batch import move
-from loopwright.errors import DataError, StepOutputError
+from loopwright.errors import DataError, LoopwrightError, StepOutputError
 from loopwright.state import Source
 
 __all__ = ["Chunks", "chunked"]
@@ -108,7 +109,12 @@ class Chunks:
             if self._loaded and carry is not None:  # from a checkpoint, and hence on the CPU
                 device = next((leaf.device for leaf in _tensors(batch)), torch.device("cpu"))
                 carry = move(carry, device)
-            output = step(batch, carry)
+            try:
+                output = step(batch, carry)
+            except (RuntimeError, ValueError) as error:
+                if (told := _uneven(self.batch, error)) is not None:
+                    raise DataError(told) from error
+                raise
             if not isinstance(output, Mapping) or "carry" not in output:
                 raise StepOutputError(
                     f"step {name!r} does not return 'carry', what the next piece of the sequence begins with; with "
@@ -134,6 +140,21 @@ class Chunks:
     def close(self) -> None:
         if hasattr(self.source, "close"):
             self.source.close()
+
+
+def _uneven(batch: Any, error: Exception) -> str | None:
+    """What to say of a step that failed by a tensor which was not cut, being not as long as the first one."""
+    lengths = list(dict.fromkeys(leaf.size(1) for leaf in _tensors(batch) if leaf.dim() > 1))
+    if isinstance(error, LoopwrightError):
+        return None
+    numbers = {int(number) for number in re.findall(r"\d+", str(error))}
+    whole = next((n for n in lengths[1:] if n > 1 and any(number and number % n == 0 for number in numbers)), None)
+    if whole is None:
+        return None
+    return (
+        f"truncate= cuts what has {lengths[0]} steps along dimension 1, as the first tensor of the batch has; another "
+        f"one has {whole}, goes into each piece whole, and the step failed: {error}. Give both the same number of steps"
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -135,7 +135,7 @@ def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Sch
                 '{"lr": lw.schedules.cosine(1e-3, 0.0)}, a torch scheduler, or a factory such as '
                 "schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)"
             )
-        made = [(optimizer, schedule(optimizer)) for optimizer in optimizers]
+        made = [(optimizer, _called(schedule, optimizer)) for optimizer in optimizers]
         if any(one is None for _, one in made):
             raise SettingError("the factory schedule=... returned None; it must return what it makes of the optimizer")
         return tuple(s for optimizer, one in made for s in as_schedulers(one, (optimizer,)))
@@ -146,3 +146,17 @@ def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Sch
             "make it from the optimizer that you pass, or pass a factory: schedule=lambda optimizer: ..."
         )
     return (scheduler,)
+
+
+def _called(factory: Any, optimizer: Optimizer) -> Any:
+    """What ``factory`` makes of ``optimizer``; one that has counted with it was meant for numbers."""
+    try:
+        return factory(optimizer)
+    except TypeError as error:
+        kind = type(optimizer).__name__
+        if kind not in str(error):
+            raise
+        raise SettingError(
+            f"the function schedule=... is called with the optimizer, {kind}, to make a scheduler of it, and failed: "
+            f'{error}. A function of the part of the stage that is done goes into a dict: schedule={{"lr": function}}'
+        ) from error

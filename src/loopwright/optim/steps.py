@@ -131,14 +131,15 @@ def lookahead(*steps: Callable[..., None]) -> list[Callable[..., None]]:
     >>> Stepwise(torch.nn.Linear(2, 1).parameters(), lookahead(adam), k=6).defaults["steps"]
     'slow, adam, follow'
     """
-    return [_slow, *steps, _follow]
+    return [_slow, *steps, follow]
 
 
 def _slow(bunch: Bunch) -> None:
     bunch.kept("slow", start=bunch.params)
 
 
-def _follow(bunch: Bunch, k: int = 5, alpha: float = 0.5) -> None:
+def follow(bunch: Bunch, k: int = 5, alpha: float = 0.5) -> None:
+    """The other half of ``lookahead``: the slow weights go towards the fast ones, which go on from there."""
     slow = bunch.kept("slow")
     due: list[Any] = [step % k == 0 for step in bunch.steps]
     if isinstance(due[0], Tensor):  # in a graph nothing may depend on a number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch.optim import Optimizer
 
 from loopwright.errors import SettingError, choose
 from loopwright.optim.bunch import Bunch
+from loopwright.optim.steps import follow
 
 __all__ = ["Stepwise"]
 
 _RESERVED = ("params", "steps", "capturable", "param_names")
 _HOW = {"params", "param_names", "steps", "capturable", "foreach", "fused", "differentiable"}  # change no result
+_FROM_0 = {"lr", "momentum", "weight_decay", "eps"}  # which torch's optimizers take from 0 only
 _ALTERS = {"amsgrad", "centered", "dampening", "decoupled_weight_decay", "maximize", "momentum", "nesterov"}  # torch's
 
 
@@ -33,8 +36,9 @@ class Stepwise(Optimizer):
     ``torch.compile`` it is so by itself. A function that keeps what it keeps under the names of torch's optimizer, as
     ``adam`` and ``radam`` do, gives states that this one loads, and loads those of it.
 
-    Raises SettingError for a hyper-parameter that no function takes or that is missing, for sparse gradients and
-    complex parameters, and for a ``state_dict`` that was made with other functions.
+    Raises SettingError for a hyper-parameter, also of a group, that no function takes, that is missing or that torch's
+    optimizers refuse (``lr=-1``), for sparse gradients and complex parameters, and for a ``state_dict`` that was made
+    with other functions.
     Source: the generic optimizer of fastai (Howard & Gugger 2020, arXiv:2002.04688).
 
     >>> def sign_sgd(bunch, lr, beta=0.9):
@@ -64,13 +68,40 @@ class Stepwise(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters that are moved from now on; hyper-parameters left out are the defaults."""
+        unknown = next((name for name in param_group if not self._has(name)), None)
+        if unknown is not None:
+            known = self.defaults.keys() - _RESERVED
+            raise SettingError(
+                f"a group has {unknown!r}, which no step function takes ({self.defaults['steps']}). "
+                f"{choose(unknown, known)}"
+            )
         super().add_param_group(param_group)
+        self._check_values(self.param_groups[-1])
         for parameter in self.param_groups[-1]["params"]:
             if parameter.is_complex():
                 raise SettingError(
                     f"Stepwise moves real parameters; it was given a complex one of shape {list(parameter.shape)}. "
                     "Give it to an optimizer of torch, or keep torch.view_as_real(parameter) as the parameter"
                 )
+
+    def _has(self, name: str) -> bool:
+        """True for what a group may hold; torch's schedulers and ours keep there what a value was at first."""
+        return name in self.defaults or name in _HOW or name == "name" or name.startswith("initial_")
+
+    def _check_values(self, group: Mapping[str, Any]) -> None:
+        """What torch's optimizers refuse, and what would only fail in a step."""
+        for name in _FROM_0 & group.keys():
+            if isinstance(group[name], (int, float)) and not 0 <= group[name] < math.inf:
+                raise SettingError(f"{name}={group[name]!r}: expected a number from 0")
+        betas = group.get("betas", ())
+        if isinstance(betas, (tuple, list)) and not all(0 <= beta < 1 for beta in betas):
+            raise SettingError(f"betas={betas!r}: expected numbers from 0 to below 1, such as (0.9, 0.999)")
+        if any(step is follow for step, _ in self._steps):
+            k, alpha = group["k"], group["alpha"]
+            if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+                raise SettingError(f"k={k!r}: lookahead expected a whole number of steps, from 1")
+            if not 0 <= alpha <= 1:
+                raise SettingError(f"alpha={alpha!r}: lookahead expected a number from 0 to 1")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

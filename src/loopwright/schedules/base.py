@@ -12,7 +12,8 @@ from loopwright.errors import SettingError
 from loopwright.progress import Duration, Ends
 
 __all__ = [
-    "Schedule", "Share", "check_number", "check_numbers", "check_values", "fractions", "narrowed", "places", "share_of",
+    "Schedule", "Share", "check_number", "check_numbers", "check_values", "fractions", "narrowed", "place", "places",
+    "share_of",
 ]  # fmt: skip
 
 Share = Callable[[Duration], float]  # what part of the whole a duration is
@@ -113,6 +114,16 @@ def places(places: Sequence[Any], name: str) -> tuple[Any, ...]:
             "'500 steps'"
         )
     return tuple(made)
+
+
+def place(given: Any, name: str) -> Any:
+    """One place, told by its own ``name`` where it is none."""
+    made = _place(given)
+    if not isinstance(made, (Duration, Ends)):
+        check_number(name, made)
+        if not 0 <= made <= 1:
+            raise SettingError(f"{name}={given!r}: expected a fraction from 0 to 1, or a duration such as '500 steps'")
+    return made
 
 
 def _place(given: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from loopwright.errors import SettingError
 from loopwright.progress import Duration
-from loopwright.schedules.base import Schedule, Share, check_number, fractions, narrowed, places, share_of
+from loopwright.schedules.base import Schedule, Share, check_number, fractions, narrowed, place, places, share_of
 from loopwright.schedules.shapes import as_schedule, cosine, linear
 
 __all__ = ["concat", "cyclical", "one_cycle", "repeat", "restarts", "scaled", "warmup"]
@@ -80,8 +80,7 @@ class repeat(Schedule):  # noqa: N801
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "part", inner(self.part))
-        if not isinstance(self.times, int) or isinstance(self.times, bool) or self.times < 1:
-            raise SettingError(f"times={self.times!r}: expected a whole number, from 1")
+        _check_count("times", self.times)
         check_number("stretch", self.stretch)
         if self.stretch <= 0:
             raise SettingError(f"stretch={self.stretch!r}: expected a positive number")
@@ -130,6 +129,11 @@ class scaled(Schedule):  # noqa: N801
         return scaled(self.part.within(share))
 
 
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SettingError(f"{name}={value!r}: expected a whole number, from 1")
+
+
 def inner(part: Any) -> Schedule:
     if isinstance(part, scaled):
         raise SettingError(f"{part!r} is inside of another schedule; put scaled(...) around the whole one")
@@ -148,7 +152,8 @@ def warmup(schedule: Schedule | float, over: float | str | Duration, *, start: f
     if isinstance(schedule, scaled):
         return scaled(warmup(schedule.part, over, start=start))
     then = as_schedule(schedule)
-    return concat([linear(start, then.at(0.0)), then], [over])
+    check_number("start", start)
+    return concat([linear(start, then.at(0.0)), then], [place(over, "over")])
 
 
 def cyclical(low: float, high: float, *, cycles: int, rise: float = 0.5) -> Schedule:
@@ -159,7 +164,10 @@ def cyclical(low: float, high: float, *, cycles: int, rise: float = 0.5) -> Sche
     >>> cyclical(0.0, 1.0, cycles=2)(0.25)
     1.0
     """
-    return repeat(concat([linear(low, high), linear(high, low)], [rise]), cycles)
+    check_number("low", low)
+    check_number("high", high)
+    _check_count("cycles", cycles)
+    return repeat(concat([linear(low, high), linear(high, low)], [place(rise, "rise")]), cycles)
 
 
 def restarts(high: float, low: float = 0.0, *, cycles: int, stretch: float = 1.0) -> Schedule:
@@ -170,6 +178,9 @@ def restarts(high: float, low: float = 0.0, *, cycles: int, stretch: float = 1.0
     >>> restarts(1.0, cycles=2)(0.5)
     1.0
     """
+    check_number("high", high)
+    check_number("low", low)
+    _check_count("cycles", cycles)
     return repeat(cosine(high, low), cycles, stretch)
 
 
@@ -194,9 +205,22 @@ def one_cycle(
     0.01
     """
     top = 1.0 if peak is None else peak
-    lr: Schedule = concat([cosine(top / div, top), cosine(top, top / div_final)], [rise])
+    check_number("peak", top)
+    for name, number in (("div", div), ("div_final", div_final)):
+        check_number(name, number)
+        if number <= 0:
+            raise SettingError(f"{name}={number!r}: expected a positive number, by which the peak is divided")
+    up_to = [place(rise, "rise")]
+    lr: Schedule = concat([cosine(top / div, top), cosine(top, top / div_final)], up_to)
     made: dict[str, Schedule] = {"lr": scaled(lr) if peak is None else lr}
     if momentum is not None:
+        if not isinstance(momentum, (tuple, list)) or len(momentum) != 3:
+            raise SettingError(
+                f"momentum={momentum!r}: expected three numbers, at the start, at the peak and at the end, such as "
+                "(0.95, 0.85, 0.95), or None"
+            )
+        for one in momentum:
+            check_number("momentum", one)
         first, middle, last = momentum
-        made["momentum"] = concat([cosine(first, middle), cosine(middle, last)], [rise])
+        made["momentum"] = concat([cosine(first, middle), cosine(middle, last)], up_to)
     return made
