@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +130,7 @@ def adam(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"weights": 2}, {"seed": 8}, {"data": True}, {"adam": 0.02}, {"callback": 2}, {"clip_norm": 1.0},
+        {"weights": 2}, {"seed": 8}, {"data": True}, {"adam": 0.02}, {"clip_norm": 1.0},
         {"first": {"until": "2 epochs"}}, {"first": {"train": "module.*"}}, {"first": {"accumulate": 2}},
         {"first": {"until": ["6 epochs", lw.Plateau(patience=3)]}}, {"first": {"reuse": "second try"}},
         {"first": {"validate_every": "2 steps"}}, {"first": {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}},
@@ -222,34 +225,257 @@ def test_a_folder_is_needed_and_it_is_said() -> None:
 
 
 def test_the_text_of_the_users_own_code_decides_as_well(tmp_path: Path) -> None:
-    """The same names with another step: the file in which the task stands has changed."""
-    import importlib
-    import sys
-
+    """The file in which the task stands has changed: a comment, the step, a function that the step calls."""
     source = (
         "import torch, loopwright as lw\n"
+        "def halved(value):\n    return value / 2\n"
         "class T(lw.Task):\n"
         "    def __init__(self):\n        super().__init__()\n        self.net = torch.nn.Linear(1, 1)\n"
-        "    def training_step(self, batch):\n        return self.net(batch).SOMETHING\n"
+        "    def training_step(self, batch):\n        return halved(self.net(batch).SOMETHING)\n"
         "    def configure_optimizers(self):\n        return torch.optim.SGD(self.parameters(), 0.1)\n"
     )
+    again = source.replace("SOMETHING", "mean()").replace("2\\n", "2  # once\\n")
+    texts = ("mean()", "mean()", again, "sum()", source.replace("SOMETHING", "sum()").replace("/ 2", "/ 4"))
     sys.path.insert(0, str(tmp_path))
     try:
         found = []
-        for i, text in enumerate(("mean()", "mean()", "sum()")):
-            (tmp_path / f"users_task_{i}.py").write_text(source.replace("SOMETHING", text))
-            kind = importlib.import_module(f"users_task_{i}").T
-            kind.__module__, kind.__qualname__ = "users_task_0", "T"
-            sys.modules["users_task_0"] = sys.modules[f"users_task_{i}"]
+        for i, text in enumerate(texts):
+            (tmp_path / "users_task.py").write_text(text if "lw" in text else source.replace("SOMETHING", text))
+            os.utime(tmp_path / "users_task.py", (i, i))
+            sys.modules.pop("users_task", None)
             torch.manual_seed(0)
             trainer = lw.Trainer(folder=tmp_path / "runs", progress=False, checkpoint=False, seed=1)
             stages = [lw.Stage("a", "1 epoch", reuse=True), lw.Stage("b", "1 epoch")]
-            found.append(trainer.fit(kind(), [torch.ones(2, 1)], stages=stages).reused)
-        assert found == [[], ["a"], []]
+            task = importlib.import_module("users_task").T()
+            found.append(trainer.fit(task, [torch.ones(2, 1)], stages=stages).reused)
+        assert found == [[], ["a"], ["a"], [], []]
     finally:
         sys.path.remove(str(tmp_path))
-        for name in [name for name in sys.modules if name.startswith("users_task_")]:
-            del sys.modules[name]
+        sys.modules.pop("users_task", None)
+
+
+SMOOTH, WEIGHTS = 0.0, {"classes": [1.0, 1.0]}  # what a step reads
+
+
+def mixed(preds: Any, target: Any, smooth: float) -> Any:
+    weight = torch.tensor(WEIGHTS["classes"])
+    return nn.functional.cross_entropy(preds, target, weight, label_smoothing=smooth + SMOOTH)
+
+
+class Scaled(nn.Module):
+    def __init__(self, public: float, private: float) -> None:
+        super().__init__()
+        self.factor, self._more = 1 + public, 1 + private
+        self.register_buffer("shift", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Any) -> Any:
+        return self.factor * self._more * x + self.shift
+
+
+class Classes(lw.Task):
+    ratio = 0.0
+
+    def __init__(self, **made: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        scaled = Scaled(made.get("public", 0.0), made.get("private", 0.0))
+        act = made.get("act", nn.ReLU)()
+        inner = nn.Sequential(nn.Linear(8, 8), nn.Sequential(act, nn.Sequential(scaled)))
+        self.net = nn.Sequential(inner, nn.Dropout(made.get("p", 0.1)), nn.Linear(8, 2))
+        self._smooth = made.get("hidden", 0.0)
+        self.deep = {"a": {"b": {"c": {"d": {"e": made.get("deep", 0.0)}}}}}
+        self.loss = made.get("loss", nn.CrossEntropyLoss())
+        self.measured = made.get("metrics", {})
+
+    def training_step(self, batch: Any) -> Any:
+        preds = self.net(batch[0])
+        smooth = self._smooth + self.deep["a"]["b"]["c"]["d"]["e"] + self.ratio
+        return self.loss(preds, batch[1]) + mixed(preds, batch[1], smooth)
+
+    def validation_step(self, batch: Any) -> Any:
+        return {"loss": nn.functional.cross_entropy(self.net(batch[0]), batch[1])}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Other(Classes):
+    ratio = 0.5
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """Nothing in it is as long as it is, so that a fingerprint tells its class and length only."""
+
+    def __init__(self, factor: float) -> None:
+        self._by = 1 + factor
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, i: int) -> Any:
+        return torch.full((8,), self._by * (i % 5 - 2)), i % 2
+
+
+class Louder(lw.Callback):
+    def __init__(self, by: float) -> None:
+        self._gain = 1 + by
+
+    def map_loss(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: Any) -> Any:
+        return loss * self._gain
+
+
+class Ender(lw.Callback):
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+        if run.progress.step == self.after:
+            run.end_stage()
+
+
+def of_lengths(scale: float) -> Any:
+    def weight(batch: Any) -> float:
+        return 1 + scale * float(batch[1].sum())
+
+    return weight
+
+
+def two_stages(root: Path, kind: Any = Classes, **given: Any) -> lw.Run:
+    """Two small stages of which the first is kept; what is ``given`` changes one thing of it."""
+    trainer = lw.Trainer(
+        folder=root, name="x", progress=False, checkpoint=False, seed=given.pop("seed", 1), accumulate=2,
+        callbacks=[Louder(given.pop("louder", 0.0)), Ender(given.pop("after", 5)), *given.pop("watching", ())],
+        log_every=given.pop("log_every", "50 steps"),
+    )  # fmt: skip
+    if "handler" in given:
+        trainer.on(lw.Event.EPOCH_START)(given.pop("handler"))
+    data = torch.utils.data.DataLoader(Rows(given.pop("rows", 0.0)), 8, num_workers=given.pop("workers", 0))
+    weight, valid, later = given.pop("weight", None), given.pop("valid", None), given.pop("later", {})
+    stages = [lw.Stage("a", "2 epochs", reuse=True), lw.Stage("b", "1 epoch", **later)]
+    return trainer.fit(kind(**given), data, valid, stages=stages, weight=weight)
+
+
+@pytest.fixture(scope="module")
+def _two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("two") / "runs"
+    assert two_stages(root).reused == []
+    return root
+
+
+@pytest.fixture
+def two(_two: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(_two, tmp_path / "copy"))
+
+
+@pytest.mark.capability("B-12")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"p": 0.6}, {"act": nn.Tanh}, {"loss": nn.CrossEntropyLoss(label_smoothing=0.3)}, {"hidden": 0.4},
+        {"loss": nn.CrossEntropyLoss(torch.tensor([1.0, 3.0]))}, {"public": 1.0}, {"private": 1.0}, {"deep": 0.4},
+        {"weight": of_lengths(1.0)}, {"rows": 1.0}, {"louder": 0.5}, {"kind": Other}, {"after": 3},
+        {"handler": lambda run: run.optimizers["main"].param_groups[0].update(lr=0.2)},
+        {"loss": lambda preds, target: nn.functional.cross_entropy(preds, target) * 2},
+    ],
+)  # fmt: skip
+def test_what_a_fingerprint_of_settings_does_not_show_trains_again(changes: dict[str, Any], two: Path) -> None:
+    """Settings of modules, loss and dataset, private and deep ones, what a function reads or has closed over."""
+    assert two_stages(two, **changes).reused == []
+    assert two_stages(two, **changes).reused == ["a"]
+    assert two_stages(two).reused == ["a"]
+
+
+@pytest.mark.capability("B-12")
+@pytest.mark.parametrize(("name", "value"), [("SMOOTH", 0.4), ("WEIGHTS", {"classes": [1.0, 3.0]})])
+def test_a_constant_of_the_module_that_a_step_reads_trains_again(
+    name: str, value: Any, two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), name, value)
+    assert two_stages(two).reused == []
+    assert two_stages(two).reused == ["a"]
+
+
+def test_two_functions_of_one_maker_are_told_apart_by_what_they_have_closed_over(two: Path) -> None:
+    assert two_stages(two, weight=of_lengths(1.0)).reused == []
+    assert two_stages(two, weight=of_lengths(2.0)).reused == []
+    assert two_stages(two, weight=of_lengths(1.0)).reused == ["a"]
+
+
+class Follows(lw.Callback):
+    """Watches, and keeps what it has seen."""
+
+    def __init__(self, every: int = 1) -> None:
+        self.every, self.seen = every, list[float]()
+
+    def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+        if run.progress.step % self.every == 0:
+            self.seen.append(float(result.values["loss"]))
+            print(run.progress.step, self.seen[-1])
+
+
+def test_what_only_watches_or_is_of_a_later_stage_leaves_a_stage_as_it_is(two: Path) -> None:
+    watched: list[dict[str, Any]] = [
+        {"watching": [Follows()]}, {"watching": [Follows(3)]}, {"log_every": "1 step"}, {"handler": print_step},
+        {"later": {"lr": 0.01}}, {"later": {"schedule": lw.schedules.cosine(0.1, 0.0)}},
+        {"later": {"callbacks": [Follows()]}}, {"later": {"optimizer": sgd(0.3)}},
+    ]  # fmt: skip
+    for changes in watched:
+        assert two_stages(two, **changes).reused == ["a"], changes
+
+
+def print_step(run: lw.Run) -> None:
+    print(run.progress.step)
+
+
+def test_what_only_measures_leaves_a_stage_as_it_is_unless_something_goes_by_it(folder: Path) -> None:
+    def go(metric: Any, n: int, every: str, **first: Any) -> list[str]:
+        seed_all(0)
+        net = classifier()
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), metrics=metric)
+        trainer = lw.Trainer(folder=folder, name="x", progress=False, checkpoint=False, seed=1, validate_every=every)
+        stages = [lw.Stage("a", "2 epochs", reuse=True, **first), lw.Stage("b", "1 epoch")]
+        return trainer.fit(task, loader(17, batch_size=5), loader(n, batch_size=4), stages=stages).reused
+
+    top, both = {"top": lw.metrics.Accuracy()}, {"top": lw.metrics.Accuracy(), "f1": lw.metrics.F1(classes=3)}
+    assert go(top, 8, "1 epoch") == []
+    for changed in ((both, 8, "1 epoch"), (top, 8, "2 steps")):
+        assert go(*changed) == ["a"]
+    with pytest.warns(lw.LoopwrightWarning, match="cannot be compared with what was measured before"):
+        assert go(top, 12, "1 epoch") == ["a"]
+    assert go(top, 8, "1 epoch", callbacks=[lw.KeepBest("valid/loss")]) == []
+    for changed in ((top, 12, "1 epoch"), (top, 8, "2 steps")):
+        assert go(*changed, callbacks=[lw.KeepBest("valid/loss")]) == []
+    assert go(top, 8, "1 epoch", callbacks=[lw.KeepBest("valid/loss")]) == ["a"]
+
+
+def test_the_schedule_of_the_task_goes_on_after_a_reused_stage_that_has_its_own(folder: Path, tmp_path: Path) -> None:
+    def go(root: Path, gamma: float) -> tuple[lw.Run, list[float]]:
+        seed_all(0)
+        net, rates = classifier(), list[float]()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        task = lw.Supervised(
+            net, nn.CrossEntropyLoss(), optimizer, schedule=torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        )
+        stages = [
+            lw.Stage("a", "3 epochs", reuse=True), lw.Stage("b", "1 epoch", lr=0.01, reuse=True),
+            lw.Stage("c", "3 epochs"),
+            lw.Stage("d", "3 epochs", optimizer=stepped(net.parameters(), gamma)),
+        ]  # fmt: skip
+        rated = acts(on_step_start=lambda run: rates.append(run.stage.phases[0].moved[0].param_groups[0]["lr"]))
+        trainer = lw.Trainer(folder=root, name="x", progress=False, checkpoint=False, seed=1, callbacks=[rated])
+        return trainer.fit(task, loader(10, batch_size=5), stages=stages), rates
+
+    go(folder, 0.5)
+    again, rates = go(folder, 0.1)
+    anew, everything = go(tmp_path / "anew", 0.1)
+    assert again.reused == ["a", "b"]
+    assert rates == everything[8:]
+    assert same(end(again), end(anew))
+
+
+def stepped(params: Any, gamma: float) -> Any:
+    optimizer = torch.optim.SGD(params, 0.2)
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma)
 
 
 def test_a_step_that_failed_in_a_kept_stage_can_be_made_again(folder: Path) -> None:

@@ -316,6 +316,28 @@ def test_resumed_at_any_step_a_scheduled_run_ends_with_the_same_bits(folder: Pat
     assert ends_alike(fit, folder) == 10
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch)),
+        lambda optimizer: lr_scheduler.StepLR(optimizer, 3),
+        lambda optimizer: lw.per_step(lr_scheduler.ExponentialLR(optimizer, 0.9)),
+        lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, threshold=10.0),
+    ],
+)
+def test_the_torch_scheduler_of_the_task_goes_on_after_a_stage_with_a_rate_of_its_own(scheduler: Any) -> None:
+    """Killed inside of that stage, where nothing steps the scheduler: it has not forgotten where it was."""
+
+    def make() -> Any:
+        net = classifier()
+        sgd = torch.optim.SGD(net.parameters(), 0.1)
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), sgd, schedule=scheduler(sgd))
+        stages = [lw.Stage("a", "2 epochs"), lw.Stage("b", "1 epoch", lr=0.01), lw.Stage("c", "3 epochs")]
+        return {"task": task, "train": loader(20, batch_size=5), "stages": stages}
+
+    assert lw.verify_resume(make, lw.Trainer(), steps=24, stop=[6, 10, 14]).differences == []
+
+
 def test_another_length_or_schedule_is_refused_since_the_bits_would_be_others(tmp_path: Path) -> None:
     def fit(epochs: int, schedule: Any, resume: Any = None) -> lw.Run:
         task = sgd_task(line(), schedule=schedule)

@@ -13,7 +13,7 @@ from typing import Any
 from loopwright.described import Description
 from loopwright.provenance import is_own
 
-__all__ = ["LENGTHS", "Bodies", "bodies", "edited", "is_filled"]
+__all__ = ["LENGTHS", "Bodies", "bodies", "closed_over", "code_of", "edited"]
 
 LENGTHS = frozenset({"epochs", "max_epochs", "num_epochs", "max_steps"})  # in code of the user's: how long it trains
 
@@ -36,7 +36,7 @@ def bodies(told: Any) -> Bodies:
     found: Bodies = {"python": python, "functions": {}, "lambdas": {}, "reads": {}}
     for path, function in _met(told, ""):
         if function.__name__ == "<lambda>":
-            held = (*(function.__defaults__ or ()), *_closed_over(function).values())
+            held = (*(function.__defaults__ or ()), *closed_over(function).values())
             found["lambdas"][path] = _digest(function, held)
         _add(function, found)
     return found
@@ -91,7 +91,7 @@ def _add(function: types.FunctionType, found: Bodies) -> None:
         return
     if function.__name__ != "<lambda>":
         found["functions"][name] = _digest(function, function.__defaults__ or ())
-        told = {f"{name}.{used}": value for used, value in _closed_over(function).items()}
+        told = {f"{name}.{used}": value for used, value in closed_over(function).items()}
         found["reads"] |= {used: Description().value(used, value) for used, value in told.items() if _is_plain(value)}
     for used in sorted(_names(function.__code__)):
         value = function.__globals__.get(used)
@@ -101,10 +101,15 @@ def _add(function: types.FunctionType, found: Bodies) -> None:
             _add(helper, found)
 
 
-def _closed_over(function: types.FunctionType) -> dict[str, Any]:
+def closed_over(function: types.FunctionType) -> dict[str, Any]:
     """What a function has closed over, by name."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in cells if is_filled(cell)}
+    return {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+
+
+def code_of(function: types.FunctionType) -> str:
+    """The bytecode of a function as text, which spaces, comments and line numbers do not change."""
+    return _text(function.__code__, function.__doc__)
 
 
 def _is_plain(value: Any) -> bool:
@@ -113,7 +118,7 @@ def _is_plain(value: Any) -> bool:
 
 def _digest(function: types.FunctionType, held: Iterable[Any]) -> str:
     """Of the code, and of what is plain among the values that are ``held`` with it."""
-    told = _text(function.__code__, function.__doc__) + repr([one for one in held if _is_plain(one)])
+    told = code_of(function) + repr([one for one in held if _is_plain(one)])
     return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
@@ -134,7 +139,7 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def is_filled(cell: Any) -> bool:
+def _is_filled(cell: Any) -> bool:
     """False for a cell of a closure in which there is nothing yet."""
     try:
         cell.cell_contents  # noqa: B018

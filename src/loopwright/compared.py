@@ -10,7 +10,7 @@ from loopwright.bodies import LENGTHS
 from loopwright.data import changes
 from loopwright.resolved import OF_TASK
 
-__all__ = ["Differences", "compared"]
+__all__ = ["Differences", "compared", "decisive"]
 
 Path = tuple[str, ...]
 
@@ -56,6 +56,25 @@ def compared(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
         found[0 if kind == 1 and judged else kind].append(told)
     found.rest.extend(told for _, told in _changes(_watching(saved), _watching(now), ()))
     return found
+
+
+def decisive(settings: Mapping[str, Any], *, measured: bool = False) -> Iterator[str]:
+    """Those of the settings that decide the bits of training, as ``compared`` has it; what measures, if that is asked.
+
+    >>> list(decisive({"epochs": 1, "nonfinite": "raise", "metrics": {"top": 1}}))
+    ["nonfinite='raise'"]
+    """
+    for path, value in _leaves(settings, ()):
+        if _kind(path) <= measured:
+            yield f"{'/'.join(path)}={_less_address(repr(value))}"
+
+
+def _leaves(settings: Mapping[str, Any], path: Path) -> Iterator[tuple[Path, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
 
 
 def _kind(path: Path) -> int:

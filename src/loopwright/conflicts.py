@@ -13,9 +13,9 @@ from typing import Any
 
 from loopwright.events import HOOKS, Callback, hook_name
 from loopwright.state import Run
-from loopwright.written import is_name, parsed, where
+from loopwright.written import is_name, is_ours, parsed, where
 
-__all__ = ["changed_by", "lost_work", "odd_work", "set_twice"]
+__all__ = ["changed_by", "has_a_say", "lost_work", "odd_work", "set_twice"]
 
 _MAPS = ("map_batch", "map_output", "map_loss")
 _IN_A_STEP = (*_MAPS, "on_step_start", "on_batch_start", "on_backward_end", "on_grads_ready")  # before optimizers move
@@ -28,6 +28,9 @@ _SEEN = {  # what a hook is given, as it is called, and where else it is to be s
 }
 _MAY_SKIP = ("on_batch_start", "map_batch")
 _HARMLESS = ("append", "float", "isinstance", "len", "list", "print", "repr", "str", "type")  # as a call with the value
+
+_SHOWS = ("dict", "log", "max", "min", "round", "sorted", "sum", "tuple")  # or with what a hook is given besides
+_ACTS = ("add_param_group", "end_stage", "load_state_dict", "replace", "request_stop", "setattr", "step")
 
 
 def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
@@ -166,6 +169,28 @@ def changed_by(callback: Any) -> list[str]:
     return found + [one for one in getattr(kind, "changes", ()) if asked and one not in found]
 
 
+def has_a_say(one: Any) -> bool:
+    """False for a callback or the function of a handler that only watches, as far as its source tells.
+
+    >>> class Loud(Callback):
+    ...     def on_epoch_end(self, run):
+    ...         print(run.progress.epoch)
+    >>> class Early(Callback):
+    ...     def on_epoch_end(self, run):
+    ...         run.end_stage()
+    >>> has_a_say(Loud()), has_a_say(Early())
+    (False, True)
+    """
+    if not isinstance(one, Callback):
+        return not is_ours(one) and _acts(one)
+    methods = [
+        method for kind in type(one).__mro__ if kind not in (Callback, object)
+        for method in vars(kind).values() if inspect.isfunction(method)
+    ]  # fmt: skip
+    ends = any({"end_stage", "request_stop"} & {*method.__code__.co_names} for method in methods)
+    return ends or bool(changed_by(one)) or any(_acts(method) for method in methods if not is_ours(method))
+
+
 def _is_again(function: Any, later: list[Any]) -> bool:
     """True if a callback of the same class comes later too: one looks before and one after, to compare."""
     return any(type(_owner(one)) is type(_owner(function)) for one in later)
@@ -216,6 +241,30 @@ def _only_looks(function: Any) -> bool:
             if (handed_on and _called(node) not in _HARMLESS) or (_in_place(node) and _mentions(node, name)):
                 return False
     return True
+
+
+def _acts(function: Any) -> bool:
+    """True where a function stores into anything but its own, works in place, or hands on what it is given."""
+    tree = parsed(getattr(function, "__func__", function))
+    if tree is None:
+        return True
+    given = {one.arg for one in tree.args.args}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            owner: ast.AST = node
+            while isinstance(owner, (ast.Attribute, ast.Subscript)):
+                owner = owner.value
+            if not is_name(owner, "self"):
+                return True
+        if isinstance(node, ast.Call):
+            if _called(node) in _ACTS or (_called(node).endswith("_") and not _called(node).startswith("__")):
+                return True
+            values = (*node.args, *(k.value for k in node.keywords))
+            if _called(node) not in (*_HARMLESS, *_SHOWS) and any(
+                isinstance(value, ast.Name) and value.id in given and value.id != "self" for value in values
+            ):
+                return True
+    return False
 
 
 def _may_edit(function: Any) -> bool:

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from loopwright import rng
-from loopwright.bodies import is_filled
-from loopwright.callbacks import Capsule, ProgressBar
-from loopwright.checkpoint import Contents, list_checkpoints, read, snapshot, write
+from loopwright.checkpoint import Contents as Saved
+from loopwright.checkpoint import list_checkpoints, read, snapshot, write
+from loopwright.compared import decisive
+from loopwright.conflicts import has_a_say
+from loopwright.contents import Contents
 from loopwright.data import fingerprint
+from loopwright.data.fingerprint import innermost
+from loopwright.data.generators import streams_of
+from loopwright.data.held import streams_of as streams_of_data
 from loopwright.errors import CheckpointError, SettingError
 from loopwright.events import Callback
 from loopwright.optim import settings_of
+from loopwright.provenance import is_own
+from loopwright.resolved import resolved
 from loopwright.resume import Point
-from loopwright.state import Run, Stage, has_state
-from loopwright.written import warn
+from loopwright.state import Phase, Run, Stage
+from loopwright.written import is_ours, warn
 
 __all__ = ["Kept", "keep_stages"]
 
-_DEPTH = 5  # how deep objects are looked into
-_WATCHERS = (Capsule, ProgressBar)  # of which no bit of training depends
-_OURS = ("torch", "loopwright", "numpy", "builtins", "functools")
+_APART = ("callbacks", "metrics", "optimizers", "stages")  # of the settings: told by stage, or as objects
+_ELSEWHERE = ("source", "valid", "optimizer", "callbacks", "until", "validate_every")  # of a stage: as they came out
 
 
 class Kept(Callback):
@@ -95,13 +97,15 @@ def keep_stages(run: Run, stages: Sequence[Stage] | None, root: str | Path | Non
     return kept
 
 
-def _fitting(run: Run, index: int, data: Contents) -> Contents:
+def _fitting(run: Run, index: int, data: Saved) -> Saved:
     """``data`` with what belongs to later stages as this run has it: they may have been changed."""
     moved = {id(o) for stage in run.stages[: index + 1] for phase in stage.phases for o in phase.moved}
     state = dict(data.state)
     for name, one in (("optimizers", Optimizer.state_dict), ("optimizer_kinds", lambda o: type(o).__qualname__)):
         state[name] = {n: state[name][n] if id(o) in moved else one(o) for n, o in run.optimizers.items()}
-    found = Contents(data.path, data.info, state, data.files)
+    begun = {stage.name for stage in run.stages[: index + 1]}
+    state["schedulers"] = {name: kept for name, kept in state.get("schedulers", {}).items() if name in begun}
+    found = Saved(data.path, data.info, state, data.files)
     snapshot.check_fit(run, found)
     return found
 
@@ -110,30 +114,83 @@ def _fitting(run: Run, index: int, data: Contents) -> Contents:
 
 
 def _digests(run: Run, given: Sequence[Stage]) -> Iterator[tuple[str, str]]:
-    """By name of a stage, a digest of it, of all stages before it, and of what they begin with."""
-    seed = run.settings.get("seed")
-    digest = hashlib.sha256()
-    task = [run.task] if isinstance(run.task, nn.Module) else []
+    """By name of a stage, a digest of it, of all stages before it, and of what they begin with.
+
+    What decides is what a resume holds against the settings of a checkpoint, with what objects hold besides: private
+    attributes, settings deep inside, what functions read, where generators stand. What only measures or watches is in
+    it where something may go by it.
+    """
+    settings = resolved(run)
+    told, digest = Contents(), hashlib.sha256()
+
+    def add(*parts: Any) -> None:
+        for part in parts:
+            for one in told.of(part):
+                digest.update(one)
+
+    names = {id(p): f"{name}.{path}" for name, model in run.models.items() for path, p in model.named_parameters()}
+    for parameter in (one for model in run.models.values() for one in model.parameters()):
+        told.leave(parameter, names[id(parameter)])  # the state_dict tells what is in it
+    told.leave(getattr(run.task, "metrics", None), "metrics")
     staged = {id(c) for stage in run.stages for c in stage.callbacks}
-    others = [c for c in run.callbacks if not isinstance(c, _WATCHERS) and id(c) not in staged]
-    _add(digest, [
-        snapshot.conditions(run), run.precision.name, run.compiler and run.compiler.name, run.nonfinite, run.skip_limit,
-        [seed, rng.get() if seed is None else None, run.settings.get("key"), run.settings.get("deterministic")],
-        [model.state_dict() for model in run.models.values()], task, others, [h.fn for h in run.handlers],
-    ])  # fmt: skip
+    callbacks = [c for c in run.callbacks if id(c) not in staged and has_a_say(c)]
+    handlers = [h for h in run.handlers if has_a_say(h.fn)]
+    models, whole = run.models.values(), {k: v for k, v in settings.items() if k not in _APART}
+    seed = run.settings.get("seed")
+    add(
+        snapshot.conditions(run), [seed, rng.get() if seed is None else None, run.settings.get("key")],
+        list(decisive(whole)), [model.state_dict() for model in models],
+        [[p.requires_grad for p in model.parameters()] for model in models],
+        streams_of({**run.models, "task": run.task}).get_found(),
+        list(models), run.task, callbacks, [[str(h.event), h.fn, h.args, h.kwargs] for h in handlers],
+    )  # fmt: skip
+    measured = bool(handlers) or any(map(_looks, callbacks))
     for stage, raw in zip(run.stages, given, strict=True):
-        named = {f.name: getattr(raw, f.name) for f in fields(raw) if f.init and f.name not in ("source", "valid")}
-        data = [run.data if raw.source is None else raw.source]
-        data += list(stage.valid.values()) if raw.valid is None else [raw.valid]
-        schedules = [s for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
-        moved = {id(o): o for phase in stage.phases for o in phase.moved}
-        _add(digest, [
-            named, stage.ends, stage.accumulate if isinstance(stage.accumulate, int) else str(stage.accumulate),
-            str(stage.validate_every), [_of_data(one) for one in data],
-            [[p.name, p.every, p.clip_norm, p.step] for p in stage.phases],
-            [settings_of(s) for s in schedules], list(moved.values()),
-        ])  # fmt: skip
+        for data in map(innermost, (stage.source, *stage.valid.values())):
+            if not is_own(type(data).__module__):  # its fingerprint tells
+                told.leave(data, type(data).__qualname__)
+        mine = [c for c in stage.callbacks if has_a_say(c)]
+        measured = measured or any(map(_looks, mine)) or any(map(_goes_by_measures, stage.phases))
+        measured = measured or callable(stage.accumulate) or stage.loop is not None
+        said = {f.name: getattr(raw, f.name) for f in fields(raw) if f.init and f.name not in _ELSEWHERE}
+        now = {**settings["stages"][stage.name], "callbacks": ()}
+        also = {"metrics": settings["metrics"]} if measured else {}
+        deciding = decisive({"stages": {stage.name: now}, **also}, measured=measured)
+        add(
+            said, stage.name, stage.ends, mine, list(deciding),
+            _of_data(run.data if raw.source is None else raw.source), stage.weight, stage.accumulate,
+            [[p.name, p.every, p.clip_norm, p.step] for p in stage.phases], _held_by(stage.source),
+        )  # fmt: skip
+        for optimizer in {id(o): o for phase in stage.phases for o in phase.moved}.values():
+            add(type(optimizer), [_group(one, names) for one in optimizer.param_groups])
+            add(optimizer.state_dict()["state"])
+        for scheduler in (s for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)):
+            add(settings_of(scheduler), scheduler.state_dict())
+        add([s.schedules for s in stage.scheduled])
+        if measured:
+            valid = list(stage.valid.values()) if raw.valid is None else [raw.valid]
+            add(str(stage.validate_every), [_of_data(one) for one in valid], run.task.configure_metrics(),
+                [_held_by(one) for one in stage.valid.values()])  # fmt: skip
         yield stage.name, digest.hexdigest()[:16]
+
+
+def _group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    """What an optimizer does with a group, and with which parameters.
+
+    A schedule, also one of a later stage, notes with what the group came; that is told where it is something else.
+    """
+    told = {k: v for k, v in group.items() if not (k.startswith("initial_") and v == group.get(k[len("initial_") :]))}
+    return {**told, "params": [names.get(id(p), tuple(p.shape)) for p in group["params"]]}
+
+
+def _looks(callback: Any) -> bool:
+    """True for a callback that may go by what is measured: of ours by what it monitors, of the user's by anything."""
+    monitor = getattr(callback, "monitor", None)
+    return not str(monitor).startswith("train/") if monitor is not None else not is_ours(type(callback))
+
+
+def _goes_by_measures(phase: Phase) -> bool:
+    return callable(phase.every) or any(s.plateau for s in phase.epoch_schedulers)
 
 
 def _of_data(data: Any) -> Any:
@@ -141,64 +198,9 @@ def _of_data(data: Any) -> Any:
     return {name: fingerprint(one) for name, one in data.items()} if several else fingerprint(data)
 
 
-def _add(digest: Any, value: Any) -> None:
-    for part in _told(value, _DEPTH, set()):
-        digest.update(part)
-
-
-def _told(value: Any, depth: int, seen: set[int]) -> Iterator[bytes]:
-    """``value`` as bytes that are the same in every process: settings, contents of tensors, the text of functions."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, Path)):
-        yield f"{type(value).__name__}:{value!r};".encode()
-    elif isinstance(value, (Tensor, np.ndarray)):
-        tensor = torch.as_tensor(value).detach().cpu().contiguous()
-        yield f"{tensor.dtype}{tuple(tensor.shape)};".encode()
-        yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    elif id(value) in seen or depth == 0:
-        yield f"<{type(value).__qualname__}>;".encode()
-    else:
-        for part in _parts(value, {*seen, id(value)}):
-            yield from _told(part, depth - 1, {*seen, id(value)})
-
-
-def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
-    """What an object is made of, as far as it decides what it does."""
-    yield type(value).__qualname__
-    if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield str(name)
-            yield part
-    elif isinstance(value, (list, tuple)):
-        yield from value
-    elif isinstance(value, type):
-        for one in value.__mro__:
-            yield f"{one.__module__}.{one.__qualname__}"
-            yield _text(one)
-    elif isinstance(value, functools.partial):
-        yield from (value.func, value.args, value.keywords)
-    elif isinstance(value, types.MethodType):
-        yield from (value.__func__.__qualname__, type(value.__self__))
-    elif isinstance(value, types.FunctionType):
-        yield _text(value)
-        yield from (value.__defaults__, [c.cell_contents for c in value.__closure__ or () if is_filled(c)])
-    elif isinstance(value, Optimizer):
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in value.param_groups]
-        yield from (type(value), settings, [[p.shape for p in g["params"]] for g in value.param_groups])
-        yield value.state_dict()["state"]
-    else:
-        yield type(value)
-        yield from value.modules() if isinstance(value, nn.Module) and len(seen) < 3 else ()
-        remembered = value.state_dict() if has_state(value) and isinstance(value, Callback) else {}
-        for name, part in sorted(getattr(value, "__dict__", {}).items()):
-            if not name.startswith("_") and name not in remembered and not isinstance(part, (Optimizer, Run)):
-                yield from (name, part)
-
-
-def _text(code: Any) -> str:
-    """The source of a class or function of the user's; its name where that is not there, as in a console."""
-    if code.__module__.partition(".")[0] not in _OURS:
-        try:
-            return inspect.getsource(code)
-        except (OSError, TypeError):
-            pass
-    return str(code.__qualname__)
+def _held_by(source: Any) -> Any:
+    """What of the data a fingerprint does not tell: what the user's dataset holds, and how its samples are chosen."""
+    loader = getattr(source, "loader", source)
+    names = ("sampler", "batch_sampler", "collate_fn", "worker_init_fn", "collate", "transform")
+    parts = [getattr(loader, name, None) for name in names]
+    return [innermost(source), *parts, streams_of_data(source).get_found()]

@@ -35,6 +35,8 @@ class Anneal(Callback):
     values that it cannot have (a dropout rate of 1.5).
     """
 
+    changes = ("attributes",)
+
     def __init__(self, values: Mapping[str, Any], *, of: Any = None) -> None:
         if not isinstance(values, Mapping) or not values or not all(isinstance(path, str) for path in values):
             raise SettingError(

@@ -70,6 +70,7 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
         "optimizer_kinds": {name: _kind(optimizer) for name, optimizer in run.optimizers.items()},
         "precision": _state(run.precision),
         "stage": {"index": at, **_stage(run, run.stages[at])} if run.stages else {},
+        "schedulers": _resting_states(run, at),
         **{name: _listed(getattr(run, name)) for name in ("callbacks", *_WATCHERS)},
         "loggers": [{"kind": _kind(logger), "state": kept} for logger, kept in logger_states(run)],
         "user": {name: _given(name, obj) for name, obj in _user(run)},
@@ -370,6 +371,38 @@ def _stage(run: Run, stage: Stage) -> dict[str, Any]:
     return {"name": stage.name, "source": _state(stage.source), "phases": phases}
 
 
+def _resting(run: Run, at: int) -> Iterator[tuple[str, str, Any]]:
+    """The schedulers that the stage ``at`` does not step and others do, such as that of the task; each once."""
+    seen = {id(s) for stage in run.stages[at : at + 1] for _, s in _schedulers(stage)}
+    for stage in run.stages:
+        for path, scheduler in _schedulers(stage):
+            if id(scheduler) not in seen:
+                seen.add(id(scheduler))
+                yield stage.name, path, scheduler
+
+
+def _schedulers(stage: Stage) -> Iterator[tuple[str, Any]]:
+    for phase in stage.phases or ():
+        for i, scheduler in enumerate((*phase.step_schedulers, *phase.epoch_schedulers)):
+            yield f"{phase.name}/{i}", scheduler
+
+
+def _resting_states(run: Run, at: int) -> dict[str, dict[str, Any]]:
+    """Of the schedulers that rest, by the first stage that steps them."""
+    states: dict[str, dict[str, Any]] = {}
+    for stage, path, scheduler in _resting(run, at):
+        states.setdefault(stage, {})[path] = {"kind": _kind(scheduler.torch), "state": scheduler.state_dict()}
+    return states
+
+
+def _load_resting(run: Run, state: Mapping[str, Any]) -> None:
+    """Older checkpoints have none of them; a stage that has not begun may have got another kind."""
+    for stage, path, scheduler in _resting(run, state["stage"].get("index", 0)):
+        saved = state.get("schedulers", {}).get(stage, {}).get(path)
+        if saved is not None and saved["kind"] == _kind(scheduler.torch):
+            scheduler.load_state_dict(saved["state"])
+
+
 def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
     run.progress, run.stage_start = Progress(**state["progress"]), Progress(**state["stage_start"])
     for name in _COUNTERS:
@@ -380,6 +413,7 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
         precision.load_state_dict(state["precision"])
     if state["stage"] and state["stage"]["index"] < len(run.stages):
         _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
+    _load_resting(run, state)
     for name in ("callbacks", "handlers", "savers"):
         for obj, saved in _matched(getattr(run, name), state[name]):
             obj.load_state_dict(_alike(obj.state_dict(), saved) if shared_out(run) else saved)
