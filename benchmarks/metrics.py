@@ -1,4 +1,4 @@
-"""What a metric costs a batch, ours beside torchmetrics' in the same run: ``python benchmarks/metrics.py [--quick] [--write]``.
+"""What a metric costs a batch, ours beside torchmetrics' in the same run: ``python benchmarks/metrics.py [--quick]``.
 
 Each update is timed alone, in turns (ours, theirs, the bare tensor work), in time of the processor; the best of many
 rounds is told. "beyond" is what ours costs more than its tensor work done by hand, the goal of which is 10 us; "times"
