@@ -249,9 +249,9 @@ def skipped_batches_of_one_rank() -> dict[str, Any]:
 
     class Picky(lw.Callback):
         def map_batch(self, run: lw.Run, batch: Any) -> Any:
-            if rank == 1 and run.progress.step % 3 == 1:
+            if rank == 1 and run.progress.batch % 3 == 1:
                 raise lw.SkipBatch
-            if rank == 0 and run.progress.step % 5 == 4:
+            if rank == 0 and run.progress.batch % 5 == 4:
                 raise lw.SkipStep
             return batch
 

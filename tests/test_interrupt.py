@@ -128,7 +128,8 @@ def test_a_keyboard_interrupt_of_the_users_own_is_interrupted_too(folder: Path) 
     with pytest.raises(KeyboardInterrupt) as caught:
         user.fit(sgd_task(line()), DATA)
     assert caught.value.__notes__ == [
-        f"[loopwright] in {leave.__qualname__}, at STEP_END(once=2), after epoch 0, batch 2 of the open epoch, step 2"
+        f"[loopwright] in {leave.__qualname__}, at STEP_END(once=2), after epoch 0, batch 2 of the open epoch, step 2; "
+        "batch: (float32[1, 1], float32[1, 1])"
     ]
     (file,) = folder.glob("x/*/run.json")
     assert json.loads(file.read_text())["status"] == "interrupted"

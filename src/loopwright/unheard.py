@@ -91,11 +91,10 @@ def _replaced(run: Run) -> Iterator[str]:
         own = {f"{stage.name}/{phase.name}": phase.clip_norm for stage, phase in phases}
         yield from _nowhere("clip_norm", clip_norm, clip_norm, own)
     supervised = any(is_ours(kind) and kind.__name__ == "Supervised" for kind in type(run.task).__mro__)
-    for name, own_in in (("schedule", ("schedule", "lr")), ("optimizer", ("optimizer",))) if supervised else ():
-        replaced = [any(getattr(stage, one) is not None for one in own_in) for stage in run.stages]
-        if getattr(run.task, name) is not None and all(replaced):
+    if supervised and run.task.schedule is not None:
+        if all(stage.schedule is not None or stage.lr is not None for stage in run.stages):
             listed = ", ".join(stage.name for stage in run.stages)
-            yield f"the task's {name}= applies nowhere, since each stage has its own ({listed}); leave it out"
+            yield f"the task's schedule= applies nowhere, since each stage has its own ({listed}); leave it out"
 
 
 def _nowhere(name: str, given: Any, meant: Any, own: Mapping[str, Any]) -> Iterator[str]:

@@ -230,9 +230,8 @@ def test_an_error_is_told_as_without_a_profiler_and_the_table_is_kept(capsys: An
         with pytest.raises(ValueError, match="no") as caught:
             trainer(epochs=1, callbacks=[acts(on_step_end=fail), *watchers]).fit(sgd_task(line()), pairs([1]))
         texts.append(caught.value.__notes__)
-    assert (
-        texts[0] == texts[1] == ["[loopwright] in Acts.on_step_end, after epoch 0, batch 1 of the open epoch, step 1"]
-    )
+    place = "[loopwright] in Acts.on_step_end, after epoch 0, batch 1 of the open epoch, step 1"
+    assert texts[0] == texts[1] == [f"{place}; batch: (float32[1, 1], float32[1, 1])"]
     assert "Profile: 1 steps in" in capsys.readouterr().out
 
 
