@@ -44,9 +44,8 @@ class Both(lw.Task):
 def trained(rate: float, *, stop_at: int | None = None, **settings: Any) -> lw.Run:
     """What everything below calls: the settings differ, the code does not."""
     settings = {"epochs": 4, "accumulate": 2, "folder": "runs", "name": "one", "log_every": 1, **settings}
-    user = lw.Trainer(
-        progress=False, checkpoint=False, seed=0, loggers=["csv", "jsonl"] * bool(settings["folder"]), **settings
-    )
+    loggers = ["csv", "jsonl"] if settings["folder"] else []
+    user = lw.Trainer(progress=False, checkpoint=False, seed=0, loggers=loggers, **settings)
     if stop_at is not None:
         user.on(lw.Event.STEP_END(once=stop_at))(lambda run: run.request_stop("enough"))
     return user.fit(Both(rate), lw.Loader((X, Y), 8, shuffle=True), lw.Loader((X, Y), 24))

@@ -91,10 +91,10 @@ def _replaced(run: Run) -> Iterator[str]:
         own = {f"{stage.name}/{phase.name}": phase.clip_norm for stage, phase in phases}
         yield from _nowhere("clip_norm", clip_norm, clip_norm, own)
     supervised = any(is_ours(kind) and kind.__name__ == "Supervised" for kind in type(run.task).__mro__)
-    if supervised and run.task.schedule is not None:
-        if all(stage.schedule is not None or stage.lr is not None for stage in run.stages):
-            listed = ", ".join(stage.name for stage in run.stages)
-            yield f"the task's schedule= applies nowhere, since each stage has its own ({listed}); leave it out"
+    replaced = all(stage.schedule is not None or stage.lr is not None for stage in run.stages)
+    if supervised and replaced and run.task.schedule is not None:
+        listed = ", ".join(stage.name for stage in run.stages)
+        yield f"the task's schedule= applies nowhere, since each stage has its own ({listed}); leave it out"
 
 
 def _nowhere(name: str, given: Any, meant: Any, own: Mapping[str, Any]) -> Iterator[str]:
