@@ -170,7 +170,9 @@ def test_an_argument_that_cannot_be_used_is_refused_where_it_is_given(make: Any,
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"until": []}, "Stage 'a': until=[] names no end; write until='2 epochs'"),
+        ({"until": []},
+         "Stage 'a': until=[] says no end, and it would train forever; write a duration, until='2 epochs', or several, "
+         "until=['10 epochs', '2 h'], of which the first one counts"),
         ({"phases": True}, "stage 'a': phases=True: expected a list of phases: [lw.Phase('main', step), ...]"),
         ({"phases": ["a"]}, "stage 'a': phases=['a']: expected a list of phases: [lw.Phase('main', step), ...]"),
         ({"weight": 3}, "weight=3 cannot be called; pass a function of the batch that returns how many samples or "

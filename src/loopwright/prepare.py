@@ -262,8 +262,6 @@ def _stage(
     ends = [one for one in _listed(stage.until) if isinstance(one, Callback)]
     until = [Ends.parse(one, unit="epochs") for one in _listed(stage.until) if one not in ends]
     made.callbacks, made.ends = [*stage.callbacks, *ends], [str(one) for one in (*until, *ends)]
-    if not made.ends:
-        raise SettingError(f"Stage {stage.name!r}: until={stage.until!r} names no end; write until='2 epochs'")
     _check_stage(stage, task, made.callbacks)
     made.source = as_source(base.source if stage.source is None else stage.source, train=True, key=key)
     made.valid = as_sources(base.valid if stage.valid is None else stage.valid, key)

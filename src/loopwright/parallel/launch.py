@@ -34,6 +34,7 @@ _GRACE_S = 5.0  # what is asked to stop has so long; then it is killed
 _SAVE_S = 60.0  # after a signal, to save at the next boundary; a second one shortens it
 _BLAME_S = 0.5  # a rank that dies takes others with it, whose errors may arrive first
 _LOCALHOST = "127.0.0.1"
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PASSED_ON = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -76,7 +77,7 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
             pipes.append(mine)
             call = (fn, args, rank, nproc, listener.getsockname()[1], theirs, os.getpid(), method)
             process = context.Process(target=_run_rank, args=call, name=f"rank {rank}")
-            with _quiet_fork():
+            with _quiet_fork(), _held_back():
                 process.start()
             theirs.close()
             ranks.append(process)
@@ -171,6 +172,19 @@ def _quiet_fork() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """A signal to stop comes after this block: what Python calls at a fork would swallow the exception of one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # ---------------------------------------------------------------------------------------------- in a rank
 
 
@@ -182,6 +196,8 @@ def _run_rank(
     for number in _PASSED_ON:
         if signal.getsignal(number) is _signalled:
             signal.signal(number, signal.SIG_DFL)  # this is a fork; what the parent passes on is for the run to handle
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the parent holds them back while it starts this one
     _die_with(parent)
     gc.freeze()  # what the parent has left to collect, some of it of C++ and its threads, is not for a fork to end
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "GROUP_RANK": 0}
