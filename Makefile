@@ -38,12 +38,14 @@ check: $(READY) ## style, types, layers, and the code in docstrings and docs
 trackers: $(TRACKERS) ## the loggers of TensorBoard, MLflow, W&B, Comet, Neptune, Visdom, Polyaxon against the real packages, offline
 	@.venv-trackers/bin/python -m pytest -q --doctest-modules src/loopwright/loggers tests/trackers
 
-nightly: check ## the suite with all that takes too long for every change
+nightly: check ## the suite with all that takes too long for every change, and what a step, a fit and the import cost
 	@$(BIN)/python -m pytest -q -m "" -n $(WORKERS) --dist worksteal --ignore tests/test_docs.py
+	@$(BIN)/python benchmarks/overhead.py --only costs
 
 bench: $(BENCH) ## measure the loop against a hand-written one and against other frameworks
 	@.venv-bench/bin/python benchmarks/overhead.py
 	@.venv-bench/bin/python benchmarks/models.py
+	@.venv-bench/bin/python benchmarks/techniques.py
 	@.venv-bench/bin/python benchmarks/compiled.py
 
 gpu: ## on a CUDA machine: the GPU tests, then benchmarks/gpu.py writes docs/benchmarks-gpu.md (PYTHON=... that has torch)
@@ -57,8 +59,10 @@ reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4"
 	@$(BIN)/python -m reliability.run $(QUICK) $(ROWS)
 
 capabilities: $(TRACKERS) ## run every test that proves a capability and write docs/capabilities.md from those that pass
-	@.venv-trackers/bin/python -m pytest -q -m capability -n $(WORKERS) --dist worksteal --capabilities=build/capabilities.json
-	@$(BIN)/python tools/capabilities.py build/capabilities.json docs/capabilities.md
+	@.venv-trackers/bin/python -m pytest -q -m capability tests/test_docs.py --capabilities=build/in_docs.json
+	@.venv-trackers/bin/python -m pytest -q -m capability -n $(WORKERS) --dist worksteal --ignore tests/test_docs.py \
+	  --capabilities=build/in_tests.json
+	@$(BIN)/python tools/capabilities.py build/in_docs.json build/in_tests.json docs/capabilities.md
 
 api: $(READY) ## write docs/api from the docstrings, and record the public surface in tests/api.txt
 	@$(BIN)/python tools/api.py docs/api tests/api.txt

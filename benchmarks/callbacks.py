@@ -48,6 +48,21 @@ def cutmix(batch: Any) -> Any:
     return mixed, torch.lerp(soft[order], soft, share)
 
 
+def erased(batch: Any) -> Any:
+    """A rectangle of half of the images, one image after another."""
+    inputs = batch[0].clone()
+    for image in inputs:
+        erases = np.random.random() < 0.5
+        while erases:
+            area, ratio = np.random.uniform(0.02, 0.4) * 64, np.random.uniform(0.3, 1 / 0.3)
+            tall, wide = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+            if tall <= 8 and wide <= 8:
+                top, left = np.random.randint(0, 9 - tall), np.random.randint(0, 9 - wide)
+                image[:, top : top + tall, left : left + wide] = torch.randn(1, tall, wide)
+                erases = False
+    return inputs, batch[1]
+
+
 def noise(batch: Any) -> Any:
     return batch[0] + torch.randn(batch[0].shape), batch[1]
 
@@ -188,6 +203,7 @@ def main() -> None:
     pairs: dict[str, tuple[lw.Callback, Callable[[Any], Any]]] = {
         "MixUp": (lw.MixUp(classes=CLASSES), mixup),
         "CutMix": (lw.CutMix(classes=CLASSES), cutmix),
+        "RandomErasing": (lw.RandomErasing(), erased),
         "BatchTransform(fn(batch, rng))": (lw.BatchTransform(own_noise), noise),
         "Penalty": (lw.Penalty("l1", 1e-4), l1),
         "Throughput": (lw.Throughput(), Rate()),
@@ -226,6 +242,7 @@ def main() -> None:
         "Predictions": (lw.Predictions(), None),
         "ProgressBar": (lw.ProgressBar(file=io.StringIO(), mode="lines"), None),
         "Report": (lw.Report(), None),
+        "Requeue": (lw.Requeue(), None),
         "Resources": (lw.Resources(), None),
         "SWA, between two epochs": (lw.SWA("1 epoch"), None),
         "Throughput with tokens and FLOP/s": (lw.Throughput(tokens=lambda batch: 64, flops=True), None),

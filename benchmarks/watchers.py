@@ -1,8 +1,8 @@
-"""What it costs to look inside, in microseconds a step: python benchmarks/watchers.py [--quick]."""
+"""What it costs to look inside, in microseconds a step: python benchmarks/watchers.py --write."""
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import loopwright as lw
+import measure
 from digits import FOLDER, NOTHING, Lap, parts
 from measure import Goal, Prepare
 from step_costs import REPEAT, Make, Race, Stamped
@@ -97,22 +98,28 @@ def watchers(options) -> Iterable[Goal]:
         doctor=watched(batches, lambda: [lw.Doctor(FAR, **quiet)]),
         looking=watched(batches, lambda: [lw.Doctor(50, **quiet)]),
         limited=watched(batches, list, debug=lw.Debug(train=1.0)),
+        audited=watched(batches, lambda: [lw.Audit()]),
     )
-    assert all(race.results.same_bits(name, "hand") for name in ("profiler", "doctor", "looking", "limited"))
+    assert all(race.results.same_bits(name, "hand") for name in ("profiler", "doctor", "looking", "limited", "audited"))
     yield race.extra("times of the parts, by hand", "hand_timed", "hand")
     yield race.extra("Profiler: every hook and part", "profiler", "plain")
     yield race.extra("TorchProfiler, while it waits", "waiting", "plain", 10)
     yield race.extra("Doctor, at a step that it does not look at", "doctor", "plain", 10)
     yield race.extra("Doctor(every=50), tensor work included", "looking", "plain")
+    yield race.extra("Audit, around what is called in a step", "audited", "plain")
     yield race.extra("Debug(train=1.0)", "limited", "plain", 10)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="cpu", help="cpu: other work on the machine does not count"
-    )
+def main() -> int:
+    options = measure.arguments(__doc__, rounds=9).parse_args()
     torch.set_num_threads(1)
-    for goal in watchers(parser.parse_args()):
-        print(f"{goal.what:50} {goal.value:8.1f} us  {goal.note}")
+    goals = list(watchers(options))
+    page = f"## Looking inside, a step\n\nMachine: {measure.machine()}.\n\n{measure.goal_table(goals)}"
+    print(page)
+    if options.write:
+        measure.write_section(options.write, "watchers", page)
+    return 1 if any(goal.limit is not None and goal.value > goal.limit for goal in goals) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

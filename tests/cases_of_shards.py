@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,26 +164,6 @@ def resumed(folder: Path, of: str) -> Any:
     return fit(folder / f"from-{of}-{kind()}", resume=how)
 
 
-@command
-def resumed_from_fsdp_2(folder: Path) -> Any:
-    return resumed(folder, "fsdp-2")
-
-
-@command
-def resumed_from_alone(folder: Path) -> Any:
-    return resumed(folder, "alone-1")
-
-
-@command
-def resumed_from_fsdp_4(folder: Path) -> Any:
-    return resumed(folder, "fsdp-4")
-
-
-@command
-def resumed_from_ddp_4(folder: Path) -> Any:
-    return resumed(folder, "ddp-4")
-
-
 def second(folder: Path, of: str) -> Any:
     """Goes on from what 4 ranks wrote first, to the middle."""
     how = lw.Resume(checkpoint(folder, f"run-{of}", EVERY), how="approximate")
@@ -195,24 +176,11 @@ def last(folder: Path, of: str) -> Any:
     return fit(folder / f"last-{of}", resume=how)
 
 
-@command
-def second_from_fsdp_4(folder: Path) -> Any:
-    return second(folder, "fsdp-4")
-
-
-@command
-def second_from_ddp_4(folder: Path) -> Any:
-    return second(folder, "ddp-4")
-
-
-@command
-def last_from_fsdp_4(folder: Path) -> Any:
-    return last(folder, "fsdp-4")
-
-
-@command
-def last_from_ddp_4(folder: Path) -> Any:
-    return last(folder, "ddp-4")
+for of in ("fsdp-2", "alone-1", "fsdp-4", "ddp-4"):
+    COMMANDS[f"resumed_from_{of.replace('-', '_')}"] = partial(resumed, of=of)
+for of in ("fsdp-4", "ddp-4"):
+    for again in (second, last):
+        COMMANDS[f"{again.__name__}_from_{of.replace('-', '_')}"] = partial(again, of=of)
 
 
 @command

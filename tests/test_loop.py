@@ -179,6 +179,7 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.capability("B-23")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_between_two_records_no_value_is_read_from_the_device(accumulate: int) -> None:
     """With clipping, a metric, a history and a schedule, values are read at records and epochs, nowhere else."""

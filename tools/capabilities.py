@@ -1,6 +1,6 @@
 """Write docs/capabilities.md: which capability is proved by which passing tests.
 
-Usage: ``python tools/capabilities.py PROVED.json docs/capabilities.md``, where PROVED.json comes from
+Usage: ``python tools/capabilities.py PROVED.json [...] docs/capabilities.md``, where each PROVED.json comes from
 ``pytest --capabilities PROVED.json``; ``make capabilities`` does both.
 """
 
@@ -39,8 +39,11 @@ def _natural(name: str) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
-    source, target = Path(sys.argv[1]), Path(sys.argv[2])
-    found = json.loads(source.read_text(encoding="utf-8"))
+    *sources, target = map(Path, sys.argv[1:])
+    found: dict[str, list[dict[str, str]]] = {}
+    for source in sources:
+        for name, rows in json.loads(source.read_text(encoding="utf-8")).items():
+            found.setdefault(name, []).extend(rows)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(table(found), encoding="utf-8")
     print(f"{target}: {len(found)} capabilities proved")

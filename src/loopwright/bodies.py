@@ -13,7 +13,7 @@ from typing import Any
 from loopwright.described import Description
 from loopwright.provenance import is_own
 
-__all__ = ["LENGTHS", "Bodies", "bodies", "closed_over", "code_of", "edited"]
+__all__ = ["LENGTHS", "Bodies", "bodies", "closed_over", "code_of", "edited", "names_in"]
 
 LENGTHS = frozenset({"epochs", "max_epochs", "num_epochs", "max_steps"})  # in code of the user's: how long it trains
 
@@ -93,7 +93,7 @@ def _add(function: types.FunctionType, found: Bodies) -> None:
         found["functions"][name] = _digest(function, function.__defaults__ or ())
         told = {f"{name}.{used}": value for used, value in closed_over(function).items()}
         found["reads"] |= {used: Description().value(used, value) for used, value in told.items() if _is_plain(value)}
-    for used in sorted(_names(function.__code__)):
+    for used in sorted(names_in(function.__code__)):
         value = function.__globals__.get(used)
         if _is_plain(value) and not used.startswith("__"):
             found["reads"][f"{function.__module__}.{used}"] = Description().value(used, value)
@@ -134,8 +134,9 @@ def _constant(value: Any) -> str:
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
-def _names(code: types.CodeType) -> set[str]:
-    inner = (_names(one) for one in code.co_consts if isinstance(one, types.CodeType))
+def names_in(code: types.CodeType) -> set[str]:
+    """Globals and attributes that code reads, also the code of functions within."""
+    inner = (names_in(one) for one in code.co_consts if isinstance(one, types.CodeType))
     return set(code.co_names).union(*inner)
 
 

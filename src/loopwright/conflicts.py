@@ -139,13 +139,14 @@ def _early_looks(run: Run) -> Iterator[tuple[str, str | None]]:
                 )
 
 
-def set_twice(run: Run) -> Iterator[str]:
-    """Rates that a callback says to change, and that a schedule sets."""
+def set_twice(run: Run) -> Iterator[tuple[str, Any]]:
+    """Rates that a callback says to change, and that a schedule sets; and the callback."""
     for callback in (one for one in run.callbacks if "rates" in getattr(one, "changes", ())):
         for scheduled in (one for stage in run.stages for one in stage.scheduled):
             yield (
                 f"{type(callback).__name__} says that it changes rates, and the schedule of "
-                f"{type(scheduled.optimizer).__name__} sets {', '.join(scheduled.schedules)} before every step"
+                f"{type(scheduled.optimizer).__name__} sets {', '.join(scheduled.schedules)} before every step",
+                callback,
             )
 
 

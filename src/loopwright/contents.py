@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from loopwright.bodies import closed_over, code_of
+from loopwright.bodies import closed_over, code_of, names_in
 from loopwright.data import fingerprint
+from loopwright.data.generators import OF_MODULES
 from loopwright.events import Callback
 from loopwright.provenance import is_own
 from loopwright.state import Run, Stage, has_state
@@ -28,7 +29,6 @@ _DEPTH = 100
 _LONG, _SAMPLE, _BYTES = 10_000, 1000, 2**26  # of longer lists and larger arrays a sample is looked at
 _PLAIN = (bool, int, float, complex, str, bytes, PurePath, types.NoneType)
 _APART = (Run, Stage, Optimizer, LRScheduler, types.ModuleType)  # told by themselves, or by what is read of them
-_OF_MODULES = {*vars(nn.Module()), "_run", "_trained_on", "_made_at"}  # what torch and this package keep there
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OF_CLASSES = frozenset(dir(type("", (), {}))) | {"__annotations__", "__doc__", "__firstlineno__", "__module__"}
 
@@ -116,20 +116,13 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
     if not is_own(function.__module__) and not is_own(function.__globals__.get("__name__", "")):
         return
     yield code_of(function)
-    names = {*_names(function.__code__)}
+    names = names_in(function.__code__)
     for name in sorted(_names_of_globals(function.__code__)):
         used = function.__globals__.get(name)
         if isinstance(used, types.ModuleType) and is_own(used.__name__):  # helpers.scale, helpers.noise(x)
             yield from _named({one: vars(used)[one] for one in names & vars(used).keys()})
         else:
             yield from (name, used)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for one in code.co_consts:
-        if isinstance(one, types.CodeType):
-            yield from _names(one)
 
 
 def _names_of_globals(code: types.CodeType) -> set[str]:
@@ -146,7 +139,7 @@ def _of_object(value: Any) -> Iterator[Any]:
     held = {**getattr(value, "__dict__", {})}
     held |= {name: getattr(value, name, None) for one in kind.__mro__ for name in _slots(one)} if own else {}
     if isinstance(value, nn.Module):
-        held = {name: part for name, part in held.items() if name not in _OF_MODULES}
+        held = {name: part for name, part in held.items() if name not in OF_MODULES}
         held |= {**value._parameters, **value._buffers, **value._modules}
         yield [[*getattr(value, hooks).values()] for hooks in _HOOKS]
     elif not own and (callable(value) or not held):

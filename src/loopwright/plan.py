@@ -66,13 +66,15 @@ class Plan:
 
 def make_plan(run: Run, *, made_at: str | None = None) -> Plan:
     """Look for problems in a prepared run, without reading a batch. ``made_at``: where its Trainer was made."""
-    plan, written = Plan(warnings=[*set_twice(run), *unheard(run)]), Written.of(run, made_at)
+    plan, written = Plan(), Written.of(run, made_at)
     plan.add(problems_in(run, written))
+    odd = [*set_twice(run), *unheard(run)]
     if not plan.problems:
-        for told, cause in (*does_nothing(run), *watched_oddly(run), *odd_work(run)):
-            if told not in plan.places:  # several stages may say the same
-                plan.warnings.append(told)
-                plan.places[told] = written.by(run, cause)
+        odd += [*does_nothing(run), *watched_oddly(run), *odd_work(run)]
+    for told, cause in odd:
+        if told not in plan.places:  # several stages may say the same
+            plan.warnings.append(told)
+            plan.places[told] = written.by(run, cause)
     return plan
 
 

@@ -21,18 +21,17 @@ __all__ = ["most_of", "unheard"]
 _UNITS = ("steps", "epochs")  # whose number may be known before
 
 
-def unheard(run: Run) -> Iterator[str]:
-    """What comes to nothing in ``run``, in words, with the line in which it was written. A rehearsal tells nothing."""
+def unheard(run: Run) -> Iterator[tuple[str, str | None]]:
+    """What comes to nothing in ``run``, and the line of a handler; None for the Trainer's. A rehearsal tells nothing."""
     if run.settings.get("debug"):
         return
     most = most_of(run) if run.handlers else {}
     for handler in run.handlers:
         reasons = {hook: _why_never(hook, handler, run, most) for hook in handler.tests}
         if all(reasons.values()):
-            at = f" (at {handler.made_at})" if handler.made_at else ""
             why = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason))
-            yield f"the handler {handler.name} at {handler.event} is never called: {why}{at}"
-    yield from _replaced(run)
+            yield f"the handler {handler.name} at {handler.event} is never called: {why}", handler.made_at
+    yield from ((told, None) for told in _replaced(run))
 
 
 def _why_never(hook: str, handler: Handler, run: Run, most: Mapping[str, float]) -> str | None:

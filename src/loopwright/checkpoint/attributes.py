@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from loopwright.checkpoint.encode import check
+from loopwright.data.generators import OF_MODULES
 from loopwright.errors import CheckpointError
 from loopwright.provenance import is_own
 from loopwright.written import warn
 
 __all__ = ["Attributes", "put_back"]
 
-_OF_MODULES = {*vars(nn.Module()), "_run", "_trained_on"}  # what torch and this package keep there
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _LISTS, _DICTS = (list, tuple, deque, set, frozenset), (dict, OrderedDict, defaultdict, Counter)
 _ITEMS, _BYTES, _DEPTH = 10_000, 256 * 2**20, 8
@@ -124,14 +124,14 @@ def _owners(roots: Mapping[str, Any], apart: Iterable[object] = ()) -> Iterator[
             seen.add(id(owner))
             place = f"{name}.{path}".rstrip(".")
             yield place, owner
-            held = ((key, value) for key, value in vars(owner).items() if key not in _OF_MODULES)
+            held = ((key, value) for key, value in vars(owner).items() if key not in OF_MODULES)
             waiting += [(f"{place}.{key}", value) for key, value in held if is_own(type(value).__module__)]
 
 
 def _found(roots: Mapping[str, Any], apart: Iterable[object] = ()) -> Iterator[tuple[str, Any, str, Any]]:
     for path, owner in _owners(roots, apart):
         for name, value in vars(owner).items():
-            if name not in _OF_MODULES:
+            if name not in OF_MODULES:
                 yield path, owner, name, value
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from loopwright import rng
 
-__all__ = ["Streams", "find_on_modules", "get_globals", "kept", "set_globals", "streams_of"]
+__all__ = ["OF_MODULES", "Streams", "find_on_modules", "get_globals", "kept", "set_globals", "streams_of"]
 
 State = dict[str, Any]
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -23,7 +23,8 @@ _DEPTH, _WIDTH = 6, 32  # how deep and how wide objects are searched for generat
 _LEAVES = (torch.Tensor, np.ndarray, type, str, bytes, int, float, Optimizer, type(None))
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Tensor, nn.Parameter))
 _OF_TORCH = "__composable_api_"  # what FSDP and the like keep on a module: no generator of the user's
-_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: children are modules themselves, hooks are not ours
+# what torch and this package keep on modules: children are modules themselves, hooks are told elsewhere
+OF_MODULES = frozenset({*vars(nn.Module()), "_run", "_trained_on", "_made_at"})
 
 
 def get_globals() -> State:
@@ -91,7 +92,7 @@ def _roots(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, object]:
         f"{path}.{name}": value
         for path, module in modules
         for name, value in vars(module).items()
-        if name not in _OF_MODULES and type(value) not in _PLAIN and not name.startswith(_OF_TORCH)
+        if name not in OF_MODULES and type(value) not in _PLAIN and not name.startswith(_OF_TORCH)
     }
 
 

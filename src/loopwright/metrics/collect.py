@@ -22,6 +22,7 @@ from loopwright.metrics.memory import remember, restore
 from loopwright.metrics.modes import Running, Window, tells_each_record
 from loopwright.metrics.values import flat
 from loopwright.state import has_state
+from loopwright.written import is_ours
 
 __all__ = ["Meters"]
 
@@ -110,7 +111,7 @@ class Meters:
             for module in within(metric):
                 if isinstance(module, nn.Module) and tensors:
                     module.to(tensors[0].device)
-            if _is_ours(metric):
+            if _draws_nothing(metric):
                 feeds.append((name, metric.update, inputs))
             else:
                 draws = self._draws.setdefault(name, OwnDraws())
@@ -190,7 +191,7 @@ class Meters:
 
     def _values(self, name: str, metric: Any) -> list[tuple[str, float]]:
         try:
-            with nullcontext() if _is_ours(metric) else rng.forked():
+            with nullcontext() if _draws_nothing(metric) else rng.forked():
                 value, keys = metric.compute(), keys_of(name, metric)
                 if keys and isinstance(value, Tensor) and value.ndim and value.numel() == len(keys):
                     return list(zip(keys, map(float, value.flatten().tolist()), strict=True))
@@ -307,9 +308,9 @@ def _blank(metric: Any, state: Mapping[str, Any] | None = None) -> Any:
     return made
 
 
-def _is_ours(metric: Any) -> bool:
-    """The built-in ones draw no random numbers; watching the generators around others costs 0.2 ms an epoch."""
-    return all(type(m).__module__.startswith("loopwright.") and not isinstance(m, Function) for m in within(metric))
+def _draws_nothing(metric: Any) -> bool:
+    """True for the built-in ones; watching the generators around others costs 0.2 ms an epoch."""
+    return all(is_ours(type(m)) and not isinstance(m, Function) for m in within(metric))
 
 
 def _others(output: Mapping[str, Any], count: int) -> list[str]:

@@ -21,7 +21,7 @@ from loopwright.parallel.pulse import Pulse
 from loopwright.parallel.shards import is_shard
 from loopwright.parallel.watch import Watch
 from loopwright.state import Phase, Run, Source, Stage, Strategy
-from loopwright.written import warn
+from loopwright.written import is_ours, warn
 
 __all__ = ["Spare", "Team", "watched"]
 
@@ -143,7 +143,7 @@ class Team:
 
         def foreign(names: Iterable[str]) -> bool:
             hooks = (hook for n in names for hook in (*getattr(run.hooks, n), *(getattr(c, n) for c in staged)))
-            return any(not _is_ours(hook) for hook in hooks)
+            return any(not is_ours(type(getattr(hook, "__self__", None))) for hook in hooks)
 
         asking = foreign(HOOKS) or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
         lengths = [stage.source.batches for stage in run.stages]
@@ -288,8 +288,3 @@ def _after(first: Any, batches: Iterator[Any]) -> Iterator[Any]:
     finally:
         if hasattr(batches, "close"):
             batches.close()
-
-
-def _is_ours(hook: Any) -> bool:
-    owner = getattr(hook, "__self__", None)
-    return type(owner).__module__.startswith("loopwright.")
