@@ -8,6 +8,7 @@ enabled; both end with the same bits, which is checked.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -47,7 +48,7 @@ def by_hand(start: Callable[[], tuple[Any, ...]], epoch: Callable[..., None]) ->
 
 def ours(
     start: Callable[[], tuple[Any, ...]], task_of: Callable[..., lw.Task], data: Any = BATCHES,
-    stages: Callable[[int], list[lw.Stage]] | None = None, **options: Any,
+    stages: Callable[[int], list[lw.Stage]] | None = None, weight: Any = None, **options: Any,
 ) -> Make:  # fmt: skip
     """The same by a fit of ``task_of(*start(), loss_of)``."""
 
@@ -56,8 +57,10 @@ def ours(
             made = start()
 
             def go() -> nn.Module:
-                trainer = lw.Trainer(epochs=epochs, callbacks=[Lap(end_of_epoch)], **NOTHING, **options)
-                trainer.fit(task_of(*made, loss_of), train=data, stages=stages(epochs) if stages else None)
+                planned = stages(epochs) if stages else None
+                length = None if planned else epochs
+                trainer = lw.Trainer(epochs=length, callbacks=[Lap(end_of_epoch)], **NOTHING, **options)
+                trainer.fit(task_of(*made, loss_of), train=data, stages=planned, weight=weight)
                 return made[0]
 
             return go
@@ -155,7 +158,7 @@ def judged(pair: Pair, inputs: torch.Tensor) -> torch.Tensor:
 
 def turns(pair, of_critic, of_net, loss_of) -> None:
     for inputs, _ in BATCHES:
-        loss_of.at.append(0.0)
+        loss_of.at.append(time.perf_counter())
         of_critic.zero_grad()
         judged(pair, inputs).backward()
         of_critic.step()
@@ -181,7 +184,7 @@ class Turns(lw.Task):
         ]
 
     def judge(self, batch):
-        self.loss_of.at.append(0.0)
+        self.loss_of.at.append(time.perf_counter())
         return judged(self.pair, batch[0])
 
     def draw(self, batch):
@@ -236,7 +239,8 @@ def freezing(epochs: int) -> list[lw.Stage]:
 
 
 def scheduled(net, optimizer, loss_of) -> lw.Supervised:
-    return supervised(net, optimizer, loss_of, schedule=torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 10**6))
+    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 10**6)
+    return supervised(net, optimizer, loss_of, schedule=lw.per_step(rate))
 
 
 def scheduled_by_hand() -> tuple[Any, ...]:
@@ -253,9 +257,6 @@ def with_schedule(net, optimizer, schedule, loss_of) -> None:
 
 
 def techniques() -> dict[str, tuple[Make, Make]]:
-    def weighed(*made: Any) -> lw.Supervised:
-        return supervised(*made, weight=tokens)
-
     return {
         "one step a batch": (by_hand(one, plain), ours(one, supervised)),
         "clip_norm": (by_hand(one, clipped), ours(one, supervised, clip_norm=1.0)),
@@ -264,7 +265,8 @@ def techniques() -> dict[str, tuple[Make, Make]]:
             by_hand(one, accumulated(256, samples, samples)), ours(one, supervised, accumulate="256 samples"),
         ),
         'accumulate="1024 tokens"': (
-            by_hand(one, accumulated(1024, tokens, tokens)), ours(one, weighed, accumulate="1024 tokens"),
+            by_hand(one, accumulated(1024, tokens, tokens)),
+            ours(one, supervised, weight=tokens, accumulate="1024 tokens"),
         ),
         "Stage(freeze=)": (by_hand(frozen, plain), ours(one, supervised, stages=freezing)),
         "a scheduler of torch, each step": (by_hand(scheduled_by_hand, with_schedule), ours(one, scheduled)),
