@@ -23,9 +23,10 @@ def gan() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.nightly
-@pytest.mark.parametrize("world", [8, 32])
+@pytest.mark.capability("PL-18")
+@pytest.mark.parametrize("world", [8, 32, 128])
 def test_a_gan_on_many_processes_has_the_weights_of_one(world: int) -> None:
-    """Two networks, two optimizers, one of them every second step: 8 and 32 processes run the code of one."""
+    """Two networks, two optimizers, one of them every second step: 8, 32 and 128 processes run the code of one."""
     ranks, (alone, steps) = lw.launch(gan, world), gan()
     assert all(phase_steps == steps == {"disc": 4, "gen": 2} for _, phase_steps in ranks)
     for weights, _ in ranks:
