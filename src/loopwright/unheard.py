@@ -22,7 +22,7 @@ _UNITS = ("steps", "epochs")  # whose number may be known before
 
 
 def unheard(run: Run) -> Iterator[tuple[str, str | None]]:
-    """What comes to nothing in ``run``, and the line of a handler; None for the Trainer's. A rehearsal tells nothing."""
+    """What comes to nothing in ``run``, and the line of a handler; None: the Trainer's. A rehearsal tells nothing."""
     if run.settings.get("debug"):
         return
     most = most_of(run) if run.handlers else {}

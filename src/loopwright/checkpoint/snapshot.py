@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from loopwright._compat import has_stepped
 from loopwright.checkpoint.attributes import Attributes
 from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
+from loopwright.checkpoint.objects import given_state, kind_of, listed, matched, state_of
+from loopwright.checkpoint.stage_state import load_resting, load_stage, resting_states, stage_state
 from loopwright.checkpoint.store import Contents
 from loopwright.conflicts import changed_by
 from loopwright.data import fingerprint
@@ -27,12 +29,10 @@ from loopwright.data.trained_on import TrainedOn
 from loopwright.delivery import logger_states, restore_logger
 from loopwright.errors import CheckpointError, choose
 from loopwright.events import Callback
-from loopwright.handlers import Handler
 from loopwright.parallel import like
 from loopwright.progress import Progress
 from loopwright.resolved import resolved
-from loopwright.state import Run, Stage, has_state
-from loopwright.text import with_article
+from loopwright.state import Run, has_state
 from loopwright.written import is_ours, placed, where
 
 __all__ = [
@@ -67,13 +67,13 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
         "models": extras,
         "attributes": attributes(run),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
-        "optimizer_kinds": {name: _kind(optimizer) for name, optimizer in run.optimizers.items()},
-        "precision": _state(run.precision),
-        "stage": {"index": at, **_stage(run, run.stages[at])} if run.stages else {},
-        "schedulers": _resting_states(run, at),
-        **{name: _listed(getattr(run, name)) for name in ("callbacks", *_WATCHERS)},
-        "loggers": [{"kind": _kind(logger), "state": kept} for logger, kept in logger_states(run)],
-        "user": {name: _given(name, obj) for name, obj in _user(run)},
+        "optimizer_kinds": {name: kind_of(optimizer) for name, optimizer in run.optimizers.items()},
+        "precision": state_of(run.precision),
+        "stage": {"index": at, **stage_state(run, run.stages[at])} if run.stages else {},
+        "schedulers": resting_states(run, at),
+        **{name: listed(getattr(run, name)) for name in ("callbacks", *_WATCHERS)},
+        "loggers": [{"kind": kind_of(logger), "state": kept} for logger, kept in logger_states(run)],
+        "user": {name: given_state(name, obj) for name, obj in _user(run)},
         "series": run.series.state_dict(),  # before the history, which receives what waits in it
         "history": run.history.state_dict(),
         "metrics": dict(run.metrics),
@@ -87,7 +87,7 @@ def own(run: Run) -> dict[str, Any]:
     """What of the state differs from rank to rank."""
     at = min(run.progress.stage, len(run.stages) - 1)
     return {
-        "stage": _stage(run, run.stages[at]),
+        "stage": stage_state(run, run.stages[at]),
         "series": run.series.state_dict(),
         "rng": _random(run),
         "attributes": attributes(run),
@@ -143,12 +143,12 @@ def unsaveable(run: Run) -> dict[str, str | None]:
 
 def _check_state(obj: Any, *, shards: bool) -> None:
     if has_state(obj):
-        with placed(f"{_kind(obj)}.state_dict", where(obj.state_dict)):
-            check_value(obj.state_dict(), f"{_kind(obj)}.state_dict()", shards=shards)
+        with placed(f"{kind_of(obj)}.state_dict", where(obj.state_dict)):
+            check_value(obj.state_dict(), f"{kind_of(obj)}.state_dict()", shards=shards)
 
 
 def _check_given(name: str, obj: Any, *, shards: bool) -> None:
-    check_value(_given(name, obj), f"state[{name!r}]", shards=shards)
+    check_value(given_state(name, obj), f"state[{name!r}]", shards=shards)
 
 
 def shared_out(run: Run) -> bool:
@@ -232,7 +232,7 @@ def restore(run: Run, data: Contents) -> None:
 
 def _restore_own(run: Run, mine: Mapping[str, Any], index: int) -> None:
     if index < len(run.stages):
-        _load_stage(run, run.stages[index], mine["stage"])
+        load_stage(run, run.stages[index], mine["stage"])
     run.series.load_state_dict(mine["series"])
     restore_attributes(run, mine)
     _set_random(run, mine["rng"])
@@ -266,7 +266,7 @@ def check_fit(run: Run, data: Contents) -> None:
 
 def restore_loggers(run: Run, data: Contents) -> None:
     """Tell the loggers of ``run`` how far their records went; for the moment before they start."""
-    for logger, saved in _matched(run.loggers, data.state["loggers"]):
+    for logger, saved in matched(run.loggers, data.state["loggers"]):
         restore_logger(run, logger, saved)
 
 
@@ -293,7 +293,7 @@ def run_groups(run: Run) -> dict[str, dict[str, Any]]:
 
 def remembering(run: Run, data: Contents) -> list[Any]:
     """The callbacks of ``run`` for which a checkpoint holds what they remember."""
-    return [callback for callback, _ in _matched(run.callbacks, data.state["callbacks"])]
+    return [callback for callback, _ in matched(run.callbacks, data.state["callbacks"])]
 
 
 def note_attributes(run: Run) -> None:
@@ -308,7 +308,7 @@ def note_attributes(run: Run) -> None:
             if getattr(type(one), "state_dict", Callback.state_dict) is Callback.state_dict and not is_ours(type(one))
         ]
         changing = [one for one in silent if changed_by(one)]
-        kinds = [_kind(one) for one in changing]
+        kinds = [kind_of(one) for one in changing]
         named = {f"{kinds[i]} {kinds[:i].count(kinds[i])}": one for i, one in enumerate(changing)}
         by_itself = (run.data, *run.state.values(), *run.optimizers.values(), *run.loggers, *run.savers)
         run.attributes = Attributes({**run.models, "task": run.task, **named}, by_itself)
@@ -361,48 +361,6 @@ def _alike(own: Any, saved: Any) -> Any:
     return like(own, saved)
 
 
-def _stage(run: Run, stage: Stage) -> dict[str, Any]:
-    """Of a stage: where its data stands, its schedulers, what the metrics of an open epoch have seen."""
-    phases = {}
-    for phase in stage.phases or ():
-        meters = phase.meters.state_dict() if phase.meters is not None and run.progress.batch else {}
-        schedulers = [s.state_dict() for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
-        phases[phase.name] = {"schedulers": schedulers, "meters": meters}
-    return {"name": stage.name, "source": _state(stage.source), "phases": phases}
-
-
-def _resting(run: Run, at: int) -> Iterator[tuple[str, str, Any]]:
-    """The schedulers that the stage ``at`` does not step and others do, such as that of the task; each once."""
-    seen = {id(s) for stage in run.stages[at : at + 1] for _, s in _schedulers(stage)}
-    for stage in run.stages:
-        for path, scheduler in _schedulers(stage):
-            if id(scheduler) not in seen:
-                seen.add(id(scheduler))
-                yield stage.name, path, scheduler
-
-
-def _schedulers(stage: Stage) -> Iterator[tuple[str, Any]]:
-    for phase in stage.phases or ():
-        for i, scheduler in enumerate((*phase.step_schedulers, *phase.epoch_schedulers)):
-            yield f"{phase.name}/{i}", scheduler
-
-
-def _resting_states(run: Run, at: int) -> dict[str, dict[str, Any]]:
-    """Of the schedulers that rest, by the first stage that steps them."""
-    states: dict[str, dict[str, Any]] = {}
-    for stage, path, scheduler in _resting(run, at):
-        states.setdefault(stage, {})[path] = {"kind": _kind(scheduler.torch), "state": scheduler.state_dict()}
-    return states
-
-
-def _load_resting(run: Run, state: Mapping[str, Any]) -> None:
-    """Older checkpoints have none of them; a stage that has not begun may have got another kind."""
-    for stage, path, scheduler in _resting(run, state["stage"].get("index", 0)):
-        saved = state.get("schedulers", {}).get(stage, {}).get(path)
-        if saved is not None and saved["kind"] == _kind(scheduler.torch):
-            scheduler.load_state_dict(saved["state"])
-
-
 def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
     run.progress, run.stage_start = Progress(**state["progress"]), Progress(**state["stage_start"])
     for name in _COUNTERS:
@@ -412,10 +370,10 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
     if has_state(precision):  # the scale of the gradients
         precision.load_state_dict(state["precision"])
     if state["stage"] and state["stage"]["index"] < len(run.stages):
-        _load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
-    _load_resting(run, state)
+        load_stage(run, run.stages[state["stage"]["index"]], state["stage"])
+    load_resting(run, state)
     for name in ("callbacks", "handlers", "savers"):
-        for obj, saved in _matched(getattr(run, name), state[name]):
+        for obj, saved in matched(getattr(run, name), state[name]):
             obj.load_state_dict(_alike(obj.state_dict(), saved) if shared_out(run) else saved)
     for name, obj in _user(run):
         (obj[1] if isinstance(obj, tuple) else obj.load_state_dict)(state["user"][name])
@@ -424,18 +382,6 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
     for values, name in ((run.metrics, "metrics"), (run.latest, "latest")):
         values.clear()
         values.update(state.get(name, {}))
-
-
-def _load_stage(run: Run, stage: Stage, saved: Mapping[str, Any]) -> None:
-    for phase in stage.phases or ():
-        mine = saved["phases"][phase.name]
-        schedulers = (*phase.step_schedulers, *phase.epoch_schedulers)
-        for scheduler, values in zip(schedulers, mine["schedulers"], strict=True):
-            scheduler.load_state_dict(values)
-        if phase.meters is not None and run.progress.batch:
-            phase.meters.load_state_dict(mine["meters"])
-    if has_state(stage.source) and saved["source"] is not None:
-        stage.source.load_state_dict(saved["source"])
 
 
 def _lost(run: Run, state: Mapping[str, Any]) -> list[str]:
@@ -471,44 +417,10 @@ def _refuse(data: Contents, problems: list[str]) -> None:
         )
 
 
-def _listed(objects: list[Any]) -> list[dict[str, Any]]:
-    return [{"kind": _kind(o), "state": _state(o)} for o in objects]
-
-
-def _matched(objects: list[Any], saved: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
-    """Objects with their saved state: the n-th of a class with the n-th of that class."""
-    waiting = [o for o in objects if has_state(o)]
-    for entry in saved:
-        obj = next((o for o in waiting if _kind(o) == entry["kind"]), None)
-        if obj is not None:
-            waiting.remove(obj)
-            if entry["state"]:
-                yield obj, entry["state"]
-
-
 def _user(run: Run) -> list[tuple[str, Any]]:
     """The user's own objects, less those that are saved as models and optimizers."""
     known = {id(o) for o in (*run.models.values(), *run.optimizers.values())}
     return [(name, obj) for name, obj in run.state.items() if id(obj) not in known]
-
-
-def _given(name: str, obj: Any) -> Any:
-    if isinstance(obj, tuple) and len(obj) == 2 and all(map(callable, obj)):
-        return obj[0]()
-    if has_state(obj):
-        return obj.state_dict()
-    raise CheckpointError(
-        f"state[{name!r}] is {with_article(_kind(obj))}, which has no state_dict and load_state_dict; give an "
-        f"object that has them, or two functions: state={{{name!r}: (get, set)}}"
-    )
-
-
-def _state(obj: Any) -> Any:
-    return obj.state_dict() if has_state(obj) else {}
-
-
-def _kind(obj: Any) -> str:
-    return f"handler {obj.name}" if isinstance(obj, Handler) else type(obj).__qualname__
 
 
 def _plain(progress: Progress) -> dict[str, Any]:
