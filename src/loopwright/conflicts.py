@@ -13,7 +13,7 @@ from typing import Any
 
 from loopwright.events import HOOKS, Callback, hook_name
 from loopwright.state import Run
-from loopwright.written import is_name, is_ours, parsed, where
+from loopwright.written import is_derived, is_name, is_ours, parsed, where
 
 __all__ = ["changed_by", "has_a_say", "lost_work", "odd_work", "set_twice"]
 
@@ -41,7 +41,7 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
     for hook in _MAPS:
         for first, second in combinations(_own(run, hook), 2):
             given = hook.removeprefix("map_")
-            if not _uses(second) and _meet(run, first, second):
+            if not _uses(second) and not _only_looks(first, may_raise=True) and _meet(run, first, second):
                 yield (
                     f"{_said(second, run)} makes a {given} of its own and does not look at the one that it is "
                     f"given, so that what {_said(first, run)} has returned before is lost; go on from {given!r} there, "
@@ -50,7 +50,8 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
                 )
     yield from _not_its_own(run)
     judged: list[Any] = [
-        one for one in (*run.savers, *run.callbacks) if getattr(one, "restore", None) and hasattr(one, "monitor")
+        one for one in (*run.savers, *run.callbacks)
+        if getattr(one, "restore", None) == "best" and hasattr(one, "monitor") and is_derived(type(one), Callback)
     ]
     for one, other in combinations(judged, 2):
         if one.monitor != other.monitor:
@@ -126,7 +127,7 @@ def _early_looks(run: Run) -> Iterator[tuple[str, str | None]]:
         own = _own(run, hook)
         for (_, first), (i, second) in combinations(enumerate(own), 2):
             if hook in _MAPS:
-                conflict = _only_looks(first) and _uses(second) and not _only_looks(second)
+                conflict = _only_looks(first) and _uses(second) and not _only_looks(second, may_raise=True)
             else:
                 conflict = not _may_edit(first) and _stores_gradients(second)
             if conflict and _meet(run, first, second) and not _is_again(first, own[i + 1 :]):
@@ -220,20 +221,25 @@ def _uses(function: Any) -> bool:
     tree, name = parsed(function.__func__), _name(function)
     if tree is None or name is None:
         return True
-    named = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == name)
+    named = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in (name, "locals", "vars"))
     return any(isinstance(node.ctx, ast.Load) for node in named)
 
 
-def _only_looks(function: Any) -> bool:
-    """True where a hook returns what it was given, wherever it returns, and gives nobody a chance to change it."""
+def _only_looks(function: Any, *, may_raise: bool = False) -> bool:
+    """True where a hook returns what it was given, wherever it returns, and gives nobody a chance to change it.
+
+    ``may_raise``: it may choose among batches, whose work is not lost by what comes later.
+    """
     tree, name = parsed(function.__func__), _name(function)
     if tree is None or name is None:
         return False
     for node in ast.walk(tree):
         if isinstance(node, ast.Return) and not is_name(node.value, name):
             return False
-        if isinstance(node, ast.Raise) or (isinstance(node, ast.Assign) and is_name(node.value, name)):
-            return False  # it chooses among batches; it may change what has another name by then
+        if isinstance(node, ast.Raise) and not may_raise:
+            return False
+        if isinstance(node, ast.Assign) and is_name(node.value, name):
+            return False  # it may change what has another name by then
         if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)) and _mentions(node, name):
             return False
         if isinstance(node, ast.Call):
@@ -325,14 +331,13 @@ def _name(function: Any) -> str | None:
 
 
 def _sets_progress(function: Any) -> bool:
-    """True where a function stores into ``run.progress``, whatever it calls the run."""
-    function = getattr(function, "__func__", function)
-    tree = parsed(function)
+    """True where a function stores into ``run.progress``, whatever it calls the run, its first argument."""
+    tree = parsed(getattr(function, "__func__", function))
     if tree is None:
         return False
-    names = inspect.signature(function).parameters.keys() - {"self"}
+    named = next(iter(inspect.signature(function).parameters), "")
     stores = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
-    return any(n.attr == "progress" and any(is_name(n.value, name) for name in names) for n in stores)
+    return any(n.attr == "progress" and is_name(n.value, named) for n in stores)
 
 
 def _skips_batch(function: Any) -> bool:

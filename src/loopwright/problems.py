@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,15 @@ from loopwright.errors import DataError, SettingError
 from loopwright.events import hook_name
 from loopwright.monitored import watched_in_vain, watched_the_wrong_way
 from loopwright.optim import match_names
+from loopwright.stages import needs_closure
 from loopwright.state import Every, Run, Stage
 from loopwright.task import Supervised, Task
-from loopwright.written import caller, where, written_by_user
+from loopwright.written import caller, is_ours, where, written_by_user
 
 __all__ = ["Written", "problems_in"]
 
+_BEFORE = ("__init__", "configure_optimizers", "phases", "models")  # have been called by now
+_CHOOSES = re.compile("requires_grad|add_param_group|freez|set_trainable")  # in names that code uses
 Found = Iterator[tuple[str, str]]  # a problem, and the file and line in which its cause was written
 
 
@@ -85,7 +89,7 @@ def _parameters(run: Run, written: Written) -> Found:
     named = dict(run.task.named_parameters())  # once: a large model has many
     own = {id(p): name for name, p in named.items()}
     saved = {id(p) for model in run.models.values() for p in model.parameters()}
-    unsaved = [name for i, name in own.items() if i not in saved]
+    unsaved = [name for name, p in named.items() if id(p) not in saved and p.requires_grad]  # others come as they came
     if unsaved:
         yield (
             f"{type(run.task).__name__}.models() leaves out {len(unsaved)} parameters ({', '.join(unsaved[:4])}), "
@@ -100,8 +104,8 @@ def _parameters(run: Run, written: Written) -> Found:
             written.task,
         )
     for name, optimizer in run.optimizers.items():
-        ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        if not any(i in own for i in ids):
+        moved = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in own for p in moved) and any(isinstance(p, nn.Parameter) for p in moved):
             yield (
                 f"the optimizer {name!r} moves no parameter of the task; make it from the task's own: "
                 f"{type(optimizer).__name__}(net.parameters(), ...), where net is the very module that is trained",
@@ -115,19 +119,28 @@ def _moved_once(run: Run, named: dict[str, nn.Parameter], own: dict[int, str], w
     seen: set[int] = set()
     for stage in run.stages:
         owner: set[int] = set()
+        by_rule = {id(o) for phase in stage.phases if callable(phase.every) for o in phase.moved}  # they may take turns
         for optimizer in {id(o): o for phase in stage.phases for o in phase.moved}.values():
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if id(parameter) in owner:
-                    name = own.get(id(parameter), "a parameter")
-                    yield (
-                        f"{name} is moved by two optimizers in stage {stage.name!r}; give each parameter to one of "
-                        "them",
-                        written.task if stage.optimizer is None else written.stage(stage),
+            moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            seen |= moved
+            if id(optimizer) in by_rule:
+                continue
+            if twice := owner & moved:
+                name = next((own[i] for i in own if i in twice), "a parameter")
+                instead = ""
+                if stage.optimizer is not None and optimizer in _given_to(run, stage):
+                    instead = (
+                        f", or let the one of the stage take another's place by its name: optimizer={{"
+                        f"{next(iter(run.optimizers))!r}: ...}}"
                     )
-                    return
-                owner.add(id(parameter))
-        seen |= owner
-    manual = any(not phase.moved for stage in run.stages for phase in stage.phases)
+                yield (
+                    f"{name} is moved by two optimizers in stage {stage.name!r}; give each parameter to one of "
+                    f"them{instead}",
+                    written.task if stage.optimizer is None else written.stage(stage),
+                )
+                return
+            owner |= moved
+    manual = any(not phase.moved for stage in run.stages for phase in stage.phases) or _chooses_itself(run)
     frozen = [_frozen(stage, run.trainable) for stage in run.stages]
     frozen_always = set.intersection(*frozen) if frozen else set()
     missing = [name for name, p in named.items() if p.requires_grad and id(p) not in seen and name not in frozen_always]
@@ -138,6 +151,21 @@ def _moved_once(run: Run, named: dict[str, nn.Parameter], own: dict[int, str], w
             "not to be trained: parameter.requires_grad_(False)",
             written.task,
         )
+
+
+def _given_to(run: Run, stage: Stage) -> list[Any]:
+    """The optimizers that a stage has brought with it."""
+    return [optimizer for name, optimizer in run.optimizers.items() if name.startswith(f"{stage.name}.")]
+
+
+def _chooses_itself(run: Run) -> bool:
+    """True where the user's own code says while training goes on which parameters train, or gives an optimizer more."""
+    kinds = {kind for one in (run.task, *run.callbacks) for kind in type(one).__mro__ if not is_ours(kind)}
+    mine = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+    methods = [method for kind in mine for name, method in vars(kind).items() if name not in _BEFORE]
+    methods += [h.fn for h in run.handlers] + [phase.step for stage in run.stages for phase in stage.phases]
+    codes = (getattr(getattr(m, "__func__", m), "__code__", None) for m in methods)
+    return any(_CHOOSES.search(" ".join(code.co_names)) for code in codes if code is not None)
 
 
 def _made_by(run: Run, name: str, written: Written) -> str:
@@ -223,7 +251,7 @@ def _once_an_epoch(scheduler: Any, steps: int, every: int, stage: Stage, epochs:
                 f"{name} was made for {setting}={length}, the steps of this run, but is stepped once an epoch; wrap "
                 f"it, lw.per_step(scheduler), or make it with {setting}={min(epochs):g}"
             )
-    if stage.epoch_steps is not None and steps < stage.epoch_steps:
+    if stage.epoch_steps is not None and steps < stage.epoch_steps and not epochs:  # else it is a quick look
         change = "" if scheduler.plateau else " Wrap it: lw.per_step(scheduler), or"
         yield (
             f"{name} is stepped once an epoch, but this run ends after {steps} steps, inside of its first epoch."
@@ -321,7 +349,7 @@ def _steps(run: Run, stage: Stage) -> Iterator[str]:
         yield from _carrying(run.task)
     for phase in stage.phases:
         frozen = phase.moved and not any(p.requires_grad for p in phase.parameters())
-        if frozen and stage.train is None:
+        if frozen and stage.train is None and not _chooses_itself(run):
             yield (
                 f"every parameter of phase {phase.name!r} is frozen; set requires_grad_(True) on what shall be trained"
             )
@@ -354,7 +382,7 @@ def _positions(function: Any) -> float:
 def _closures(run: Run, stage: Stage) -> Iterator[str]:
     """What cannot be together with an optimizer that calls the step back, as LBFGS does."""
     for phase in (phase for phase in stage.phases if phase.closure):
-        name = type(phase.moved[0]).__name__
+        name = next(type(one).__name__ for one in phase.moved if needs_closure(one))
         for setting, given in (
             (f"accumulate={stage.accumulate}", stage.accumulate != 1),
             (f"clip_norm={phase.clip_norm}", phase.clip_norm is not None),
