@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
 from loopwright.events import HOOKS, Callback, hook_name
 from loopwright.state import Run
+from loopwright.text import with_article
 from loopwright.written import is_derived, is_name, is_ours, parsed, where
 
-__all__ = ["changed_by", "has_a_say", "lost_work", "odd_work", "set_twice"]
+__all__ = ["changed_by", "has_a_say", "lost_work", "odd_work", "read_too_early", "set_twice"]
 
 _MAPS = ("map_batch", "map_output", "map_loss")
 _IN_A_STEP = (*_MAPS, "on_step_start", "on_batch_start", "on_backward_end", "on_grads_ready")  # before optimizers move
@@ -43,14 +44,15 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
             given = hook.removeprefix("map_")
             if not _uses(second) and not _only_looks(first, may_raise=True) and _meet(run, first, second):
                 yield (
-                    f"{_said(second, run)} makes a {given} of its own and does not look at the one that it is "
-                    f"given, so that what {_said(first, run)} has returned before is lost; go on from {given!r} there, "
-                    "or leave one of the two out",
+                    f"{_said(second, run)} makes {with_article(given)} of its own and does not look at the one that it "
+                    f"is given, so that what {_said(first, run)} has returned before is lost; go on from {given!r} "
+                    "there, or leave one of the two out",
                     where(second),
                 )
     yield from _not_its_own(run)
     judged: list[Any] = [
-        one for one in (*run.savers, *run.callbacks)
+        one
+        for one in (*run.savers, *run.callbacks)
         if getattr(one, "restore", None) == "best" and hasattr(one, "monitor") and is_derived(type(one), Callback)
     ]
     for one, other in combinations(judged, 2):
@@ -60,6 +62,57 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
                 "both put weights back after the fit; leave restore='best' to one of them",
                 None,
             )
+
+
+def read_too_early(run: Run, returned: Iterable[frozenset[str] | None]) -> Iterator[tuple[str, str | None]]:
+    """A key of the output that a hook reads, and that only a later one puts there. ``returned``: keys by the steps."""
+    there: set[str] = set()
+    for names in returned:
+        if names is None:
+            return
+        there |= names
+    own = _own(run, "map_output")
+    for i, first in enumerate(own):
+        for key in sorted(_keys(first, ast.Load) - there - _keys(first, ast.Store)):
+            second = next(
+                (one for one in own[i + 1 :] if key in _keys(one, ast.Store) and _meet(run, first, one)), None
+            )
+            if second is not None:
+                late, early = type(_owner(second)).__name__, type(_owner(first)).__name__
+                yield (
+                    f"{_said(first, run)} reads {key!r} of the output, which {_said(second, run)} puts there later; "
+                    f"put {early} after {late} in the list",
+                    where(first),
+                )
+        there |= _keys(first, ast.Store)
+        if not _keys(first, ast.Store) and not _only_looks(first, may_raise=True):
+            return  # it may have put anything there
+
+
+def _keys(function: Any, use: type) -> set[str]:
+    """Keys of the value of a hook that it is sure to read, ``output["x"]``, or that it may write."""
+    tree, name = parsed(function.__func__), _name(function)
+    if tree is None or name is None:
+        return set()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, use) and is_name(node.value, name):
+            found.add(str(getattr(node.slice, "value", "")))
+        if use is ast.Store and isinstance(node, ast.Dict):
+            found |= {key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+    if use is ast.Load and any(_may_add_keys(node, name) for node in ast.walk(tree)):
+        return set()
+    return found
+
+
+def _may_add_keys(node: ast.AST, name: str) -> bool:
+    """True where ``name`` may get other keys before it is read, or may not be read at all."""
+    if isinstance(node, ast.Name):
+        return node.id == name and isinstance(node.ctx, ast.Store)
+    if isinstance(node, ast.Call):
+        return any(is_name(given, name) for given in (*node.args, *(k.value for k in node.keywords)))
+    method = isinstance(node, ast.Attribute) and is_name(node.value, name)
+    return method or isinstance(node, (ast.If, ast.IfExp, ast.Try, ast.BoolOp, ast.comprehension, ast.Match))
 
 
 def _not_its_own(run: Run) -> Iterator[tuple[str, str | None]]:

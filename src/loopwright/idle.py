@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from loopwright.callbacks.averaging import SWA
 from loopwright.callbacks.mixing import Mixing
 from loopwright.conflicts import changed_by
 from loopwright.described import described
@@ -26,8 +27,10 @@ Found = Iterator[tuple[str, Any]]  # what is idle, and who says so: a stage, a c
 
 def does_nothing(run: Run) -> Found:
     """All that is idle in ``run``. A rehearsal or a part of the data says nothing of lengths."""
-    checks = (_frozen_twice, _twice, _mixed_twice, _never_asked)
-    for check in checks if run.settings.get("debug") else (*checks, _long_windows, _never_due, _beyond_the_end):
+    checks, of_lengths = (_frozen_twice, _twice, _mixed_twice, _never_asked), (
+        _long_windows, _never_due, _beyond_the_end, _odd_schedules,
+    )  # fmt: skip
+    for check in checks if run.settings.get("debug") else (*checks, *of_lengths):
         yield from check(run)
 
 
@@ -107,6 +110,29 @@ def _never_due(run: Run) -> Found:
                 )
 
 
+def _odd_schedules(run: Run) -> Found:
+    """Schedules of torch that a quick look never comes to, and those for epochs that go by the steps."""
+    for stage in run.stages:
+        epochs = min((end.value for end in stage.until if end.unit == "epochs"), default=None)
+        steps, each = most_of(run)["steps"], stage.epoch_steps
+        if epochs is None or each is None or len(run.stages) > 1:
+            continue
+        for phase in stage.phases:
+            for one in (s.torch for s in phase.epoch_schedulers if steps < each and not s.plateau):
+                yield (
+                    f"{type(one).__name__} is stepped once an epoch, and never is in this run, which ends inside of "
+                    "its first",
+                    run.task,
+                )
+            for one in (s.torch for s in phase.step_schedulers if getattr(s.torch, "T_max", None) == epochs < steps):
+                yield (
+                    f"{type(one).__name__} was made for T_max={one.T_max}, the epochs of this run, but is stepped with "
+                    f"the optimizers, {steps:g} times: the rate rises again. Leave lw.per_step out, or make it with "
+                    f"T_max={steps:g}",
+                    run.task,
+                )
+
+
 def _beyond_the_end(run: Run) -> Found:
     """Single moments after the end of the run, and checkpoints that are never written."""
     whole = most_of(run)
@@ -118,6 +144,8 @@ def _beyond_the_end(run: Run) -> Found:
     for callback in run.callbacks:
         kept = getattr(callback, "__dict__", {}).values()
         asked += [(type(callback).__name__, every, callback) for every in kept if isinstance(every, Every)]
+        if isinstance(callback, SWA):
+            asked.append(("SWA", Every(f"at {callback.start}"), callback))
     for who, every, cause in asked:
         never = getattr(cause, "at_end", True) is False and getattr(cause, "monitor", None) is None
         missed = every.missed(whole, moments=("every", "at", "after") if never else ("at", "after"))

@@ -21,7 +21,7 @@ from loopwright.state import Run
 from loopwright.task import Supervised, Task
 from loopwright.written import is_derived, is_name, is_ours, parsed
 
-__all__ = ["watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
+__all__ = ["output_names", "watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
 
 _WITH_VALUES = ("on_loader_end", "on_validation_end")  # hooks that are passed the values of a validation
 Found = Iterator[tuple[str, Any]]  # what is wrong, and who says so: a callback, a saver, the task
@@ -51,9 +51,18 @@ def watched_in_vain(run: Run) -> Found:
             likely = f"{'valid' if names.has_valid else 'train'}/{monitor}"
             yield f"{who} monitors {monitor!r}, which is not logged. {choose(likely, known)}", cause
         elif kind == "lr" and not _is_a_rate(run, monitor):
-            yield f"{who} monitors {monitor!r}, which is no learning rate. {choose(monitor, learning_rates(run))}", cause
+            yield (
+                f"{who} monitors {monitor!r}, which is no learning rate. {choose(monitor, learning_rates(run))}",
+                cause,
+            )
         elif kind != "lr" and not names.may_come(kind, name):
             yield f"{who} monitors {monitor!r}, which nothing produces. {choose(monitor, names.known(kind))}", cause
+
+
+def output_names(run: Run) -> list[frozenset[str] | None]:
+    """What the step of each phase returns, as far as that is known: what is logged and what is not."""
+    more = {"preds", "target"} if isinstance(run.task, Supervised) else frozenset[str]()
+    return [None if names is None else names | more for names in _Names(run).series["train"].values()]
 
 
 def watched_the_wrong_way(run: Run) -> Found:
@@ -190,7 +199,8 @@ class _Names:
         if kind != "train" or returned is None:
             return False
         found = check_metrics(self.run.task.configure_metrics())[metric]
-        return not any(name in returned for leaf in leaves(found) for name in inputs_of(leaf))
+        more = ("preds", "target") if isinstance(self.run.task, Supervised) else ()  # are returned, and not logged
+        return not any(name in returned or name in more for leaf in leaves(found) for name in inputs_of(leaf))
 
 
 def _may_log(one: Any) -> bool:

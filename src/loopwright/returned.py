@@ -72,7 +72,7 @@ class _Reader:
         """What calling a module returns: a hook of its own may make anything of it."""
         if module._forward_hooks:
             return None
-        if type(module).forward is nn.Sequential.forward and len(module):
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
             return self.of_module(module[-1])
         if _is_torch(type(module)):  # one that calls another returns what that one does
             return _LOSS if _is_torch(type(module), _OF_NUMBERS) and not any(module.children()) else None

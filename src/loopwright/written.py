@@ -17,7 +17,18 @@ from typing import Any
 from loopwright.errors import LoopwrightError, LoopwrightWarning
 from loopwright.text import rule_name
 
-__all__ = ["blamed", "caller", "is_derived", "is_name", "is_ours", "parsed", "placed", "warn", "where", "written_by_user"]
+__all__ = [
+    "blamed",
+    "caller",
+    "is_derived",
+    "is_name",
+    "is_ours",
+    "parsed",
+    "placed",
+    "warn",
+    "where",
+    "written_by_user",
+]
 
 _OWN = __name__.partition(".")[0]
 
