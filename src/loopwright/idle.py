@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from loopwright.callbacks.averaging import SWA
 from loopwright.callbacks.mixing import Mixing
 from loopwright.conflicts import changed_by
 from loopwright.described import described
@@ -144,8 +143,6 @@ def _beyond_the_end(run: Run) -> Found:
     for callback in run.callbacks:
         kept = getattr(callback, "__dict__", {}).values()
         asked += [(type(callback).__name__, every, callback) for every in kept if isinstance(every, Every)]
-        if isinstance(callback, SWA):
-            asked.append(("SWA", Every(f"at {callback.start}"), callback))
     for who, every, cause in asked:
         never = getattr(cause, "at_end", True) is False and getattr(cause, "monitor", None) is None
         missed = every.missed(whole, moments=("every", "at", "after") if never else ("at", "after"))

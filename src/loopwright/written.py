@@ -51,8 +51,7 @@ def is_ours(item: Any) -> bool:
 def is_derived(kind: type, base: type) -> bool:
     """True for a class of this package, or one derived from one that is more than ``base``: it means what that means.
 
-    >>> class Own(LoopwrightError): ...
-    >>> is_derived(Own, LoopwrightError), is_derived(LoopwrightWarning, LoopwrightError)
+    >>> is_derived(ValueError, Exception), is_derived(LoopwrightError, Exception)
     (False, True)
     """
     return any(one is not base and is_ours(one) for one in kind.__mro__)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
-from loopwright.given import not_callable_with
 from loopwright.metrics.base import Metric
 from loopwright.metrics.trial import check_applies
 
@@ -52,11 +51,6 @@ class Function(Metric):
         self.state = {str(i): "cat" for i in range(len(self.inputs))}  # type: ignore[misc]
         self._call = _convention(function, len(self.inputs))
         self._tried = self._call is _plainly
-        if self._tried and (why := not_callable_with(function, *self.inputs)) is not None:
-            raise SettingError(
-                f"{_name(function)}{why}. Write a function of these, or name what it is given: lw.metrics.Function(f, "
-                "'preds')"
-            )
 
     def update(self, *args: Any) -> None:
         """Take in one batch. Raises MetricError at the first one, if the function is not for such predictions."""
