@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from loopwright.errors import SettingError
+from loopwright.given import not_callable_with
 from loopwright.progress import Progress
+from loopwright.text import rule_name
 
 __all__ = ["Accumulation", "Amount", "check_unit", "parse_accumulate"]
 
@@ -59,6 +61,8 @@ class Accumulation:
                 raise SettingError(f"accumulate={given!r}: the steps must rise from 0, as in [(0, 1), (1000, 4)]")
         elif not callable(given):
             raise SettingError(f"accumulate={given!r}: expected {_EXPECTED}")
+        elif (why := not_callable_with(given, "progress")) is not None:
+            raise SettingError(f"accumulate={rule_name(given)}{why}. Write: def accumulate(progress): ...")
 
     def at(self, progress: Progress) -> Amount:
         """How much the step after ``progress`` takes. Raises SettingError for what a function may not return."""

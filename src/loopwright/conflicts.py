@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
 from loopwright.events import HOOKS, Callback, hook_name
 from loopwright.state import Run
-from loopwright.written import is_name, is_ours, parsed, where
+from loopwright.text import with_article
+from loopwright.written import is_derived, is_name, is_ours, parsed, where
 
-__all__ = ["changed_by", "has_a_say", "lost_work", "odd_work", "set_twice"]
+__all__ = ["changed_by", "has_a_say", "lost_work", "odd_work", "read_too_early", "set_twice"]
 
 _MAPS = ("map_batch", "map_output", "map_loss")
 _IN_A_STEP = (*_MAPS, "on_step_start", "on_batch_start", "on_backward_end", "on_grads_ready")  # before optimizers move
@@ -41,16 +42,18 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
     for hook in _MAPS:
         for first, second in combinations(_own(run, hook), 2):
             given = hook.removeprefix("map_")
-            if not _uses(second) and _meet(run, first, second):
+            if not _uses(second) and not _only_looks(first, may_raise=True) and _meet(run, first, second):
                 yield (
-                    f"{_said(second, run)} makes a {given} of its own and does not look at the one that it is "
-                    f"given, so that what {_said(first, run)} has returned before is lost; go on from {given!r} there, "
-                    "or leave one of the two out",
+                    f"{_said(second, run)} makes {with_article(given)} of its own and does not look at the one that it "
+                    f"is given, so that what {_said(first, run)} has returned before is lost; go on from {given!r} "
+                    "there, or leave one of the two out",
                     where(second),
                 )
     yield from _not_its_own(run)
     judged: list[Any] = [
-        one for one in (*run.savers, *run.callbacks) if getattr(one, "restore", None) and hasattr(one, "monitor")
+        one
+        for one in (*run.savers, *run.callbacks)
+        if getattr(one, "restore", None) == "best" and hasattr(one, "monitor") and is_derived(type(one), Callback)
     ]
     for one, other in combinations(judged, 2):
         if one.monitor != other.monitor:
@@ -59,6 +62,57 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
                 "both put weights back after the fit; leave restore='best' to one of them",
                 None,
             )
+
+
+def read_too_early(run: Run, returned: Iterable[frozenset[str] | None]) -> Iterator[tuple[str, str | None]]:
+    """A key of the output that a hook reads, and that only a later one puts there. ``returned``: keys by the steps."""
+    there: set[str] = set()
+    for names in returned:
+        if names is None:
+            return
+        there |= names
+    own = _own(run, "map_output")
+    for i, first in enumerate(own):
+        for key in sorted(_keys(first, ast.Load) - there - _keys(first, ast.Store)):
+            second = next(
+                (one for one in own[i + 1 :] if key in _keys(one, ast.Store) and _meet(run, first, one)), None
+            )
+            if second is not None:
+                late, early = type(_owner(second)).__name__, type(_owner(first)).__name__
+                yield (
+                    f"{_said(first, run)} reads {key!r} of the output, which {_said(second, run)} puts there later; "
+                    f"put {early} after {late} in the list",
+                    where(first),
+                )
+        there |= _keys(first, ast.Store)
+        if not _keys(first, ast.Store) and not _only_looks(first, may_raise=True):
+            return  # it may have put anything there
+
+
+def _keys(function: Any, use: type) -> set[str]:
+    """Keys of the value of a hook that it is sure to read, ``output["x"]``, or that it may write."""
+    tree, name = parsed(function.__func__), _name(function)
+    if tree is None or name is None:
+        return set()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, use) and is_name(node.value, name):
+            found.add(str(getattr(node.slice, "value", "")))
+        if use is ast.Store and isinstance(node, ast.Dict):
+            found |= {key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+    if use is ast.Load and any(_may_add_keys(node, name) for node in ast.walk(tree)):
+        return set()
+    return found
+
+
+def _may_add_keys(node: ast.AST, name: str) -> bool:
+    """True where ``name`` may get other keys before it is read, or may not be read at all."""
+    if isinstance(node, ast.Name):
+        return node.id == name and isinstance(node.ctx, ast.Store)
+    if isinstance(node, ast.Call):
+        return any(is_name(given, name) for given in (*node.args, *(k.value for k in node.keywords)))
+    method = isinstance(node, ast.Attribute) and is_name(node.value, name)
+    return method or isinstance(node, (ast.If, ast.IfExp, ast.Try, ast.BoolOp, ast.comprehension, ast.Match))
 
 
 def _not_its_own(run: Run) -> Iterator[tuple[str, str | None]]:
@@ -126,7 +180,7 @@ def _early_looks(run: Run) -> Iterator[tuple[str, str | None]]:
         own = _own(run, hook)
         for (_, first), (i, second) in combinations(enumerate(own), 2):
             if hook in _MAPS:
-                conflict = _only_looks(first) and _uses(second) and not _only_looks(second)
+                conflict = _only_looks(first) and _uses(second) and not _only_looks(second, may_raise=True)
             else:
                 conflict = not _may_edit(first) and _stores_gradients(second)
             if conflict and _meet(run, first, second) and not _is_again(first, own[i + 1 :]):
@@ -221,20 +275,25 @@ def _uses(function: Any) -> bool:
     tree, name = parsed(function.__func__), _name(function)
     if tree is None or name is None:
         return True
-    named = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == name)
+    named = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in (name, "locals", "vars"))
     return any(isinstance(node.ctx, ast.Load) for node in named)
 
 
-def _only_looks(function: Any) -> bool:
-    """True where a hook returns what it was given, wherever it returns, and gives nobody a chance to change it."""
+def _only_looks(function: Any, *, may_raise: bool = False) -> bool:
+    """True where a hook returns what it was given, wherever it returns, and gives nobody a chance to change it.
+
+    ``may_raise``: it may choose among batches, whose work is not lost by what comes later.
+    """
     tree, name = parsed(function.__func__), _name(function)
     if tree is None or name is None:
         return False
     for node in ast.walk(tree):
         if isinstance(node, ast.Return) and not is_name(node.value, name):
             return False
-        if isinstance(node, ast.Raise) or (isinstance(node, ast.Assign) and is_name(node.value, name)):
-            return False  # it chooses among batches; it may change what has another name by then
+        if isinstance(node, ast.Raise) and not may_raise:
+            return False
+        if isinstance(node, ast.Assign) and is_name(node.value, name):
+            return False  # it may change what has another name by then
         if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)) and _mentions(node, name):
             return False
         if isinstance(node, ast.Call):
@@ -326,14 +385,13 @@ def _name(function: Any) -> str | None:
 
 
 def _sets_progress(function: Any) -> bool:
-    """True where a function stores into ``run.progress``, whatever it calls the run."""
-    function = getattr(function, "__func__", function)
-    tree = parsed(function)
+    """True where a function stores into ``run.progress``, whatever it calls the run, its first argument."""
+    tree = parsed(getattr(function, "__func__", function))
     if tree is None:
         return False
-    names = inspect.signature(function).parameters.keys() - {"self"}
+    named = next(iter(inspect.signature(function).parameters), "")
     stores = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
-    return any(n.attr == "progress" and any(is_name(n.value, name) for name in names) for n in stores)
+    return any(n.attr == "progress" and is_name(n.value, named) for n in stores)
 
 
 def _skips_batch(function: Any) -> bool:

@@ -64,6 +64,8 @@ def is_number(value: Any) -> bool:
 def not_callable_with(function: Callable[..., Any], *names: str) -> str | None:
     """Why ``function`` cannot be called with so many positional arguments; None where it can, or does not tell.
 
+    What a decorator has made of one that takes others is called as it is.
+
     >>> not_callable_with(lambda batch: None, "run", "batch")
     '(batch) cannot be called with (run, batch): too many positional arguments'
     """
@@ -74,5 +76,8 @@ def not_callable_with(function: Callable[..., Any], *names: str) -> str | None:
     try:
         signature.bind(*names)
     except TypeError as error:
-        return f"{signature} cannot be called with ({', '.join(names)}): {error}"
+        try:
+            inspect.signature(function, follow_wrapped=False).bind(*names)
+        except TypeError:
+            return f"{signature} cannot be called with ({', '.join(names)}): {error}"
     return None

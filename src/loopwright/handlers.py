@@ -262,10 +262,11 @@ class Handler:
         except (TypeError, ValueError):  # a builtin without a signature takes the run and the extra arguments
             return []
         offered = list(inspect.signature(getattr(Callback, hook)).parameters)[2:]
-        wanted = [(i, n) for i, n in enumerate(offered) if n in signature.parameters and n not in self.kwargs]
         try:
-            signature.bind(None, *self.args, **self.kwargs, **{n: None for _, n in wanted})
+            return self._wanted(signature, offered)
         except TypeError as error:
+            with suppress(TypeError):  # a decorator may have made it of a function that takes others
+                return self._wanted(inspect.signature(self.fn, follow_wrapped=False), offered)
             offers = f" (this event also offers {', '.join(offered)})" if offered else ""
             events = {n: [_event(h) for h in Hooks.passed_to(n) if h.startswith("on_")] for n in signature.parameters}
             lives = "".join(
@@ -275,6 +276,10 @@ class Handler:
                 f"handler {self.name}{signature} cannot be called at {self.event}: {error}. Expected "
                 f"{self.name}(run) plus the extra arguments given to trainer.on{offers}{lives}"
             ) from None
+
+    def _wanted(self, signature: inspect.Signature, offered: list[str]) -> list[tuple[int, str]]:
+        wanted = [(i, n) for i, n in enumerate(offered) if n in signature.parameters and n not in self.kwargs]
+        signature.bind(None, *self.args, **self.kwargs, **{n: None for _, n in wanted})
         return wanted
 
     def anew(self) -> Handler:

@@ -26,8 +26,10 @@ Found = Iterator[tuple[str, Any]]  # what is idle, and who says so: a stage, a c
 
 def does_nothing(run: Run) -> Found:
     """All that is idle in ``run``. A rehearsal or a part of the data says nothing of lengths."""
-    checks = (_frozen_twice, _twice, _mixed_twice, _never_asked)
-    for check in checks if run.settings.get("debug") else (*checks, _long_windows, _never_due, _beyond_the_end):
+    checks, of_lengths = (_frozen_twice, _twice, _mixed_twice, _never_asked), (
+        _long_windows, _never_due, _beyond_the_end, _odd_schedules,
+    )  # fmt: skip
+    for check in checks if run.settings.get("debug") else (*checks, *of_lengths):
         yield from check(run)
 
 
@@ -104,6 +106,29 @@ def _never_due(run: Run) -> Found:
                     f"phase {phase.name!r}: every={phase.every} is never due in this run, which has "
                     f"{_count(steps, 'steps')}; take a smaller one, or leave the phase out",
                     stage,
+                )
+
+
+def _odd_schedules(run: Run) -> Found:
+    """Schedules of torch that a quick look never comes to, and those for epochs that go by the steps."""
+    for stage in run.stages:
+        epochs = min((end.value for end in stage.until if end.unit == "epochs"), default=None)
+        steps, each = most_of(run)["steps"], stage.epoch_steps
+        if epochs is None or each is None or len(run.stages) > 1:
+            continue
+        for phase in stage.phases:
+            for one in (s.torch for s in phase.epoch_schedulers if steps < each and not s.plateau):
+                yield (
+                    f"{type(one).__name__} is stepped once an epoch, and never is in this run, which ends inside of "
+                    "its first",
+                    run.task,
+                )
+            for one in (s.torch for s in phase.step_schedulers if getattr(s.torch, "T_max", None) == epochs < steps):
+                yield (
+                    f"{type(one).__name__} was made for T_max={one.T_max}, the epochs of this run, but is stepped with "
+                    f"the optimizers, {steps:g} times: the rate rises again. Leave lw.per_step out, or make it with "
+                    f"T_max={steps:g}",
+                    run.task,
                 )
 
 

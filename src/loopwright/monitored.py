@@ -11,14 +11,17 @@ from typing import Any
 from loopwright.errors import choose
 from loopwright.events import Callback
 from loopwright.metrics import check_metrics, keys_of
+from loopwright.metrics.algebra import inputs_of, leaves
 from loopwright.monitor import better
+from loopwright.optim import Scheduler
 from loopwright.recorded import rule
+from loopwright.records import learning_rates
 from loopwright.returned import names_returned
 from loopwright.state import Run
-from loopwright.task import Supervised
-from loopwright.written import is_name, is_ours, parsed
+from loopwright.task import Supervised, Task
+from loopwright.written import is_derived, is_name, is_ours, parsed
 
-__all__ = ["watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
+__all__ = ["output_names", "watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
 
 _WITH_VALUES = ("on_loader_end", "on_validation_end")  # hooks that are passed the values of a validation
 Found = Iterator[tuple[str, Any]]  # what is wrong, and who says so: a callback, a saver, the task
@@ -37,7 +40,7 @@ def watched_in_vain(run: Run) -> Found:
                 f"recorded = {{{name!r}: 'step epoch', ...}}",
                 run.task,
             )
-        elif kind == "valid" and not names.has_valid:
+        elif kind == "valid" and not names.is_validated(item):
             yield (
                 f"{who} monitors {monitor!r}, but there is no validation; pass fit(..., valid=loader) or monitor "
                 f"'train/{name}'",
@@ -47,14 +50,25 @@ def watched_in_vain(run: Run) -> Found:
             known = [one for k in (("train", "valid") if names.has_valid else ("train",)) for one in names.known(k)]
             likely = f"{'valid' if names.has_valid else 'train'}/{monitor}"
             yield f"{who} monitors {monitor!r}, which is not logged. {choose(likely, known)}", cause
+        elif kind == "lr" and not _is_a_rate(run, monitor):
+            yield (
+                f"{who} monitors {monitor!r}, which is no learning rate. {choose(monitor, learning_rates(run))}",
+                cause,
+            )
         elif kind != "lr" and not names.may_come(kind, name):
             yield f"{who} monitors {monitor!r}, which nothing produces. {choose(monitor, names.known(kind))}", cause
+
+
+def output_names(run: Run) -> list[frozenset[str] | None]:
+    """What the step of each phase returns, as far as that is known: what is logged and what is not."""
+    more = {"preds", "target"} if isinstance(run.task, Supervised) else frozenset[str]()
+    return [None if names is None else names | more for names in _Names(run).series["train"].values()]
 
 
 def watched_the_wrong_way(run: Run) -> Found:
     """A loss that is to rise, and a plateau that waits for the wrong side: its ``mode`` is "min" unless said."""
     for item, who, cause in _against_its_name(run):
-        if _is_the_loss(item.monitor):
+        if _is_the_loss(item.monitor) and _is_made_smaller(run):
             told = "make it with mode='min'" if hasattr(item, "torch") else "leave mode out"
             yield (
                 f"{who} monitors {item.monitor!r} with mode='max', and training makes the loss smaller: the worst "
@@ -66,7 +80,8 @@ def watched_the_wrong_way(run: Run) -> Found:
 def watched_oddly(run: Run) -> Found:
     """A value whose name tells that it is better the other way."""
     for item, who, cause in _against_its_name(run):
-        if not _is_the_loss(item.monitor) and "score" not in item.monitor:  # of anything
+        told = _is_the_loss(item.monitor) and (_is_made_smaller(run) or _rises(run))
+        if not told and "score" not in item.monitor:  # of anything
             given = getattr(item, "torch", item)
             way = f"make it with mode={better(item.monitor)!r}" if given is not item else "leave mode out"
             yield (
@@ -74,12 +89,6 @@ def watched_oddly(run: Run) -> Found:
                 "or give the value a name that does not tell",
                 cause,
             )
-
-
-def _is_ours(one: Any) -> bool:
-    """False for a class of the user's own: what it calls monitor may be anything."""
-    kinds = (kind for kind in type(one).__mro__ if kind is not Callback)
-    return any(map(is_ours, kinds))
 
 
 def _against_its_name(run: Run) -> Iterator[tuple[Any, str, Any]]:
@@ -94,9 +103,28 @@ def _is_the_loss(monitor: str) -> bool:
     return monitor == "train/loss" or (monitor.startswith("valid/") and monitor.endswith("/loss"))
 
 
+def _is_a_rate(run: Run, monitor: str) -> bool:
+    """True for the rate of an optimizer; those of groups are known once a schedule of theirs is at work."""
+    of_groups = any(name.startswith("lr/") for s in run.stages for one in s.scheduled for name in one.schedules)
+    return of_groups or monitor in learning_rates(run)
+
+
+def _is_made_smaller(run: Run) -> bool:
+    """True where one objective is trained, and validated by the same: several may play against each other."""
+    phases, kind = [phase for stage in run.stages for phase in stage.phases], type(run.task)
+    own = getattr(kind, "validation_step", None)
+    same = own in (Task.validation_step, Supervised.validation_step) or not any(stage.valid for stage in run.stages)
+    return same and all(phase.moved and not phase.prefix for phase in phases) and not _rises(run)
+
+
+def _rises(run: Run) -> bool:
+    """True where an optimizer makes a loss larger: ``maximize=True``."""
+    return any(group.get("maximize") for one in run.optimizers.values() for group in one.param_groups)
+
+
 def _watching(run: Run) -> Iterator[tuple[Any, str, Any]]:
     """What has a name to monitor, what it is called, and who is to be named for it."""
-    given = [(one, one) for one in (*run.callbacks, *run.savers) if _is_ours(one)]
+    given = [(one, one) for one in (*run.callbacks, *run.savers) if is_derived(type(one), Callback)]
     given += [(s, run.task) for stage in run.stages for phase in stage.phases for s in phase.epoch_schedulers]
     for item, cause in given:
         if isinstance(getattr(item, "monitor", None), str):
@@ -108,6 +136,17 @@ class _Names:
 
     def __init__(self, run: Run) -> None:
         self.run, self.has_valid = run, any(stage.valid for stage in run.stages)
+
+    def is_validated(self, item: Any) -> bool:
+        """True where ``item`` may see values of a validation: in its stage, or logged by hand where it reads those."""
+        own = [stage for stage in self.run.stages if any(one is item for one in stage.callbacks)]
+        by_hand = isinstance(item, Scheduler) or hasattr(item, "due")  # what looks at run.metrics
+        return any(stage.valid for stage in own or self.run.stages) or (by_hand and self.logs_validation)
+
+    @cached_property
+    def logs_validation(self) -> bool:
+        """True if something may log a name of a validation itself, as what ``trainer.validate`` has found."""
+        return any(map(_may_log_validation, (*self.run.callbacks, *self.run.handlers)))
 
     @cached_property
     def metrics(self) -> dict[str, list[str] | None]:
@@ -123,33 +162,45 @@ class _Names:
         return {"train": train, "valid": dict.fromkeys(loaders, self._of(step) if loaders else None)}
 
     def _of(self, step: Any) -> frozenset[str] | None:
-        loss = getattr(self.run.task, "loss", None)
-        terms = getattr(loss, "terms", None) or (names_returned(loss) if callable(loss) else ())
-        known = {Supervised.training_step: None if terms is None else frozenset({"loss", *terms})}
+        losses = [getattr(self.run.task, "loss", None), *(stage.loss for stage in self.run.stages)]
+        terms = [getattr(one, "terms", None) or names_returned(one) for one in losses if callable(one)]
+        names = None if None in terms else frozenset({"loss"}.union(*(t for t in terms if t is not None)))
+        known = {Supervised.training_step: names}
         return names_returned(step if self.run.compiler is None else inspect.unwrap(step), known)
 
     def known(self, kind: str) -> list[str]:
         """The names that are known to come, as far as they are."""
-        metrics = [key for name, keys in self.metrics.items() for key in keys or [name]]
-        found = {p: sorted(names or {"loss"}) for p, names in self.series[kind].items()}
-        return [f"{kind}/{prefix}{name}" for prefix, names in found.items() for name in (*names, *metrics)]
+        metrics = [(name, key) for name, keys in self.metrics.items() for key in keys or [name]]
+        found = []
+        for prefix, names in self.series[kind].items():
+            measured = [key for name, key in metrics if not self._is_left_out(name, names, kind)]
+            found += [f"{kind}/{prefix}{name}" for name in (*sorted(names or {"loss"}), *measured)]
+        return found
 
     def may_come(self, kind: str, name: str) -> bool:
         if kind == "train" and name != "loss" and any(map(_may_log, (*self.run.callbacks, *self.run.handlers))):
             return True  # run.log refuses that one name
-        if kind == "valid" and any(map(_may_add, (*self.run.callbacks, *self.run.handlers))):
+        if kind == "valid" and (self.logs_validation or any(map(_may_add, (*self.run.callbacks, *self.run.handlers)))):
             return True
         return any(
-            name.startswith(prefix) and self._may_be_of(name.removeprefix(prefix), names)
+            name.startswith(prefix) and self._may_be_of(name.removeprefix(prefix), names, kind)
             for prefix, names in self.series[kind].items()
         )
 
-    def _may_be_of(self, name: str, returned: frozenset[str] | None) -> bool:
+    def _may_be_of(self, name: str, returned: frozenset[str] | None, kind: str) -> bool:
         metric = name.partition("/")[0]
         if metric in self.metrics:
             keys = self.metrics[metric]
-            return keys is None or name in keys
+            return not self._is_left_out(metric, returned, kind) and (keys is None or name in keys)
         return returned is None or name in returned
+
+    def _is_left_out(self, metric: str, returned: frozenset[str] | None, kind: str) -> bool:
+        """True for a metric of training that reads nothing of what the step returns."""
+        if kind != "train" or returned is None:
+            return False
+        found = check_metrics(self.run.task.configure_metrics())[metric]
+        more = ("preds", "target") if isinstance(self.run.task, Supervised) else ()  # are returned, and not logged
+        return not any(name in returned or name in more for leaf in leaves(found) for name in inputs_of(leaf))
 
 
 def _may_log(one: Any) -> bool:
@@ -159,6 +210,34 @@ def _may_log(one: Any) -> bool:
         return True
     logs = "run.log(" in inspect.getsource(inspect.getmodule(kind) or kind)
     return logs or kind.map_output is not Callback.map_output
+
+
+def _may_log_validation(one: Any) -> bool:
+    """True for callbacks and handlers of the user's own that log what is not written out, or named ``valid/...``."""
+    if isinstance(one, Callback):
+        kinds = [kind for kind in type(one).__mro__ if kind not in (Callback, object) and not is_ours(kind)]
+        functions = [method for kind in kinds for method in vars(kind).values() if inspect.isfunction(method)]
+    else:
+        functions = [] if is_ours(one.fn) else [one.fn]
+    return any(map(_logs_validation, functions))
+
+
+def _logs_validation(function: Any) -> bool:
+    function = getattr(function, "__func__", function)
+    tree, code = parsed(function), getattr(function, "__code__", None)
+    if tree is None:
+        return code is None or bool({"log", "validate"} & {*code.co_names})
+    given = next((one.arg for one in tree.args.args if one.arg != "self"), "")
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if getattr(call.func, "attr", "") == "log":
+            values = call.args[0] if call.args else None
+            named = isinstance(values, ast.Dict) and all(isinstance(key, ast.Constant) for key in values.keys)
+            keys = [str(getattr(key, "value", "")) for key in values.keys] if isinstance(values, ast.Dict) else []
+            if not named or any(key.startswith("valid/") for key in keys):
+                return True
+        elif isinstance(call.func, ast.Name) and call.func.id != "print" and any(is_name(a, given) for a in call.args):
+            return True  # what is handed the run may log
+    return False
 
 
 def _may_add(one: Any) -> bool:

@@ -18,6 +18,7 @@ from loopwright.data import Chunks, DataModule, as_source, as_sources, data_of, 
 from loopwright.errors import DataError, SettingError, choose
 from loopwright.events import Callback, check_callback
 from loopwright.every import Every
+from loopwright.given import not_callable_with
 from loopwright.metrics import Meters, check_metrics
 from loopwright.optim import Scheduled, as_schedulers, match_names, scheduled_in, trainable_flags
 from loopwright.parallel import is_shard
@@ -25,7 +26,7 @@ from loopwright.progress import Duration, Ends, Whole
 from loopwright.recorded import rules_of
 from loopwright.stages import end_in, needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
-from loopwright.text import with_article
+from loopwright.text import rule_name, with_article
 from loopwright.written import placed, written_by_user
 
 __all__ = ["Parts", "assemble", "measured_by", "number_of", "sample_count"]
@@ -113,6 +114,9 @@ def assemble(
     old = previous.stages if previous is not None else []
     if previous is None:
         with placed("the optimizer", at):
+            if (why := not_callable_with(task.configure_optimizers)) is not None:
+                name = f"{type(task).__name__}.configure_optimizers"
+                raise SettingError(f"{name}{why}. Write: def configure_optimizers(self): ...")
             given = _named(task.configure_optimizers())
     else:
         own = tuple(f"{stage.name}." for stage in old)  # those of a stage come with it
@@ -170,6 +174,8 @@ def number_of(weight: Callable[[Any], Any]) -> Callable[[Any], float]:
             f"weight={weight!r} cannot be called; pass a function of the batch that returns how many samples or tokens "
             "it has"
         )
+    if (why := not_callable_with(weight, "batch")) is not None:
+        raise SettingError(f"weight={rule_name(weight)}{why}. Write: weight=lambda batch: ...")
 
     @wraps(weight)
     def number(batch: Any) -> float:
@@ -320,7 +326,10 @@ def _stage(
     made.until = [end_in(made, part) for end in until for part in end.parts]
     steps, batches = made.epoch_steps, made.source.batches
     made.whole = Whole(tuple(made.until), steps, batches / steps if steps and batches else 1, batches)
-    made.scheduled = scheduled_in(made, found)
+    own_schedule = stage.schedule is not None or stage.lr is not None or stage.optimizer is not None
+    said_at = written_by_user(task.configure_optimizers) or getattr(task, "_made_at", None)
+    with placed("the schedule", stage.made_at if own_schedule else said_at):
+        made.scheduled = scheduled_in(made, found)
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +15,24 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import OneCycleLR
 
 from loopwright.accumulation import check_unit
-from loopwright.conflicts import lost_work
+from loopwright.conflicts import lost_work, read_too_early
 from loopwright.data import Chunks
 from loopwright.data.named import check_columns, columns_of
 from loopwright.errors import DataError, SettingError
 from loopwright.events import hook_name
-from loopwright.monitored import watched_in_vain, watched_the_wrong_way
+from loopwright.given import not_callable_with
+from loopwright.monitored import output_names, watched_in_vain, watched_the_wrong_way
 from loopwright.optim import match_names
+from loopwright.stages import needs_closure
 from loopwright.state import Every, Run, Stage
 from loopwright.task import Supervised, Task
-from loopwright.written import caller, where, written_by_user
+from loopwright.text import rule_name
+from loopwright.written import caller, is_ours, where, written_by_user
 
 __all__ = ["Written", "problems_in"]
 
+_BEFORE = ("__init__", "configure_optimizers", "phases", "models")  # have been called by now
+_CHOOSES = re.compile("requires_grad|add_param_group|freez|set_trainable")  # in names that code uses
 Found = Iterator[tuple[str, str]]  # a problem, and the file and line in which its cause was written
 
 
@@ -65,14 +71,15 @@ class Written:
 def problems_in(run: Run, written: Written) -> Found:
     """All that cannot work, as far as it can be known without reading a batch."""
     for check in (
-        _parameters, _unused, _schedules, _intervals, _watched, _settings, _given_twice, _numbers, _compilation,
-        _columns,
+        _parameters, _unused, _signatures, _schedules, _intervals, _watched, _settings, _given_twice, _numbers,
+        _compilation, _columns,
     ):  # fmt: skip
         yield from check(run, written)
     for callback in run.callbacks:  # one that is no lw.Callback may lack it
         found = getattr(callback, "problems", lambda run: ())(run)
         yield from ((problem, written.callback(run, callback)) for problem in found)
-    yield from ((problem, place or written.trainer) for problem, place in lost_work(run))
+    kept = (*lost_work(run), *read_too_early(run, output_names(run)))
+    yield from ((problem, place or written.trainer) for problem, place in kept)
 
 
 # ----------------------------------------------------------------------------------------- parameters and optimizers
@@ -85,7 +92,7 @@ def _parameters(run: Run, written: Written) -> Found:
     named = dict(run.task.named_parameters())  # once: a large model has many
     own = {id(p): name for name, p in named.items()}
     saved = {id(p) for model in run.models.values() for p in model.parameters()}
-    unsaved = [name for i, name in own.items() if i not in saved]
+    unsaved = [name for name, p in named.items() if id(p) not in saved and p.requires_grad]  # others come as they came
     if unsaved:
         yield (
             f"{type(run.task).__name__}.models() leaves out {len(unsaved)} parameters ({', '.join(unsaved[:4])}), "
@@ -100,8 +107,8 @@ def _parameters(run: Run, written: Written) -> Found:
             written.task,
         )
     for name, optimizer in run.optimizers.items():
-        ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        if not any(i in own for i in ids):
+        moved = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in own for p in moved) and any(isinstance(p, nn.Parameter) for p in moved):
             yield (
                 f"the optimizer {name!r} moves no parameter of the task; make it from the task's own: "
                 f"{type(optimizer).__name__}(net.parameters(), ...), where net is the very module that is trained",
@@ -115,19 +122,28 @@ def _moved_once(run: Run, named: dict[str, nn.Parameter], own: dict[int, str], w
     seen: set[int] = set()
     for stage in run.stages:
         owner: set[int] = set()
+        by_rule = {id(o) for phase in stage.phases if callable(phase.every) for o in phase.moved}  # they may take turns
         for optimizer in {id(o): o for phase in stage.phases for o in phase.moved}.values():
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if id(parameter) in owner:
-                    name = own.get(id(parameter), "a parameter")
-                    yield (
-                        f"{name} is moved by two optimizers in stage {stage.name!r}; give each parameter to one of "
-                        "them",
-                        written.task if stage.optimizer is None else written.stage(stage),
+            moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            seen |= moved
+            if id(optimizer) in by_rule:
+                continue
+            if twice := owner & moved:
+                name = next((own[i] for i in own if i in twice), "a parameter")
+                instead = ""
+                if stage.optimizer is not None and optimizer in _given_to(run, stage):
+                    instead = (
+                        f", or let the one of the stage take another's place by its name: optimizer={{"
+                        f"{next(iter(run.optimizers))!r}: ...}}"
                     )
-                    return
-                owner.add(id(parameter))
-        seen |= owner
-    manual = any(not phase.moved for stage in run.stages for phase in stage.phases)
+                yield (
+                    f"{name} is moved by two optimizers in stage {stage.name!r}; give each parameter to one of "
+                    f"them{instead}",
+                    written.task if stage.optimizer is None else written.stage(stage),
+                )
+                return
+            owner |= moved
+    manual = any(not phase.moved for stage in run.stages for phase in stage.phases) or _chooses_itself(run)
     frozen = [_frozen(stage, run.trainable) for stage in run.stages]
     frozen_always = set.intersection(*frozen) if frozen else set()
     missing = [name for name, p in named.items() if p.requires_grad and id(p) not in seen and name not in frozen_always]
@@ -138,6 +154,21 @@ def _moved_once(run: Run, named: dict[str, nn.Parameter], own: dict[int, str], w
             "not to be trained: parameter.requires_grad_(False)",
             written.task,
         )
+
+
+def _given_to(run: Run, stage: Stage) -> list[Any]:
+    """The optimizers that a stage has brought with it."""
+    return [optimizer for name, optimizer in run.optimizers.items() if name.startswith(f"{stage.name}.")]
+
+
+def _chooses_itself(run: Run) -> bool:
+    """True where the user's own code says while training goes on which parameters train, or gives an optimizer more."""
+    kinds = {kind for one in (run.task, *run.callbacks) for kind in type(one).__mro__ if not is_ours(kind)}
+    mine = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+    methods = [method for kind in mine for name, method in vars(kind).items() if name not in _BEFORE]
+    methods += [h.fn for h in run.handlers] + [phase.step for stage in run.stages for phase in stage.phases]
+    codes = (getattr(getattr(m, "__func__", m), "__code__", None) for m in methods)
+    return any(_CHOOSES.search(" ".join(code.co_names)) for code in codes if code is not None)
 
 
 def _made_by(run: Run, name: str, written: Written) -> str:
@@ -184,18 +215,44 @@ def _schedules(run: Run, written: Written) -> Found:
     for stage in run.stages:
         at = written.task if stage.schedule is None and stage.lr is None else written.stage(stage)
         yield from ((problem, at) for problem in _schedules_of(stage))
+    yield from ((problem, written.task) for problem in _over_all_stages(run))
+
+
+def _over_all_stages(run: Run) -> Iterator[str]:
+    """A schedule that goes on through several stages, and is at its end before they are."""
+    takes: dict[int, list[int]] = {}
+    made: dict[int, Any] = {}
+    for stage in run.stages:
+        known = _steps_in(stage) if len(stage.ends) == len(stage.until) else []  # a plateau may end it before
+        for phase in (phase for phase in stage.phases if known and isinstance(phase.every, int)):
+            for one in (s.torch for s in phase.step_schedulers if isinstance(s.torch, OneCycleLR)):
+                made[id(one)] = one
+                takes.setdefault(id(one), []).append(min(known) // phase.every)
+    for key, steps in takes.items():
+        have, need = made[key].total_steps, sum(steps)
+        if max(steps) <= have < need:
+            yield (
+                f"OneCycleLR was made for {have} steps, and goes through {len(steps)} stages that take {need}; make it "
+                f"with total_steps={need}"
+            )
+
+
+def _steps_in(stage: Stage) -> list[int]:
+    """The steps of a stage by each of its ends that tells."""
+    steps = [int(u.value) for u in stage.until if u.unit == "steps"]
+    epochs = [u.value for u in stage.until if u.unit == "epochs"]
+    return steps if stage.epoch_steps is None or not epochs else [*steps, round(min(epochs) * stage.epoch_steps)]
 
 
 def _schedules_of(stage: Stage) -> Iterator[str]:
-    epochs = [u.value for u in stage.until if u.unit == "epochs"]
-    steps = [int(u.value) for u in stage.until if u.unit == "steps"]
-    if stage.epoch_steps is not None and epochs:
-        steps.append(round(min(epochs) * stage.epoch_steps))
+    epochs, steps = [u.value for u in stage.until if u.unit == "epochs"], _steps_in(stage)
     for phase in stage.phases:
         if callable(phase.every):
             continue  # who knows how often it runs
         every = phase.every
         for scheduler in phase.step_schedulers:
+            if steps and epochs:
+                yield from _made_for_batches(scheduler.torch, min(steps) // every, min(epochs), stage)
             if isinstance(scheduler.torch, OneCycleLR) and steps:
                 need, have = min(steps) // every, scheduler.torch.total_steps
                 if need > have:
@@ -213,17 +270,39 @@ def _schedules_of(stage: Stage) -> Iterator[str]:
                 yield from _once_an_epoch(scheduler, min(steps), every, stage, epochs)
 
 
+def _made_for_batches(scheduler: Any, steps: int, epochs: float, stage: Stage) -> Iterator[str]:
+    """A schedule that is stepped with the optimizers, and was made for each batch where a step takes several."""
+    if not isinstance(stage.accumulate, int) or stage.accumulate == 1 or stage.source.batches is None:
+        return
+    for setting in ("total_steps", "T_max"):
+        length = getattr(scheduler, setting, None)
+        if length == round(epochs * stage.source.batches) and length > steps:
+            yield (
+                f"{type(scheduler).__name__} was made for {setting}={length}, the batches of this run, but is stepped "
+                f"with the optimizers: {steps} times with accumulate={stage.accumulate}. Make it with {setting}={steps}"
+            )
+
+
 def _once_an_epoch(scheduler: Any, steps: int, every: int, stage: Stage, epochs: list[float]) -> Iterator[str]:
     """A schedule by epochs that was made for steps, or in a run that ends before its first epoch does."""
     name = type(scheduler.torch).__name__
+    parts = getattr(scheduler.torch, "_milestones", None)
+    last = getattr(scheduler.torch, "_schedulers", [None])[-1]
     for setting in ("T_max", "total_iters"):
-        length = getattr(scheduler.torch, setting, None)
-        if epochs and length == steps // every and length > min(epochs):
+        length = getattr(last if parts else scheduler.torch, setting, None)
+        if parts and length is not None:
+            length += parts[-1]
+            if epochs and length == steps // every and length > min(epochs):
+                yield (
+                    f"{name} was made for {length} in all, the steps of this run, but is stepped once an epoch; wrap "
+                    f"it, lw.per_step(scheduler), or make it for {min(epochs):g}"
+                )
+        elif epochs and length == steps // every and length > min(epochs):
             yield (
                 f"{name} was made for {setting}={length}, the steps of this run, but is stepped once an epoch; wrap "
                 f"it, lw.per_step(scheduler), or make it with {setting}={min(epochs):g}"
             )
-    if stage.epoch_steps is not None and steps < stage.epoch_steps:
+    if stage.epoch_steps is not None and steps < stage.epoch_steps and not epochs:  # else it is a quick look
         change = "" if scheduler.plateau else " Wrap it: lw.per_step(scheduler), or"
         yield (
             f"{name} is stepped once an epoch, but this run ends after {steps} steps, inside of its first epoch."
@@ -321,9 +400,26 @@ def _steps(run: Run, stage: Stage) -> Iterator[str]:
         yield from _carrying(run.task)
     for phase in stage.phases:
         frozen = phase.moved and not any(p.requires_grad for p in phase.parameters())
-        if frozen and stage.train is None:
+        if frozen and stage.train is None and not _chooses_itself(run):
             yield (
                 f"every parameter of phase {phase.name!r} is frozen; set requires_grad_(True) on what shall be trained"
+            )
+
+
+def _signatures(run: Run, written: Written) -> Found:
+    """Steps that do not take a batch, and nothing else."""
+    steps = [phase.step for s in run.stages if not isinstance(s.source, Chunks) for phase in s.phases]
+    if any(stage.valid for stage in run.stages):
+        steps.append(run.task.validation_step)
+    told: set[str] = set()
+    for step in steps if run.compiler is None else map(inspect.unwrap, steps):
+        why, name = not_callable_with(step, "batch"), str(rule_name(step))
+        if why is not None and name not in told:
+            told.add(name)
+            yield (
+                f"{name}{why}. Write: def {name.rpartition('.')[2]}(self, batch): ...; run.progress.batch counts the "
+                "batches",
+                where(step) if not is_ours(step) else written.task,
             )
 
 
@@ -354,7 +450,7 @@ def _positions(function: Any) -> float:
 def _closures(run: Run, stage: Stage) -> Iterator[str]:
     """What cannot be together with an optimizer that calls the step back, as LBFGS does."""
     for phase in (phase for phase in stage.phases if phase.closure):
-        name = type(phase.moved[0]).__name__
+        name = next(type(one).__name__ for one in phase.moved if needs_closure(one))
         for setting, given in (
             (f"accumulate={stage.accumulate}", stage.accumulate != 1),
             (f"clip_norm={phase.clip_norm}", phase.clip_norm is not None),

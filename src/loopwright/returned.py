@@ -22,6 +22,8 @@ _LOSS = frozenset({"loss"})  # what a tensor or a number alone is logged as
 _OF_TENSORS = ("mean", "sum", "item", "square", "abs", "sqrt", "exp", "squeeze", "detach", "clone")  # methods
 _NUMBERS = ("float", "int", "abs", "sum", "len")
 _HARMLESS = ("dict", "float", "isinstance", "len", "list", "print", "sorted", "str", "type", "update")  # with a dict
+_READS = ("copy", "get", "items", "keys", "pop", "setdefault", "update", "values")  # of a dict, and what it puts there
+_OF_NUMBERS = ("torch._C", "torch._VF", "torch.functional", "torch.nn.functional", "torch.nn.modules")  # give tensors
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 
 
@@ -52,11 +54,11 @@ class _Reader:
         """``owner``: what is passed on to a function that a decorator has wrapped."""
         function = getattr(step, "__func__", step)
         if isinstance(step, nn.Module):
-            return _LOSS if _is_torch(type(step)) else self.of(step.forward)
+            return self.of_module(step)
         if function in self.known:
             return self.known[function]
         if _is_torch(function):
-            return _LOSS
+            return _LOSS if inspect.isbuiltin(function) or _is_torch(function, _OF_NUMBERS) else None
         if not inspect.isfunction(function) or function in self.inside or inspect.isgeneratorfunction(function):
             return None
         tree, found = parsed(function), None
@@ -65,6 +67,16 @@ class _Reader:
             found = _Body(self, tree, function, getattr(step, "__self__", owner)).returned()
             self.inside.discard(function)
         return _annotated(function) if found is None else found
+
+    def of_module(self, module: nn.Module) -> Names:
+        """What calling a module returns: a hook of its own may make anything of it."""
+        if module._forward_hooks:
+            return None
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
+            return self.of_module(module[-1])
+        if _is_torch(type(module)):  # one that calls another returns what that one does
+            return _LOSS if _is_torch(type(module), _OF_NUMBERS) and not any(module.children()) else None
+        return self.of(module.forward)
 
 
 class _Body:
@@ -109,7 +121,7 @@ class _Body:
         put = [one for node in self.nodes for one in self._put(node, name)]
         self.following.discard(name)
         seen, names = {id(target) for target, _ in put}, _all(names for _, names in put)
-        elsewhere = any(is_name(n, name) and _stores(n) and id(n) not in seen for n in self.nodes)  # a tuple, a loop
+        elsewhere = any(_binds(n, name) and id(n) not in seen for n in self.nodes)  # a tuple, a loop
         if not put or elsewhere or name in self.foreign or (names is not _LOSS and self._is_handed_on(name)):
             return None
         return names
@@ -124,6 +136,9 @@ class _Body:
                     yield target, self._entry(target.slice, target.slice)
         elif isinstance(node, ast.AugAssign) and is_name(node.target, name):
             yield node.target, self.value(node.value) if isinstance(node.op, ast.BitOr) else _LOSS
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Subscript):
+            if is_name(node.target.value, name):
+                yield node.target, self._entry(node.target.slice, node.target.slice)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_name(node.func.value, name):
             if node.func.attr == "update":
                 yield node, _all([*map(self.value, node.args), *map(self._keyword, node.keywords)])
@@ -132,8 +147,12 @@ class _Body:
 
     def _is_handed_on(self, name: str) -> bool:
         """True if something else gets hold of a dict, and may put more into it."""
-        fine = {id(node.value) for node in self.nodes if isinstance(node, (ast.Return, ast.Subscript, ast.Attribute))}
+        fine = {id(node.value) for node in self.nodes if isinstance(node, (ast.Return, ast.Subscript))}
         for node in self.nodes:
+            if isinstance(node, ast.Assign) and len(node.targets) > 1 and any(is_name(t, name) for t in node.targets):
+                return True  # under another name as well
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _READS:
+                fine.add(id(node.func.value))
             if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in _HARMLESS:
                 fine |= set(map(id, node.args))
             elif isinstance(node, ast.Dict):
@@ -185,8 +204,9 @@ def _annotated(function: Any) -> Names:
     return _LOSS if isinstance(said, type) and issubclass(said, (Tensor, float)) else None
 
 
-def _is_torch(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", None)).partition(".")[0] == "torch"
+def _is_torch(thing: Any, parts: tuple[str, ...] = ("torch",)) -> bool:
+    module = str(getattr(thing, "__module__", None))
+    return any(module == part or module.startswith(f"{part}.") for part in parts)
 
 
 def _seen_from(function: Any) -> dict[str, Any]:
@@ -211,6 +231,18 @@ def _all(parts: Iterable[Names]) -> Names:
     if found and all(part is _LOSS for part in found):
         return _LOSS
     return frozenset[str]().union(*(part for part in found if part is not None))
+
+
+def _binds(node: ast.AST, name: str) -> bool:
+    """True where ``name`` or an entry of it is given a value, also by ``case {**name}`` and ``except ... as name``."""
+    if isinstance(node, (ast.MatchAs, ast.MatchStar, ast.ExceptHandler)):
+        return node.name == name
+    if isinstance(node, ast.MatchMapping):
+        return node.rest == name
+    if isinstance(node, (ast.Global, ast.Nonlocal)):
+        return name in node.names
+    stored = node.value if isinstance(node, ast.Subscript) else node
+    return isinstance(getattr(node, "ctx", None), ast.Store) and is_name(stored, name)
 
 
 def _stores(node: ast.AST) -> bool:

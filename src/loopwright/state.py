@@ -16,11 +16,11 @@ from loopwright.accumulation import parse_accumulate
 from loopwright.delivery import hand_over, log_values, takes
 from loopwright.errors import SettingError, choose, name_nearest
 from loopwright.every import Every
-from loopwright.given import check_list, check_text, is_number
+from loopwright.given import check_list, check_text, is_number, not_callable_with
 from loopwright.history import History, Series
 from loopwright.notebook import sparkline, table_html
 from loopwright.progress import Duration, Progress, Whole
-from loopwright.text import format_time, format_value
+from loopwright.text import format_time, format_value, rule_name
 from loopwright.written import caller
 
 if TYPE_CHECKING:
@@ -232,6 +232,9 @@ class Phase:
                 f"Phase {self.name!r}: every={self.every!r}; expected a whole number of steps, from 1, or a function "
                 "of the run that says whether it is to run in the next step"
             )
+        rule: Any = self.every
+        if not number and (why := not_callable_with(rule, "run")) is not None:
+            raise SettingError(f"Phase {self.name!r}: every={rule_name(self.every)}{why}. Write: every=lambda run: ...")
         moved: Any = self.optimizers
         several = moved is not None and not isinstance(moved, (str, Optimizer))
         listed = isinstance(moved, (list, tuple)) and all(isinstance(one, (str, Optimizer)) for one in moved)
@@ -320,6 +323,10 @@ class Stage:
         for name, kind in (("loss", self.loss), ("loop", self.loop)):
             if kind is not None and (isinstance(kind, type) or not callable(kind)):
                 raise SettingError(f"Stage {self.name!r}: {name}={kind!r} cannot be called; pass a function")
+        if self.loop is not None and (why := not_callable_with(self.loop, "run", "stage")) is not None:
+            raise SettingError(
+                f"Stage {self.name!r}: loop={rule_name(self.loop)}{why}. Write: def loop(run, stage): ..."
+            )
         check_list("callbacks", self.callbacks, "lw.EarlyStopping('valid/loss')", where=f"Stage {self.name!r}: ")
         if not isinstance(self.reuse, (bool, str)):
             raise SettingError(

@@ -17,7 +17,18 @@ from typing import Any
 from loopwright.errors import LoopwrightError, LoopwrightWarning
 from loopwright.text import rule_name
 
-__all__ = ["blamed", "caller", "is_name", "is_ours", "parsed", "placed", "warn", "where", "written_by_user"]
+__all__ = [
+    "blamed",
+    "caller",
+    "is_derived",
+    "is_name",
+    "is_ours",
+    "parsed",
+    "placed",
+    "warn",
+    "where",
+    "written_by_user",
+]
 
 _OWN = __name__.partition(".")[0]
 
@@ -35,6 +46,15 @@ def where(function: Any) -> str:
 def is_ours(item: Any) -> bool:
     """True for a class or function of this package, and for what does not say where it comes from."""
     return str(getattr(item, "__module__", _OWN)).partition(".")[0] == _OWN
+
+
+def is_derived(kind: type, base: type) -> bool:
+    """True for a class of this package, or one derived from one that is more than ``base``: it means what that means.
+
+    >>> is_derived(ValueError, Exception), is_derived(LoopwrightError, Exception)
+    (False, True)
+    """
+    return any(one is not base and is_ours(one) for one in kind.__mro__)
 
 
 def written_by_user(method: Any) -> str | None:

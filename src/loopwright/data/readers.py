@@ -20,7 +20,8 @@ from loopwright.data.generators import Streams, kept
 from loopwright.data.picked import PickedRows
 from loopwright.data.plan import seed_from
 from loopwright.errors import DataError, SettingError
-from loopwright.text import with_article
+from loopwright.given import not_callable_with
+from loopwright.text import rule_name, with_article
 
 __all__ = ["Rows", "RowsAsSamples", "Samples", "reader_of", "takes_rng"]
 
@@ -265,6 +266,8 @@ def takes_rng(transform: Callable[..., Any], *, name: str = "transform", of: str
             f"{name} needs the arguments {', '.join(p.name for p in needed)}; expected {name}({of}), or "
             f"{name}({of}, rng) with a torch.Generator. Fix the others with functools.partial"
         )
+    if len(needed) < 2 and (why := not_callable_with(transform, of)) is not None:
+        raise SettingError(f"{name}={rule_name(transform)}{why}. Write: {name}=lambda {of}: ...")
     return len(needed) == 2
 
 
