@@ -118,7 +118,7 @@ def _may_add_keys(node: ast.AST, name: str) -> bool:
 def _not_its_own(run: Run) -> Iterator[tuple[str, str | None]]:
     """A hook sets the progress, or skips a batch where that is not possible: said before step 0, at no cost later."""
     told: set[tuple[int, str]] = set()
-    for hook in HOOKS:
+    for hook in HOOKS if run.callbacks or run.handlers else ():
         mine = [
             (one, getattr(one, "__func__", one), f"{hook_name(one, run)} ({where(one)})") for one in _own(run, hook)
         ]
