@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,6 +92,13 @@ def test_columns_that_are_not_numbers_are_named() -> None:
     assert str(error.value).endswith(
         'Turn them into numbers first, as in frame["name"].astype("category").cat.codes, or drop them'
     )
+
+
+@pytest.mark.parametrize("table", [pd.DataFrame(index=range(3)), pa.table({})])
+def test_a_table_without_columns_is_told_by_its_place(table: Any) -> None:
+    with pytest.raises(DataError) as error:
+        Loader({"x": torch.zeros(3), "kinds": table})
+    assert str(error.value) == "data['kinds'] is a table without columns; leave it out, or choose others"
 
 
 @pytest.mark.parametrize(

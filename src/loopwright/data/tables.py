@@ -37,10 +37,11 @@ def frame_rows(frame: Any, path: str) -> Rows:
 
     Otherwise its columns stay where they are. Nullable ones are converted for the rows of a batch (about 15 us each);
     what is missing becomes nan, and whole numbers of which some are missing, or which stand beside others that are
-    nullable, become float64. Raises DataError for columns that are not numbers, naming them.
+    nullable, become float64. Raises DataError for columns that are not numbers, naming them, and where there are none.
     """
     columns = list(frame.dtypes.items()) if frame.ndim == 2 else [(frame.name, frame.dtype)]  # a name may come twice
     _check_columns(
+        len(columns),
         [f"{name!r} ({dtype})" for name, dtype in columns if getattr(dtype, "kind", "O") not in _NUMBERS],
         path,
         'frame["name"].astype("category").cat.codes',
@@ -75,11 +76,12 @@ def _nullable(series: Any, dtype: np.dtype[Any]) -> Rows:
 def arrow_rows(table: Any, path: str) -> Rows:
     """An Arrow table or record batch (samples, columns), whose dtype holds all columns; chunks stay where they are.
 
-    As ``arrow_column`` has it for each column. Raises DataError for columns that are not numbers, naming them.
+    As ``arrow_column`` has it for each column. Raises DataError for columns that are not numbers, naming them, and
+    where there are none.
     """
     kinds = {field.name: field.type for field in table.schema}
     wrong = [f"{name!r} ({kind})" for name, kind in kinds.items() if _kind_of(kind) not in _NUMBERS]
-    _check_columns(wrong, path, 'table["name"].dictionary_encode().combine_chunks().indices')
+    _check_columns(len(kinds), wrong, path, 'table["name"].dictionary_encode().combine_chunks().indices')
     dtypes = [_arrow_dtype(column) for column in table.itercolumns()]
     batches = [one for one in table.to_batches() if len(one)] if hasattr(table, "to_batches") else [table]
     pieces = [_side_by_side(one.columns, dtypes) for one in batches]
@@ -138,7 +140,9 @@ def _stacked(pieces: list[Rows]) -> PickedRows:
     return StackedRows([one if isinstance(one, PickedRows) else array_rows(one) for one in pieces])
 
 
-def _check_columns(wrong: list[str], path: str, how: str) -> None:
+def _check_columns(count: int, wrong: list[str], path: str, how: str) -> None:
+    if not count:
+        raise DataError(f"{path} is a table without columns; leave it out, or choose others")
     if wrong:
         raise DataError(
             f"{path} has columns that are not numbers: {', '.join(wrong)}. Turn them into numbers first, as in {how}, "
