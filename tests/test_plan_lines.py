@@ -502,6 +502,7 @@ plans = [
 """
 
 
+@pytest.mark.capability("B-06")
 def test_what_is_fine_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A filter, an edit under another name, callbacks of two stages, and what a class of one's own calls monitor."""
     (tmp_path / "train.py").write_text(HEAD + FINE, encoding="utf-8")
@@ -509,6 +510,7 @@ def test_what_is_fine_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [(plan.problems, plan.warnings) for plan in runpy.run_path("train.py")["plans"]] == [([], [])] * 2
 
 
+@pytest.mark.capability("B-06")
 @pytest.mark.parametrize("mistake", [one for one in MISTAKES if one not in ODD])
 def test_each_mistake_is_named_with_its_line_before_a_batch_is_read(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -148,6 +148,41 @@ class Writes(lw.Callback):
 lw.Trainer(epochs=1, callbacks=[Reads(), Writes()], **quiet).fit(make(), data)
 """, "reads 'entropy' of the output, which Writes.map_output (train.py:{other}) puts there later; put Reads after "
      "Writes in the list"),
+    "callbacks: a key that two of them write": ("""
+class First(lw.Callback):
+    def map_output(self, run, output, batch, phase):
+        return output | {"size": 1.0}
+
+class Writes(lw.Callback):
+    def map_output(self, run, output, batch, phase):
+        return {**output, "scale": 1.0}
+
+class Last(lw.Callback):
+    def map_output(self, run, output, batch, phase):  # here
+        output["scale"] = 2.0
+        return output
+
+lw.Trainer(epochs=1, callbacks=[First(), Writes(), Last()], **quiet).fit(make(), data)
+""", "puts 'scale' in the output, where Writes.map_output (train.py:{other}) has put one of its own, which is lost; "
+     "give one of them another name"),
+    "monitored: a name that is spelt wrong": ("""
+trainer = lw.Trainer(epochs=1, callbacks=[lw.EarlyStopping("valid/accuarcy", mode="max")], **quiet)  # here
+trainer.fit(make(metrics={"accuracy": lw.metrics.Accuracy()}), data, valid)
+""", "EarlyStopping monitors 'valid/accuarcy', which nothing produces. Known: 'valid/accuracy', 'valid/loss'. "
+     "Did you mean 'valid/accuracy'?"),
+    "parameters: a layer that no optimizer has": ("""
+sgd = torch.optim.SGD(net[0].parameters(), lr=0.1)
+job = lw.Supervised(net, nn.CrossEntropyLoss(), sgd)  # here
+lw.Trainer(epochs=1, **quiet).fit(job, data)
+""", "2 trainable parameters are in no optimizer (module.2.weight, module.2.bias); add them to one, or say that "
+     "they are not to be trained: parameter.requires_grad_(False)"),
+    "signatures: a function that is a metric": ("""
+def top(preds):
+    return preds.max()
+
+job = make(metrics={"top": lw.metrics.Function(top)})  # here
+""", "Function(top): (preds) cannot be called with (preds, target): too many positional arguments. Write: def "
+     "top(preds, target): ..."),
     "signatures: a step that asks for what it is not passed": ("""
 class Indexed(Own):
     def training_step(self, batch, batch_idx):  # here
@@ -199,6 +234,33 @@ trainer = lw.Trainer(epochs=1, callbacks=[lw.BatchTransform(lambda: None)], **qu
 
 
 CORRECT = {
+    "hooks that are no methods of an object, and keys that are written again after a look": """
+class Shared(lw.Callback):
+    seen = 0
+    @classmethod
+    def on_step_end(cls, run, result):
+        cls.seen += 1
+    @staticmethod
+    def on_epoch_start(run):
+        pass
+
+class Puts(lw.Callback):
+    def map_output(self, run, output, batch, phase):
+        return {**output, "scale": 1.0}
+
+class Doubles(lw.Callback):
+    def map_output(self, run, output, batch, phase):
+        return {**output, "scale": 2 * output["scale"]}
+
+class Sometimes(lw.Callback):
+    def map_output(self, run, output, batch, phase):
+        if run.progress.step:
+            output["scale"] = 0.0
+        return output
+
+fit(make(), callbacks=[Shared(), Puts(), Doubles(), Sometimes()])
+assert Shared.seen == 8
+""",
     "keys under other names": """
 class Aliased(Own):
     def training_step(self, batch):
@@ -488,6 +550,7 @@ def ran(folder: Path, text: str) -> dict[str, Any]:
     return runpy.run_path("train.py")
 
 
+@pytest.mark.capability("B-06")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_refused_with_its_line_before_a_batch_is_read(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -515,6 +578,7 @@ def test_a_mistake_is_refused_with_its_line_before_a_batch_is_read(
         assert plan.places[told_too] == f"train.py:{places['here']}"
 
 
+@pytest.mark.capability("B-06")
 @pytest.mark.parametrize("program", CORRECT)
 def test_a_program_that_works_is_not_refused(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a look at the source may take for a mistake trains to its end, without an error and without a warning."""

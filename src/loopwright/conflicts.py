@@ -49,6 +49,7 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
                     "there, or leave one of the two out",
                     where(second),
                 )
+    yield from _written_twice(run)
     yield from _not_its_own(run)
     judged: list[Any] = [
         one
@@ -62,6 +63,35 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
                 "both put weights back after the fit; leave restore='best' to one of them",
                 None,
             )
+
+
+def _written_twice(run: Run) -> Iterator[tuple[str, str | None]]:
+    """A key of the output that a hook puts there, and a later one puts there anew before anybody has looked."""
+    own = _own(run, "map_output")
+    for (i, first), (j, second) in combinations(enumerate(own), 2):
+        between = own[i + 1 : j + 1]
+        for key in sorted(_put(first) & _put(second)):
+            seen = any(not _put(one) or key in _keys(one, ast.Load) for one in between)
+            if not seen and _meet(run, first, second):
+                yield (
+                    f"{_said(second, run)} puts {key!r} in the output, where {_said(first, run)} has put one of its "
+                    "own, which is lost; give one of them another name",
+                    where(second),
+                )
+
+
+def _put(function: Any) -> set[str]:
+    """Keys that a hook is sure to put in its value, ``output["x"] = ...`` or ``{**output, "x": ...}``."""
+    tree, name = parsed(function.__func__), _name(function)
+    if tree is None or name is None or any(_may_add_keys(node, name) for node in ast.walk(tree)):
+        return set()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and is_name(node.value, name):
+            found.add(str(getattr(node.slice, "value", "")))
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Dict):
+            found |= {str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)}
+    return found
 
 
 def read_too_early(run: Run, returned: Iterable[frozenset[str] | None]) -> Iterator[tuple[str, str | None]]:

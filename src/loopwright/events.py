@@ -307,7 +307,8 @@ def _check_class(kind: type) -> None:
             meant = _MEANT.get(name) or choose(name, HOOKS)
             raise HookError(f"{kind.__name__}.{name} is not a hook of Loopwright. {meant}")
         expected = inspect.signature(getattr(Callback, name))
-        given = len(expected.parameters) - isinstance(inspect.getattr_static(kind, name), staticmethod)
+        no_self = isinstance(inspect.getattr_static(kind, name), (staticmethod, classmethod))
+        given = len(expected.parameters) - no_self
         try:
             inspect.signature(method).bind(*[None] * given)
         except TypeError:

@@ -268,3 +268,65 @@ def test_what_is_saved_by_itself_is_not_saved_twice(tmp_path: Path) -> None:
     found = read(lw.checkpoint.find(run.folder)).state
     assert found["user"]["stats"] == {"seen": 12}
     assert found["attributes"] == {}
+
+
+class Distils(lw.Task):
+    """Its teacher follows by hand and its positions are recomputed; models() leaves out both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.teacher = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.teacher.requires_grad_(False)
+        self.net.register_buffer("shift", torch.zeros(2), persistent=False)
+
+    def training_step(self, batch: Any) -> Any:
+        for mine, its in zip(self.net.parameters(), self.teacher[0].parameters(), strict=True):
+            its.data.lerp_(mine.data, 0.1)  # which counts as no change in its version
+        self.net.shift.add_(0.01)
+        return (self.net(batch) + self.net.shift - self.teacher(batch) - 1).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), 0.1)
+
+    def models(self) -> Any:
+        return {"net": self.net}
+
+
+def test_a_teacher_that_models_leaves_out_is_in_checkpoints_as_far_as_it_changes(tmp_path: Path) -> None:
+    whole, first, again = Distils(), Distils(), Distils()
+    lw.Trainer(steps=6, folder=tmp_path, name="a", progress=False).fit(whole, X)
+    with pytest.raises(RuntimeError, match="lights"):
+        lw.Trainer(
+            steps=6, folder=tmp_path, name="b", progress=False, callbacks=[PowerCut(4)],
+            checkpoint=lw.Checkpoint(every="3 steps"),
+        ).fit(first, X)  # fmt: skip
+    run = lw.Trainer(steps=6, folder=tmp_path, name="b", progress=False).fit(again, X, resume="auto")
+    assert run.exact is True
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert torch.equal(whole.net.shift, again.net.shift)
+    assert run.folder is not None
+    kept = read(sorted((run.folder / "checkpoints").glob("step-*"))[-1]).state["attributes"]
+    assert {f"{path}.{name}" for path, values in kept.items() for name in values} == {
+        "net.shift", "task.teacher.0.weight", "task.teacher.0.bias",
+        "task.teacher.1.running_mean", "task.teacher.1.running_var", "task.teacher.1.num_batches_tracked",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int8])
+@pytest.mark.parametrize("size", [1, 7, 100_003, 300_000])
+def test_the_content_of_a_tensor_tells_without_its_version(dtype: torch.dtype, size: int) -> None:
+    class Net(nn.Linear):
+        plain: torch.Tensor
+
+    net = Net(1, 1)
+    net.plain = torch.ones(size + 1).to(dtype)[1:]  # not aligned
+    before = Attributes({"net": net})
+    same = net.plain.clone()
+    net.plain.data.copy_(same)
+    assert before.changed() == {}
+    for at in (0, size // 2, -1):
+        net.plain.data.copy_(same)
+        net.plain.data[at] = 0
+        assert before.changed()["net"]["plain"] is net.plain

@@ -311,7 +311,7 @@ def note_attributes(run: Run) -> None:
         kinds = [kind_of(one) for one in changing]
         named = {f"{kinds[i]} {kinds[:i].count(kinds[i])}": one for i, one in enumerate(changing)}
         by_itself = (run.data, *run.state.values(), *run.optimizers.values(), *run.loggers, *run.savers)
-        run.attributes = Attributes({**run.models, "task": run.task, **named}, by_itself)
+        run.attributes = Attributes({**run.models, "task": run.task, **named}, by_itself, run.models.values())
 
 
 def restore_attributes(run: Run, state: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
+from loopwright.given import not_callable_with
 from loopwright.metrics.base import Metric
 from loopwright.metrics.trial import check_applies
 
@@ -50,6 +51,10 @@ class Function(Metric):
         self.inputs = inputs or ("preds", "target")
         self.state = {str(i): "cat" for i in range(len(self.inputs))}  # type: ignore[misc]
         self._call = _convention(function, len(self.inputs))
+        if self._call is _plainly and (why := not_callable_with(function, *self.inputs)) is not None:
+            raise SettingError(
+                f"Function({_name(function)}): {why}. Write: def {_name(function)}({', '.join(self.inputs)}): ..."
+            )
         self._tried = self._call is _plainly
 
     def update(self, *args: Any) -> None:

@@ -34,8 +34,7 @@ class On(Around):
                 f'On(metric, "preds", "target"); got {", ".join(map(repr, names)) or "none"}'
             )
         inner = metric.metric if isinstance(metric, On) else metric
-        made = as_metric(inner)
-        self.metric = Function(made.function, *names) if made is not inner and isinstance(made, Function) else made
+        self.metric = as_metric(inner, *names)
         self.inputs = names
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -43,16 +42,19 @@ class On(Around):
         self.metric.update(*args, **kwargs)
 
 
-def as_metric(thing: Any) -> Any:
+def as_metric(thing: Any, *names: str) -> Any:
     """The metric that ``thing`` stands for: a name ``"torchmetrics:..."`` or ``"sklearn:..."``, a function, itself.
+
+    ``names``: what a function is given of the output of a step.
 
     >>> as_metric(lambda preds, target: float((preds - target).max())).inputs
     ('preds', 'target')
     """
     if isinstance(thing, str):
-        return by_name(thing)
+        made = by_name(thing)
+        return Function(made.function, *names) if isinstance(made, Function) else made
     if callable(thing) and not isinstance(thing, type) and not is_metric(thing):
-        return Function(thing)
+        return Function(thing, *names)
     return thing
 
 
