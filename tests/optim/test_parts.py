@@ -40,9 +40,9 @@ def test_schedules_of_ours_are_told_from_those_of_torch() -> None:
     sgd = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = torch.optim.lr_scheduler.StepLR(sgd, 3)
     for mine in (0.1, {"lr": 0.1}, lw.schedules.cosine(1.0, 0.0)):
-        assert lw.optim.is_ours(mine)
+        assert lw.optim.is_schedule(mine)
     for other in (True, theirs, lambda optimizer: theirs):
-        assert not lw.optim.is_ours(other)
+        assert not lw.optim.is_schedule(other)
     made = lw.optim.as_schedulers([lw.schedules.cosine(1.0, 0.0), theirs, None], (sgd,))
     assert [type(one) for one in made] == [lw.optim.Scheduled, lw.optim.Scheduler]
     assert lw.optim.settings_of(made[1]) == {

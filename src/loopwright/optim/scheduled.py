@@ -15,17 +15,17 @@ from loopwright.schedules import Schedule, as_schedule, constant, scaled
 from loopwright.schedules.base import check_values
 from loopwright.state import Stage
 
-__all__ = ["Scheduled", "is_ours", "scheduled_in"]
+__all__ = ["Scheduled", "is_schedule", "scheduled_in"]
 
 _FROM_0 = ("lr", "momentum", "betas", "weight_decay", "eps")  # which torch's optimizers take from 0 only
 _OWN = "initial_"  # where a group keeps the value that it came with, as torch's schedulers do for lr
 Place = tuple[int, str, str, bool]  # group, name in it, name of what it came with, whether it is the first of two betas
 
 
-def is_ours(schedule: Any) -> bool:
+def is_schedule(schedule: Any) -> bool:
     """True for a schedule of ours, or a dict of them; False for torch's, and for what makes one.
 
-    >>> is_ours({"lr": 0.1}), is_ours(lambda optimizer: ...)
+    >>> is_schedule({"lr": 0.1}), is_schedule(lambda optimizer: ...)
     (True, False)
     """
     return isinstance(schedule, (Schedule, Mapping, int, float)) and not isinstance(schedule, bool)
@@ -203,7 +203,7 @@ def scheduled_in(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
     given = stage.schedule if stage.lr is None else {"lr": stage.lr}
     moved = {id(optimizer): optimizer for phase in stage.phases for optimizer in phase.moved}
     if given is not None:
-        if not is_ours(given):
+        if not is_schedule(given):
             raise SettingError(
                 f"Stage {stage.name!r}: schedule={given!r}; expected one of lw.schedules, or a dict of them. A torch "
                 "scheduler goes with the optimizer of the stage: optimizer=(optimizer, scheduler)"

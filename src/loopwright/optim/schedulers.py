@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from loopwright.errors import SettingError, choose
-from loopwright.optim.scheduled import Scheduled, is_ours
+from loopwright.optim.scheduled import Scheduled, is_schedule
 
 __all__ = ["Scheduler", "as_schedulers", "per_step", "settings_of"]
 
@@ -126,7 +126,7 @@ def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Sch
         return tuple(s for one in schedule for s in as_schedulers(one, optimizers))
     if isinstance(schedule, Scheduled):
         return (schedule,) if any(schedule.optimizer is optimizer for optimizer in optimizers) else ()
-    if is_ours(schedule):
+    if is_schedule(schedule):
         return tuple(Scheduled(optimizer, schedule) for optimizer in optimizers)
     if not isinstance(schedule, (Scheduler, LRScheduler, ReduceLROnPlateau)):
         if not callable(schedule):
