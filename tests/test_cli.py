@@ -23,7 +23,7 @@ def run_command(*arguments: str, code: int = 0) -> str:
 def test_the_module_is_a_command_that_says_what_it_can_do() -> None:
     text = run_command("--help")
     assert text.startswith("usage: loopwright ")
-    for word in ("env", "runs", "log", "checkpoints", "import-legacy", "replay", "--version"):
+    for word in ("env", "runs", "log", "checkpoints", "import-legacy", "replay", "upgrade", "--version"):
         assert word in text
 
 

@@ -1,17 +1,19 @@
 """What others build on stays as it is recorded: order of events, records, files; what was written once, still runs.
 
 The public names and signatures are in ``tests/api.txt`` (test_package.py), checkpoints of each release in
-``tests/golden`` (test_migrations.py).
+``tests/golden`` (test_migrations.py), and what is called otherwise in ``loopwright.renamed`` (test_upgrade.py).
 """
 
 from __future__ import annotations
 
 import ast
+import enum
 import importlib.util
+import inspect
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import pytest
 import torch
 
 import loopwright as lw
+from api import public, surface
 from loopwright.loggers import read_jsonl
+from loopwright.renamed import RENAMED
 from tiny import classifier, loader, recorder, trainer
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +139,7 @@ def shape(value: Any) -> Iterator[str]:
             yield f"{name}: {type(held).__name__}"
 
 
+@pytest.mark.capability("B-29")
 def test_events_records_and_files_are_the_recorded_ones(tmp_path: Path) -> None:
     """The order of events, the names and types in each kind of record, and the files of a run are recorded."""
     now = [line.rstrip() for line in contract(tmp_path)]
@@ -147,6 +152,7 @@ def test_events_records_and_files_are_the_recorded_ones(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.capability("B-29")
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.parent.name}/{path.stem}")
 def test_an_example_of_an_older_release_still_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -166,7 +172,57 @@ def test_each_release_keeps_its_examples() -> None:
     releases = {
         path.name for path in (ROOT / "tests" / "golden").iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", path.name)
     }
-    assert {path.parent.parent.name for path in KEPT} == releases
+    assert {path.parent.parent.name for path in KEPT} == releases == {path.parent.name for path in SURFACES}
+
+
+# the surface of 0.1.0 is that of the commit before the first name in loopwright.renamed was called otherwise
+SURFACES = sorted((ROOT / "tests" / "golden").glob("*/api.txt"))
+
+
+def promised(lines: Iterable[str]) -> dict[str, set[str]]:
+    """Every public name and member that ``tools/api.py`` has recorded, with its arguments."""
+    found: dict[str, set[str]] = {}
+    owner = ""
+    for line in lines:
+        inside, name, sign, rest = re.fullmatch(r"( *)(?:class )?([\w.]+)(\(|: )(.*)", line).groups()  # type: ignore[union-attr]
+        owner = owner if inside else name
+        found[f"{owner}.{name}" if inside else name] = arguments(rest) if sign == "(" else set()
+    return found
+
+
+def arguments(text: str) -> set[str]:
+    """Names of the arguments in a signature, which begins after its first bracket."""
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return {re.split("[:=]", part)[0].strip(" *") for part in parts} - {"", "/", "..."}
+
+
+def test_what_a_signature_takes_is_read() -> None:
+    now = promised(surface(lw))
+    for name, thing in public(lw):
+        if callable(thing) and not (inspect.isclass(thing) and issubclass(thing, (enum.Enum, BaseException))):
+            assert now[name] == {*inspect.signature(thing).parameters}
+    assert now["Trainer.run"] == {"self", "step", "data", "state", "weight", "resume"}
+    assert "Event.STEP_END" in now
+
+
+@pytest.mark.capability("B-29")
+@pytest.mark.parametrize("path", SURFACES, ids=lambda path: path.parent.name)
+def test_every_public_name_of_an_older_release_is_there(path: Path) -> None:
+    """All that was public in an older release, names, members and arguments, is there or told where it is now."""
+    now = promised(surface(lw))
+    for name, wanted in promised(path.read_text(encoding="utf-8").splitlines()).items():
+        old = next((old for old in RENAMED if f"{name}.".startswith(f"{old}.")), "")
+        current = RENAMED[old].to + name.removeprefix(old) if old else name
+        assert current in now, f"{name} is gone: CONTRIBUTING.md says how to call it otherwise"
+        assert wanted <= now[current], f"{name} has lost {wanted - now[current]}"
 
 
 def deprecated(text: str) -> Iterator[str]:
@@ -184,7 +240,8 @@ def test_a_deprecation_is_found() -> None:
     assert list(deprecated("@deprecated('use new')\nclass Old: ...\n")) == ["Old"]
 
 
+@pytest.mark.capability("B-29")
 def test_each_deprecation_ships_with_a_codemod() -> None:
-    """What is deprecated has a program in tools/codemods that rewrites code which uses it; there is none by now."""
+    """Nothing is deprecated but by the table of loopwright.renamed, by which `loopwright upgrade` rewrites code."""
     names = {name for path in (ROOT / "src").rglob("*.py") for name in deprecated(path.read_text(encoding="utf-8"))}
-    assert names == {path.stem for path in (ROOT / "tools" / "codemods").glob("*.py")}
+    assert names == set()

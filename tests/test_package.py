@@ -208,6 +208,7 @@ other.Trainer
     assert not {id(lw.Trainer), id(lw.data.Blocks)} & found
 
 
+@pytest.mark.capability("B-29")
 def test_the_public_surface_is_the_recorded_one() -> None:
     """Every public name and signature is recorded in tests/api.txt, so that no change to it goes unseen."""
     assert [*surface(lw)] == (ROOT / "tests" / "api.txt").read_text(encoding="utf-8").splitlines(), (

@@ -2,8 +2,8 @@
 
 Run it once a release, and commit what it writes: tests/golden/<version>/. ``expected.json`` beside the checkpoint holds
 the values as the run had them, not as they are read back. A folder that exists is never written again: old checkpoints
-must be read for ever, and tests/checkpoint/test_migrations.py reads all of them. The short examples of the version are
-kept beside it, and tests/test_contract.py runs them with every later one.
+must be read for ever, and tests/checkpoint/test_migrations.py reads all of them. The short examples of the version and
+its public surface are kept beside it: tests/test_contract.py runs the ones and looks for the other in every later one.
 Run: python tools/golden.py [FOLDER]
 """
 
@@ -81,6 +81,7 @@ def main(target: Path) -> None:
     (target / "examples").mkdir()
     for name in EXAMPLES:
         shutil.copy(GOLDEN.parent.parent / "examples" / f"{name}.py", target / "examples")
+    shutil.copy(GOLDEN.parent / "api.txt", target)
     expected = {**values(run), "later": values(later)["weights"]}
     (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
 

@@ -200,7 +200,9 @@ def __getattr__(name: str) -> Any:
     if name in ("data", "loggers", "losses", "metrics", "optim", "report", "schedules"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from loopwright.renamed import old_name
+
+        return old_name(__name__, name)
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -19,7 +19,7 @@ _RUN = "a run folder, its folder checkpoints, runs/NAME for the newest run of th
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for damage found, 2 for what could not be done.
+    """Run the command line; returns the exit status: 0, 1 for what was found (damage, old names), 2 for what failed.
 
     >>> main(["runs", "no-such-folder"])
     no runs in no-such-folder
@@ -99,6 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     legacy.add_argument(
         "--prefix", default="", help="begin of the names to keep, and to take off them, such as model. (with the dot)"
     )
+
+    upgrade = _add(commands, "upgrade", _upgrade, "rewrite code that uses old names of Loopwright")
+    upgrade.description = (
+        "Show, as a diff, what is to be changed in code that uses old names of Loopwright, or change it with --write: "
+        "those names, and no byte beside them. Exit status: 0 if nothing is left to do, 1 if there is, 2 if a file "
+        "could not be read or written (the others are done)."
+    )
+    upgrade.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a file, or a folder for all .py in it")
+    upgrade.add_argument("--write", action="store_true", help="change the files")
 
     replay = _add(commands, "replay", _replay, "run the step that failed again, from its crash capsule")
     replay.add_argument(
@@ -229,6 +238,12 @@ def _import(args: Any) -> int:
     from loopwright.cli.imported import print_imported
 
     return print_imported(args.source, args.dest, key=args.key, prefix=args.prefix)
+
+
+def _upgrade(args: Any) -> int:
+    from loopwright.cli.upgrade import upgrade
+
+    return upgrade(args.paths, write=args.write)
 
 
 def _replay(args: Any) -> int:

@@ -1,5 +1,7 @@
 """Optimizers made of step functions, schedules, and which parameters an optimizer moves."""
 
+from typing import TYPE_CHECKING, Any
+
 from loopwright.optim.bunch import Bunch
 from loopwright.optim.freezing import match_names, set_trainable, trainable_flags
 from loopwright.optim.groups import groups
@@ -13,3 +15,10 @@ __all__ = [
     "lookahead", "match_names", "per_step", "radam", "scheduled_in", "set_trainable", "settings_of", "sgd",
     "trainable_flags",
 ]  # fmt: skip
+
+if not TYPE_CHECKING:  # to a type checker an old name is an error
+
+    def __getattr__(name: str) -> Any:
+        from loopwright.renamed import old_name
+
+        return old_name(__name__, name)
