@@ -476,6 +476,12 @@ class Run:
         return self.stages[self.progress.stage] if self.progress.stage < len(self.stages) else None
 
     @property
+    def counts_samples(self) -> bool:
+        """True where the weight of a batch is the number of its samples, and this process sees them all."""
+        asked = "weight" in self.settings if self.stage is None else not self.stage.counts_samples
+        return not asked and self.team is None and isinstance(self.task, nn.Module)
+
+    @property
     def validation_step(self) -> Step:
         """What a validation calls for each batch."""
         step: Step = self.task.validation_step

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from loopwright._compat import any_nonfinite, backward, has_unscaled, may_alias, overflowed, take_step
 from loopwright.accumulation import Amount, check_unit
 from loopwright.data import Chunks, move, schema_of
+from loopwright.data.batch import check_count
+from loopwright.data.iterated import planned_sizes
 from loopwright.doubles import add_doubles
 from loopwright.errors import DataError, NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
 from loopwright.events import add_place, describe, fire, fold, hook_name
@@ -51,8 +53,11 @@ _NOTED = 8  # batches from which is learned what a batch is made of, and which o
 def noted(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches; what the first few are made of is kept, to be compared with what is predicted later."""
     source = run.stage.source if run.stage is not None else None
+    planned = planned_sizes(source, run.progress.batch) if run.counts_samples else None
     try:
         for batch in islice(batches, _NOTED):
+            if planned is not None:
+                check_count(batch, next(planned, None), "training")
             mine = source.batch if isinstance(source, Chunks) else batch if run.team is None else batch.batch
             if mine is not None:
                 run.schema = schema_of(mine) if run.schema is None else run.schema.including(mine)

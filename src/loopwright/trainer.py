@@ -560,6 +560,7 @@ class Trainer:
 
     def _evaluate(self, task: Any, data: Any, kind: str, weight: Callable[[Any], float] | None) -> dict[str, float]:
         run = self._bare(_checked(task))
+        run.settings = {} if weight is None else {"weight": weight}
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = _compiled(run, task.test_step if kind == "test" else task.validation_step)
         sources = as_sources(opened(data, kind, run.comm), self._key())

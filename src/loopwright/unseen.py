@@ -11,7 +11,9 @@ from torch import nn
 
 from loopwright import rng
 from loopwright.data import move
+from loopwright.data.batch import check_count
 from loopwright.data.generators import Streams, find_on_modules, kept
+from loopwright.data.iterated import planned_sizes
 from loopwright.data.schema import AS_TRAINED, Schema, other_sizes
 from loopwright.doubles import add_doubles
 from loopwright.errors import DataError, LoopwrightError, SkipBatch, SkipStep, StopEpoch
@@ -32,6 +34,7 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
     with kept(_streams(source).find().values()):
         at = source.at if run.team is None else run.team.begin_epoch(source)
         batches = at(0, 0)
+        planned = planned_sizes(source, 0) if run.counts_samples and kind != "predict" else None
         try:
             for batch in batches:
                 n += 1
@@ -40,9 +43,12 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
                     run.team.batch, (batch, _, spare) = n, batch
                     if batch is None:
                         continue  # another rank has it
-                if not compared and run.schema is not None:
+                if not compared:
                     compared = True
-                    _compare(run.schema, batch, kind)
+                    if run.schema is not None:
+                        _compare(run.schema, batch, kind)
+                    if planned is not None:
+                        check_count(batch, next(planned, None), kind)
                 batch = move(batch, run.device, run.precision.holds) if run.moves_batches else batch
                 if run.team is not None and run.team.fills:
                     run.team.spare = batch

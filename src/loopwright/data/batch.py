@@ -11,49 +11,99 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loopwright.data.words import count
 from loopwright.errors import DataError
 from loopwright.events import describe
+from loopwright.written import warn
 
-__all__ = ["move", "samples"]
+__all__ = ["check_count", "move", "samples"]
 
 
 def samples(batch: Any) -> int:
-    """Samples in ``batch``: dimension 0 of its first tensor or NumPy array that has one.
+    """Samples in ``batch``: dimension 0 of its tensors and NumPy arrays, or the length of a list of samples.
 
-    Lists, tuples, mappings and dataclasses are searched in their order. Raises DataError, which asks for
-    ``weight=``, when there is no such array.
+    Lists, tuples, mappings and dataclasses are searched in their order. A list of arrays of several lengths holds one
+    for each sample, and so does a list of records with a number or a text in each. Where the parts do not agree it is
+    the first that counts; ``check_count`` tells. Raises DataError, which asks for ``weight=``, where there is no array.
 
     >>> samples([torch.zeros(3, 2), torch.zeros(3)])
     3
+    >>> samples(([torch.zeros(7), torch.zeros(5)], torch.zeros(2)))
+    2
     """
     kind = type(batch)
-    if (kind is list or kind is tuple) and batch:
-        first = batch[0]
-        if type(first) is Tensor and first.dim():
-            return first.size(0)
-    for leaf in _leaves(batch):
-        if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim:
-            return int(leaf.shape[0])
-    raise DataError(
-        f"cannot tell how many samples this batch holds: {describe(batch)} has no tensor with a first "
-        "dimension. Pass weight=..., a function of the batch that returns the number"
-    )
+    if (kind is list or kind is tuple) and batch and type(batch[0]) is Tensor and batch[0].dim():
+        n = batch[0].size(0)  # most batches are such, and this is asked for each
+        if len(batch) == 1 or (len(batch) == 2 and type(batch[1]) is Tensor and batch[1].dim() and len(batch[1]) == n):
+            return n
+    parts = list(_counts(batch, top=True))
+    if not parts:
+        raise DataError(
+            f"cannot tell how many samples this batch holds: {describe(batch)} has no tensor with a first "
+            "dimension. Pass weight=..., a function of the batch that returns the number"
+        )
+    return next((n for n in parts[0] if all(n in part for part in parts)), parts[0][0])
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (Tensor, np.ndarray, str, bytes)):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _leaves(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _leaves(part)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name))
+def check_count(batch: Any, planned: int | None, what: str) -> None:
+    """Raise DataError where ``batch`` has the ``planned`` samples of its loader, and is counted as something else.
+
+    Warns where nothing is planned and its parts do not agree. Without any array there is nothing to compare.
+    """
+    parts = list(_counts(batch, top=True))
+    if not parts:
+        return
+    n, found = samples(batch), {n for part in parts for n in part}
+    if type(batch) is list and not any(isinstance(part, Tensor) for part in batch):
+        found.add(len(batch))
+    said = f"the {what} batch {describe(batch)} is counted as {count(n, 'sample')}"
+    mend = "pass weight=..., a function of the batch that returns how many it has"
+    if planned is not None and n != planned and planned in found:
+        raise DataError(
+            f"{said}, the first dimension of its first array; its loader has put {planned} into it. Means would be "
+            f"weighted wrongly: {mend}"
+        )
+    if planned is None and not any(all(n in part for part in parts) for n in parts[0]):
+        told = " and ".join(str(one) for one in dict.fromkeys(part[0] for part in parts))
+        warn(f"{said}, while the first dimensions of its parts are {told}. If {n} is not right, {mend}")
+
+
+def _counts(value: Any, *, top: bool = False) -> Iterator[tuple[int, ...]]:
+    """For each part of a batch, how many samples it may hold, the likeliest first."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.ndim:
+            yield (int(value.shape[0]),)
+    elif type(value) is list and value and (one := _listed(value, top=top)):
+        yield one
     else:
-        yield value
+        for part in _held(value):
+            yield from _counts(part)
+
+
+def _listed(values: list[Any], *, top: bool) -> tuple[int, ...]:
+    """How many samples are in a list that is one of samples, or may be; empty where it is none."""
+    lengths = {len(one) for one in values if isinstance(one, (Tensor, np.ndarray)) and one.ndim}
+    if lengths and all(isinstance(one, (Tensor, np.ndarray)) and one.ndim for one in values):
+        if len(lengths) == 1:  # columns, or samples of one length
+            return (*lengths, len(values))
+        return () if top else (len(values),)
+    records = all(isinstance(one, (tuple, list, Mapping)) for one in values)
+    if top and records and all(any(_is_scalar(part) for part in _held(one)) for one in values):
+        return (len(values),)
+    return ()
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) or (isinstance(value, (Tensor, np.generic)) and not value.ndim)
+
+
+def _held(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, (list, tuple)):
+        yield from value
+    elif dataclasses.is_dataclass(value):
+        yield from (getattr(value, field.name) for field in dataclasses.fields(value))
 
 
 class _Place(NamedTuple):

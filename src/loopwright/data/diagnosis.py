@@ -93,7 +93,8 @@ def _mend(one: Leaf, two: Leaf) -> str:
     if len(a) == len(b) == 3:
         return (
             "bring all images to one size, as with torchvision's Resize((height, width)) or a crop of fixed size in "
-            "the transform; or keep them in a list: collate_fn=lambda samples: samples"
+            "the transform; or keep them in a list, collate_fn=lambda samples: samples, and tell fit how many: "
+            "weight=len"
         )
     if len(a) == len(b) and a[1:] == b[1:]:
         return (

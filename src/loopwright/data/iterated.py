@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import islice, repeat
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +18,7 @@ from loopwright.data.plan import check_state
 from loopwright.errors import DataError
 from loopwright.state import has_state
 
-__all__ = ["Iterated"]
+__all__ = ["Iterated", "planned_sizes"]
 
 
 class Iterated:
@@ -186,3 +186,9 @@ class Iterated:
                 f"the iterator {type(self.data).__name__} was used up in an earlier epoch. Pass a list of batches, or "
                 "a generator function (the function itself, not its result), which can be started anew each epoch"
             )
+
+
+def planned_sizes(source: Any, batch: int) -> Iterator[int | None]:
+    """Samples that the plan of ``source`` has in each batch from ``batch`` on; None where only the batches tell."""
+    told = None if isinstance(source, Iterated) else source.sizes(batch)
+    return repeat(None) if told is None else iter(told)
