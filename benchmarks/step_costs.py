@@ -172,8 +172,8 @@ def step_costs(options) -> Iterable[Goal]:
     yield Goal("the step by hand, batches preloaded", off.results.step_us("hand"), "us", note="how fast the machine is")
     yield off.extra("ours over the same step by hand, nothing enabled", "ours", "hand", 8)
     yield full.extra("ours over the same step by hand, defaults", "ours", "hand", 28)
-    yield off.extra("20 callbacks that override nothing, a step, nothing enabled", "idle", "ours")
-    yield full.extra("20 callbacks that override nothing, a step, defaults", "idle", "ours")
+    yield off.extra("20 callbacks that override nothing, a step, nothing enabled", "idle", "ours", 8)
+    yield full.extra("20 callbacks that override nothing, a step, defaults", "idle", "ours", 8)
 
     cycle = lw.schedules.one_cycle(LR)
     race = Race(
