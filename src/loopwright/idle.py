@@ -112,10 +112,12 @@ def _never_due(run: Run) -> Found:
 def _odd_schedules(run: Run) -> Found:
     """Schedules of torch that a quick look never comes to, and those for epochs that go by the steps."""
     for stage in run.stages:
+        each = stage.epoch_steps
         epochs = min((end.value for end in stage.until if end.unit == "epochs"), default=None)
-        steps, each = most_of(run)["steps"], stage.epoch_steps
-        if epochs is None or each is None or len(run.stages) > 1:
+        stepped = any(phase.epoch_schedulers or phase.step_schedulers for phase in stage.phases)
+        if not stepped or epochs is None or each is None or len(run.stages) > 1:
             continue
+        steps = most_of(run)["steps"]
         for phase in stage.phases:
             for one in (s.torch for s in phase.epoch_schedulers if steps < each and not s.plateau):
                 yield (

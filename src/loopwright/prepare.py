@@ -27,7 +27,7 @@ from loopwright.recorded import rules_of
 from loopwright.stages import end_in, needs_closure
 from loopwright.state import Comm, Phase, Run, Stage
 from loopwright.text import rule_name, with_article
-from loopwright.written import placed, written_by_user
+from loopwright.written import is_ours, placed, written_by_user
 
 __all__ = ["Parts", "assemble", "measured_by", "number_of", "sample_count"]
 
@@ -114,7 +114,8 @@ def assemble(
     old = previous.stages if previous is not None else []
     if previous is None:
         with placed("the optimizer", at):
-            if (why := not_callable_with(task.configure_optimizers)) is not None:
+            method = task.configure_optimizers
+            if not is_ours(method) and (why := not_callable_with(method)) is not None:
                 name = f"{type(task).__name__}.configure_optimizers"
                 raise SettingError(f"{name}{why}. Write: def configure_optimizers(self): ...")
             given = _named(task.configure_optimizers())

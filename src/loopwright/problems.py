@@ -413,13 +413,15 @@ def _signatures(run: Run, written: Written) -> Found:
         steps.append(run.task.validation_step)
     told: set[str] = set()
     for step in steps if run.compiler is None else map(inspect.unwrap, steps):
+        if is_ours(step):
+            continue
         why, name = not_callable_with(step, "batch"), str(rule_name(step))
         if why is not None and name not in told:
             told.add(name)
             yield (
                 f"{name}{why}. Write: def {name.rpartition('.')[2]}(self, batch): ...; run.progress.batch counts the "
                 "batches",
-                where(step) if not is_ours(step) else written.task,
+                where(step),
             )
 
 
