@@ -140,20 +140,42 @@ def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in sorted(kwargs.keys() - known):
-                if name in ours:
-                    raise TypeError(f"{name}={_brief(kwargs[name])}: that argument is called {ours[name]} here")
-                near = difflib.get_close_matches(name, [*sorted(known), *ours], n=1)[:1]
-                theirs = near[0] if near and near[0] not in known else None
-                meant = choose(name, known)
-                if theirs is not None:
-                    meant = f"{choose('', known)} Did you mean {ours[theirs]!r}, called {theirs} elsewhere?"
-                raise TypeError(f"{name}={_brief(kwargs[name])}: there is no such argument. {meant}")
+            if kwargs.keys() - known:
+                _refuse(kwargs, known, ours)
             return function(*args, **kwargs)
 
         return call
 
     return decorate
+
+
+def without_unknown(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of what names the nearest itself, from its ``**unknown``, which no signature shows.
+
+    ``elsewhere`` costs a frame; between ``fit`` and the backward there are as few as can be.
+    """
+    signature = inspect.signature(function)
+    shown = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    setattr(function, "__signature__", signature.replace(parameters=shown))  # noqa: B010
+    return function
+
+
+def refuse_unknown(unknown: Mapping[str, object], function: Callable[..., object], ours: Mapping[str, str]) -> None:
+    """Raise TypeError for ``unknown`` arguments of ``function``, if there are any, as ``elsewhere`` does."""
+    if unknown:
+        _refuse(unknown, {*inspect.signature(function).parameters} - {"self"}, ours)
+
+
+def _refuse(given: Mapping[str, object], known: set[str], ours: Mapping[str, str]) -> None:
+    for name in sorted(given.keys() - known):
+        if name in ours:
+            raise TypeError(f"{name}={_brief(given[name])}: that argument is called {ours[name]} here")
+        near = difflib.get_close_matches(name, [*sorted(known), *ours], n=1)[:1]
+        theirs = near[0] if near and near[0] not in known else None
+        meant = choose(name, known)
+        if theirs is not None:
+            meant = f"{choose('', known)} Did you mean {ours[theirs]!r}, called {theirs} elsewhere?"
+        raise TypeError(f"{name}={_brief(given[name])}: there is no such argument. {meant}")
 
 
 def _brief(value: object) -> str:

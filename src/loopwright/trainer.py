@@ -8,7 +8,7 @@ from itertools import product
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,15 @@ from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
 from loopwright.data.trained_on import TrainedOn
 from loopwright.debug import Debug
 from loopwright.delivery import check_logger
-from loopwright.errors import LoopwrightError, SettingError, StepOutputError, choose, elsewhere
+from loopwright.errors import (
+    LoopwrightError,
+    SettingError,
+    StepOutputError,
+    choose,
+    elsewhere,
+    refuse_unknown,
+    without_unknown,
+)
 from loopwright.events import Callback, Hooks, check_callback, describe
 from loopwright.every import Every
 from loopwright.explain import explain, writers
@@ -253,7 +261,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ verbs
 
-    @elsewhere(**_FIT)
+    @without_unknown
     def fit(
         self,
         task: Task,
@@ -263,6 +271,7 @@ class Trainer:
         stages: Sequence[Stage] | None = None,
         weight: Callable[[Any], float] | None = None,
         resume: Resume | str | Path | None = None,
+        **unknown: Never,
     ) -> Run:
         """Train ``task`` on ``train``, validating on ``valid``, and return the run.
 
@@ -279,6 +288,7 @@ class Trainer:
         Raises PlanError, before any work starts, with everything that cannot work, and CheckpointError for a
         checkpoint that is damaged, does not fit, or could not go on exactly.
         """
+        refuse_unknown(unknown, self.fit, _FIT)
         run, parts, point = self._prepare(task, train, valid, stages, weight, resume)
         if self._begins(run, parts, point, stages):
             with self._session(run, parts):
@@ -286,7 +296,7 @@ class Trainer:
             leave_if_interrupted(run)
         return run
 
-    @elsewhere(**_RUN)
+    @without_unknown
     def run(
         self,
         step: Callable[[Run, Any], Any],
@@ -295,6 +305,7 @@ class Trainer:
         state: Mapping[str, Any] | None = None,
         weight: Callable[[Any], float] | None = None,
         resume: Resume | str | Path | None = None,
+        **unknown: Never,
     ) -> Run:
         """Call ``step(run, batch)`` for each batch: the step does all the work, with any library.
 
@@ -306,6 +317,7 @@ class Trainer:
         >>> seen
         [1, 2, 3, 1, 2, 3]
         """
+        refuse_unknown(unknown, self.run, _RUN)
         run, parts, point = self._prepare(StepTask(step, state), data, None, None, weight, resume)
         if self._begins(run, parts, point):
             with self._session(run, parts):
