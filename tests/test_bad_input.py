@@ -405,7 +405,11 @@ def test_a_batch_that_does_not_fit_the_module_is_shown(folder: Path) -> None:
     error, _ = failure(folder, sgd_task(line()), [{"x": torch.ones(2, 1), "y": torch.zeros(2, 1)}])
     assert type(error) is TypeError
     assert notes(error) == [
-        "[loopwright] after epoch 0, batch 0 of the open epoch, step 0; batch: {'x': float32[2, 1], 'y': float32[2, 1]}"
+        "[loopwright] after epoch 0, batch 0 of the open epoch, step 0; "
+        "batch: {'x': float32[2, 1], 'y': float32[2, 1]}",
+        "[loopwright] the module was called with the names 'x', 'y', as a dict of arrays gives them. Say which is the "
+        "input and which the target: Supervised(..., inputs='x', targets='y'); inputs='x' is passed by position, "
+        "inputs=['x'] by its name",
     ]
 
 

@@ -256,6 +256,65 @@ def test_every_point_of_training_has_a_hook_that_sees_what_is_known_there() -> N
 
 
 @pytest.mark.capability("FA-23")
+def test_a_backward_is_seen_with_its_loss_its_output_its_batch_and_its_phase() -> None:
+    """After the backward: the loss that was gone back from, what the step returned, the batch and the phase."""
+    seen: list[Any] = []
+
+    def see(run: lw.Run, loss: Any, output: Any, batch: Any, phase: Any) -> None:
+        seen.append((loss.item(), output["preds"].tolist(), output["loss"].item(), batch[0].tolist(), phase.name))
+
+    trainer(epochs=1, accumulate=2, callbacks=[acts(on_backward_end=see)]).fit(sgd_task(line(2.0)), pairs([1, 5], [4]))
+    assert seen == [(6.0, [[2.0], [10.0]], 6.0, [[1.0], [5.0]], "main"), (8.0, [[8.0]], 8.0, [[4.0]], "main")]
+
+
+@pytest.mark.capability("FA-23")
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_every_point_of_an_evaluation_has_a_hook_that_sees_what_is_known_there(verb: str) -> None:
+    """In validation, test and prediction: each batch, what the step made of it, the loader, the means."""
+    seen: dict[str, list[Any]] = {}
+
+    def note(hook: str) -> Any:
+        def see(run: lw.Run, *args: Any) -> None:
+            seen.setdefault(hook, []).append([_plain(one) for one in args])
+
+        return see
+
+    kind = {"fit": "valid", "validate": "valid"}.get(verb, verb)
+    looks = "predict" if kind == "predict" else "eval"
+    hooks = ["on_loader_start", "on_loader_end", f"on_{looks}_batch_start", f"on_{looks}_batch_end"]
+    hooks += {"valid": ["on_validation_end"], "test": ["on_test_end"]}.get(kind, [])
+    user, data = trainer(epochs=1, callbacks=[acts(**{hook: note(hook) for hook in hooks})]), pairs([1, 5], [4])
+    if verb == "fit":
+        user.fit(sgd_task(line(2.0), lr=0.0), pairs([3]), data)
+    else:
+        getattr(user, verb)(sgd_task(line(2.0)), data)
+    batches, zero = [[[1.0], [5.0]], [[4.0]]], [[[0.0], [0.0]], [[0.0]]]
+    preds, losses = [[[2.0], [10.0]], [[8.0]]], [6.0, 8.0]
+    shown = [[x, y] for x, y in zip(batches, zero, strict=True)]
+    made = [
+        p if kind == "predict" else {"loss": loss, "preds": p, "target": y}
+        for p, loss, y in zip(preds, losses, zero, strict=True)
+    ]
+    assert seen[f"on_{looks}_batch_start"] == [[batch] for batch in shown]
+    assert seen[f"on_{looks}_batch_end"] == [[output, batch] for output, batch in zip(made, shown, strict=True)]
+    mean = pytest.approx(20 / 3)
+    assert [one for one in seen["on_loader_start"] if one[0] == kind] == [[kind, ""]]
+    (end,) = (one for one in seen["on_loader_end"] if one[0] == kind)
+    assert end == [kind, "", {} if kind == "predict" else {"loss": mean}]
+    for hook in hooks[4:]:
+        assert seen[hook] == [[{f"{kind}/loss": mean}]]
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as lists and numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.capability("FA-23")
 @pytest.mark.parametrize("hook", [*TRAINING_HOOKS, *VALID, "on_epoch_end", "on_stage_end", "on_fit_end"])
 def test_every_hook_sees_the_hyper_parameters_and_the_weights(hook: str) -> None:
     """Settings of the Trainer, of each optimizer's groups and of each phase; models, history and metrics so far."""

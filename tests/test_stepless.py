@@ -123,6 +123,32 @@ def test_a_metric_that_no_step_feeds_is_told_after_the_first_epoch() -> None:
     assert "train/mean" in run.metrics
 
 
+class SecondPhase(OnlyLoss):
+    """The first phase returns what the metric reads, the second a loss alone."""
+
+    fed = True
+
+    def phases(self) -> list[lw.Phase]:
+        return [lw.Phase("cls", self.classify), lw.Phase("rec", self.training_step)]
+
+    def classify(self, batch: Any) -> Any:
+        preds = self.net(batch[0])
+        loss = nn.functional.cross_entropy(preds, batch[1])
+        return {"loss": loss, "preds": preds, "target": batch[1]} if self.fed else loss
+
+
+def test_a_metric_that_one_of_several_phases_feeds_is_not_told() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = trainer(epochs=2).fit(SecondPhase(), DATA)
+    assert "train/cls/accuracy" in run.metrics
+    task = SecondPhase()
+    task.fed = False
+    with pytest.warns(LoopwrightWarning, match="no step of phase 'cls' or 'rec' returned") as told:
+        trainer(epochs=2).fit(task, DATA)
+    assert len(told) == 1
+
+
 def test_a_history_says_which_names_it_has() -> None:
     run = trainer(epochs=2).fit(task_of(), DATA)
     assert "train/loss" in run.history

@@ -110,9 +110,11 @@ def test_inputs_and_targets_are_chosen_by_place_key_position_or_function(selecti
          "Did you mean 'label'?"),
         ((X, Y), {"inputs": 2}, "inputs=2 is not in the batch (float32[2, 1], float32[2, 1]). Known: '0', '1'."),
         (X, {}, "a batch float32[2, 1] has no target; Supervised expects (input, target). Choose with inputs= and "
-                "targets=, such as targets=lambda batch: batch for an autoencoder"),
+                "targets=, such as targets=lambda batch: batch for an autoencoder. A list is ready batches; "
+                "arrays go as a tuple: (X, y)"),
         ((X,), {}, "a batch (float32[2, 1]) has no target; Supervised expects (input, target). Choose with inputs= and "
-                   "targets=, such as targets=lambda batch: batch for an autoencoder"),
+                   "targets=, such as targets=lambda batch: batch for an autoencoder. A list is ready batches; "
+                "arrays go as a tuple: (X, y)"),
     ],
 )  # fmt: skip
 def test_a_batch_without_what_was_chosen_is_shown(batch: Any, settings: dict[str, Any], message: str) -> None:

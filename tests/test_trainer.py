@@ -59,11 +59,10 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "the duration 0 must be a positive number"),
-        ({"steps": 2.5}, "the duration 2.5 must be a positive whole number"),
-        ({"time": "soon"}, "'soon' is not a duration; write a number and a unit, such as '500 steps', '2 epochs', "
-                           "'10 min' "
-                           "or '1e6 samples'"),
+        ({"epochs": 0}, "epochs=0: the duration 0 must be a positive number"),
+        ({"steps": 2.5}, "steps=2.5: the duration 2.5 must be a positive whole number"),
+        ({"time": "soon"}, "time='soon': 'soon' is not a duration; write a number and a unit, such as '500 "
+                           "steps', '2 epochs', '10 min' or '1e6 samples'"),
         ({"accumulate": 0}, "accumulate=0: expected a whole number of batches, at least 1"),
         ({"accumulate": True}, "accumulate=True: expected a whole number of batches, at least 1"),
         ({"clip_norm": 0.0}, "clip_norm=0.0: expected a positive number, or None for no clipping"),
@@ -80,11 +79,12 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
         ({"precision": "fp23"}, "precision='fp23' is unknown. Known: 'bf16', 'bf16-true', 'fp16', 'fp32', 'fp64'. Did "
                                 "you mean 'fp32'?"),
         ({"precision": 16}, "precision=16 is called 'fp16' here: precision='fp16'"),
-        ({"validate_every": "1 epock"}, "unknown unit 'epock' in the duration '1 epock'. Known: '%', 'batch', "
-         "'batches', 'day', 'days', 'epoch', 'epochs', 'h', 'hour', 'hours', 'min', 'minute', 'minutes', 'percent', "
+        ({"validate_every": "1 epock"}, "validate_every='1 epock': unknown unit 'epock' in the duration '1 epock'. "
+         "Known: '%', 'batch', 'batches', 'day', 'days', 'epoch', 'epochs', 'h', 'hour', 'hours', 'min', 'minute', "
+         "'minutes', 'percent', "
          "'s', 'sample', 'samples', 'sec', 'second', 'seconds', 'step', 'steps', 'token', 'tokens'. Did you mean "
          "'epoch'?"),
-        ({"log_every": 0}, "the duration 0 must be a positive number"),
+        ({"log_every": 0}, "log_every=0: the duration 0 must be a positive number"),
         ({"callbacks": lw.EarlyStopping()}, "callbacks=EarlyStopping: expected a list of them, such as "
                                             "callbacks=[EarlyStopping(...)]"),
         ({"loggers": lw.JSONLLogger()}, "loggers=JSONLLogger: expected a list of them, such as "

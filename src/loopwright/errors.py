@@ -106,8 +106,9 @@ def choose(name: object, known: Iterable[object]) -> str:
     """
     names = sorted(str(k) for k in known)
     if len(names) > MANY:
-        some = difflib.get_close_matches(str(name), names, n=5) or names[:5]
-        return f"Did you mean {', '.join(map(repr, some))}? {len(names)} names are known."
+        some = difflib.get_close_matches(str(name), names, n=5)
+        told = f"Did you mean {', '.join(map(repr, some))}? " if some else ""
+        return f"{told}{len(names)} names are known{'' if some else ', none of them like it'}."
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Known: {', '.join(map(repr, names)) or 'none'}.{hint}"
@@ -139,17 +140,45 @@ def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in sorted(kwargs.keys() - known):
-                if name in ours:
-                    raise TypeError(f"{name}={kwargs[name]!r}: that argument is called {ours[name]} here")
-                near = difflib.get_close_matches(name, [*sorted(known), *ours], n=1)[:1]
-                theirs = near[0] if near and near[0] not in known else None
-                meant = choose(name, known)
-                if theirs is not None:
-                    meant = f"{choose('', known)} Did you mean {ours[theirs]!r}, called {theirs} elsewhere?"
-                raise TypeError(f"{name}={kwargs[name]!r}: there is no such argument. {meant}")
+            if kwargs.keys() - known:
+                _refuse(kwargs, known, ours)
             return function(*args, **kwargs)
 
         return call
 
     return decorate
+
+
+def without_unknown(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of what names the nearest itself, from its ``**unknown``, which no signature shows.
+
+    ``elsewhere`` costs a frame; between ``fit`` and the backward there are as few as can be.
+    """
+    signature = inspect.signature(function)
+    shown = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    setattr(function, "__signature__", signature.replace(parameters=shown))  # noqa: B010
+    return function
+
+
+def refuse_unknown(unknown: Mapping[str, object], function: Callable[..., object], ours: Mapping[str, str]) -> None:
+    """Raise TypeError for ``unknown`` arguments of ``function``, if there are any, as ``elsewhere`` does."""
+    if unknown:
+        _refuse(unknown, {*inspect.signature(function).parameters} - {"self"}, ours)
+
+
+def _refuse(given: Mapping[str, object], known: set[str], ours: Mapping[str, str]) -> None:
+    for name in sorted(given.keys() - known):
+        if name in ours:
+            raise TypeError(f"{name}={_brief(given[name])}: that argument is called {ours[name]} here")
+        near = difflib.get_close_matches(name, [*sorted(known), *ours], n=1)[:1]
+        theirs = near[0] if near and near[0] not in known else None
+        meant = choose(name, known)
+        if theirs is not None:
+            meant = f"{choose('', known)} Did you mean {ours[theirs]!r}, called {theirs} elsewhere?"
+        raise TypeError(f"{name}={_brief(given[name])}: there is no such argument. {meant}")
+
+
+def _brief(value: object) -> str:
+    """A setting as it is written, data by three dots."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else "..."

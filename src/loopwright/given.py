@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 from loopwright.errors import SettingError
 
-__all__ = ["check_flag", "check_list", "check_seed", "check_text", "is_number", "not_callable_with"]
+__all__ = ["check_flag", "check_list", "check_seed", "check_text", "is_number", "named", "not_callable_with"]
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -50,6 +51,21 @@ def check_list(name: str, value: Any, such_as: str, *, where: str = "") -> None:
         (repr(value), such_as) if kind.__module__ == "builtins" else (kind.__name__, f"{kind.__name__}(...)")
     )
     raise SettingError(f"{where}{name}={told}: expected a list of them, such as {name}=[{such_as}]")
+
+
+@contextmanager
+def named(name: str, value: Any, *, where: str = "") -> Iterator[None]:
+    """Let a SettingError about ``value`` say which argument it was given as.
+
+    >>> with named("log_every", None):
+    ...     raise SettingError("None is not a duration")
+    Traceback (most recent call last):
+    loopwright.errors.SettingError: log_every=None: None is not a duration
+    """
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(f"{where}{name}={value!r}: {error}") from None
 
 
 def is_number(value: Any) -> bool:

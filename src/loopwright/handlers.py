@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loopwright.errors import SettingError, choose, elsewhere
 from loopwright.events import HOOKS, Callback, Hooks
@@ -77,7 +77,25 @@ def _in_brackets(part: Filter) -> str:
     return f"({part})" if " | " in part.text else part.text
 
 
-class Event:
+_IGNITE = {  # what Ignite calls them
+    "STARTED": "FIT_START", "COMPLETED": "FIT_END", "EPOCH_STARTED": "EPOCH_START", "EPOCH_COMPLETED": "EPOCH_END",
+    "ITERATION_STARTED": "STEP_START", "ITERATION_COMPLETED": "STEP_END", "EXCEPTION_RAISED": "EXCEPTION",
+}  # fmt: skip
+
+
+class _Names(type):
+    if not TYPE_CHECKING:  # type checkers know the events, and mark what is none
+
+        def __getattr__(cls, name: str) -> Any:
+            """Only asked for what is no event."""
+            if name[:1] == "_":
+                raise AttributeError(name)
+            if name in _IGNITE:
+                raise AttributeError(f"lw.Event has no {name!r}: it is called lw.Event.{_IGNITE[name]} here")
+            raise AttributeError(f"lw.Event has no {name!r}. {choose(name, EVENTS)}")
+
+
+class Event(metaclass=_Names):
     """The moments at which handlers can be called: ``trainer.on(lw.Event.STEP_END(every=50))``.
 
     Call an event to choose among its occurrences, which count from 1: ``every=5`` takes the 5th, 10th, ...;

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+from loopwright.callbacks import ProgressBar
 from loopwright.errors import choose
 from loopwright.events import Callback
 from loopwright.metrics import check_metrics, keys_of
@@ -21,9 +22,10 @@ from loopwright.state import Run
 from loopwright.task import Supervised, Task
 from loopwright.written import is_derived, is_name, is_ours, parsed
 
-__all__ = ["output_names", "watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
+__all__ = ["output_names", "shown_in_vain", "watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
 
 _WITH_VALUES = ("on_loader_end", "on_validation_end")  # hooks that are passed the values of a validation
+_OF_RECORDS = ("epoch", "step", "samples", "seconds")
 Found = Iterator[tuple[str, Any]]  # what is wrong, and who says so: a callback, a saver, the task
 
 
@@ -89,6 +91,20 @@ def watched_oddly(run: Run) -> Found:
                 "or give the value a name that does not tell",
                 cause,
             )
+
+
+def shown_in_vain(run: Run) -> Found:
+    """A name that a progress bar is to show, and that nothing produces: it would show "-" for ever."""
+    bars = [one for one in run.callbacks if isinstance(one, ProgressBar) and one.metrics]
+    names = _Names(run)
+    for cause, shown in ((bar, shown) for bar in bars for shown in bar.metrics or ()):
+        kind, _, name = shown.partition("/")
+        if kind == "lr" or shown in _OF_RECORDS or (kind in names.series and names.may_come(kind, name)):
+            continue
+        if kind == "valid" and (names.logs_validation or not names.has_valid):
+            continue  # the same bar serves runs without a validation
+        known = [one for kind in ("train", "valid") for one in names.known(kind)]
+        yield f"ProgressBar shows {shown!r}, which nothing produces. {choose(shown, known)}", cause
 
 
 def _against_its_name(run: Run) -> Iterator[tuple[Any, str, Any]]:

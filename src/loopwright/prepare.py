@@ -18,7 +18,7 @@ from loopwright.data import Chunks, DataModule, as_source, as_sources, data_of, 
 from loopwright.errors import DataError, SettingError, choose
 from loopwright.events import Callback, check_callback
 from loopwright.every import Every
-from loopwright.given import not_callable_with
+from loopwright.given import named, not_callable_with
 from loopwright.metrics import Meters, check_metrics
 from loopwright.optim import Scheduled, as_schedulers, match_names, scheduled_in, trainable_flags
 from loopwright.parallel import is_shard
@@ -101,7 +101,8 @@ def assemble(
     """
     if isinstance(train, DataModule):
         module, train = train, opened(train, "train", comm)
-        valid = data_of(module, "valid") if valid is None else valid
+        if isinstance(task, nn.Module):  # a function has no validation of its own
+            valid = data_of(module, "valid") if valid is None else valid
     models = run.models
     converted = move_task(task, models, run.device, holds)
     if run.team is not None:
@@ -201,6 +202,11 @@ def measured_by(metrics: Mapping[str, Any]) -> Meters | None:
 
 def _named(found: Any) -> dict[str, tuple[Any, Any]]:
     """``configure_optimizers`` may return an optimizer, ``(optimizer, schedule)``, or a dict of name to either."""
+    if isinstance(found, (list, tuple)) and len(found) > 1 and all(isinstance(one, Optimizer) for one in found):
+        raise SettingError(
+            f"configure_optimizers returned {len(found)} optimizers without names; return a dict, such as "
+            '{"gen": optimizer, "disc": optimizer}, and name them in phases: lw.Phase("gen", step, optimizers="gen")'
+        )
     pairs = found if isinstance(found, Mapping) else {"main": found}
     for name, pair in pairs.items():
         if not isinstance(name, str) or (isinstance(pair, tuple) and len(pair) != 2):
@@ -267,7 +273,8 @@ def _stage(
     made = replace(stage)
     made.made_at = stage.made_at
     ends = [one for one in _listed(stage.until) if isinstance(one, Callback)]
-    until = [Ends.parse(one, unit="epochs") for one in _listed(stage.until) if one not in ends]
+    with named("until", stage.until):
+        until = [Ends.parse(one, unit="epochs") for one in _listed(stage.until) if one not in ends]
     made.callbacks, made.ends = [*stage.callbacks, *ends], [str(one) for one in (*until, *ends)]
     _check_stage(stage, task, made.callbacks)
     made.source = as_source(base.source if stage.source is None else stage.source, train=True, key=key)
@@ -278,7 +285,9 @@ def _stage(
     made.weight = (
         number_of(made.weight) if made.weight is not None else samples if isinstance(task, nn.Module) else sample_count
     )
-    made.validate_every = Every(base.validate_every if stage.validate_every is None else stage.validate_every)
+    asked = base.validate_every if stage.validate_every is None else stage.validate_every
+    with named("validate_every", asked):
+        made.validate_every = Every(asked)
     optimizers = dict(parts.shared)
     if stage.optimizer is not None:
         schedules = {}

@@ -25,7 +25,7 @@ from loopwright.monitored import output_names, watched_in_vain, watched_the_wron
 from loopwright.optim import match_names
 from loopwright.stages import needs_closure
 from loopwright.state import Every, Run, Stage
-from loopwright.task import Supervised, Task
+from loopwright.task import StepTask, Supervised, Task
 from loopwright.text import rule_name
 from loopwright.written import caller, is_ours, where, written_by_user
 
@@ -361,7 +361,10 @@ def _settings(run: Run, written: Written) -> Found:
                 )
     asked = run.settings.get("validate_every", "1 epoch")
     if asked != "1 epoch" and not any(stage.valid for stage in run.stages):
-        yield f"validate_every={asked!r}, but there is no validation data; pass fit(..., valid=loader)", written.trainer
+        way = "pass fit(..., valid=loader)"
+        if isinstance(run.task, StepTask):
+            way = "Trainer.run has no validation of its own: leave it out, and call trainer.validate(...) in a handler"
+        yield f"validate_every={asked!r}, but there is no validation data; {way}", written.trainer
     for stage in run.stages:
         at = written.stage(stage)
         if not stage.valid and str(stage.validate_every) != str(Every(asked)):

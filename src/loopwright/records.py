@@ -5,7 +5,7 @@ from __future__ import annotations
 from loopwright.delivery import log_values
 from loopwright.errors import choose
 from loopwright.recorded import at, unmet
-from loopwright.state import Phase, Run, Stage
+from loopwright.state import Run, Stage
 from loopwright.written import warn
 
 __all__ = ["learning_rates", "log_epoch", "log_train"]
@@ -37,8 +37,10 @@ def log_epoch(run: Run, stage: Stage) -> None:
             if run.team is not None:
                 phase.meters.join(run.team.comm.gather(phase.meters.cut()))
             values |= {f"train/{phase.prefix}{name}": value for name, value in phase.meters.compute().items()}
-            if not len(run.history) and not stage.valid:
-                _check_fed(phase)
+    if not len(run.history) and not stage.valid:
+        _check_fed(run, stage)
+    for phase in stage.phases:
+        if phase.meters is not None:
             phase.meters.reset()
     if run.recorded:
         _check_recorded(run, values)
@@ -52,12 +54,16 @@ def log_epoch(run: Run, stage: Stage) -> None:
     log_values(run, values, "epoch")
 
 
-def _check_fed(phase: Phase) -> None:
-    """After a first epoch without validation, say which metrics have measured nothing."""
-    for name, inputs in phase.meters.unfed().items():
-        listed = " and ".join(map(repr, inputs))
+def _check_fed(run: Run, stage: Stage) -> None:
+    """After a first epoch without validation, say which metrics no phase has fed; one that has yet to run may."""
+    phases = [phase for phase in stage.phases if phase.meters is not None]
+    unfed = [phase.meters.unfed() for phase in phases]
+    if any(phase.name not in run.progress.phase_steps for phase in phases if phase.moved):
+        return
+    for name in (one for one in (unfed[0] if unfed else ()) if all(one in found for found in unfed)):
+        listed, among = " and ".join(map(repr, unfed[0][name])), " or ".join(repr(phase.name) for phase in phases)
         warn(
-            f"metric {name!r} measures nothing: it reads {listed}, which no step of phase {phase.name!r} returned, and "
+            f"metric {name!r} measures nothing: it reads {listed}, which no step of phase {among} returned, and "
             "there is no validation data. Return it with the loss, or pass fit(..., valid=loader)"
         )
 

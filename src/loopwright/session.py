@@ -17,7 +17,8 @@ from loopwright.data import fingerprint
 from loopwright.data.plan import seed_from
 from loopwright.data.trained_on import TrainedOn
 from loopwright.delivery import close_loggers, start_loggers
-from loopwright.errors import LoopwrightError
+from loopwright.doubles import add_nonfinite
+from loopwright.errors import LoopwrightError, NonFiniteError
 from loopwright.folder import about, close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.optim import set_trainable
@@ -72,6 +73,8 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     except BaseException as caught:
         error = caught
         run.status = "interrupted" if isinstance(caught, KeyboardInterrupt) else "failed"
+        if isinstance(caught, NonFiniteError) and isinstance(run.window, (list, tuple)):
+            add_nonfinite(caught, run.window)
         raise
     finally:
         TrainedOn.leave(run)
@@ -159,7 +162,7 @@ def go_on(run: Run, previous: Run) -> None:
     settings ask for the same one and it still exists.
     """
     run.progress, run.history, run.series, run.metrics = (
-        previous.progress, previous.history, previous.series, dict(previous.metrics),
+        previous.progress, previous.history, previous.series, previous.metrics.copy(),
     )  # fmt: skip
     run.latest, run.attributes = dict(previous.latest), previous.attributes
     run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema

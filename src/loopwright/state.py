@@ -381,6 +381,35 @@ _PLACED: dict[Placement, str] = {
 }  # fmt: skip
 
 
+_OUTPUT = "what a step returned is passed as output to map_output, on_backward_end and on_eval_batch_end"
+_GRADS = "parameter.grad of run.models, in on_grads_ready"
+_MODELS = "run.models, a dict by name, or run.task"
+_ELSEWHERE = {  # what is asked of a run by another name, and what to write
+    **{name: f"run.progress.{name}" for name in Progress._fields if name != "stage"},
+    "epochs": "run.progress.epoch", "steps": "run.progress.step", "current_epoch": "run.progress.epoch",
+    "global_step": "run.progress.step", "iteration": "run.progress.step", "seconds": "run.progress.seconds",
+    "net": _MODELS, "model": _MODELS, "module": _MODELS, "optimizer": "run.optimizers, a dict by name",
+    "grads": _GRADS, "grad": _GRADS, "gradients": _GRADS,
+    "preds": f"output['preds']; {_OUTPUT}", "target": f"output['target']; {_OUTPUT}",
+    "scheduler": "run.stage.scheduled", "phases": "run.stage.phases", "phase": "run.stage.phases",
+    "trainer": "run.settings, what the Trainer was given", "logger": "run.loggers", "metric": "run.metrics",
+    "stop": "run.request_stop(reason)", "should_stop": "run.stop_reason",
+}  # fmt: skip
+
+
+class _Latest(dict[str, float]):
+    """The latest values by name; one that has not been logged is an error that names those that have."""
+
+    def __missing__(self, name: str) -> float:
+        raise KeyError(f"nothing was logged as {name!r} yet. {choose(name, self)}")
+
+    def copy(self) -> _Latest:
+        return _Latest(self)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a plain dict is what is sent and saved
+
+
 @dataclass(slots=True, eq=False)
 class Run:
     """One execution of training: handed to every hook, returned by ``fit``.
@@ -420,7 +449,7 @@ class Run:
     exact: bool | list[str] = True
     progress: Progress = field(default_factory=Progress)
     stage_start: Progress = field(default_factory=Progress)
-    metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each logged name
+    metrics: dict[str, float] = field(default_factory=_Latest)  # the latest value of each logged name
     latest: dict[str, Any] = field(default_factory=dict)  # and of each name that a step returned, not yet averaged
     history: History = field(default_factory=History)
     series: Series = field(default_factory=Series)
@@ -467,8 +496,9 @@ class Run:
             """Only asked for what is no field: AttributeError that names the hooks in which it lives."""
             at = [] if name == "hooks" else self.hooks.passed_to(name)  # there is none while a copy is made
             where = f", which lives shorter than a run: take it where it is passed, in {', '.join(at)}"
-            known = "" if at else f". {choose(name, [one.name for one in fields(self)])}"
-            raise AttributeError(f"Run has no {name!r}{where if at else known}", name=name, obj=self)
+            instead = f": write {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+            known = "" if at or instead else f". {choose(name, [one.name for one in fields(self)])}"
+            raise AttributeError(f"Run has no {name!r}{where if at else instead or known}", name=name, obj=self)
 
     @property
     def stage(self) -> Stage | None:

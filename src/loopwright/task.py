@@ -161,7 +161,7 @@ class Supervised(Task):
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
-        if metrics is not None and not hasattr(metrics, "keys"):
+        if metrics is not None and not callable(getattr(metrics, "keys", None)):  # of a metric it is no method
             check_metrics(metrics)  # raises: a dict is needed
         self.metrics = dict(metrics or {})
         self.inputs, self.targets = inputs, targets
@@ -279,11 +279,22 @@ def _picker(select: Select, name: str) -> Callable[[Any], Any] | None:
 
 
 def _get(batch: Any, key: str | int, name: str) -> Any:
+    _check_named(batch, key, name)
     try:
         return batch[key]
     except (KeyError, IndexError, TypeError):
         known = batch.keys() if isinstance(batch, Mapping) else range(len(batch)) if hasattr(batch, "__len__") else ()
         raise StepOutputError(f"{name}={key!r} is not in the batch {describe(batch)}. {choose(key, known)}") from None
+
+
+def _check_named(batch: Any, key: str | int, name: str) -> None:
+    if isinstance(key, str) and isinstance(batch, (Tensor, list, tuple)):
+        raise StepOutputError(
+            f"{name}={key!r} asks for a part by its name, and the batch {describe(batch)} has none: names of columns "
+            "do not come with it. Give arrays as a tuple, (X, y), of a data frame (frame.drop(columns=['y']), "
+            "frame['y']); or as a dict, {'x': X, 'y': y}, with inputs='x', targets='y'; or choose by a function of the "
+            "batch"
+        )
 
 
 def _arguments(
@@ -304,6 +315,7 @@ def _arguments(
 
 def _without(batch: Any, key: str | int) -> Any:
     """The batch but for its target; a batch that is nothing else stays whole."""
+    _check_named(batch, key, "targets")
     if isinstance(batch, Mapping):
         return {name: value for name, value in batch.items() if name != key} or batch
     if isinstance(batch, (list, tuple)) and isinstance(key, int) and len(batch) > 1:
@@ -320,8 +332,8 @@ def _target(batch: Any, *, needed: bool) -> Any:
         return None
     raise StepOutputError(
         f"a batch {describe(batch)} has no target; Supervised expects (input, target). Choose with inputs= and "
-        f"targets=, "
-        "such as targets=lambda batch: batch for an autoencoder"
+        "targets=, such as targets=lambda batch: batch for an autoencoder. A list is ready batches; arrays go as a "
+        "tuple: (X, y)"
     )
 
 

@@ -8,7 +8,7 @@ from itertools import product
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,19 @@ from loopwright.data import Cut, as_source, as_sources, opened, samples, shared
 from loopwright.data.trained_on import TrainedOn
 from loopwright.debug import Debug
 from loopwright.delivery import check_logger
-from loopwright.errors import LoopwrightError, SettingError, choose, elsewhere
-from loopwright.events import Callback, Hooks, check_callback
+from loopwright.errors import (
+    LoopwrightError,
+    SettingError,
+    StepOutputError,
+    choose,
+    elsewhere,
+    refuse_unknown,
+    without_unknown,
+)
+from loopwright.events import Callback, Hooks, check_callback, describe
 from loopwright.every import Every
 from loopwright.explain import explain, writers
-from loopwright.given import check_flag, check_list, check_seed, check_text, is_number
+from loopwright.given import check_flag, check_list, check_seed, check_text, is_number, named
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
@@ -57,6 +65,15 @@ from loopwright.task import StepTask, Supervised, Task  # noqa: F401 - Supervise
 from loopwright.written import blamed, caller, warn
 
 __all__ = ["Trainer"]
+
+# names of other libraries, by what they are called here
+_EVAL = {"dataloaders": "data", "loader": "data", "model": "task", "test_data": "data", "x": "data"}
+_FIT = {
+    "train_dataloaders": "train", "train_dataset": "train", "train_data": "train", "val": "valid",
+    "val_dataloaders": "valid", "validation_data": "valid", "eval_dataset": "valid", "datamodule": "train",
+    "model": "task", "ckpt_path": "resume", "resume_from_checkpoint": "resume", "sample_weight": "weight",
+}  # fmt: skip
+_RUN = {"train": "data", "model": "step", "ckpt_path": "resume"}
 
 
 class Trainer:
@@ -150,7 +167,9 @@ class Trainer:
             raise SettingError(f"folder={folder!r}: expected a path, such as folder='runs', or None to write nothing")
         if name is not None:
             check_text("name", name, "baseline")
-        Every(validate_every), Every(log_every)
+        for what, when in (("validate_every", validate_every), ("log_every", log_every)):
+            with named(what, when):
+                Every(when)
         self.accumulate = parse_accumulate(accumulate)
         self.clip_norm, self.seed, self.deterministic = clip_norm, seed, deterministic
         self.validate_every, self.log_every = validate_every, log_every
@@ -242,6 +261,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ verbs
 
+    @without_unknown
     def fit(
         self,
         task: Task,
@@ -251,6 +271,7 @@ class Trainer:
         stages: Sequence[Stage] | None = None,
         weight: Callable[[Any], float] | None = None,
         resume: Resume | str | Path | None = None,
+        **unknown: Never,
     ) -> Run:
         """Train ``task`` on ``train``, validating on ``valid``, and return the run.
 
@@ -267,6 +288,7 @@ class Trainer:
         Raises PlanError, before any work starts, with everything that cannot work, and CheckpointError for a
         checkpoint that is damaged, does not fit, or could not go on exactly.
         """
+        refuse_unknown(unknown, self.fit, _FIT)
         run, parts, point = self._prepare(task, train, valid, stages, weight, resume)
         if self._begins(run, parts, point, stages):
             with self._session(run, parts):
@@ -274,6 +296,7 @@ class Trainer:
             leave_if_interrupted(run)
         return run
 
+    @without_unknown
     def run(
         self,
         step: Callable[[Run, Any], Any],
@@ -282,6 +305,7 @@ class Trainer:
         state: Mapping[str, Any] | None = None,
         weight: Callable[[Any], float] | None = None,
         resume: Resume | str | Path | None = None,
+        **unknown: Never,
     ) -> Run:
         """Call ``step(run, batch)`` for each batch: the step does all the work, with any library.
 
@@ -293,6 +317,7 @@ class Trainer:
         >>> seen
         [1, 2, 3, 1, 2, 3]
         """
+        refuse_unknown(unknown, self.run, _RUN)
         run, parts, point = self._prepare(StepTask(step, state), data, None, None, weight, resume)
         if self._begins(run, parts, point):
             with self._session(run, parts):
@@ -300,14 +325,17 @@ class Trainer:
             leave_if_interrupted(run)
         return run
 
+    @elsewhere(**_EVAL)
     def validate(self, task: Task, data: Any, *, weight: Callable[[Any], float] | None = None) -> dict[str, float]:
         """Metrics and means of ``validation_step`` over ``data``, as ``valid/<name>``, weighted as in ``fit``."""
         return self._evaluate(task, data, "valid", weight)
 
+    @elsewhere(**_EVAL)
     def test(self, task: Task, data: Any, *, weight: Callable[[Any], float] | None = None) -> dict[str, float]:
         """Metrics and means of ``test_step`` over ``data``, which may be arrays ``(X, y)``, as ``test/<name>``."""
         return self._evaluate(task, data, "test", weight)
 
+    @elsewhere(**_EVAL)
     def predict(self, task: Task, data: Any) -> Any:
         """What ``predict_step`` returns, for all samples in order, on the CPU.
 
@@ -319,9 +347,10 @@ class Trainer:
         _compare(run, {"": source}, "predict")
         if run.team is not None:
             source = _begin_evaluation(run, {"": source})[""]
-        with loop.leaving(run), closing_all([source]), watched(run):
+        with loop.leaving(run), closing_all([source]), watched(run), _asking_for_predict_step(task):
             return joined(loop.predict(run, source, _compiled(run, task.predict_step)))
 
+    @elsewhere(**_FIT)
     def plan(
         self,
         task: Task | Callable[[Run, Any], Any],
@@ -383,6 +412,7 @@ class Trainer:
             plan.facts.append(f"cost: {plan.cost}")
         return plan
 
+    @elsewhere(**_FIT)
     def explain(
         self,
         task: Task | Callable[[Run, Any], Any],
@@ -563,7 +593,10 @@ class Trainer:
         run.settings = {} if weight is None else {"weight": weight}
         run.meters[kind] = measured_by(check_metrics(task.configure_metrics()))
         step = _compiled(run, task.test_step if kind == "test" else task.validation_step)
-        sources = as_sources(opened(data, kind, run.comm), self._key())
+        found = opened(data, kind, run.comm)
+        if found is None:
+            as_source(found, train=False, key=0)  # raises: to measure nothing is no success
+        sources = as_sources(found, self._key())
         _compare(run, sources, kind)
         if run.team is not None:
             sources = _begin_evaluation(run, sources)
@@ -571,21 +604,55 @@ class Trainer:
             return loop.evaluate(run, sources, step, samples if weight is None else number_of(weight), kind=kind)
 
 
-def joined(outputs: list[Any]) -> Any:
+def joined(outputs: list[Any], path: str = "") -> Any:
     """Predictions of many batches as one nested value, joined along dimension 0.
+
+    Raises StepOutputError, with the number of the batch, where one has other parts or sizes than the first.
 
     >>> joined([{"y": torch.zeros(2, 1)}, {"y": torch.zeros(1, 1)}])["y"].shape
     torch.Size([3, 1])
     """
     first = outputs[0]
     if isinstance(first, Tensor):
+        _check_alike(outputs, lambda one: tuple(one.shape[1:]) if isinstance(one, Tensor) else None, path)
         return torch.cat([o if o.dim() else o.reshape(1) for o in outputs])
     if isinstance(first, Mapping):
-        return {key: joined([o[key] for o in outputs]) for key in first}
+        _check_alike(outputs, lambda one: set(one) if isinstance(one, Mapping) else None, path)
+        return {key: joined([o[key] for o in outputs], f"{path}[{key!r}]") for key in first}
     if isinstance(first, (list, tuple)):
-        parts = [joined([o[i] for o in outputs]) for i in range(len(first))]
+        _check_alike(outputs, lambda one: len(one) if isinstance(one, (list, tuple)) else None, path)
+        parts = [joined([o[i] for o in outputs], f"{path}[{i}]") for i in range(len(first))]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return outputs
+
+
+def _check_alike(outputs: list[Any], form: Callable[[Any], Any], path: str) -> None:
+    wanted = form(outputs[0])
+    for number, one in enumerate(outputs, 1):
+        if form(one) != wanted:
+            raise StepOutputError(
+                f"predict_step returned {describe(one)}{path and f' as {path}'} for batch {number}, and "
+                f"{describe(outputs[0])} for batch 1: they cannot be joined along dimension 0. Write "
+                "predict_step(self, batch) so that it returns the same parts for every batch, padded to one size; "
+                "NumPy arrays, preds.numpy(force=True), come as a list with one for each batch"
+            )
+
+
+@contextmanager
+def _asking_for_predict_step(task: Any) -> Iterator[None]:
+    """Where the default ``predict_step`` cannot take a batch, note on the error how to write one."""
+    try:
+        yield
+    except (TypeError, NotImplementedError, AttributeError) as error:
+        own = type(task).predict_step
+        if own is Task.predict_step and not isinstance(error, LoopwrightError):
+            kind, lacks = type(task).__name__, type(task).forward is nn.Module.forward
+            error.add_note(
+                f"[loopwright] {kind}.predict_step is the default one, which calls forward(batch)"
+                f"{f', and {kind} has no forward' if lacks else ''}. Write your own, and return what is to be kept: "
+                "def predict_step(self, batch): x, y = batch; return self.net(x)"
+            )
+        raise
 
 
 def _share_out(run: Run, stages: Sequence[Stage]) -> None:
@@ -660,9 +727,18 @@ def _compare(run: Run, sources: Mapping[str, Any], kind: str) -> None:
             known.check(source, kind)
 
 
+_SUCH_AS = {"epochs": "10", "steps": "1000", "time": "'10 min'"}
+
+
 def _limit(name: str, value: Any, unit: str) -> Duration:
-    limit = Duration.parse(value, unit=unit)
+    with named(name, value):
+        limit = Duration.parse(value, unit=unit)
     if limit.unit != unit:
+        if limit.unit == "percent":
+            raise SettingError(
+                f"{name}={value!r} is a part of a whole whose length nothing else says; write {name}={_SUCH_AS[name]}, "
+                "or epochs=0.25 for a quarter of an epoch"
+            )
         argument = {"epochs": "epochs", "steps": "steps", "seconds": "time"}.get(limit.unit)
         instead = f"{argument}={value!r}" if argument else f"fit(..., stages=[lw.Stage('all', until={value!r})])"
         raise SettingError(f"{name}={value!r} is not a number of {unit}; write {instead} instead")

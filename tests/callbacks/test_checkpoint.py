@@ -260,8 +260,8 @@ def test_on_error_warn_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         ({"mode": "max"}, "mode='max' needs a value to watch: add monitor='valid/loss', or leave mode out"),
         ({"monitor": "valid/loss", "mode": "up"}, "mode='up' is unknown"),
         ({"monitor": "valid/profit"}, "whether 'valid/profit' should fall or rise does not follow from its name"),
-        ({"every": "5 parsecs"}, "unknown unit 'parsecs'"),
-        ({"every": 0}, "the duration 0 must be a positive number"),
+        ({"every": "5 parsecs"}, "Checkpoint: every='5 parsecs': unknown unit 'parsecs'"),
+        ({"every": 0}, "Checkpoint: every=0: the duration 0 must be a positive number"),
     ],
 )
 def test_arguments_are_checked_where_they_are_given(arguments: dict[str, Any], message: str) -> None:

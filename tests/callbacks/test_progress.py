@@ -11,7 +11,7 @@ from torch import nn
 import loopwright as lw
 from loopwright.callbacks import ProgressBar, display_mode
 from loopwright.callbacks.estimate import part_done, planned, time_left
-from loopwright.errors import SettingError
+from loopwright.errors import LoopwrightWarning, SettingError
 from loopwright.events import Hooks
 from loopwright.parallel import Plain, Single
 from loopwright.state import Duration, Progress, Run, Stage
@@ -178,7 +178,8 @@ def test_stages_are_named_and_steps_are_counted_to_their_total():
 def test_chosen_metrics_are_shown_and_a_missing_one_is_a_dash():
     file = io.StringIO()
     bar = ProgressBar(file=file, metrics=["valid/loss", "valid/f1"])
-    fit(file, epochs=1, bar=bar, valid=data(1))
+    with pytest.warns(LoopwrightWarning, match="ProgressBar shows 'valid/f1', which nothing produces"):
+        fit(file, epochs=1, bar=bar, valid=data(1))
     assert re.match(r"epoch 1/1  valid/loss 1.0000  valid/f1      -  ", file.getvalue())
 
 

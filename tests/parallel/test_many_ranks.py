@@ -33,3 +33,15 @@ def test_a_gan_on_many_processes_has_the_weights_of_one(world: int) -> None:
         assert all(map(torch.equal, weights, ranks[0][0]))
     for mine, one in zip(ranks[0][0], alone, strict=True):
         torch.testing.assert_close(mine, one, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.capability("B-11")
+def test_a_gan_on_two_processes_has_the_weights_of_one_without_find_unused() -> None:
+    """A GAN in two phases on 2 ranks, with DDP as it comes (no find_unused): all move alike, and as one rank does."""
+    assert not lw.DDP().find_unused
+    ranks, (alone, steps) = lw.launch(gan, 2), gan()
+    assert all(phase_steps == steps == {"disc": 4, "gen": 2} for _, phase_steps in ranks)
+    assert all(map(torch.equal, ranks[0][0], ranks[1][0]))
+    for mine, one in zip(ranks[0][0], alone, strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-6, rtol=0)

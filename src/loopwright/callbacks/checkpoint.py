@@ -17,7 +17,7 @@ from loopwright.checkpoint.together import write_together
 from loopwright.errors import CheckpointError, SettingError, choose, elsewhere
 from loopwright.events import fire
 from loopwright.every import Every
-from loopwright.given import check_flag
+from loopwright.given import check_flag, named
 from loopwright.monitor import direction
 from loopwright.progress import Duration
 from loopwright.state import Run
@@ -93,7 +93,8 @@ class Checkpoint:
         self.best: Place | None = None
         self.last: Place | None = None
         self.best_value: float | None = None
-        self._every, self._stage = Every(every), 0
+        with named("every", every, where="Checkpoint: "):
+            self._every, self._stage = Every(every), 0
         self._ranks: dict[Place, float | None] = {}  # in the order of writing; smaller is better
         self._saved: Any = None
         self._validated = False

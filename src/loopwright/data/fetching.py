@@ -14,6 +14,11 @@ __all__ = ["Indices", "add_fetch_note", "fetch_samples", "keep_fetch_note", "pla
 
 _BEGIN = "[loopwright] while fetching "
 _FROM_WORKER = "in DataLoader worker process"  # torch's words on an error that a worker hands on
+_OF_SIZES = ("stack expects each tensor to be equal size", "resize storage that is not resizable")  # torch's words
+_SIZES = (
+    "[loopwright] samples of one batch have different sizes: print(lw.data.summary(data)) shows them. Bring them to "
+    "one size in the dataset, or pass a collate function that pads them"
+)
 
 
 class Indices(list[Any]):
@@ -65,6 +70,13 @@ def add_fetch_note(
         found = _raising(dataset, indices, error)
         note += "" if found is None else f"; read again, it was dataset[{found!r}] that raised"
     error.add_note(note)
+    _add_sizes(error)
+
+
+def _add_sizes(error: BaseException) -> None:
+    """Where samples of several sizes cannot become one batch, note how to find them and what to do."""
+    if any(words in str(error) for words in _OF_SIZES) and _SIZES not in getattr(error, "__notes__", ()):
+        error.add_note(_SIZES)
 
 
 def stopped_early(stop: StopIteration) -> DataError:
@@ -101,6 +113,7 @@ def keep_fetch_note(error: BaseException, place: Callable[[], str]) -> None:
     found = {line: None for line in text.splitlines() if line.startswith(_BEGIN)}  # each once: errors have causes
     for line in found or ([f"{_BEGIN}{place()}"] if _FROM_WORKER in text else []):
         error.add_note(line)
+    _add_sizes(error)
 
 
 def place_of(epoch: int, batch: int, indices: Any = None) -> str:

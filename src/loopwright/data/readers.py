@@ -19,6 +19,7 @@ from loopwright.data.gather import has_plain_rows, rows_of
 from loopwright.data.generators import Streams, kept
 from loopwright.data.picked import PickedRows
 from loopwright.data.plan import seed_from
+from loopwright.data.tables import say_if_misaligned
 from loopwright.errors import DataError, SettingError
 from loopwright.given import not_callable_with
 from loopwright.text import rule_name, with_article
@@ -37,6 +38,7 @@ def reader_of(data: Any, transform: Any, collate: Any, *, repeated: bool) -> Row
         tensors, index = rows_of(data)
         return Rows(list(tensors), index, len(data), _device_of(tensors))  # a list, as torch's loader gives
     if is_array(data):
+        say_if_misaligned(data)
         tensors = as_tensors(data)
         length = shared_length(tensors)
         if not by_sample:

@@ -19,6 +19,7 @@ from loopwright.data.loader import Loader
 from loopwright.data.torch_loader import TorchLoader
 from loopwright.data.words import count
 from loopwright.errors import DataError
+from loopwright.events import describe
 from loopwright.state import Source, has_state
 
 __all__ = ["as_source", "as_sources"]
@@ -51,6 +52,11 @@ def as_source(data: Any, *, train: bool, key: int) -> Source:
     source = _adapt(data, train=train, key=key)
     if train and isinstance(data, list) and data and _is_empty(source):
         raise DataError(f"there is not one sample in the {count(len(data), 'batch')} of the list: {_EMPTY}")
+    if isinstance(data, list) and len(data) == 2 and _are_columns(*data):
+        raise DataError(
+            f"{describe(data)} is a list, whose entries are ready batches, and these are two arrays of one length; "
+            "arrays go as a tuple: (X, y)"
+        )
     if source.batches == 0:
         raise DataError(f"there is not one batch in the data ({_named(data)}): {_why_none(data, source)}")
     return source
@@ -74,6 +80,14 @@ def _is_empty(source: Source) -> bool:
         return not any(source.sizes(0) or (1,))
     except DataError:  # there is no tensor to count by; weight= may know
         return False
+
+
+def _are_columns(x: Any, y: Any) -> bool:
+    """True for inputs and their targets: arrays alike long, that cannot be two batches of the same."""
+    if not _is_column(x) or not _is_column(y):
+        return False
+    first, second = tuple(getattr(x, "shape", ())), tuple(getattr(y, "shape", ()))
+    return len(first) != len(second) and first[:1] == second[:1] != (1,)
 
 
 def _is_column(data: Any) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from loopwright.data.picked import ConvertedRows, PickedRows, StackedRows, TableRows, array_rows
 from loopwright.errors import DataError
+from loopwright.written import warn
 
-__all__ = ["arrow_column", "arrow_rows", "frame_rows", "is_arrow", "is_frame", "is_table"]
+__all__ = ["arrow_column", "arrow_rows", "frame_rows", "is_arrow", "is_frame", "is_table", "say_if_misaligned"]
 
 Rows = np.ndarray[Any, Any] | PickedRows
 _NUMBERS = "biuf"
@@ -19,6 +21,20 @@ _FLOAT = np.dtype("float64")  # of whole numbers and truths of which some are mi
 def is_frame(data: object) -> bool:
     """True for a data frame or series of pandas."""
     return callable(getattr(data, "to_numpy", None)) and hasattr(data, "iloc")
+
+
+def say_if_misaligned(data: Any) -> None:
+    """Warn where tables that are paired by position have the same labels in another order."""
+    parts = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, tuple) else ()
+    frames = [(key, part.index) for key, part in parts if is_frame(part)]
+    for key, index in frames[1:]:
+        (first, labels) = frames[0]
+        if len(index) == len(labels) and not index.equals(labels) and bool(index.isin(labels).all()):
+            warn(
+                f"the rows of data[{first!r}] and data[{key!r}] are paired by their position, and their indices hold "
+                "the same labels in another order. If they belong together by label, bring them into one order first, "
+                "such as y = y.loc[X.index]; if not, drop the labels: y.reset_index(drop=True)"
+            )
 
 
 def is_table(data: object) -> bool:

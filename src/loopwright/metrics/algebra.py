@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopwright.errors import CheckpointError, MetricError, SettingError, choose
+from loopwright.errors import CheckpointError, MetricError, SettingError, choose, name_nearest
 from loopwright.metrics.memory import remember, restore
 from loopwright.written import warn
 
@@ -37,6 +37,12 @@ class Algebra:
     __iter__: ClassVar[None] = None  # indexing alone would make it endlessly iterable
     __contains__: ClassVar[None] = None
     _said_nothing = False
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """An unknown argument of a metric is an error that names the nearest, as everywhere."""
+        super().__init_subclass__(**settings)
+        if "__init__" in vars(cls) and not hasattr(cls.__init__, "__wrapped__"):
+            name_nearest(cls)
 
     def _nothing(self) -> float:
         """nan, the value where nothing was taken in; a warning says so, once."""

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from loopwright.errors import SettingError, choose
+from loopwright.given import not_callable_with
 from loopwright.optim.scheduled import Scheduled, is_schedule
 
 __all__ = ["Scheduler", "as_schedulers", "per_step", "settings_of"]
@@ -135,6 +136,12 @@ def as_schedulers(schedule: Any, optimizers: tuple[Optimizer, ...]) -> tuple[Sch
                 '{"lr": lw.schedules.cosine(1e-3, 0.0)}, a torch scheduler, or a factory such as '
                 "schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)"
             )
+        if (why := not_callable_with(schedule, "optimizer")) is not None:
+            name = getattr(schedule, "__name__", type(schedule).__name__)
+            way = f"lambda optimizer: {name}(optimizer, ...)"
+            if str(getattr(schedule, "__module__", "")).startswith("loopwright."):
+                way = f"lw.schedules.{name}(...)"
+            raise SettingError(f"schedule={name}{why}. Write: schedule={way}")
         made = [(optimizer, _called(schedule, optimizer)) for optimizer in optimizers]
         if any(one is None for _, one in made):
             raise SettingError("the factory schedule=... returned None; it must return what it makes of the optimizer")
