@@ -21,7 +21,7 @@ from loopwright.state import Run
 from loopwright.task import Supervised, Task
 from loopwright.written import is_derived, is_name, is_ours, parsed
 
-__all__ = ["output_names", "watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
+__all__ = ["output_names", "watched_in_some_stages", "watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
 
 _WITH_VALUES = ("on_loader_end", "on_validation_end")  # hooks that are passed the values of a validation
 Found = Iterator[tuple[str, Any]]  # what is wrong, and who says so: a callback, a saver, the task
@@ -89,6 +89,20 @@ def watched_oddly(run: Run) -> Found:
                 "or give the value a name that does not tell",
                 cause,
             )
+
+
+def watched_in_some_stages(run: Run) -> Found:
+    """A plateau that is told to look at a validation, in a stage that has none."""
+    names = _Names(run)
+    for stage in run.stages if names.has_valid and not names.logs_validation else ():
+        for scheduler in (s for phase in stage.phases if not stage.valid for s in phase.epoch_schedulers):
+            if (scheduler.monitor or "").startswith("valid/"):
+                yield (
+                    f"{type(scheduler.torch).__name__} monitors {scheduler.monitor!r}, and stage {stage.name!r} has no "
+                    "validation: it leaves the learning rate as it is there. Give the stage valid=, or leave monitor "
+                    "out: then it looks at 'train/loss' in such a stage",
+                    stage,
+                )
 
 
 def _against_its_name(run: Run) -> Iterator[tuple[Any, str, Any]]:

@@ -306,8 +306,6 @@ def _stage(
     for phase in phases:
         with placed(f"phase {phase.name!r}", own):
             found += _phase(phase, optimizers, schedules, parts, clip_norm, known, inherited, alone=len(phases) == 1)
-        for scheduler in phase.epoch_schedulers if made.valid else ():
-            scheduler.default_monitor = "/".join(["valid", *filter(None, [next(iter(made.valid))]), "loss"])
     stepped: set[int] = set()
     for phase in reversed(phases):  # a scheduler that several phases share is stepped once, by the last of them
         phase.step_schedulers = tuple(s for s in phase.step_schedulers if id(s) not in stepped)

@@ -19,6 +19,7 @@ __all__ = ["Scheduled", "is_schedule", "scheduled_in"]
 
 _FROM_0 = ("lr", "momentum", "betas", "weight_decay", "eps")  # which torch's optimizers take from 0 only
 _OWN = "initial_"  # where a group keeps the value that it came with, as torch's schedulers do for lr
+_BEFORE = "initial_stage_"  # where it keeps the value before the open stage; checkpoints hold it with the group
 Place = tuple[int, str, str, bool]  # group, name in it, name of what it came with, whether it is the first of two betas
 
 
@@ -96,6 +97,7 @@ class Scheduled:
         groups = self.optimizer.param_groups
         if len(groups) != self._groups:
             self.look()
+            self.note()
         for at, factor, places in self._targets:
             value = at(fraction)
             for i, name, own, is_first in places:
@@ -110,15 +112,25 @@ class Scheduled:
                 else:
                     group[name] = new
 
+    def note(self) -> None:
+        """Let the groups remember what they have now, as the value before the stage that begins."""
+        for group, name in self._set_here():
+            value = group[name]
+            group.setdefault(_BEFORE + name, float(value) if isinstance(value, Tensor) else value)
+
     def put_back(self) -> None:
-        """Give the groups the values back that they came with."""
-        for _, _, places in self._targets:
-            for i, name, own, _ in places:
-                group = self.optimizer.param_groups[i]
-                if isinstance(group[name], Tensor):
-                    group[name].fill_(group.get(own, group[name]))
-                else:
-                    group[name] = group.get(own, group[name])
+        """Give the groups the values back that they had before the stage, such as what a torch scheduler had set."""
+        for group, name in self._set_here():
+            if (before := group.pop(_BEFORE + name, None)) is None:
+                continue
+            if isinstance(group[name], Tensor):
+                group[name].fill_(before)
+            else:
+                group[name] = before
+
+    def _set_here(self) -> list[tuple[dict[str, Any], str]]:
+        groups = self.optimizer.param_groups
+        return [(groups[i], name) for _, _, places in self._targets for i, name, _, _ in places]
 
     def values(self) -> dict[str, float]:
         """What the scheduled values are now, by their names, but for ``lr``; of the first group that each sets."""
