@@ -145,6 +145,29 @@ def test_chosen_groups_by_name_or_number_come_before_those_for_all() -> None:
     assert run.metrics["weight_decay/1"] == 0.25
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_schedule_of_the_weight_decay_leaves_groups_without_decay_alone(decay: float, by_hand: bool) -> None:
+    """Those of ``lw.groups`` always; those made by hand where another group has some. Their number still sets them."""
+
+    def seen(schedule: dict[str, Any]) -> list[float]:
+        net = classifier()
+        groups = lw.groups(net, no_decay=True)
+        if by_hand:
+            groups = [{"params": group["params"], "weight_decay": (decay, 0.0)[i]} for i, group in enumerate(groups)]
+        sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.5, weight_decay=decay)
+        sgd.param_groups[1]["lr"] = sgd.param_groups[1]["momentum"] = 0.0
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), sgd, schedule=schedule)
+        trainer(steps=2).fit(task, loader(40, batch_size=5))
+        assert [group["momentum"] for group in sgd.param_groups] == [0.25, 0.25]
+        assert [group["lr"] for group in sgd.param_groups] == [0.25, 0.25]  # of which 0 is nothing special
+        return [group["weight_decay"] for group in sgd.param_groups]
+
+    rest = {"momentum": 0.25, "lr": 0.25}
+    assert seen({"weight_decay": linear(1.0, 0.0), **rest}) == [0.5, 0.5 if by_hand and not decay else 0.0]
+    assert seen({"weight_decay": linear(1.0, 0.0), "weight_decay/1": 0.125, **rest}) == [0.5, 0.125]
+
+
 def test_what_is_scheduled_is_in_the_log_under_its_name() -> None:
     net = classifier()
     sgd = torch.optim.SGD(net.parameters(), 1.0, momentum=0.5)

@@ -37,8 +37,10 @@ class Scheduled:
 
     ``schedules``: a schedule of the learning rate, or a dict. Its keys name what a group holds (``"lr"``,
     ``"weight_decay"``, ...), for all groups; ``"momentum"`` is the first beta where a group has betas instead; with
-    ``"lr/head"`` or ``"lr/0"``, for the groups of that name or number alone, which come before those for all. A tuple
-    of schedules sets a tuple, such as ``"betas"``. Raises SettingError for a name that no group has.
+    ``"lr/head"`` or ``"lr/0"``, for the groups of that name or number alone, which come before those for all.
+    ``"weight_decay"`` leaves alone groups of ``lw.groups(no_decay=True)`` without decay, and those that came with 0
+    where others came with more; ``"weight_decay/1"`` sets them. A tuple of schedules sets a tuple, such as
+    ``"betas"``. Raises SettingError for a name that no group has.
 
     >>> import torch
     >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -167,6 +169,8 @@ class Scheduled:
                 raise SettingError(f"schedule {name!r}: no group is called {chosen!r}. {choose(chosen, names)}")
             for i in at:
                 self._check(name, key, groups[i])
+            if key == "weight_decay" and not chosen:
+                at = _with_decay(groups)
             found[name] = [(i, key) for i in at if (i, key) not in taken]
             taken |= set(found[name])
         if any((i, "betas") in taken and "momentum" not in groups[i] for i, key in taken if key == "momentum"):
@@ -236,6 +240,16 @@ def scheduled_in(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
                 f"lr of {kind} is set by a schedule and by {type(clash).__name__}; leave one of them out"
             )
     return tuple(one.within(stage.whole) for one in made.values())
+
+
+def _with_decay(groups: list[dict[str, Any]]) -> list[int]:
+    """Which of them a schedule of the weight decay of all sets: not those that were made to have none."""
+    some = any(group[_OWN + "weight_decay"] != 0 for group in groups)
+    return [
+        i
+        for i, group in enumerate(groups)
+        if not group.get("no_decay") and (not some or group[_OWN + "weight_decay"] != 0)
+    ]
 
 
 def _is_value(value: Any) -> bool:
