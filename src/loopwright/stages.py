@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from loopwright.accumulation import check_unit
 from loopwright.data import Chunks, as_source, as_sources
 from loopwright.errors import SettingError
-from loopwright.optim import default_monitor, set_trainable
+from loopwright.optim import set_trainable
+from loopwright.optim.schedulers import default_monitor
 from loopwright.progress import Duration
 from loopwright.state import Progress, Run, Stage
 
