@@ -82,7 +82,7 @@ def test_a_page_runs_cell_by_cell_in_a_notebook(tmp_path: Path) -> None:
     assert (tmp_path / "runs").is_dir()
 
 
-@pytest.mark.capability("CA-02", "CA-06", "CA-12", "CA-42", "TB-04")
+@pytest.mark.capability("CA-02", "CA-06", "CA-42", "TB-04")
 @pytest.mark.parametrize("page", FEW_LINES, ids=lambda path: path.name)
 def test_recipes_of_a_few_lines(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Augmentation, losses and a recommender take a few lines; its parts, no class of ours, serve words unchanged."""

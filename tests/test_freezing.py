@@ -12,7 +12,7 @@ from torch import nn
 
 import loopwright as lw
 from anywhere import ends_alike
-from tiny import acts, loader, seed_all, trainer
+from tiny import acts, classifier, loader, seed_all, trainer
 
 
 def net_with_norm() -> nn.Sequential:
@@ -128,3 +128,48 @@ def test_resumed_in_any_stage_it_freezes_what_was_frozen(folder: Path) -> None:
         return lw.Trainer(**settings).fit(task, loader(40, batch_size=8, shuffle=True), stages=gradual(), resume=resume)
 
     assert ends_alike(fit, folder) == 8
+
+
+def thawed(optimizer: Any, train: Any) -> tuple[lw.Supervised, list[lw.Stage]]:
+    """The usual start of transfer learning: a body that came frozen, and a second stage that trains it as well."""
+    net = classifier()
+    net[0].requires_grad_(False)
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), optimizer(net))
+    return task, [lw.Stage("head", "1 epoch", train="module.2.*"), lw.Stage("all", "1 epoch", train=train)]
+
+
+@pytest.mark.parametrize("train", ["*", "module.0.*"])
+def test_what_a_stage_thaws_and_no_optimizer_holds_is_a_problem_with_its_names(train: str) -> None:
+    task, stages = thawed(lambda net: torch.optim.SGD(net[2].parameters(), 0.1), train)
+    assert trainer().plan(task, loader(20, batch_size=5), stages=stages).problems == [
+        "stage 'all' trains 2 parameters that are in no optimizer (module.0.weight, module.0.bias); give it all of "
+        "them, torch.optim.SGD(net.parameters(), ...), as stages freeze what is not to move, or leave them out of "
+        f"train={train!r}"
+    ]
+
+
+@pytest.mark.parametrize("train", ["*", "module.0.*"])
+@pytest.mark.parametrize("factory", [True, False])
+def test_what_a_stage_thaws_moves_in_that_stage(train: str, factory: bool) -> None:
+    """A factory is given it too, an optimizer that was made of all parameters has it; no stage before moves it."""
+    made = (lambda net: lambda params: torch.optim.SGD(params, 0.1)) if factory else (
+        lambda net: torch.optim.SGD(net.parameters(), 0.1)
+    )  # fmt: skip
+    task, stages = thawed(made, train)
+    body, seen = task.module[0].weight, []
+    before = body.detach().clone()
+    note = acts(on_stage_end=lambda run, stage: seen.append(torch.equal(body, before)))
+    trainer(callbacks=[note]).fit(task, loader(20, batch_size=5), stages=stages)
+    assert seen == [True, False]
+    assert not body.requires_grad
+
+
+def test_a_stage_that_trains_nothing_its_optimizers_move_is_told_so() -> None:
+    net = classifier()
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
+    own = torch.optim.SGD(net[2].parameters(), 0.1)
+    stages = [lw.Stage("a", "1 epoch"), lw.Stage("b", "1 epoch", train="module.0.*", optimizer={"main": own})]
+    assert trainer().plan(task, loader(20, batch_size=5), stages=stages).problems == [
+        "stage 'b' trains nothing: its optimizers move none of train='module.0.*'; let it match some of what they "
+        "move, or give the stage an optimizer that moves it"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import loopwright as lw
+from loopwright.flops import Operations
 from tiny import bits, classifier, same, seed_all
 
 
@@ -140,3 +142,66 @@ def test_what_is_no_module_is_refused() -> None:
         lw.summary(torch.zeros(2), torch.zeros(2))  # type: ignore[arg-type]
     with pytest.raises(lw.SettingError, match="depth=0: expected a whole number from 1, or None for all layers"):
         lw.summary(nn.Linear(1, 1), torch.zeros(1, 1), depth=0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class Calls(nn.Module):
+    """Calls a function of tensors."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.function(*tensors)
+
+
+ROWS, WIDTH = 2 * 10, 16  # two sequences of ten
+MULTI_HEAD = 2 * ROWS * WIDTH * 4 * WIDTH + 2 * 2 * ROWS * 10 * WIDTH  # four projections, two products of the attention
+SEQUENCES, VALUES = torch.zeros(2, 5, 8), torch.zeros(2, 10, WIDTH)
+FLOPS: dict[str, tuple[Any, Any, int]] = {
+    "LSTM": (nn.LSTM(8, 16, batch_first=True), SEQUENCES, 2 * 10 * 4 * 16 * (8 + 16)),
+    "LSTM, two ways": (nn.LSTM(8, 16, bidirectional=True), SEQUENCES, 2 * 2 * 10 * 4 * 16 * (8 + 16)),
+    "LSTM, two layers": (nn.LSTM(8, 16, 2), SEQUENCES, 2 * 10 * 4 * 16 * (8 + 16 + 16 + 16)),
+    "GRU": (nn.GRU(8, 16, batch_first=True), SEQUENCES, 2 * 10 * 3 * 16 * (8 + 16)),
+    "RNN": (nn.RNN(8, 16, batch_first=True), SEQUENCES, 2 * 10 * 16 * (8 + 16)),
+    "attention": (Calls(attention), (torch.zeros(2, 4, 10, 8),) * 3, 2 * 2 * 2 * 4 * 10 * 10 * 8),
+    "cross attention": (
+        Calls(attention), (torch.zeros(2, 4, 10, 8), torch.zeros(2, 4, 7, 8), torch.zeros(2, 4, 7, 8)),
+        2 * 2 * 2 * 4 * 10 * 7 * 8,
+    ),
+    "multi-head": (nn.MultiheadAttention(WIDTH, 4, batch_first=True), (VALUES,) * 3, MULTI_HEAD),
+    "encoder": (nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True), VALUES,
+                MULTI_HEAD + 2 * 2 * ROWS * WIDTH * 32),
+    "a vector": (Calls(lambda m, v: m @ v), (torch.zeros(3, 4), torch.zeros(4)), 2 * 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FLOPS)
+def test_the_flops_of_recurrent_layers_and_of_attention_are_the_known_ones(what: str) -> None:
+    module, inputs, expected = FLOPS[what]
+    told = lw.summary(module, inputs)
+    assert (told.flops, told.not_counted) == (expected, [])
+    module.eval()
+    with torch.no_grad(), Operations() as count:  # other kernels, where nothing is to be kept for a backward
+        module(*(inputs if isinstance(inputs, tuple) else [inputs]))
+    assert (count.total, count.left_out) == (expected, [])
+
+
+def test_a_padded_batch_counts_the_lengths_of_its_sequences() -> None:
+    """What an encoder computes of a batch with padding, where it leaves that out."""
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True), 1).eval()
+    padding = torch.arange(10) >= torch.tensor([[10], [4]])
+    with warnings.catch_warnings(), torch.no_grad(), Operations() as count:
+        warnings.simplefilter("ignore")  # torch calls nested tensors a prototype
+        net(VALUES, src_key_padding_mask=padding)
+    assert count.total == 2 * 14 * WIDTH * (4 * WIDTH + 2 * 32) + 2 * 2 * (100 + 16) * WIDTH
+
+
+def test_what_has_no_formula_is_said_to_be_not_counted() -> None:
+    told = lw.summary(nn.Sequential(nn.Linear(4, 4), Calls(lambda x: nn.Bilinear(4, 4, 2)(x, x))), torch.zeros(3, 4))
+    assert told.not_counted == ["aten._trilinear"]
+    assert "forward: 96 FLOPs (matrix products, convolutions, attention); not counted: aten._trilinear" in str(told)

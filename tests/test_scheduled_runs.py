@@ -145,6 +145,29 @@ def test_chosen_groups_by_name_or_number_come_before_those_for_all() -> None:
     assert run.metrics["weight_decay/1"] == 0.25
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_schedule_of_the_weight_decay_leaves_groups_without_decay_alone(decay: float, by_hand: bool) -> None:
+    """Those of ``lw.groups`` always; those made by hand where another group has some. Their number still sets them."""
+
+    def seen(schedule: dict[str, Any]) -> list[float]:
+        net = classifier()
+        groups = lw.groups(net, no_decay=True)
+        if by_hand:
+            groups = [{"params": group["params"], "weight_decay": (decay, 0.0)[i]} for i, group in enumerate(groups)]
+        sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.5, weight_decay=decay)
+        sgd.param_groups[1]["lr"] = sgd.param_groups[1]["momentum"] = 0.0
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), sgd, schedule=schedule)
+        trainer(steps=2).fit(task, loader(40, batch_size=5))
+        assert [group["momentum"] for group in sgd.param_groups] == [0.25, 0.25]
+        assert [group["lr"] for group in sgd.param_groups] == [0.25, 0.25]  # of which 0 is nothing special
+        return [group["weight_decay"] for group in sgd.param_groups]
+
+    rest = {"momentum": 0.25, "lr": 0.25}
+    assert seen({"weight_decay": linear(1.0, 0.0), **rest}) == [0.5, 0.5 if by_hand and not decay else 0.0]
+    assert seen({"weight_decay": linear(1.0, 0.0), "weight_decay/1": 0.125, **rest}) == [0.5, 0.125]
+
+
 def test_what_is_scheduled_is_in_the_log_under_its_name() -> None:
     net = classifier()
     sgd = torch.optim.SGD(net.parameters(), 1.0, momentum=0.5)
@@ -336,6 +359,91 @@ def test_the_torch_scheduler_of_the_task_goes_on_after_a_stage_with_a_rate_of_it
         return {"task": task, "train": loader(20, batch_size=5), "stages": stages}
 
     assert lw.verify_resume(make, lw.Trainer(), steps=24, stop=[6, 10, 14]).differences == []
+
+
+@pytest.mark.parametrize("scheduler", [lr_scheduler.StepLR, lr_scheduler.MultiplicativeLR, lr_scheduler.CyclicLR])
+def test_after_a_stage_with_values_of_its_own_a_torch_scheduler_goes_on_from_what_it_had_set(scheduler: Any) -> None:
+    """So the rates are those of a run without that stage, also where it is killed in it, or in the one after."""
+    own = lw.Stage("b", "1 epoch", schedule={"lr": 0.7, "momentum": linear(0.0, 0.5)})
+    made = {
+        lr_scheduler.StepLR: lambda sgd: lr_scheduler.StepLR(sgd, 1, 0.5),
+        lr_scheduler.MultiplicativeLR: lambda sgd: lr_scheduler.MultiplicativeLR(sgd, lambda epoch: 0.5),
+        lr_scheduler.CyclicLR: lambda sgd: lr_scheduler.CyclicLR(sgd, 0.1, 0.6, step_size_up=5),
+    }[scheduler]
+
+    def make(stages: list[lw.Stage]) -> dict[str, Any]:
+        net = classifier()
+        sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.25)
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), sgd, schedule=made(sgd))
+        return {"task": task, "train": loader(20, batch_size=5), "stages": stages}
+
+    def seen(*stages: lw.Stage) -> list[Any]:
+        values: list[Any] = []
+        trainer(callbacks=[watch(values, "lr", "momentum")]).fit(**make(list(stages)))
+        return values
+
+    a, c = lw.Stage("a", "2 epochs"), lw.Stage("c", "2 epochs")
+    without = seen(a, c)
+    assert seen(a, own, c) == without[:8] + [(0.7, 0.125 * k) for k in range(4)] + without[8:]
+    if scheduler is lr_scheduler.StepLR:
+        assert [lr for lr, _ in without[::4]] == [0.1, 0.05, 0.025, 0.0125]
+        assert (
+            lw.verify_resume(lambda: make([a, own, c]), lw.Trainer(), steps=20, stop=[8, 10, 12, 14]).differences == []
+        )
+
+
+@pytest.mark.parametrize("fits", [[3], [2, 1]])
+def test_a_plateau_keeps_its_reduction_after_a_stage_with_a_rate_of_its_own(fits: list[int]) -> None:
+    """Also where that stage was the end of an earlier fit."""
+    seen: list[float] = []
+
+    def plateau(sgd: Any) -> Any:  # never content
+        return lr_scheduler.ReduceLROnPlateau(sgd, patience=0, threshold=10.0)
+
+    stages = [lw.Stage("a", "2 epochs"), lw.Stage("b", "1 epoch", lr=0.75), lw.Stage("c", "1 epoch")]
+    task = sgd_task(line(), schedule=plateau)
+    for count in fits:
+        trainer(callbacks=[watch(seen, "lr")]).fit(task, BATCHES, stages=stages[:count])
+        stages = stages[count:]
+    assert seen[::4] == pytest.approx([1.0, 0.1, 0.75, 0.01])
+
+
+class Noting(lr_scheduler.ReduceLROnPlateau):
+    """Keeps what it is stepped with."""
+
+    def step(self, metrics: Any, epoch: Any = None) -> None:
+        self.given = [*getattr(self, "given", []), float(metrics)]
+        super().step(metrics)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_plateau_looks_at_the_validation_in_stages_that_have_one_and_at_the_training_in_the_others(
+    order: str,
+) -> None:
+    net = classifier()
+    sgd = torch.optim.SGD(net.parameters(), 0.01)
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), sgd, schedule=(plateau := Noting(sgd)))
+    of = {"a": lw.Stage("a", "2 epochs", valid=loader(9, batch_size=9)), "b": lw.Stage("b", "3 epochs")}
+    run = trainer().fit(task, loader(20, batch_size=5), stages=[of[name] for name in order])
+    train, valid = run.history["train/loss"], [one for one in run.history["valid/loss"] if one is not None]
+    assert len({*train, *valid}) == 7
+    assert plateau.given == ([*valid, *train[2:]] if order == "ab" else [*train[:3], *valid])
+
+
+def test_a_plateau_told_to_look_at_a_validation_is_told_of_in_a_stage_that_has_none() -> None:
+    """No way to guess what it should go by there; a warning, since it may be meant."""
+
+    def make(sgd: Any) -> Any:
+        return lw.Scheduler(lr_scheduler.ReduceLROnPlateau(sgd), monitor="valid/loss")
+
+    stages = [lw.Stage("a", "2 epochs", valid=pairs([9.0])), lw.Stage("b", "3 epochs")]
+    plan = trainer().plan(sgd_task(line(), schedule=make), BATCHES, stages=stages)
+    assert plan.problems == []
+    assert plan.warnings == [
+        "ReduceLROnPlateau monitors 'valid/loss', and stage 'b' has no validation: it leaves the learning rate as it "
+        "is there. Give the stage valid=, or leave monitor out: then it looks at 'train/loss' in such a stage"
+    ]
+    assert trainer().plan(sgd_task(line(), schedule=make), BATCHES, stages=stages[:1]).warnings == []
 
 
 def test_another_length_or_schedule_is_refused_since_the_bits_would_be_others(tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ def test_one_cycle_has_the_shape_and_the_defaults_of_fastai() -> None:
     assert one_cycle()["lr"] == scaled(one_cycle(1.0)["lr"])
 
 
+@pytest.mark.capability("IG-11")
 def test_known_values() -> None:
+    """Straight lines through points, growing restarts, a function of one's own: values worked out by hand."""
     assert [constant(0.3)(f) for f in (0, 0.5, 1)] == [0.3] * 3
     assert [piecewise([(0.2, 1.0), (0.4, 3.0)])(f) for f in (0, 0.2, 0.3, 0.4, 1)] == pytest.approx([1, 1, 2, 3, 3])
     assert [piecewise({0: 0.0, 0.5: 1.0, 1: 0.0})(f) for f in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 0]

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from loopwright import rng
 from loopwright.errors import SettingError
 from loopwright.events import describe
+from loopwright.flops import Operations
 
 __all__ = ["Layer", "ModelSummary", "rows_of", "summary"]
 
@@ -41,7 +42,8 @@ class ModelSummary:
     """What ``lw.summary`` found; ``print`` it, or let a notebook show it.
 
     ``memory``: bytes of "weights", "buffers", "gradients", "saved for backward" and "inputs". ``problem`` is None
-    where the forward went well, else what stopped it, and where.
+    where the forward went well, else what stopped it, and where. ``not_counted``: operations of which nobody knows how
+    many FLOPs they take.
     """
 
     layers: list[Layer] = field(default_factory=list)
@@ -50,6 +52,7 @@ class ModelSummary:
     flops: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     problem: str | None = None
+    not_counted: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [("layer", "input", "output", "parameters", "FLOPs"), *map(_row, self.layers)]
@@ -67,7 +70,8 @@ class ModelSummary:
         if self.problem is not None:
             yield f"PROBLEM: {self.problem}"
             return
-        yield f"forward: {_short(self.flops)}FLOPs (matrix products, convolutions, attention)"
+        rest = f"; not counted: {', '.join(self.not_counted)}" if self.not_counted else ""
+        yield f"forward: {_short(self.flops)}FLOPs (matrix products, convolutions, attention){rest}"
         yield f"memory: {', '.join(f'{name} {_short(size, 1024)}B' for name, size in self.memory.items() if size)}"
 
     def _repr_html_(self) -> str:
@@ -108,8 +112,9 @@ def summary(module: nn.Module, inputs: Any, *, depth: int | None = None) -> Mode
     ``inputs`` are what the module takes: a tensor, a tuple of arguments, or a dict of keyword arguments, on the
     module's device; anything nested is passed on as it is. ``depth`` folds what lies deeper into its parents. FLOPs are
     those of the forward as ``torch.utils.flop_counter`` counts them: two for each multiplication and addition of matrix
-    products, convolutions and attention; none for what works element by element. Memory for the backward is what
-    autograd really keeps, in eval mode; the state of an optimizer comes on top (Adam: twice the weights).
+    products, convolutions, attention and recurrent layers; none for what works element by element. What else may take
+    some, such as operations of a library, is printed as not counted. Memory for the backward is what autograd really
+    keeps, in eval mode; the state of an optimizer comes on top (Adam: twice the weights).
 
     The forward runs in eval mode with random generators forked; flags, buffers and gradients are as before. Of a lazy
     module a copy is run, and it stays lazy. Where the forward fails, the table ends there, and ``problem`` says in
@@ -175,7 +180,7 @@ def _untouched(module: nn.Module) -> Iterator[None]:
 
 
 class _Look:
-    """Hooks on every module, torch's FLOP counter, and what autograd keeps, during one forward."""
+    """Hooks on every module, a counter of FLOPs, and what autograd keeps, during one forward."""
 
     def __init__(self, module: nn.Module, inputs: Any) -> None:
         self.module, self.inputs = module, inputs
@@ -188,8 +193,6 @@ class _Look:
         self.paths: dict[int, str] = {id(one): path for path, one in module.named_modules()}
 
     def __enter__(self) -> None:
-        from torch.utils.flop_counter import FlopCounterMode  # imports half of torch
-
         for path, module in self.module.named_modules():
             name = path.rpartition(".")[2]
             kind = type(module).__name__
@@ -207,7 +210,7 @@ class _Look:
                 self.kept.append(tensor.untyped_storage())  # or its memory, and address, would be used again
 
         self.kept: list[Any] = []
-        self.counter = FlopCounterMode(display=False)
+        self.counter = Operations()
         self.saving = torch.autograd.graph.saved_tensors_hooks(pack, _never)
         self.counter.__enter__()
         self.saving.__enter__()
@@ -234,7 +237,7 @@ class _Look:
         self.problem = f"{where} raised {type(error).__name__} for {layer.inputs or 'what it was given'}: {error}"
 
     def told(self, depth: int | None) -> ModelSummary:
-        flops = {} if self.problem else self.counter.get_flop_counts()
+        flops = {} if self.problem else self.counter.by_module()
         root, seen = type(self.module).__name__, set[int]()
         for path, module in self.module.named_modules():
             layer = self.layers[path]
@@ -243,7 +246,7 @@ class _Look:
             layer.trained = sum(p.numel() for p in known if p.requires_grad)
             layer.shared = bool(known) and all(id(p) in seen for p in known)
             seen |= {id(p) for p in module.parameters(recurse=False)}
-            layer.flops = sum(flops.get(f"{root}.{path}" if path else root, {}).values())
+            layer.flops = flops.get(f"{root}.{path}" if path else root, 0)
         total = self.layers[""]
         sizes = {
             "weights": _bytes(self.module.parameters()), "buffers": _bytes(self.module.buffers()),
@@ -253,7 +256,8 @@ class _Look:
         shown = [layer for layer in self.layers.values() if depth is None or layer.depth <= depth]
         if self.problem:
             shown = [layer for layer in shown if layer.calls]
-        return ModelSummary(shown, total.parameters, total.trained, self.counter.get_total_flops(), sizes, self.problem)
+        count = self.counter
+        return ModelSummary(shown, total.parameters, total.trained, count.total, sizes, self.problem, count.left_out)
 
 
 def _never(packed: Any) -> Any:

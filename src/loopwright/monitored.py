@@ -22,7 +22,7 @@ from loopwright.state import Run
 from loopwright.task import Supervised, Task
 from loopwright.written import is_derived, is_name, is_ours, parsed
 
-__all__ = ["output_names", "shown_in_vain", "watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
+__all__ = ["output_names", "watched_in_vain", "watched_oddly", "watched_the_wrong_way"]
 
 _WITH_VALUES = ("on_loader_end", "on_validation_end")  # hooks that are passed the values of a validation
 _OF_RECORDS = ("epoch", "step", "samples", "seconds")
@@ -80,7 +80,9 @@ def watched_the_wrong_way(run: Run) -> Found:
 
 
 def watched_oddly(run: Run) -> Found:
-    """A value whose name tells that it is better the other way."""
+    """What may be meant: a value whose name tells the other way, one that a stage or a bar does not see."""
+    yield from _shown_in_vain(run)
+    yield from _watched_in_some_stages(run)
     for item, who, cause in _against_its_name(run):
         told = _is_the_loss(item.monitor) and (_is_made_smaller(run) or _rises(run))
         if not told and "score" not in item.monitor:  # of anything
@@ -93,7 +95,7 @@ def watched_oddly(run: Run) -> Found:
             )
 
 
-def shown_in_vain(run: Run) -> Found:
+def _shown_in_vain(run: Run) -> Found:
     """A name that a progress bar is to show, and that nothing produces: it would show "-" for ever."""
     bars = [one for one in run.callbacks if isinstance(one, ProgressBar) and one.metrics]
     names = _Names(run)
@@ -105,6 +107,20 @@ def shown_in_vain(run: Run) -> Found:
             continue  # the same bar serves runs without a validation
         known = [one for kind in ("train", "valid") for one in names.known(kind)]
         yield f"ProgressBar shows {shown!r}, which nothing produces. {choose(shown, known)}", cause
+
+
+def _watched_in_some_stages(run: Run) -> Found:
+    """A plateau that is told to look at a validation, in a stage that has none."""
+    names = _Names(run)
+    for stage in run.stages if names.has_valid and not names.logs_validation else ():
+        for scheduler in (s for phase in stage.phases if not stage.valid for s in phase.epoch_schedulers):
+            if (scheduler.monitor or "").startswith("valid/"):
+                yield (
+                    f"{type(scheduler.torch).__name__} monitors {scheduler.monitor!r}, and stage {stage.name!r} has no "
+                    "validation: it leaves the learning rate as it is there. Give the stage valid=, or leave monitor "
+                    "out: then it looks at 'train/loss' in such a stage",
+                    stage,
+                )
 
 
 def _against_its_name(run: Run) -> Iterator[tuple[Any, str, Any]]:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from loopwright.conflicts import odd_work, set_twice
 from loopwright.errors import PlanError
 from loopwright.idle import does_nothing
-from loopwright.monitored import shown_in_vain, watched_oddly
+from loopwright.monitored import watched_oddly
 from loopwright.problems import Written, problems_in
 from loopwright.state import Run, Stage
 from loopwright.unheard import unheard
@@ -70,7 +70,7 @@ def make_plan(run: Run, *, made_at: str | None = None) -> Plan:
     plan.add(problems_in(run, written))
     odd = [*set_twice(run), *unheard(run)]
     if not plan.problems:
-        odd += [*does_nothing(run), *watched_oddly(run), *shown_in_vain(run), *odd_work(run)]
+        odd += [*does_nothing(run), *watched_oddly(run), *odd_work(run)]
     for told, cause in odd:
         if told not in plan.places:  # several stages may say the same
             plan.warnings.append(told)

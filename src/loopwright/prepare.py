@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import wraps
 from typing import Any
 
@@ -125,9 +126,10 @@ def assemble(
         given = {name: (o, None) for name, o in previous.optimizers.items() if not (own and name.startswith(own))}
     parts = Parts(models, {}, [], metrics, kept=previous.optimizers if previous is not None else {})
     schedules: dict[str, Any] = {}
+    later = [one for stage in stages or [] if stage.train is not None for one in _listed(stage.train)]
     for name, (optimizer, schedule) in given.items():
         with placed(f"the optimizer {name!r}", at):
-            parts.optimizers[name] = parts.shared[name] = _optimizer(optimizer, task, name)
+            parts.optimizers[name] = parts.shared[name] = _optimizer(optimizer, task, name, later=later)
         schedules[name] = schedule
     # where there are stages, this one is never trained: each has its own end
     base = Stage("main", "1 step" if stages else until, train, valid, None, accumulate, weight, validate_every)
@@ -218,8 +220,11 @@ def _named(found: Any) -> dict[str, tuple[Any, Any]]:
     return {name: pair if isinstance(pair, tuple) else (pair, None) for name, pair in pairs.items()}
 
 
-def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None) -> Optimizer:
-    """An instance as it is; a factory is called with the trainable parameters of the task."""
+def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None, later: Sequence[str] = ()) -> Optimizer:
+    """An instance as it is; a factory is called with the trainable parameters of the task.
+
+    ``later``: patterns of what stages train, which may be frozen as yet.
+    """
     if isinstance(optimizer, Optimizer):
         _check_moved(optimizer, task, name)
         return optimizer
@@ -230,13 +235,14 @@ def _optimizer(optimizer: Any, task: Any, name: str, patterns: Any = None) -> Op
             "lr=1e-3), or a factory: lambda params: torch.optim.AdamW(params, lr=1e-3)"
         )
     named = dict(task.named_parameters())
-    if not any(p.requires_grad for p in named.values()) and patterns is None:
+    trained = {n for n, p in named.items() if p.requires_grad or any(fnmatchcase(n, one) for one in later)}
+    if not trained and patterns is None:
         raise SettingError(
             f"the factory of optimizer {name!r} has nothing to move: no parameter of {type(task).__name__} is "
             "trainable. Add the module that is to be trained to the task, or set requires_grad_(True) on its parameters"
         )
-    chosen = named if patterns is None else {n: named[n] for n in named if n in match_names(patterns, named)}
-    made = optimizer([p for p in chosen.values() if p.requires_grad or patterns is not None])
+    chosen = trained if patterns is None else match_names(patterns, named)
+    made = optimizer([p for n, p in named.items() if n in chosen])
     if not isinstance(made, Optimizer):
         raise SettingError(
             f"the factory of optimizer {name!r} returned {type(made).__name__}; it must return a torch optimizer"
@@ -316,8 +322,6 @@ def _stage(
     for phase in phases:
         with placed(f"phase {phase.name!r}", own):
             found += _phase(phase, optimizers, schedules, parts, clip_norm, known, inherited, alone=len(phases) == 1)
-        for scheduler in phase.epoch_schedulers if made.valid else ():
-            scheduler.default_monitor = "/".join(["valid", *filter(None, [next(iter(made.valid))]), "loss"])
     stepped: set[int] = set()
     for phase in reversed(phases):  # a scheduler that several phases share is stepped once, by the last of them
         phase.step_schedulers = tuple(s for s in phase.step_schedulers if id(s) not in stepped)

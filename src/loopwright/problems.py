@@ -154,6 +154,25 @@ def _moved_once(run: Run, named: dict[str, nn.Parameter], own: dict[int, str], w
             "not to be trained: parameter.requires_grad_(False)",
             written.task,
         )
+    for stage in run.stages if not manual else ():
+        if lost := _thawed_in_vain(run, stage):
+            kind = next((type(o).__name__ for phase in stage.phases for o in phase.moved), "SGD")
+            yield (
+                f"stage {stage.name!r} trains {len(lost)} parameters that are in no optimizer ({', '.join(lost[:4])}"
+                f"{', ...' if len(lost) > 4 else ''}); give it all of them, torch.optim.{kind}(net.parameters(), ...), "
+                f"as stages freeze what is not to move, or leave them out of train={stage.train!r}",
+                written.task if stage.optimizer is None else written.stage(stage),
+            )
+
+
+def _thawed_in_vain(run: Run, stage: Stage) -> list[str]:
+    """Parameters that came frozen, that ``stage`` says are trained, and that no optimizer holds."""
+    if stage.train is None:
+        return []
+    held = {id(p) for one in run.optimizers.values() for group in one.param_groups for p in group["params"]}
+    frozen = _frozen(stage, run.trainable)
+    named = run.task.named_parameters()
+    return [n for n, p in named if n not in frozen and not run.trainable.get(n, True) and id(p) not in held]
 
 
 def _given_to(run: Run, stage: Stage) -> list[Any]:
@@ -376,7 +395,14 @@ def _settings(run: Run, written: Written) -> Found:
         for check in (_truncation, _accumulation, _closures):
             yield from ((problem, at) for problem in check(run, stage))
         yield from ((problem, written.task) for problem in _steps(run, stage))
-        if _trains_nothing(run, stage):
+        if _trains_nothing(run, stage) and stage.freeze is None:
+            if not _thawed_in_vain(run, stage):
+                yield (
+                    f"stage {stage.name!r} trains nothing: its optimizers move none of train={stage.train!r}; let it "
+                    "match some of what they move, or give the stage an optimizer that moves it",
+                    at,
+                )
+        elif _trains_nothing(run, stage):
             yield (
                 f"stage {stage.name!r} freezes every parameter that it could move; leave some of them out of "
                 f"freeze={stage.freeze!r}",

@@ -165,7 +165,7 @@ def _stage(stage: Stage, known: Any) -> dict[str, Any]:
         phase.name: {
             "step": told("step", phase.step), "every": rule_name(phase.every), "clip_norm": phase.clip_norm,
             "optimizers": told("optimizers", phase.optimizers),
-            "schedules": [settings_of(s) for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
+            "schedules": [settings_of(s, stage.valid) for s in (*phase.step_schedulers, *phase.epoch_schedulers)]
             + [s.plain() for s in stage.scheduled if s.optimizer in phase.moved],
         } for phase in stage.phases
     }  # fmt: skip

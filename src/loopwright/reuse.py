@@ -165,7 +165,7 @@ def _digests(run: Run, given: Sequence[Stage]) -> Iterator[tuple[str, str]]:
             add(type(optimizer), [_group(one, names) for one in optimizer.param_groups])
             add(optimizer.state_dict()["state"])
         for scheduler in (s for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)):
-            add(settings_of(scheduler), scheduler.state_dict())
+            add(settings_of(scheduler, stage.valid), scheduler.state_dict())
         add([s.schedules for s in stage.scheduled])
         if measured:
             valid = list(stage.valid.values()) if raw.valid is None else [raw.valid]

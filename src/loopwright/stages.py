@@ -14,6 +14,7 @@ from loopwright.accumulation import check_unit
 from loopwright.data import Chunks, as_source, as_sources
 from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
+from loopwright.optim.schedulers import default_monitor
 from loopwright.progress import Duration
 from loopwright.state import Progress, Run, Stage
 
@@ -43,12 +44,17 @@ def begin_stage(run: Run, stage: Stage) -> bool:
         set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
     if run.team is not None:
         run.team.begin_stage(run, stage)
+    for phase in stage.phases:
+        for scheduler in phase.epoch_schedulers:
+            scheduler.default_monitor = default_monitor(stage.valid)
     for scheduled in stage.scheduled:
         scheduled.look()
     fresh = p.stage_step == p.batch == 0 and p.epoch == start.epoch
     if fresh:
-        for scheduled in (one for each in run.stages[: p.stage] for one in each.scheduled):
+        for scheduled in (one for each in run.stages[: p.stage + 1] for one in each.scheduled):
             scheduled.put_back()
+        for scheduled in stage.scheduled:
+            scheduled.note()
     return fresh
 
 
@@ -203,6 +209,8 @@ def _replace_optimizer(run: Run, key: str, new: Any) -> None:
     run.optimizers[key] = new
     for stage in run.stages:
         stage.scheduled = tuple(s.on(new) if s.optimizer is old else s for s in stage.scheduled)
+        for scheduled in stage.scheduled if stage is run.stage else ():
+            scheduled.note()
         for phase in stage.phases:
             phase.moved = tuple(new if o is old else o for o in phase.moved)
 

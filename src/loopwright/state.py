@@ -268,7 +268,7 @@ class Stage:
     a batch. ``train`` holds name patterns (``"head.*"``) of the parameters that this stage trains, ``freeze`` of those
     that it does not; with neither, requires_grad is left as the user set it. ``schedule`` takes the place of all
     others in this stage: one of ``lw.schedules``, or a dict of them by hyper-parameter; ``lr`` is that of the learning
-    rate alone, or a number. What a stage does not schedule has the value again that the optimizer came with.
+    rate alone, or a number. After the stage, what it has set has the values again that were there before it.
 
     ``until`` may also be a ``Plateau``, alone or in a list with durations: whichever comes first. ``loss`` takes the
     place of the task's own during the stage. ``callbacks`` are active in this stage only, after those of the Trainer;

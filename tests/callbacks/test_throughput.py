@@ -78,6 +78,48 @@ def test_operations_are_those_of_the_first_step_forward_and_backward(clock: Cloc
     assert len(run.history.losses["loss"]) == 3
 
 
+class Recurrent(nn.Module):
+    """An LSTM, attention over its steps by torch's kernel, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lstm(x)[0].unsqueeze(1)
+        return self.last(nn.functional.scaled_dot_product_attention(x, x, x)[:, 0, -1])
+
+
+def test_operations_of_recurrent_layers_and_of_attention_are_counted_forward_and_backward(clock: Clock) -> None:
+    lstm, attends, last = 2 * 4 * 5 * 4 * 16 * (8 + 16), 2 * 2 * 4 * 5 * 5 * 16, 2 * 4 * 16 * 3
+    batch = (torch.randn(4, 5, 8), torch.randn(4, 3))
+    user = trainer(epochs=1, callbacks=[lw.Throughput("1 step", flops=True)])
+    run = user.fit(taking(clock, Recurrent(), step=0.25, look=0), [batch] * 3)
+    backward = 2 * lstm + 2.5 * attends + 2 * last  # the attention makes its scores anew
+    assert run.history["train/flops_per_second"] == [(lstm + attends + last + backward) / 0.25]
+
+
+def test_operations_that_cannot_be_counted_are_told(clock: Clock) -> None:
+    net = nn.Sequential(nn.Linear(5, 3), acts_as(nn.Bilinear(3, 3, 3)))
+    user = trainer(epochs=1, callbacks=[lw.Throughput("1 step", flops=True)])
+    with pytest.warns(lw.LoopwrightWarning, match=r"leaves out what it cannot count: aten\._trilinear$"):
+        user.fit(taking(clock, net, step=0.25, look=0), [(torch.randn(4, 5), torch.randn(4, 3))] * 3)
+
+
+def acts_as(bilinear: nn.Bilinear) -> nn.Module:
+    """A module of one input that goes into both."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bilinear = bilinear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bilinear(x, x)
+
+    return Both()
+
+
 class Attends(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -514,3 +514,9 @@ def test_what_a_users_function_calls_k_is_the_users() -> None:
         bunch.descend(bunch.grads, lr + k)
 
     assert Stepwise([nn.Parameter(torch.ones(1))], [plain]).defaults["k"] == 0
+
+
+def test_groups_without_decay_are_taken_as_they_come() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    made = Stepwise(lw.groups(net, no_decay=True), [decay, adam], lr=0.1, weight_decay=0.5)
+    assert [group["weight_decay"] for group in made.param_groups] == [0.5, 0.0]

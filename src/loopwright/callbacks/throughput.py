@@ -9,7 +9,9 @@ from typing import Any
 from loopwright.errors import SettingError
 from loopwright.events import Callback
 from loopwright.every import Every
+from loopwright.flops import Operations
 from loopwright.state import Run, Stage, StepResult
+from loopwright.written import warn
 
 __all__ = ["Throughput"]
 
@@ -20,10 +22,11 @@ class Throughput(Callback):
     The time is that of the training steps with the wait for their data; validation, checkpoints and the ends of epochs
     are left out. ``train/samples_per_second`` counts what the run counts: ``train/weight_per_second`` where ``fit`` has
     a ``weight`` function. ``tokens(batch)`` gives the tokens of a batch, for ``train/tokens_per_second``.
-    ``flops=True`` counts the operations of the first step of each stage (matrix products, convolutions, attention;
-    forward, backward, all phases that are due), for ``train/flops_per_second``; that step takes longer and is left out.
-    With several ranks all values are those of all ranks together. On an accelerator a step ends when it is queued: over
-    a record that makes no difference. Put it last in the list: between two steps, what later callbacks do is counted.
+    ``flops=True`` counts the operations of the first step of each stage (matrix products, convolutions, attention,
+    recurrent layers; forward, backward, all phases that are due), for ``train/flops_per_second``; that step takes
+    longer and is left out. A warning names operations that cannot be counted. With several ranks all values are those
+    of all ranks together. On an accelerator a step ends when it is queued: over a record that makes no difference. Put
+    it last in the list: between two steps, what later callbacks do is counted.
 
     Reads: run.progress, the clock, with ``tokens`` batches. Changes: nothing. Stops: no. Raises SettingError for
     ``flops`` of compiled steps, whose operations nobody sees.
@@ -39,7 +42,8 @@ class Throughput(Callback):
             raise SettingError(f"Throughput(tokens={tokens!r}) cannot be called; pass a function of a batch")
         self.every, self.tokens, self.flops = every, tokens, flops
         self._every = Every(every)
-        self._mode: Any = None  # counts the operations of the open step
+        self._told = False  # what cannot be counted
+        self._mode: Operations | None = None  # counts the operations of the open step
         self._forget()
 
     def _forget(self) -> None:
@@ -53,6 +57,7 @@ class Throughput(Callback):
         if self.tokens is None:  # one hook less for each batch
             own = self.on_batch_start
             run.hooks.on_batch_start = tuple(hook for hook in run.hooks.on_batch_start if hook != own)
+        self._told = False
         self._forget()
         self._every.begin(run)
 
@@ -70,10 +75,8 @@ class Throughput(Callback):
 
     def on_step_start(self, run: Run) -> None:
         if self.flops and self._rate is None:
-            from torch.utils.flop_counter import FlopCounterMode
-
             self._end_count()  # of a step that was dropped
-            self._mode = FlopCounterMode(display=False)
+            self._mode = Operations()
             self._mode.__enter__()
 
     def on_batch_start(self, run: Run, batch: Any) -> None:
@@ -83,7 +86,11 @@ class Throughput(Callback):
     def on_step_end(self, run: Run, result: StepResult) -> None:
         now = time.perf_counter()
         if self._mode is not None:
+            left_out = self._mode.left_out
             self._rate = self._end_count() / result.weight
+            if left_out and not self._told:
+                self._told = True
+                warn(f"flops_per_second of Throughput leaves out what it cannot count: {', '.join(left_out)}")
             self._last, self._tokens = time.perf_counter(), 0.0
             return
         self._seconds, self._last = self._seconds + now - self._last, now
@@ -105,7 +112,7 @@ class Throughput(Callback):
         if mode is None:
             return 0.0
         mode.__exit__(None, None, None)
-        return float(mode.get_total_flops())
+        return float(mode.total)
 
     def _log(self, run: Run) -> None:
         seconds, name = self._seconds or 1e-9, "samples" if run.stage and run.stage.counts_samples else "weight"

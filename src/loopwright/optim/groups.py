@@ -34,8 +34,8 @@ def groups(
     1e-3}``; a list gives none. ``"*"`` is what no other pattern takes. ``lr=(first, last)`` gives the groups learning
     rates from the first to the last, each larger than the one before by the same factor (Howard & Ruder 2018,
     arXiv:1801.06146, section 3.1). ``no_decay`` splits each group: biases, and all that norms hold (torch's, and those
-    of the classes ``norms``), get a weight decay of 0. A group is called by its pattern, ``group["name"]``, which
-    schedules may choose: ``"lr/head.*"``.
+    of the classes ``norms``), get a weight decay of 0, which a schedule of ``"weight_decay"`` leaves alone. A group is
+    called by its pattern, ``group["name"]``, which schedules may choose: ``"lr/head.*"``.
 
     Raises SettingError that names parameters which no pattern or more than one takes, and a pattern that takes none.
 
@@ -62,7 +62,9 @@ def groups(
         free = _without_decay(module, norms) if no_decay else set()
         weights, others = [n for n in mine if id(names[n]) not in free], [n for n in mine if id(names[n]) in free]
         made += [{"params": [names[n] for n in weights], **group}] if weights else []
-        made += [{"params": [names[n] for n in others], **group, "weight_decay": 0.0}] if others else []
+        made += (
+            [{"params": [names[n] for n in others], **group, "weight_decay": 0.0, "no_decay": True}] if others else []
+        )
     return made
 
 

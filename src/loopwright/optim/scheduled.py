@@ -19,6 +19,7 @@ __all__ = ["Scheduled", "is_schedule", "scheduled_in"]
 
 _FROM_0 = ("lr", "momentum", "betas", "weight_decay", "eps")  # which torch's optimizers take from 0 only
 _OWN = "initial_"  # where a group keeps the value that it came with, as torch's schedulers do for lr
+_BEFORE = "initial_stage_"  # where it keeps the value before the open stage; checkpoints hold it with the group
 Place = tuple[int, str, str, bool]  # group, name in it, name of what it came with, whether it is the first of two betas
 
 
@@ -36,8 +37,10 @@ class Scheduled:
 
     ``schedules``: a schedule of the learning rate, or a dict. Its keys name what a group holds (``"lr"``,
     ``"weight_decay"``, ...), for all groups; ``"momentum"`` is the first beta where a group has betas instead; with
-    ``"lr/head"`` or ``"lr/0"``, for the groups of that name or number alone, which come before those for all. A tuple
-    of schedules sets a tuple, such as ``"betas"``. Raises SettingError for a name that no group has.
+    ``"lr/head"`` or ``"lr/0"``, for the groups of that name or number alone, which come before those for all.
+    ``"weight_decay"`` leaves alone groups of ``lw.groups(no_decay=True)`` without decay, and those that came with 0
+    where others came with more; ``"weight_decay/1"`` sets them. A tuple of schedules sets a tuple, such as
+    ``"betas"``. Raises SettingError for a name that no group has.
 
     >>> import torch
     >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -96,6 +99,7 @@ class Scheduled:
         groups = self.optimizer.param_groups
         if len(groups) != self._groups:
             self.look()
+            self.note()
         for at, factor, places in self._targets:
             value = at(fraction)
             for i, name, own, is_first in places:
@@ -110,15 +114,25 @@ class Scheduled:
                 else:
                     group[name] = new
 
+    def note(self) -> None:
+        """Let the groups remember what they have now, as the value before the stage that begins."""
+        for group, name in self._set_here():
+            value = group[name]
+            group.setdefault(_BEFORE + name, float(value) if isinstance(value, Tensor) else value)
+
     def put_back(self) -> None:
-        """Give the groups the values back that they came with."""
-        for _, _, places in self._targets:
-            for i, name, own, _ in places:
-                group = self.optimizer.param_groups[i]
-                if isinstance(group[name], Tensor):
-                    group[name].fill_(group.get(own, group[name]))
-                else:
-                    group[name] = group.get(own, group[name])
+        """Give the groups the values back that they had before the stage, such as what a torch scheduler had set."""
+        for group, name in self._set_here():
+            if (before := group.pop(_BEFORE + name, None)) is None:
+                continue
+            if isinstance(group[name], Tensor):
+                group[name].fill_(before)
+            else:
+                group[name] = before
+
+    def _set_here(self) -> list[tuple[dict[str, Any], str]]:
+        groups = self.optimizer.param_groups
+        return [(groups[i], name) for _, _, places in self._targets for i, name, _, _ in places]
 
     def values(self) -> dict[str, float]:
         """What the scheduled values are now, by their names, but for ``lr``; of the first group that each sets."""
@@ -155,6 +169,8 @@ class Scheduled:
                 raise SettingError(f"schedule {name!r}: no group is called {chosen!r}. {choose(chosen, names)}")
             for i in at:
                 self._check(name, key, groups[i])
+            if key == "weight_decay" and not chosen:
+                at = _with_decay(groups)
             found[name] = [(i, key) for i in at if (i, key) not in taken]
             taken |= set(found[name])
         if any((i, "betas") in taken and "momentum" not in groups[i] for i, key in taken if key == "momentum"):
@@ -224,6 +240,16 @@ def scheduled_in(stage: Stage, found: list[Scheduled]) -> tuple[Scheduled, ...]:
                 f"lr of {kind} is set by a schedule and by {type(clash).__name__}; leave one of them out"
             )
     return tuple(one.within(stage.whole) for one in made.values())
+
+
+def _with_decay(groups: list[dict[str, Any]]) -> list[int]:
+    """Which of them a schedule of the weight decay of all sets: not those that were made to have none."""
+    some = any(group[_OWN + "weight_decay"] != 0 for group in groups)
+    return [
+        i
+        for i, group in enumerate(groups)
+        if not group.get("no_decay") and (not some or group[_OWN + "weight_decay"] != 0)
+    ]
 
 
 def _is_value(value: Any) -> bool:

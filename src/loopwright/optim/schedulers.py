@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -13,7 +13,7 @@ from loopwright.errors import SettingError, choose
 from loopwright.given import not_callable_with
 from loopwright.optim.scheduled import Scheduled, is_schedule
 
-__all__ = ["Scheduler", "as_schedulers", "per_step", "settings_of"]
+__all__ = ["Scheduler", "as_schedulers", "default_monitor", "per_step", "settings_of"]
 
 
 class Scheduler:
@@ -21,7 +21,7 @@ class Scheduler:
 
     Without ``every``, OneCycleLR and CyclicLR are stepped at each optimizer step and all others once an epoch, as
     torch documents them. ReduceLROnPlateau is stepped at the end of an epoch, after validation, with
-    ``run.metrics[monitor]``; by default ``valid/loss`` where there is validation, else ``train/loss``.
+    ``run.metrics[monitor]``; by default ``valid/loss`` in stages with validation, else ``train/loss``.
     Raises SettingError for a wrong ``every`` and for ``monitor`` where nothing is monitored.
 
     >>> import torch
@@ -44,7 +44,7 @@ class Scheduler:
         self.every = every or ("step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch")
         self.monitor = monitor
         self.plateau = plateau
-        self.default_monitor = "train/loss"  # "valid/loss" in a stage with validation
+        self.default_monitor = "train/loss"  # that of the open stage
         self._seen = -1  # the validation that was looked at last, by its step
 
     def step(self, metrics: Mapping[str, float], validated_at: int = -1) -> None:
@@ -73,15 +73,27 @@ class Scheduler:
         self._seen = state["seen"]
 
 
-def settings_of(scheduler: Scheduler) -> dict[str, Any]:
+def default_monitor(valid: Iterable[str]) -> str:
+    """What a plateau looks at in a stage that validates on the data sets called ``valid``: the first one.
+
+    >>> default_monitor([]), default_monitor([""]), default_monitor(["seen", "new"])
+    ('train/loss', 'valid/loss', 'valid/seen/loss')
+    """
+    name = next(iter(valid), None)
+    return "train/loss" if name is None else "/".join(["valid", *filter(None, [name]), "loss"])
+
+
+def settings_of(scheduler: Scheduler, valid: Iterable[str] = ()) -> dict[str, Any]:
     """When it is stepped, what it looks at, and what it was made with, as far as torch keeps that.
+
+    ``valid``: the names of the data to validate on in its stage.
 
     >>> import torch
     >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     >>> settings_of(Scheduler(torch.optim.lr_scheduler.StepLR(optimizer, 2)))
     {'class': <class 'torch.optim.lr_scheduler.StepLR'>, 'every': 'epoch', 'step_size': 2, 'gamma': 0.1}
     """
-    looks = {"monitor": scheduler.monitor or scheduler.default_monitor} if scheduler.plateau else {}
+    looks = {"monitor": scheduler.monitor or default_monitor(valid)} if scheduler.plateau else {}
     return {"class": type(scheduler.torch), "every": scheduler.every, **looks, **_made_with(scheduler.torch)}
 
 

@@ -85,8 +85,8 @@ class Stepwise(Optimizer):
                 )
 
     def _has(self, name: str) -> bool:
-        """True for what a group may hold; torch's schedulers and ours keep there what a value was at first."""
-        return name in self.defaults or name in _HOW or name == "name" or name.startswith("initial_")
+        """True for what a group may hold; schedulers keep there what a value was at first, ``groups`` a note."""
+        return name in self.defaults or name in (*_HOW, "name", "no_decay") or name.startswith("initial_")
 
     def _check_values(self, group: Mapping[str, Any]) -> None:
         """What torch's optimizers refuse, and what would only fail in a step."""
