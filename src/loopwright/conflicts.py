@@ -17,7 +17,8 @@ from loopwright.text import with_article
 from loopwright.written import is_derived, is_name, is_ours, parsed, where
 
 __all__ = [
-    "changed_by", "has_a_say", "lost_work", "odd_work", "puts_back_at", "read_too_early", "set_twice", "stages_of",
+    "changed_by", "has_a_say", "lost_work", "meet", "odd_work", "puts_back_at", "read_too_early", "set_twice",
+    "stages_of",
 ]  # fmt: skip
 
 _MAPS = ("map_batch", "map_output", "map_loss")
@@ -54,9 +55,7 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
     yield from _written_twice(run)
     yield from _not_its_own(run)
     judged: list[Any] = [
-        one
-        for one in (*run.savers, *run.callbacks)
-        if hasattr(one, "monitor") and is_derived(type(one), Callback)
+        one for one in (*run.savers, *run.callbacks) if hasattr(one, "monitor") and is_derived(type(one), Callback)
     ]
     for one, other in combinations(judged, 2):
         both = puts_back_at(run, one) & puts_back_at(run, other)
@@ -78,9 +77,15 @@ def stages_of(run: Run, callback: Any) -> list[Stage]:
     return [stage for stage in run.stages if any(one is callback for one in stage.callbacks)]
 
 
+def meet(run: Run, one: Any, other: Any) -> bool:
+    """False for callbacks of different stages."""
+    first, second = stages_of(run, one), stages_of(run, other)
+    return not first or not second or any(stage is another for stage in first for another in second)
+
+
 def puts_back_at(run: Run, one: Any) -> set[str]:
     """At the ends of which stages, by their names, ``one`` decides the weights; "" for the end of the fit."""
-    own = getattr(one, "puts_back_at", None)
+    own = getattr(one, "_puts_back_at", None)
     if own is not None:
         return set(own(run))
     return {""} if getattr(one, "restore", None) == "best" else set()
@@ -202,10 +207,8 @@ def odd_work(run: Run) -> Iterator[tuple[str, str | None]]:
 
 
 def _meet(run: Run, one: Any, other: Any) -> bool:
-    """False for callbacks of different stages."""
-    first, second = ({i for i, stage in enumerate(run.stages) if any(c is _owner(f) for c in stage.callbacks)}
-                     for f in (one, other))  # fmt: skip
-    return not first or not second or bool(first & second)
+    """False for hooks of callbacks of different stages."""
+    return meet(run, _owner(one), _owner(other))
 
 
 def _lost_rates(run: Run) -> Iterator[tuple[str, str | None]]:

@@ -13,12 +13,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from loopwright import rng
 from loopwright.callbacks.restoring import Restoring
-from loopwright.conflicts import puts_back_at, stages_of
+from loopwright.conflicts import meet, puts_back_at
 from loopwright.data import as_source
 from loopwright.errors import SettingError, choose
 from loopwright.every import Every
 from loopwright.progress import Duration, Progress, is_counted
 from loopwright.state import Run, Stage, StepResult
+from loopwright.unheard import most_of
 from loopwright.unseen import read
 from loopwright.written import warn
 
@@ -43,6 +44,7 @@ class Average(Restoring):
         self._start: Duration | None = None
         self._sources: dict[str, nn.Module] = {}
         self._others: list[Average] = []  # all averages of the run
+        self._told = False  # that it comes after the end of the run
         self._trained: list[Tensor] = []  # the weights of the training, in whose place the averages are since a fit
         self._forget()
 
@@ -76,13 +78,13 @@ class Average(Restoring):
         for other in run.callbacks:
             if other is self:
                 break  # the second one of two says it
-            if isinstance(other, Average) and other.evaluate and self.evaluate and _meet(run, other, self):
+            if isinstance(other, Average) and other.evaluate and self.evaluate and meet(run, other, self):
                 yield (
                     f"{type(other).__name__} and {name} both show their averages to validation; give one of them "
                     "evaluate=False"
                 )
         for one in (*run.savers, *run.callbacks) if self.replace_at_end else ():
-            both = set() if isinstance(one, Average) else puts_back_at(run, one) & self.puts_back_at(run)
+            both = set() if isinstance(one, Average) else puts_back_at(run, one) & self._puts_back_at(run)
             if both:
                 given = "(restore=...)" if hasattr(one, "restore") else ""
                 when = "after the fit" if "" in both else f"at the end of stage {min(both)!r}"
@@ -106,6 +108,10 @@ class Average(Restoring):
             yield f"{name}(batch_norm=data) is for models with batch norm, and there is none here; leave it out"
 
     @property
+    def _begins(self) -> Duration:
+        return self._start if self._start is not None else Duration.parse(self.every)
+
+    @property
     def _measures(self) -> bool:
         return self.batch_norm is not None and self.batch_norm is not False
 
@@ -115,6 +121,7 @@ class Average(Restoring):
     def on_fit_start(self, run: Run) -> None:
         chosen = self._chosen(run)
         self._others = [other for other in run.callbacks if isinstance(other, Average)]
+        self._told = Every(self._begins).missed(most_of(run), moments=("every",)) is not None  # the plan has
         if run.progress.step == 0 or self._sources != chosen:  # another run than the one seen before
             self._forget()
             self._sources = chosen
@@ -173,10 +180,9 @@ class Average(Restoring):
     def _end(self, run: Run, what: str) -> None:
         if self.updates:
             self._measure(run)
-        elif run.stop_reason is None and run.settings.get("debug") is None:  # else cut short, as was asked for
-            begins = self._start if self._start is not None else self._every
+        elif not (self._told or run.stop_reason or run.settings.get("debug")):  # else cut short, as was asked for
             warn(
-                f"{type(self).__name__} has averaged nothing: it begins after '{begins}', and {what} ended after "
+                f"{type(self).__name__} has averaged nothing: it begins after '{self._begins}', and {what} ended after "
                 f"{run.progress.epoch} epochs ({run.progress.step} steps). Begin earlier"
             )
 
@@ -197,11 +203,11 @@ class Average(Restoring):
                     mine.copy_(averaged)
 
     @torch.no_grad()
-    def put_as_validated(self, state: Mapping[str, Any], step: int) -> None:
+    def _put_as_validated(self, state: Mapping[str, Any], step: int) -> None:
         """Put averages into the models, from a ``state`` of ``step``, if those are what a validation saw there."""
         for name in self.averages if state.get("shown_at") == step else ():
             model, kept = self._sources[name], state["averages"][name]
-            own = dict(model.named_parameters())
+            own: dict[str, Tensor] = dict(model.named_parameters())
             own |= dict(model.named_buffers()) if self.buffers or self._measures else {}
             for key, mine in own.items():
                 mine.copy_(kept[f"module.{key}"])
@@ -278,12 +284,6 @@ class Average(Restoring):
             averaged.load_state_dict(state["averages"][name])
         self.updates, self._measured, self._every.next = state["updates"], state["measured"], state["next"]
         self._shown_at = state.get("shown_at", -1)
-
-
-def _meet(run: Run, one: Any, other: Any) -> bool:
-    """False for callbacks of different stages."""
-    first, second = stages_of(run, one), stages_of(run, other)
-    return not first or not second or any(stage is another for stage in first for another in second)
 
 
 def _averageable(run: Run) -> dict[str, nn.Module]:

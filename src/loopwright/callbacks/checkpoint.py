@@ -256,8 +256,8 @@ class Checkpoint:
                 data = read(best, run.team.sharing(run.device) if shares else None)
                 snapshot.restore_models(run, data)
                 for callback, state in matched(run.callbacks, data.state["callbacks"]):
-                    if str(self.monitor).startswith("valid/") and hasattr(callback, "put_as_validated"):
-                        callback.put_as_validated(state, data.info["step"])
+                    if str(self.monitor).startswith("valid/") and hasattr(callback, "_put_as_validated"):
+                        callback._put_as_validated(state, data.info["step"])
             if run.team is not None:
                 run.team.follow(run, parameters=True)
 

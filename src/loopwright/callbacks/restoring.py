@@ -24,7 +24,7 @@ class Restoring(Callback):
         """Do it."""
         raise NotImplementedError
 
-    def puts_back_at(self, run: Run) -> set[str]:
+    def _puts_back_at(self, run: Run) -> set[str]:
         """At the ends of which stages, by their names, and "" for the end of the fit."""
         mine = stages_of(run, self)
         return {"" if s is run.stages[-1] else s.name for s in mine} or {""} if self._decides() else set()

@@ -158,7 +158,7 @@ class KeepBest(_Watch, Restoring):
     def _decides(self) -> bool:
         return True
 
-    def puts_back_at(self, run: Run) -> set[str]:
+    def _puts_back_at(self, run: Run) -> set[str]:
         return {"" if s is run.stages[-1] else s.name for s in stages_of(run, self) or run.stages}
 
     def _is_its_end(self, run: Run) -> bool:
