@@ -55,6 +55,7 @@ def test_a_rich_run_is_drawn_line_by_line(folder: Path) -> None:
         == """\
 EarlyStopping.on_fit_start
 stage 'main': until 3 epochs
+    EarlyStopping.on_stage_start
     for each epoch:
         for each window of up to 2 batches of Iterated:
             set gradients to None
@@ -79,6 +80,7 @@ stage 'main': until 3 epochs
         StepLR.step()
         EarlyStopping.on_epoch_end
         print, at EPOCH_END(every='2 epochs')  # on_epoch_end
+    EarlyStopping.on_stage_end
 save a last checkpoint
 EarlyStopping.on_fit_end
 look, at STEP_END(every=50) | FIT_END  # on_fit_end"""

@@ -90,6 +90,22 @@ IDLE: dict[str, tuple[Callable[[], Made], str]] = {
         of(lw.Stage("a", "2 steps"), lw.Stage("b", "1 epoch"), callbacks=[lw.Throughput("at 6 steps")]),
         "Throughput: 'at 6 steps' comes after the end of this run, which has 5 steps",
     ),
+    "an average that never begins": (
+        of(callbacks=[lw.SWA("100 epochs")]),
+        "SWA: '100 epochs' comes after the end of this run, which has 2 epochs",
+    ),
+    "an average that never takes the weights": (
+        of(callbacks=[lw.EMA(0.9, every="5 epochs")]),
+        "EMA: '5 epochs' comes after the end of this run, which has 2 epochs",
+    ),
+    "a look that never comes": (
+        of(callbacks=[lw.Doctor(50, show=False)]),
+        "Doctor: '50 steps' comes after the end of this run, which has 6 steps",
+    ),
+    "a measure that is never taken": (
+        of(callbacks=[lw.Throughput(100)]),
+        "Throughput: '100 steps' comes after the end of this run, which has 6 steps",
+    ),
     "two that watch the same": (
         of(valid=DATA, callbacks=[lw.EarlyStopping("valid/loss"), lw.EarlyStopping("valid/loss")]),
         "two EarlyStopping have the same settings, and the second one does the same again; leave it out",
@@ -162,6 +178,7 @@ BUSY = {
     ),
     "two of the user's own": of(callbacks=[acts(), acts()]),
     "two penalties": of(callbacks=[lw.Penalty("l2", 0.1), lw.Penalty("l2", 0.1)]),
+    "what looks at the last step": of(callbacks=[lw.Doctor(6, show=False), lw.Throughput(6), lw.SWA("2 epochs")]),
     "a rehearsal": of(accumulate=3, log_every="at 2 epochs", debug=lw.Debug(dev_run=2)),
 }  # fmt: skip
 
@@ -290,3 +307,25 @@ def test_one_of_two_adversaries_may_be_waited_for_to_rise() -> None:
 
     plan = trainer(epochs=1, callbacks=[lw.EarlyStopping("train/one/loss", mode="max")]).plan(Two(), DATA)
     assert plan.problems == []
+
+
+def test_losses_of_stages_that_cannot_be_compared_are_warned_of(folder: Path) -> None:
+    def planned(one: Any, *, own: bool = False, **settings: Any) -> list[str]:
+        callbacks = [] if one is None else [one]
+        other = {"loss": nn.L1Loss()}
+        stages = [
+            lw.Stage("a", "1 epoch", callbacks=callbacks if own else []), lw.Stage("b", "1 epoch", **other),
+        ]  # fmt: skip
+        user = trainer(callbacks=[] if own else callbacks, **settings)
+        task = sgd_task(line(), metrics={"accuracy": lw.metrics.Accuracy(threshold=0.0)})
+        return list(user.plan(task, DATA, DATA, stages=stages).warnings)
+
+    (told,) = planned(lw.EarlyStopping("valid/loss", restore="best"))
+    assert told == (
+        "EarlyStopping monitors 'valid/loss' over stages with other losses (a, b), whose values cannot be compared; "
+        "monitor a metric, or give each stage an EarlyStopping of its own"
+    )
+    (told,) = planned(None, checkpoint=lw.Checkpoint(monitor="train/loss"), folder=folder)
+    assert told.endswith("(a, b), whose values cannot be compared; monitor a metric")
+    assert planned(lw.EarlyStopping("valid/loss"), own=True) == []
+    assert planned(lw.EarlyStopping("valid/accuracy")) == planned(lw.KeepBest("valid/loss")) == []

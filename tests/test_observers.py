@@ -72,7 +72,7 @@ def observed(watchers: set[str], folder: Path | None = None, plan: bool = False)
     callbacks += [lw.Doctor(2, show=False)] if has("doctor") else []
     callbacks += [lw.Audit()] if has("audit") else []
     callbacks += [lw.EMA(0.9)] if has("averages") else []
-    callbacks += [lw.Throughput(), lw.Resources()] if has("throughput") else []
+    callbacks += [lw.Throughput(3), lw.Resources()] if has("throughput") else []
     callbacks += [lw.Predictions(folder, kinds="valid")] if has("predictions") else []
     at = lw.Event.STEP_END(every=2) | lw.Event.VALIDATION_END
     callbacks += [lw.Watch("parameters", "gradients", "activations", "optimizer", at=at)] if has("watch") else []

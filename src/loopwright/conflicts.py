@@ -12,11 +12,14 @@ from itertools import combinations
 from typing import Any
 
 from loopwright.events import HOOKS, Callback, hook_name
-from loopwright.state import Run
+from loopwright.state import Run, Stage
 from loopwright.text import with_article
 from loopwright.written import is_derived, is_name, is_ours, parsed, where
 
-__all__ = ["changed_by", "has_a_say", "lost_work", "odd_work", "read_too_early", "set_twice"]
+__all__ = [
+    "changed_by", "has_a_say", "lost_work", "meet", "odd_work", "puts_back_at", "read_too_early", "set_twice",
+    "stages_of",
+]  # fmt: skip
 
 _MAPS = ("map_batch", "map_output", "map_loss")
 _IN_A_STEP = (*_MAPS, "on_step_start", "on_batch_start", "on_backward_end", "on_grads_ready")  # before optimizers move
@@ -52,17 +55,40 @@ def lost_work(run: Run) -> Iterator[tuple[str, str | None]]:
     yield from _written_twice(run)
     yield from _not_its_own(run)
     judged: list[Any] = [
-        one
-        for one in (*run.savers, *run.callbacks)
-        if getattr(one, "restore", None) == "best" and hasattr(one, "monitor") and is_derived(type(one), Callback)
+        one for one in (*run.savers, *run.callbacks) if hasattr(one, "monitor") and is_derived(type(one), Callback)
     ]
     for one, other in combinations(judged, 2):
-        if one.monitor != other.monitor:
+        both = puts_back_at(run, one) & puts_back_at(run, other)
+        if both and one.monitor != other.monitor:
+            when = "after the fit" if "" in both else f"at the end of stage {min(both)!r}"
             yield (
                 f"{type(one).__name__}(monitor={one.monitor!r}) and {type(other).__name__}(monitor={other.monitor!r}) "
-                "both put weights back after the fit; leave restore='best' to one of them",
+                f"both put weights back {when}; leave {_how_to_leave(one, other)} to one of them",
                 None,
             )
+
+
+def _how_to_leave(*both: Any) -> str:
+    return "restore='best'" if all(hasattr(one, "restore") for one in both) else "that"
+
+
+def stages_of(run: Run, callback: Any) -> list[Stage]:
+    """The stages among whose callbacks ``callback`` is; empty for those of the Trainer."""
+    return [stage for stage in run.stages if any(one is callback for one in stage.callbacks)]
+
+
+def meet(run: Run, one: Any, other: Any) -> bool:
+    """False for callbacks of different stages."""
+    first, second = stages_of(run, one), stages_of(run, other)
+    return not first or not second or any(stage is another for stage in first for another in second)
+
+
+def puts_back_at(run: Run, one: Any) -> set[str]:
+    """At the ends of which stages, by their names, ``one`` decides the weights; "" for the end of the fit."""
+    own = getattr(one, "_puts_back_at", None)
+    if own is not None:
+        return set(own(run))
+    return {""} if getattr(one, "restore", None) == "best" else set()
 
 
 def _written_twice(run: Run) -> Iterator[tuple[str, str | None]]:
@@ -181,10 +207,8 @@ def odd_work(run: Run) -> Iterator[tuple[str, str | None]]:
 
 
 def _meet(run: Run, one: Any, other: Any) -> bool:
-    """False for callbacks of different stages."""
-    first, second = ({i for i, stage in enumerate(run.stages) if any(c is _owner(f) for c in stage.callbacks)}
-                     for f in (one, other))  # fmt: skip
-    return not first or not second or bool(first & second)
+    """False for hooks of callbacks of different stages."""
+    return meet(run, _owner(one), _owner(other))
 
 
 def _lost_rates(run: Run) -> Iterator[tuple[str, str | None]]:

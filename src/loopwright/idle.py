@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from loopwright.callbacks.averaging import EMA, SWA
+from loopwright.callbacks.doctor import Doctor
 from loopwright.callbacks.mixing import Mixing
+from loopwright.callbacks.throughput import Throughput
 from loopwright.conflicts import changed_by
 from loopwright.described import described
 from loopwright.events import HOOKS, Callback
@@ -135,7 +138,7 @@ def _odd_schedules(run: Run) -> Found:
 
 
 def _beyond_the_end(run: Run) -> Found:
-    """Single moments after the end of the run, and checkpoints that are never written."""
+    """Single moments after the end of the run, checkpoints never written, and what only looks now and then."""
     whole = most_of(run)
     asked: list[tuple[str, Every, Any]] = [("log_every", run.log_every, None)]
     for stage in (stage for stage in run.stages if stage.valid):
@@ -145,8 +148,11 @@ def _beyond_the_end(run: Run) -> Found:
     for callback in run.callbacks:
         kept = getattr(callback, "__dict__", {}).values()
         asked += [(type(callback).__name__, every, callback) for every in kept if isinstance(every, Every)]
+        asked += [("SWA", Every(callback.start), callback)] if isinstance(callback, SWA) else []
+        asked += [("Doctor", Every(callback.every), callback)] if isinstance(callback, Doctor) else []
     for who, every, cause in asked:
         never = getattr(cause, "at_end", True) is False and getattr(cause, "monitor", None) is None
+        never = never or isinstance(cause, (EMA, SWA, Doctor, Throughput))  # at no other time they do anything
         missed = every.missed(whole, moments=("every", "at", "after") if never else ("at", "after"))
         if missed is not None:
             end = _count(whole[missed.unit], missed.unit)

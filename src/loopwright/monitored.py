@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from loopwright.callbacks import ProgressBar
+from loopwright.conflicts import stages_of
 from loopwright.errors import choose
 from loopwright.events import Callback
 from loopwright.metrics import check_metrics, keys_of
@@ -91,6 +92,21 @@ def watched_oddly(run: Run) -> Found:
             yield (
                 f"{who} monitors {item.monitor!r} with mode={given.mode!r}, and its name tells the other way; {way}, "
                 "or give the value a name that does not tell",
+                cause,
+            )
+    yield from _across_losses(run)
+
+
+def _across_losses(run: Run) -> Found:
+    """A loss by which one EarlyStopping, or one Checkpoint, compares stages that have other losses."""
+    losses = {id(stage.loss): stage.name for stage in run.stages}
+    for item, who, cause in _watching(run) if len(losses) > 1 else ():
+        over_stages = hasattr(item, "restore") and not stages_of(run, item)  # of a stage: within that
+        if over_stages and item.monitor.endswith("/loss"):
+            own = "" if hasattr(item, "due") else f", or give each stage an {who} of its own"
+            yield (
+                f"{who} monitors {item.monitor!r} over stages with other losses ({', '.join(losses.values())}), whose "
+                f"values cannot be compared; monitor a metric{own}",
                 cause,
             )
 

@@ -147,6 +147,7 @@ class Point:
         """Leave ``run`` as it ended, with its weights.
 
         A callback may make in ``on_fit_start`` what its state goes into; those that remember nothing are not called.
+        Those that decide the weights at the end of a fit (``put_back``) do so again.
         """
         kept = snapshot.remembering(run, self.data)
         fire(tuple(h for h in run.hooks.on_fit_start if any(getattr(h, "__self__", None) is c for c in kept)), run)

@@ -179,3 +179,22 @@ def test_what_it_cannot_set_is_told_by_plan() -> None:
         lw.Anneal({"p": scaled(linear(0, 1))})
     with pytest.raises(lw.SettingError, match=r"^Anneal\('p'\): expected a dict such as"):
         lw.Anneal("p")  # type: ignore[arg-type]
+
+
+def test_a_number_that_two_schedules_move_is_refused() -> None:
+    task = dropout_task()
+
+    def problems(*callbacks: Any, stages: Any = None) -> list[str]:
+        user = lw.Trainer(epochs=None if stages else 1, folder=None, progress=False, callbacks=list(callbacks))
+        return user.plan(task, loader(8, batch_size=4), stages=stages).problems
+
+    def one(path: str = "module.2.p") -> lw.Anneal:
+        return lw.Anneal({path: linear(0.0, 0.5)})
+
+    told = "two schedules of Anneal move 'module.2.p', and the last one would win; leave one of them out"
+    (found,) = problems(one(), one())
+    assert found == told
+    assert problems(lw.Anneal({"2.p": 0.1}, of=task.module), one()) == [told]
+    stages = [lw.Stage(name, "1 epoch", callbacks=[one()]) for name in "ab"]
+    assert problems(stages=stages) == []
+    assert set(problems(one(), stages=stages)) == {told}  # in each stage

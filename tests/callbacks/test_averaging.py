@@ -12,8 +12,9 @@ from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import loopwright as lw
+from every_step import Experiment, resumed_at_every_step
 from loopwright.errors import SettingError
-from tiny import acts, classifier, line, loader, pairs, same, samples, sgd_task, trainer
+from tiny import acts, classifier, line, loader, pairs, same, samples, seed_all, sgd_task, trainer
 
 
 def task(net: nn.Module, **more: Any) -> lw.Supervised:
@@ -340,7 +341,208 @@ def test_a_task_that_is_fitted_further_goes_on_averaging() -> None:
     assert same(ema.averages["model"].state_dict(), whole.averages["model"].state_dict())
 
 
+def test_a_fit_that_goes_on_from_averages_has_the_bits_of_one() -> None:
+    """They stand in the models between two fits, and training goes on from its own weights."""
+    whole, ema = lw.EMA(0.9, replace_at_end=True), lw.EMA(0.9, replace_at_end=True)
+    expected, _ = fit(whole, epochs=4, valid=False)
+    torch.manual_seed(4)
+    net = classifier(dropout=0.2, batch_norm=True)
+    what, data = task(net), loader(20, batch_size=4, shuffle=True)
+    trainer(epochs=2, callbacks=[ema]).fit(what, data)
+    assert torch.equal(net[0].weight, ema.averages["model"].module[0].weight)
+    trainer(epochs=4, callbacks=[ema]).fit(what, data)
+    assert same(net.state_dict(), expected.state_dict())
+    changed = torch.zeros_like(net[0].weight)
+    net[0].load_state_dict({"weight": changed, "bias": net[0].bias})  # those are meant
+    starts = acts(on_stage_start=lambda run, stage: None, on_epoch_start=lambda run: seen.append(net[0].weight.clone()))
+    seen: list[Any] = []
+    trainer(epochs=5, callbacks=[ema, starts]).fit(what, data)
+    assert torch.equal(seen[0], changed)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa", "early", "stopped"])
+def test_a_run_that_had_ended_comes_back_with_the_weights_that_it_ended_with(kind: str, folder: Path) -> None:
+    def experiment() -> dict[str, Any]:
+        torch.manual_seed(1)
+        net, stop = classifier(batch_norm=True), acts(on_step_end=lambda run, _: ended(run))
+        more: dict[str, Any] = {
+            "ema": lambda: [lw.EMA(0.9, replace_at_end=True)],
+            "swa": lambda: [lw.SWA("1 epoch", replace_at_end=True, batch_norm=loader(12, batch_size=4))],
+            "early": lambda: [lw.EarlyStopping(restore="best")],
+            "stopped": lambda: [
+                lw.SWA("2 steps", every="1 step", replace_at_end=True, batch_norm=loader(12, batch_size=4)),
+                stop,
+            ],
+        }
+        user = lw.Trainer(epochs=3, seed=0, folder=folder, name="a", progress=False, callbacks=more[kind]())
+        user.fit(task(net), loader(20, batch_size=4), loader(9, batch_size=4), resume="auto")
+        return copy.deepcopy(net.state_dict())
+
+    def ended(run: lw.Run) -> None:
+        if run.progress.step == 8:
+            run.request_stop("enough")
+
+    first = experiment()
+    assert same(experiment(), first)
+
+
+# --------------------------------------------------------------------------------- what is best, and stages
+
+
+def loud(net: nn.Module) -> lw.Supervised:
+    """It goes up and down, so that the best is not the last."""
+    return lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 3.0))
+
+
+@pytest.mark.parametrize("keeps", ["before", "after", "checkpoint", "stage"])
+@pytest.mark.parametrize(
+    "average", [lambda: lw.EMA(0.8), lambda: lw.SWA("1 epoch", batch_norm=loader(20, batch_size=5))]
+)
+def test_what_was_measured_as_the_best_is_put_back(average: Any, keeps: str, folder: Path) -> None:
+    """Validation sees averages, and the best of those is kept, in whatever order the callbacks are given."""
+    torch.manual_seed(4)
+    net, early = classifier(batch_norm=True), lw.EarlyStopping("valid/loss", restore="best", patience=99)
+    callbacks: dict[str, list[Any]] = {"before": [early, average()], "after": [average(), early]}
+    saver = lw.Checkpoint("1 epoch", monitor="valid/loss", restore="best") if keeps == "checkpoint" else False
+    user = trainer(callbacks=callbacks.get(keeps, [average()]), checkpoint=saver, folder=folder)
+    kept = [lw.KeepBest("valid/loss")] if keeps == "stage" else []
+    data, valid = loader(20, batch_size=4, shuffle=True), loader(20, batch_size=5)
+    run = user.fit(loud(net), data, valid, stages=[lw.Stage("a", "6 epochs", callbacks=kept)])
+    losses = [value for value in run.history["valid/loss"] if value is not None]
+    assert min(losses) < losses[-1]
+    assert trainer().validate(loud(net), valid)["valid/loss"] == min(losses)
+
+
+def test_what_was_best_by_the_weights_is_not_replaced_by_averages(folder: Path) -> None:
+    """A value of the training, an average that validation does not see, and one that has not begun."""
+    for monitor, ema in (
+        ("train/loss", lw.EMA(0.8)),
+        ("valid/loss", lw.EMA(0.8, evaluate=False)),
+        ("valid/loss", lw.SWA("6 epochs", batch_norm=False)),
+    ):
+        torch.manual_seed(4)
+        net, ends = classifier(), []
+        look = acts(on_checkpoint=lambda run, path, net=net, ends=ends: ends.append(net[0].weight.detach().clone()))
+        saver = lw.Checkpoint("1 epoch", monitor=monitor, restore="best", keep=9)
+        user = trainer(epochs=6, callbacks=[ema, look], checkpoint=saver, folder=folder)
+        run = user.fit(loud(net), loader(20, batch_size=4, shuffle=True), loader(20, batch_size=5))
+        values = list(run.history[monitor])[:5]
+        assert torch.equal(net[0].weight, ends[values.index(min(values))]) or min(run.history[monitor]) < min(values)
+
+
+RESTORING: dict[str, Any] = {
+    "ema": lambda: lw.EMA(0.8, replace_at_end=True),
+    "swa": lambda: lw.SWA("1 epoch", replace_at_end=True, batch_norm=loader(20, batch_size=5)),
+    "early": lambda: lw.EarlyStopping("valid/loss", restore="best", patience=99),
+}
+
+
+@pytest.mark.parametrize("kind", RESTORING)
+def test_of_a_stage_it_decides_the_weights_of_that_and_not_of_later_ones(kind: str, folder: Path) -> None:
+    """The next stage starts from them, whether or not the run is killed on the way."""
+    starts: list[Any] = []
+
+    def make() -> Experiment:
+        net, one = classifier(batch_norm=True), RESTORING[kind]()
+
+        def look(run: lw.Run, stage: lw.Stage) -> None:
+            if stage.name == "b":
+                average = one.averages["model"].module if kind != "early" else None
+                starts.append((copy.deepcopy(net.state_dict()), average and average.state_dict(), run.history))
+
+        def leave(run: lw.Run, stage: lw.Stage) -> None:
+            if stage.name == "b":
+                starts.append(copy.deepcopy(net.state_dict()))
+
+        watch = acts(on_stage_start=look, on_stage_end=leave)
+        data, valid = loader(16, batch_size=4, shuffle=True), loader(20, batch_size=5)
+        stages = [lw.Stage("a", "5 epochs", callbacks=[one]), lw.Stage("b", "2 epochs")]
+        return Experiment(loud(net), data, valid, stages, {"callbacks": [watch]})
+
+    run = resumed_at_every_step(make, folder)
+    (began, average, _), ended = starts[:2]
+    if kind == "early":
+        net = classifier(batch_norm=True)
+        net.load_state_dict(began)
+        losses = list(run.history["valid/loss"])[:5]
+        assert trainer().validate(loud(net), loader(20, batch_size=5))["valid/loss"] == min(losses) < losses[-1]
+        assert not any("weights" in c.state_dict() for c in run.callbacks)  # no later checkpoint holds them
+    else:
+        assert same(began["0.weight"], average["0.weight"])
+    assert same(run.models["model"].state_dict(), ended)
+
+
+@pytest.mark.parametrize("kind", RESTORING)
+def test_a_stage_that_is_reused_ends_with_the_weights_that_were_put_back(kind: str, folder: Path) -> None:
+    def experiment(lr: float) -> tuple[lw.Run, dict[str, Any]]:
+        seed_all(3)
+        net = classifier(batch_norm=True)
+        stages = [
+            lw.Stage("a", "5 epochs", reuse=True, callbacks=[RESTORING[kind]()]),
+            lw.Stage("b", "1 epoch", optimizer=lambda params: torch.optim.SGD(params, lr)),
+        ]
+        user = lw.Trainer(folder=folder, name="x", progress=False, checkpoint=False, seed=0)
+        data, valid = loader(16, batch_size=4, shuffle=True), loader(20, batch_size=5)
+        run = user.fit(loud(net), data, valid, stages=stages)
+        return run, copy.deepcopy(net.state_dict())
+
+    _, whole = experiment(0.1)
+    run, again = experiment(0.1)
+    assert run.reused == ["a"]
+    assert same(again, whole)
+
+
+def test_a_stop_inside_of_a_stage_is_an_end_at_which_the_best_is_put_back(folder: Path) -> None:
+    """And a signal is none. What the Trainer decides comes before what a stage does."""
+    nets: list[nn.Module] = []
+
+    def fit_until(reason: str, *more: Any, **how: Any) -> tuple[float, lw.Run]:
+        torch.manual_seed(4)
+        net = classifier()
+        nets.append(net)
+        stop = acts(on_epoch_end=lambda run: run.request_stop(reason) if run.progress.epoch == 5 else None)
+        user = lw.Trainer(folder=folder, name=reason, progress=False, callbacks=[*more, stop], seed=0)
+        stages = [lw.Stage("a", "9 epochs", callbacks=[lw.KeepBest("valid/loss")]), lw.Stage("b", "1 epoch")]
+        valid = loader(20, batch_size=5)
+        run = user.fit(loud(net), loader(20, batch_size=4, shuffle=True), valid, stages=stages, **how)
+        return trainer().validate(loud(net), valid)["valid/loss"], run
+
+    now, run = fit_until("enough")
+    assert run.status == "stopped"
+    assert now == min(run.history["valid/loss"]) < run.history["valid/loss"][-1]
+    assert fit_until("enough", resume="auto")[0] == now  # it had ended, and comes back so
+    top = lw.EarlyStopping("train/loss", patience=99, restore="best")
+    later, run = fit_until("other", top)
+    at = list(run.history["train/loss"])
+    assert later == run.history["valid/loss"][at.index(min(at))] != min(run.history["valid/loss"])
+    with pytest.raises(SystemExit):
+        fit_until("SIGTERM")
+    assert trainer().validate(loud(nets[-1]), loader(20, batch_size=5))["valid/loss"] != now
+
+
 # ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_two_that_decide_the_weights_of_one_end_are_refused_and_of_two_are_not() -> None:
+    def planned(*of_stages: Any, callbacks: Any = ()) -> list[str]:
+        stages = [lw.Stage(f"s{i}", "1 epoch", callbacks=list(one)) for i, one in enumerate(of_stages)]
+        user = trainer(callbacks=list(callbacks))
+        return list(user.plan(task(classifier()), loader(20), loader(9), stages=stages).problems)
+
+    def early(monitor: str = "valid/loss") -> lw.EarlyStopping:
+        return lw.EarlyStopping(monitor, restore="best")
+
+    ema = RESTORING["ema"]
+    assert planned([ema()], [early()]) == planned([early()], [early("train/loss")]) == []
+    assert planned([ema()], [], callbacks=[early()]) == []
+    (one,) = planned([ema(), early()], [])
+    assert "EMA(replace_at_end=True) and EarlyStopping(restore=...) both decide the weights at the end of stage" in one
+    (one,) = planned([], [ema()], callbacks=[early()])
+    assert "both decide the weights after the fit" in one
+    (one,) = planned([ema(), lw.KeepBest()], [])
+    assert "EMA(replace_at_end=True) and KeepBest both decide the weights at the end of stage 's0'" in one
+    (one,) = planned([early(), lw.KeepBest("train/loss")], [])
+    assert "both put weights back at the end of stage 's0'; leave that to one of them" in one
 
 
 def refused(match: str, *callbacks: Any, **settings: Any) -> None:
@@ -372,14 +574,19 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
 @pytest.mark.parametrize("average", [lambda: lw.SWA("15 epochs"), lambda: lw.EMA(every="15 epochs")])
 def test_an_average_that_never_begins_says_so(average: Any) -> None:
     made = average()
+    end = acts(on_epoch_end=lambda run: run.end_stage() if run.progress.epoch == 2 else None)
     told = f"{type(made).__name__} has averaged nothing: it begins after '15 epochs', and the run ended after 2 epochs"
     with pytest.warns(lw.LoopwrightWarning, match=told):
-        trainer(epochs=2, callbacks=[made]).fit(task(classifier()), loader(20, batch_size=8))
+        trainer(epochs=20, callbacks=[made, end]).fit(task(classifier()), loader(20, batch_size=8))
+    with pytest.warns(lw.LoopwrightWarning) as caught:
+        trainer(epochs=2, callbacks=[average()]).fit(task(classifier()), loader(20, batch_size=8))
+    told = f"{type(made).__name__}: '15 epochs' comes after the end of this run, which has 2 epochs (at "
+    assert [str(one.message)[: len(told)] for one in caught] == [told]  # once, at the start
     trainer(epochs=2, callbacks=[average()], debug=lw.Debug(dev_run=2)).fit(
         task(classifier()), loader(20, batch_size=8)
     )
     stop = acts(on_epoch_end=lambda run: run.request_stop("enough"))
-    trainer(epochs=2, callbacks=[average(), stop]).fit(task(classifier()), loader(20, batch_size=8))
+    trainer(epochs=20, callbacks=[average(), stop]).fit(task(classifier()), loader(20, batch_size=8))
 
 
 def test_another_model_in_the_middle_of_a_run_is_refused() -> None:

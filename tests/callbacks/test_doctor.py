@@ -260,7 +260,8 @@ def test_the_picture_has_a_histogram_for_each_layer_and_four_charts_of_curves(tm
 
 def test_without_a_look_there_is_nothing_to_draw_and_that_is_said(capsys: Any) -> None:
     doctor = lw.Doctor(100)
-    trainer(epochs=1, callbacks=[doctor]).fit(sgd_task(line()), pairs([1]))
+    with pytest.warns(lw.LoopwrightWarning, match="Doctor: '100 steps' comes after the end of this run"):
+        trainer(epochs=1, callbacks=[doctor]).fit(sgd_task(line()), pairs([1]))
     assert capsys.readouterr().out == "Doctor: nothing was looked at yet; the first look is at step 100\n"
     with pytest.raises(lw.SettingError, match="Doctor has nothing to draw: the first look is at step 100"):
         doctor.plot()

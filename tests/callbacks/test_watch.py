@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from torch import nn
 
 import loopwright as lw
-from tiny import classifier, line, loader, pairs, sgd_task, trainer
+from every_step import Experiment, resumed_at_every_step
+from loopwright.checkpoint import list_checkpoints
+from tiny import classifier, line, loader, pairs, seed_all, sgd_task, trainer
 
 
 class Records:
@@ -135,3 +139,28 @@ def test_memory_and_utilisation_of_the_gpu_are_logged() -> None:
     values = watched("gpu", at=lw.Event.STEP_END(every=2), device="cuda")[-1][1]
     assert 0 < values["train/gpu_memory_mb"] <= values["train/gpu_memory_peak_mb"]
     assert 0 <= values["train/gpu_utilization"] <= 100
+
+
+def test_what_is_waited_for_is_in_the_record_of_a_resumed_run(folder: Path) -> None:
+    """The output after the event comes after the checkpoint; a step whose record lacks it would be another run."""
+
+    def make() -> Experiment:
+        data, task = loader(14, batch_size=4), sgd_task(classifier(dropout=0.1), loss=nn.CrossEntropyLoss())
+        watch = lw.Watch("activations", at=lw.Event.STEP_END(every=2))
+        return Experiment(task, data, settings={"epochs": 2, "callbacks": [watch]})
+
+    def told(run: lw.Run, after: int) -> list[Any]:
+        assert run.folder is not None
+        lines = map(json.loads, (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        kept = [d for d in lines if d["kind"] == "train" and d["step"] > after]
+        return [{k: v for k, v in d.items() if "activation" in k or k == "step"} for d in kept]
+
+    whole = resumed_at_every_step(make, folder)
+    assert whole.folder is not None
+    assert [len(one) > 1 for one in told(whole, 0)] == [False, False, True, False, True, False, True, False]
+    for place in list_checkpoints(whole.folder / "checkpoints"):
+        step = int(place.name[-8:])
+        seed_all(step)
+        run = make().run(folder / "again", resume=lw.Resume(place))
+        assert told(run, step) == told(whole, step)
+    assert not any(m._forward_hooks for m in run.models["model"].modules())

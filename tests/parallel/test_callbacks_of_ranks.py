@@ -117,7 +117,7 @@ def test_all_together_every_rank_ends_with_the_same_weights(tmp_path: Path) -> N
     def fit() -> Any:
         callbacks = [
             lw.Capsule(), lw.BatchTransform(lambda batch, rng: (batch[0] * torch.rand((), generator=rng), batch[1])),
-            lw.MixUp(classes=2), lw.Penalty("l2", 0.01), lw.EarlyStopping(restore="best"), lw.Throughput(flops=True),
+            lw.MixUp(classes=2), lw.Penalty("l2", 0.01), lw.EarlyStopping(restore="best"), lw.Throughput(3, flops=True),
             lw.Resources("0.000001 s"), lw.Predictions(),
         ]  # fmt: skip
         weights, run = fitted(*callbacks, folder=tmp_path, accumulate=2, checkpoint=lw.Checkpoint("1 epoch"))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from loopwright.conflicts import meet
 from loopwright.errors import SettingError, choose
 from loopwright.events import Callback
 from loopwright.schedules import as_schedule, constant, scaled
@@ -57,6 +58,7 @@ class Anneal(Callback):
                 limits[path] = _limits(*self._find(run, path))
             except SettingError as error:
                 yield str(error)
+        yield from self._moved_twice(run)
         if isinstance(self.of, Callback) and all(self.of is not one for one in run.callbacks):
             kind = type(self.of).__name__
             yield f"Anneal(of={kind}) moves numbers of a callback that is not in this run; add that {kind} to callbacks"
@@ -71,6 +73,20 @@ class Anneal(Callback):
                     yield f"Anneal of {path!r}, stage {stage.name!r}: {error}"
         if run.compiler is not None and self.of is None:
             yield "Anneal changes numbers which a compiled step has built in; train with compile=False"
+
+    def _moved_twice(self, run: Run) -> Iterator[str]:
+        """Numbers that another one before moves too, or to which two paths of this one lead."""
+        every = [one for one in run.callbacks if isinstance(one, Anneal)]
+        moved: set[tuple[int, str]] = set()
+        for other in (one for one in every[: every.index(self) + 1] if meet(run, one, self)):
+            for path in other.values:
+                try:
+                    owner, name = other._find(run, path)
+                except SettingError:
+                    continue  # told where it belongs
+                if other is self and (id(owner), name) in moved:
+                    yield f"two schedules of Anneal move {path!r}, and the last one would win; leave one of them out"
+                moved.add((id(owner), name))
 
     def on_step_start(self, run: Run) -> None:
         if run.progress.stage != self._stage:

@@ -12,19 +12,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from loopwright import rng
+from loopwright.callbacks.restoring import Restoring
+from loopwright.conflicts import meet, puts_back_at
 from loopwright.data import as_source
 from loopwright.errors import SettingError, choose
-from loopwright.events import Callback
 from loopwright.every import Every
 from loopwright.progress import Duration, Progress, is_counted
 from loopwright.state import Run, Stage, StepResult
+from loopwright.unheard import most_of
 from loopwright.unseen import read
 from loopwright.written import warn
 
 __all__ = ["EMA", "SWA"]
 
 
-class Average(Callback):
+class Average(Restoring):
     """What EMA and SWA share: models averaged beside the training, shown to validation, kept in checkpoints."""
 
     changes = ("weights",)
@@ -42,6 +44,8 @@ class Average(Callback):
         self._start: Duration | None = None
         self._sources: dict[str, nn.Module] = {}
         self._others: list[Average] = []  # all averages of the run
+        self._told = False  # that it comes after the end of the run
+        self._trained: list[Tensor] = []  # the weights of the training, in whose place the averages are since a fit
         self._forget()
 
     def _counted(self, name: str, given: str | int | Duration) -> Duration:
@@ -52,7 +56,7 @@ class Average(Callback):
 
     def _forget(self) -> None:
         self.updates, self._measured = 0, 0
-        self._shown = False
+        self._shown, self._shown_at = False, -1  # the step at which validation has seen the averages last
         self._every.start(Progress())
 
     def _averaged(self, model: nn.Module) -> AveragedModel:
@@ -74,16 +78,19 @@ class Average(Callback):
         for other in run.callbacks:
             if other is self:
                 break  # the second one of two says it
-            if isinstance(other, Average) and other.evaluate and self.evaluate:
+            if isinstance(other, Average) and other.evaluate and self.evaluate and meet(run, other, self):
                 yield (
                     f"{type(other).__name__} and {name} both show their averages to validation; give one of them "
                     "evaluate=False"
                 )
         for one in (*run.savers, *run.callbacks) if self.replace_at_end else ():
-            if getattr(one, "restore", None):
+            both = set() if isinstance(one, Average) else puts_back_at(run, one) & self._puts_back_at(run)
+            if both:
+                given = "(restore=...)" if hasattr(one, "restore") else ""
+                when = "after the fit" if "" in both else f"at the end of stage {min(both)!r}"
                 yield (
-                    f"{name}(replace_at_end=True) and {type(one).__name__}(restore=...) both decide the weights after "
-                    "the fit; leave one of them out"
+                    f"{name}(replace_at_end=True) and {type(one).__name__}{given} both decide the weights {when}; "
+                    "leave one of them out"
                 )
         for stage in run.stages:
             yield from (f"{name}: {problem}" for problem in self._every.problems(stage))
@@ -101,6 +108,10 @@ class Average(Callback):
             yield f"{name}(batch_norm=data) is for models with batch norm, and there is none here; leave it out"
 
     @property
+    def _begins(self) -> Duration:
+        return self._start if self._start is not None else Duration.parse(self.every)
+
+    @property
     def _measures(self) -> bool:
         return self.batch_norm is not None and self.batch_norm is not False
 
@@ -110,12 +121,24 @@ class Average(Callback):
     def on_fit_start(self, run: Run) -> None:
         chosen = self._chosen(run)
         self._others = [other for other in run.callbacks if isinstance(other, Average)]
+        self._told = Every(self._begins).missed(most_of(run), moments=("every",)) is not None  # the plan has
         if run.progress.step == 0 or self._sources != chosen:  # another run than the one seen before
             self._forget()
             self._sources = chosen
             self.averages = {n: self._averaged(m) for n, m in chosen.items()}
             for averaged in self.averages.values():
                 averaged.requires_grad_(False)
+        elif run.restore is None:
+            self._go_on()
+        self._trained = []
+
+    def _go_on(self) -> None:
+        """Put back the weights of the training, where another fit goes on from the averages that one has left."""
+        pairs = list(self._pairs()) if self._trained else []
+        if all(torch.equal(mine, averaged) for mine, averaged in pairs):  # else they were changed since
+            with torch.no_grad():
+                for (mine, _), trained in zip(pairs, self._trained, strict=True):
+                    mine.copy_(trained)
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         self._look(run)
@@ -126,6 +149,10 @@ class Average(Callback):
             if self.evaluate and self.updates:
                 self._measure(run)
                 self._exchange()
+                self._shown_at = run.progress.step
+                hooks = run.hooks.on_validation_end  # this one last: what the others judge is what they find
+                mine = tuple(hook for hook in hooks if getattr(hook, "__self__", None) is self)
+                run.hooks.on_validation_end = (*(hook for hook in hooks if hook not in mine), *mine)
 
     def on_validation_end(self, run: Run, values: Mapping[str, float]) -> None:
         if self._shown and run.stages:
@@ -139,26 +166,51 @@ class Average(Callback):
             self._exchange()
 
     def on_stage_end(self, run: Run, stage: Stage) -> None:
-        if run.progress.stage + 1 == len(run.stages):
+        if stage is run.stages[-1]:
             self._measure(run)  # before the last checkpoint
+        elif any(one is self for one in stage.callbacks):
+            self._end(run, f"stage {stage.name!r}")
+            self._put_back(run)
 
     def on_fit_end(self, run: Run) -> None:
-        if run.interrupted:
-            return
-        if not self.updates:
-            if run.stop_reason is not None or run.settings.get("debug") is not None:
-                return  # cut short, as was asked for
-            begins = self._start if self._start is not None else self._every
+        if not run.interrupted and self._is_its_end(run):
+            self._end(run, "the run")
+            self.put_back(run)
+
+    def _end(self, run: Run, what: str) -> None:
+        if self.updates:
+            self._measure(run)
+        elif not (self._told or run.stop_reason or run.settings.get("debug")):  # else cut short, as was asked for
             warn(
-                f"{type(self).__name__} has averaged nothing: it begins after '{begins}', and the run ended after "
+                f"{type(self).__name__} has averaged nothing: it begins after '{self._begins}', and {what} ended after "
                 f"{run.progress.epoch} epochs ({run.progress.step} steps). Begin earlier"
             )
-            return
-        self._measure(run)
-        if self.replace_at_end:
+
+    def _decides(self) -> bool:
+        return self.replace_at_end
+
+    def put_back(self, run: Run) -> None:
+        """As the others, and keep the weights of the training for another fit that goes on."""
+        trained = [mine.to("cpu", copy=True) for mine, _ in self._pairs()] if self.replace_at_end else []
+        super().put_back(run)
+        self._trained = trained
+
+    def _put_back(self, run: Run) -> None:
+        if self.updates and self.replace_at_end:
+            self._measure(run)
             with torch.no_grad():
                 for mine, averaged in self._pairs():
                     mine.copy_(averaged)
+
+    @torch.no_grad()
+    def _put_as_validated(self, state: Mapping[str, Any], step: int) -> None:
+        """Put averages into the models, from a ``state`` of ``step``, if those are what a validation saw there."""
+        for name in self.averages if state.get("shown_at") == step else ():
+            model, kept = self._sources[name], state["averages"][name]
+            own: dict[str, Tensor] = dict(model.named_parameters())
+            own |= dict(model.named_buffers()) if self.buffers or self._measures else {}
+            for key, mine in own.items():
+                mine.copy_(kept[f"module.{key}"])
 
     # ------------------------------------------------------------------------------------------ what they do
 
@@ -223,12 +275,15 @@ class Average(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         averages = {name: dict(averaged.state_dict()) for name, averaged in self.averages.items()}
-        return {"averages": averages, "updates": self.updates, "next": self._every.next, "measured": self._measured}
+        shown = {"shown_at": self._shown_at} if self._shown_at >= 0 else {}
+        counts = {"updates": self.updates, "next": self._every.next, "measured": self._measured}
+        return {"averages": averages, **counts, **shown}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, averaged in self.averages.items():
             averaged.load_state_dict(state["averages"][name])
         self.updates, self._measured, self._every.next = state["updates"], state["measured"], state["next"]
+        self._shown_at = state.get("shown_at", -1)
 
 
 def _averageable(run: Run) -> dict[str, nn.Module]:
@@ -242,11 +297,12 @@ class EMA(Average):
     with a smaller decay, ``(1 + n) / (10 + n)`` after n updates; ``Anneal({"decay": schedule}, of=ema)`` moves it.
     Buffers stay those of the model, or are averaged too with ``buffers=True``. ``models`` names some of
     ``run.models``; by default all are averaged, each for itself.
-    ``evaluate=False`` lets validation see the weights in training. In ``on_validation_end`` callbacks before this one
-    see the averages, those after it the weights. After the fit the averages are in
-    ``ema.averages[name].module``, and ``with ema.applied():`` puts them into the models for a while;
-    ``replace_at_end=True`` leaves them there. Checkpoints hold both: the weights as the model's, the averages as this
-    callback's.
+    ``evaluate=False`` lets validation see the weights in training. In ``on_validation_end`` all others see the
+    averages, wherever they stand in the list, so that what keeps the best weights keeps those that were measured. After
+    the fit the averages are in ``ema.averages[name].module``, and ``with ema.applied():`` puts them into the models for
+    a while; ``replace_at_end=True`` leaves them there, among the callbacks of a stage at the end of that. Another fit
+    of the same task with this object goes on from the weights of the training. Checkpoints hold both: the weights as
+    the model's, the averages as this callback's.
 
     Reads: the weights. Changes: the weights that a validation sees, and with ``replace_at_end`` those after the fit.
     Training has the bits that it has without. Stops: no.

@@ -11,6 +11,7 @@ from typing import Any
 from loopwright.checkpoint import Packed, delete, list_checkpoints, read, snapshot, sweep, write_index
 from loopwright.checkpoint.background import Copies, in_background
 from loopwright.checkpoint.manifest import NAME
+from loopwright.checkpoint.objects import matched
 from loopwright.checkpoint.places import Place, Remote, as_place
 from loopwright.checkpoint.shelf import monitored
 from loopwright.checkpoint.together import write_together
@@ -44,7 +45,8 @@ class Checkpoint:
     ``on_checkpoint`` fires, at the first boundary between two steps after the write has ended.
 
     ``restore="best"`` puts the weights of the best checkpoint into the models once training has ended, after the last
-    checkpoint: the one thing by which this changes a model.
+    checkpoint: the one thing by which this changes a model. Where it was averages (``EMA``) that the validation saw, it
+    puts those of that step.
 
     Reads: everything that a resume needs. ``best``, ``last``: places of what is on disk, or None;
     ``best_value``. Raises SettingError for arguments that cannot be used, CheckpointError when writing fails,
@@ -252,7 +254,11 @@ class Checkpoint:
                     f"which was {run.metrics.get(str(self.monitor), 'never measured')}. The weights are the last ones"
                 )
             if best is not None and (shares or not run.comm.rank):
-                snapshot.restore_models(run, read(best, run.team.sharing(run.device) if shares else None))
+                data = read(best, run.team.sharing(run.device) if shares else None)
+                snapshot.restore_models(run, data)
+                for callback, state in matched(run.callbacks, data.state["callbacks"]):
+                    if str(self.monitor).startswith("valid/") and hasattr(callback, "_put_as_validated"):
+                        callback._put_as_validated(state, data.info["step"])
             if run.team is not None:
                 run.team.follow(run, parameters=True)
 

@@ -7,16 +7,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from loopwright.callbacks.restoring import Restoring
 from loopwright.errors import MetricError, SettingError, choose, elsewhere
-from loopwright.events import Callback
 from loopwright.given import check_flag, is_number
 from loopwright.monitor import direction, improved
-from loopwright.state import Run
+from loopwright.state import Run, Stage
 
 __all__ = ["EarlyStopping"]
 
 
-class EarlyStopping(Callback):
+class EarlyStopping(Restoring):
     """Stops the run when ``monitor`` has not improved in ``patience`` looks in a row.
 
     A look is a validation; for a value of the training (``"train/loss"``) it is the end of an epoch. To
@@ -28,7 +28,8 @@ class EarlyStopping(Callback):
     It also stops at the first look, those left out too, at which the value is as good as ``stop_at``, or worse than
     ``diverged_at`` (as NaN is). ``restore="best"`` puts the weights of the best look back into the models when training
     has ended, for whatever reason but a signal: a copy is held in memory and in checkpoints, which grow by it. (With
-    ``Checkpoint(monitor=..., restore="best")`` it is read from disk.)
+    ``Checkpoint(monitor=..., restore="best")`` it is read from disk.) Among the callbacks of a stage it counts anew in
+    each stage, and puts back at the end of that. Where validation sees averages (``EMA``), those are what is kept.
 
     Reads: the monitored value. Changes: nothing, unless ``restore`` asks for it. Stops: yes.
 
@@ -102,12 +103,20 @@ class EarlyStopping(Callback):
         if self.monitor.startswith("train/"):
             self._look(run, run.history[-1])
 
-    def on_fit_end(self, run: Run) -> None:
-        self.put_back(run)
+    def on_stage_start(self, run: Run, stage: Stage) -> None:
+        if any(one is self for one in stage.callbacks):
+            self._forget()
 
-    def put_back(self, run: Run) -> None:
-        """Give the models the weights of the best look, if that was asked for and the run has ended."""
-        if self._weights and not run.interrupted:
+    def on_stage_end(self, run: Run, stage: Stage) -> None:
+        super().on_stage_end(run, stage)
+        if stage is not run.stages[-1] and any(one is self for one in stage.callbacks):
+            self._weights = {}  # no checkpoint of a later stage has to hold them
+
+    def _decides(self) -> bool:
+        return self.restore is not None
+
+    def _put_back(self, run: Run) -> None:
+        if self._weights:
             for name, model in run.models.items():
                 model.load_state_dict(self._weights[name])
 

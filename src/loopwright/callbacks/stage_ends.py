@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from loopwright.callbacks.restoring import Restoring
+from loopwright.conflicts import stages_of
 from loopwright.errors import MetricError, SettingError, choose
 from loopwright.events import Callback
 from loopwright.monitor import direction, improved
@@ -107,12 +109,14 @@ class Plateau(_Watch):
         return f"{self.monitor} has not improved in {self.patience} look{'s' if self.patience > 1 else ''}"
 
 
-class KeepBest(_Watch):
+class KeepBest(_Watch, Restoring):
     """At the end of a stage, puts back the weights and buffers with which ``monitor`` was best in it.
 
     For ``Stage(callbacks=[KeepBest("valid/loss")])``: the next stage starts from the best of this one. Among the
-    callbacks of a Trainer it does so for every stage. Optimizers stay as they are. It keeps one more copy of the
-    models, on their device and in every checkpoint; no folder is needed.
+    callbacks of a Trainer it does so for every stage. So it does where a stop ends the run inside of a stage, unless
+    something of the Trainer decides the weights after the fit, such as ``EarlyStopping(restore="best")``. Optimizers
+    stay as they are. It keeps one more copy of the models, on their device and in every checkpoint; no folder is
+    needed. Where validation sees averages (``EMA``), those are what is kept.
 
     Reads: the monitored value, the models. Changes: the models, at the end of a stage. Stops: no.
 
@@ -145,8 +149,23 @@ class KeepBest(_Watch):
     def on_stage_end(self, run: Run, stage: Stage) -> None:
         if not self.models:
             warn(f"KeepBest: {self.monitor} had no value in stage {stage.name!r} that is a number; the weights stay")
+        self._put_back(run)
+
+    def _put_back(self, run: Run) -> None:
         for name, kept in self.models.items():
             run.models[name].load_state_dict(kept)
+
+    def _decides(self) -> bool:
+        return True
+
+    def _puts_back_at(self, run: Run) -> set[str]:
+        return {"" if s is run.stages[-1] else s.name for s in stages_of(run, self) or run.stages}
+
+    def _is_its_end(self, run: Run) -> bool:
+        return run.stage is not None and super()._is_its_end(run)  # one that has ended has the best already
+
+    def _is_first(self, run: Run) -> bool:
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step, "models": self.models}

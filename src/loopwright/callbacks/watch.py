@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Watch(Callback):
         self.at = Event.STEP_END(every=50) if at is None else at
         self._handler = Handler(self.at, self._look, (), {})
         self._handles: list[Any] = []
+        self._awaited: set[str] = set()  # modules whose next output is to be logged
+        self._run: Run | None = None
 
     def handlers(self) -> list[Handler]:
         """What the run is to call at the event."""
@@ -65,6 +67,7 @@ class Watch(Callback):
             yield "Watch needs whole parameters, which FSDP shares out; look at the model with strategy='ddp'"
 
     def on_fit_start(self, run: Run) -> None:
+        self._run = run
         if "gpu" in self.what:
             torch.cuda.utilization(run.device)  # a missing package is an error now
 
@@ -79,8 +82,16 @@ class Watch(Callback):
         self._release()
 
     def _release(self) -> None:
+        self._run, self._awaited = None, set()
         while self._handles:
             self._handles.pop().remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"awaited": sorted(self._awaited)} if self._awaited else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._run is not None and self._run.status == "running":  # else a run that had ended is only loaded
+            self._await(self._run, set(state["awaited"]))
 
     def _parameters(self, run: Run) -> None:
         run.log({f"parameter_norm/{name}": p.detach().norm() for name, p in _parameters(run)})
@@ -89,12 +100,16 @@ class Watch(Callback):
         run.log({f"gradient_norm/{name}": p.grad.detach().norm() for name, p in _parameters(run) if p.grad is not None})
 
     def _activations(self, run: Run) -> None:
+        if run.status == "running":
+            self._await(run, {name for name, _ in _leaves(run)})
+
+    def _await(self, run: Run, names: set[str]) -> None:
+        """Log the next output that is trained on of the modules called ``names``, and of no others."""
         self._release()
-        for start, model in _models(run) if run.status == "running" else ():
-            for path, module in model.named_modules():
-                if not any(True for _ in module.children()):
-                    hook = _outputs(run, start + (path or type(module).__name__))
-                    self._handles.append(module.register_forward_hook(hook))
+        self._run, self._awaited = run, names
+        for name, module in _leaves(run):
+            if name in names:
+                self._handles.append(module.register_forward_hook(_outputs(run, name, names)))
 
     def _optimizer(self, run: Run) -> None:
         values: dict[str, float] = {}
@@ -121,17 +136,25 @@ def _models(run: Run) -> Iterator[tuple[str, nn.Module]]:
         yield f"{key}." if len(run.models) > 1 else "", model
 
 
+def _leaves(run: Run) -> Iterator[tuple[str, nn.Module]]:
+    """The modules without children, each once."""
+    for start, model in _models(run):
+        for path, module in model.named_modules():
+            if not any(True for _ in module.children()):
+                yield start + (path or type(module).__name__), module
+
+
 def _parameters(run: Run) -> list[tuple[str, Tensor]]:
     return [(start + path, p) for start, model in _models(run) for path, p in model.named_parameters()]
 
 
-def _outputs(run: Run, name: str) -> Any:
+def _outputs(run: Run, name: str, awaited: set[str]) -> Any:
     """A forward hook that logs the first output that is trained on, and no other."""
-    seen: list[bool] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not seen and isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled():
-            seen.append(True)
+        trained = isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled()
+        if name in awaited and trained:
+            awaited.discard(name)
             held = output.detach().float()
             run.log({f"activation_mean/{name}": held.mean(), f"activation_std/{name}": held.std(correction=0)})
 
