@@ -93,7 +93,7 @@ def test_the_verbs_keep_their_signatures() -> None:
         (lambda: trainer(epochs="3 batches"), "epochs='3 batches' is not a number of epochs; write fit(..., "
          "stages=[lw.Stage('all', until='3 batches')]) instead"),
         (lambda: trainer(epochs=0), "epochs=0: the duration 0 must be a positive number"),
-        (lambda: trainer(log_every=None), "log_every=None: None is not a duration; write a number and a unit, such as "
+        (lambda: trainer(log_every=None), "log_every=None is not a duration; write a number and a unit, such as "
          "'500 steps', '2 epochs', '10 min' or '1e6 samples'"),
         (lambda: trainer(log_every=0), "log_every=0: the duration 0 must be a positive number"),
         (lambda: trainer(validate_every=0), "validate_every=0: the duration 0 must be a positive number"),

@@ -271,15 +271,16 @@ def test_once_after_and_before_are_durations_too(settings: Any, steps: list[int]
     ],
 )  # fmt: skip
 def test_what_says_no_moment_is_refused(every: str, message: str) -> None:
-    for make in (
-        lambda: lw.Trainer(1, log_every=every),
-        lambda: lw.Trainer(1, validate_every=every),
-        lambda: lw.Checkpoint(every),
-        lambda: lw.Event.STEP_END(every),
+    named = message if message.startswith(repr(every)) else f"{every!r}: {message}"
+    for make, told in (
+        (lambda: lw.Trainer(1, log_every=every), f"log_every={named}"),
+        (lambda: lw.Trainer(1, validate_every=every), f"validate_every={named}"),
+        (lambda: lw.Checkpoint(every), f"Checkpoint: every={named}"),
+        (lambda: lw.Event.STEP_END(every), message),
     ):
         with pytest.raises(lw.SettingError) as caught:
             make()
-        assert str(caught.value) == message
+        assert str(caught.value) == told
 
 
 def test_what_this_run_does_not_count_is_refused() -> None:
@@ -341,8 +342,8 @@ def test_the_end_of_a_stage_is_a_duration_too(until: Any, step: int, tmp_path: A
                            "one duration, in steps, epochs, samples or time, or by run.end_stage() in a callback"),
         ("9 tokens", "until '9 tokens' counts tokens, and nothing says how many a batch has; pass fit(..., "
                      "weight=lambda batch: ...)"),
-        ("at 3 epochs", "'at 3 epochs' is not a duration; write a number and a unit, such as '500 steps', '2 epochs', "
-                        "'10 min' or '1e6 samples'"),
+        ("at 3 epochs", "until='at 3 epochs' is not a duration; write a number and a unit, such as '500 steps', '2 "
+                        "epochs', '10 min' or '1e6 samples'"),
     ],
 )  # fmt: skip
 def test_an_end_that_a_stage_cannot_count_is_refused(until: str, message: str) -> None:

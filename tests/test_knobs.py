@@ -145,7 +145,8 @@ def told(trainer: lw.Trainer, valid: Any = None, **how: Any) -> list[str]:
     """What a plan of 3 steps an epoch warns of."""
     net = classifier()
     task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
-    return trainer.plan(task, lw.Loader((X, Y), 8), valid, **how).warnings
+    plan = trainer.plan(task, lw.Loader((X, Y), 8), valid, **how)
+    return [plan.with_place(one) for one in plan.warnings]
 
 
 E = lw.Event

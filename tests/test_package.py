@@ -238,7 +238,12 @@ def test_the_api_pages_list_every_trainer_strategy_task_callback_metric_and_logg
     ]
     assert len(kinds) > 40
     hidden = {kind.__qualname__ for kind in kinds if id(kind) not in shown}
-    assert hidden == {"Anomaly", "Average", "Mixing"}  # lw.Debug(anomaly=True), and what others derive from
+    assert hidden == {
+        "Anomaly",
+        "Average",
+        "Mixing",
+        "Restoring",
+    }  # and what others derive from
 
 
 # --------------------------------------------------------------------------------------------- packaging

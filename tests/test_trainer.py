@@ -61,7 +61,7 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
     [
         ({"epochs": 0}, "epochs=0: the duration 0 must be a positive number"),
         ({"steps": 2.5}, "steps=2.5: the duration 2.5 must be a positive whole number"),
-        ({"time": "soon"}, "time='soon': 'soon' is not a duration; write a number and a unit, such as '500 "
+        ({"time": "soon"}, "time='soon' is not a duration; write a number and a unit, such as '500 "
                            "steps', '2 epochs', '10 min' or '1e6 samples'"),
         ({"accumulate": 0}, "accumulate=0: expected a whole number of batches, at least 1"),
         ({"accumulate": True}, "accumulate=True: expected a whole number of batches, at least 1"),

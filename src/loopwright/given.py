@@ -60,12 +60,14 @@ def named(name: str, value: Any, *, where: str = "") -> Iterator[None]:
     >>> with named("log_every", None):
     ...     raise SettingError("None is not a duration")
     Traceback (most recent call last):
-    loopwright.errors.SettingError: log_every=None: None is not a duration
+    loopwright.errors.SettingError: log_every=None is not a duration
     """
     try:
         yield
     except SettingError as error:
-        raise SettingError(f"{where}{name}={value!r}: {error}") from None
+        text, shown = str(error), repr(value)
+        told = text if text.startswith(shown) else f"{shown}: {text}"
+        raise SettingError(f"{where}{name}={told}") from None
 
 
 def is_number(value: Any) -> bool:
