@@ -177,7 +177,7 @@ def last(folder: Path, of: str) -> Any:
 
 
 for of in ("fsdp-2", "alone-1", "fsdp-4", "ddp-4"):
-    COMMANDS[f"resumed_from_{of.replace('-', '_')}"] = partial(resumed, of=of)
+    COMMANDS[f"resumed_from_{of.removesuffix('-1').replace('-', '_')}"] = partial(resumed, of=of)
 for of in ("fsdp-4", "ddp-4"):
     for again in (second, last):
         COMMANDS[f"{again.__name__}_from_{of.replace('-', '_')}"] = partial(again, of=of)
