@@ -188,7 +188,7 @@ def inside() -> dict[str, object]:
         if name.partition(".")[0] != "loopwright":
             continue
         for key, value in list(vars(module).items()):
-            if callable(value):
+            if callable(value) and not key.startswith("__compiled_fn_"):  # torch's, until what it belongs to is gone
                 found[f"{name}.{key}"] = value
             if isinstance(value, type) and value.__module__ == name:
                 found |= {f"{name}.{key}.{own}": made for own, made in vars(value).items() if callable(made)}
