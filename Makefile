@@ -15,6 +15,7 @@ TRACKERS := .venv-trackers/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS := 1
+unexport PYTHONDONTWRITEBYTECODE # each of the hundreds of processes of the suite would compile all of the source
 
 .PHONY: help demo test check trackers nightly bench gpu reliability capabilities api clean
 

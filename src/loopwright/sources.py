@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import zipfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,11 +108,12 @@ def _own() -> tuple[dict[str, _Source], dict[str, str]]:
     root = cwd if main is None else _root(main)
     everywhere = main is not None or bool(typed)  # else somebody else's program runs, such as pytest
     near, far, lost = dict[str, _Source](), dict[str, _Source](), dict[str, str]()
-    for path in sorted(_imported(cwd) | ({main} if main else set())):
+    entries = [os.path.realpath(entry) for entry in sys.path if entry]
+    for path in sorted(_imported(cwd, tuple(map(id, sys.modules.values()))) | ({main} if main else set())):
         base = next((folder for folder in (root, cwd) if _below(path, folder)), None)
         if base is None and not everywhere:
             continue
-        found, base = (near if base else far), base or _entry(path)
+        found, base = (near if base else far), base or _entry(path, entries)
         name = _named(path, base)
         if _HIDDEN.search(name):
             if found is near:
@@ -132,7 +133,8 @@ def _own() -> tuple[dict[str, _Source], dict[str, str]]:
     return own | {name: one for name, one in sorted(far.items()) if name not in own}, lost
 
 
-def _imported(cwd: str) -> set[str]:
+@lru_cache(1)
+def _imported(cwd: str, modules: tuple[int, ...]) -> set[str]:
     """The files of modules that are neither installed nor of Python; of thousands these are a few."""
     files = {file for module in list(sys.modules.values()) if (file := file_of(module)) is not None}
     return {path for file in files if (path := _resolved(file, cwd)) is not None}
@@ -175,9 +177,8 @@ def _root(main: str) -> str:
     return str(folder.parents[dots - 1] if 0 < dots <= len(folder.parents) else folder)
 
 
-def _entry(path: str) -> str:
+def _entry(path: str, entries: list[str]) -> str:
     """The entry of ``sys.path`` from which a file is imported; its folder where there is none."""
-    entries = [os.path.realpath(entry) for entry in sys.path if entry]
     return max((entry for entry in entries if _below(path, entry)), key=len, default=os.path.dirname(path))
 
 
