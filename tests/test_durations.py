@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import loopwright as lw
 from loopwright.checkpoint import list_checkpoints
 from loopwright.every import Every
+from loopwright.progress import Whole
 from loopwright.schedules import concat, constant
 from tiny import acts, bits, line, mean_of_preds, pairs, same, sgd_task, trainer
 
@@ -106,6 +107,35 @@ def test_an_interval_is_due_once_for_each_multiple_also_after_a_resume(n: int, j
         before, position = position, position + jump
         assert every.due(lw.Progress(samples=position)) == (position // n > before // n)
         assert not every.due(lw.Progress(samples=position))
+
+
+@given(st.integers(1, 200), st.integers(1, 12), st.integers(1, 4))
+def test_what_is_done_of_a_stage_counts_its_steps_whatever_the_last_window_holds(
+    batches: int, window: int, epochs: int
+) -> None:
+    each = -(-batches // window)
+    whole = Whole((lw.Duration(epochs, "epochs"),), each, batches)
+    for epoch in range(epochs):
+        for step in range(1, each + 1):
+            now = lw.Progress(epoch=epoch, batch=min(step * window, batches))
+            assert whole.fraction(now, lw.Progress()) == (epoch * each + step) / (epochs * each)
+
+
+@pytest.mark.capability("B-10")
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [("at 100%", [9]), ("33%", [3, 6, 9]), ("1 epoch & before 90%", [3, 6]), ("at 0.5 epochs", [2])],
+)
+@pytest.mark.parametrize(("count", "window"), [(7, 3), (5, 2)])  # batches: a last window of one
+def test_parts_of_a_stage_come_at_the_same_steps_with_a_short_last_window(
+    every: str, steps: list[int], count: int, window: int
+) -> None:
+    """A step counts as one in the part of a stage that is done, however many batches its window holds."""
+    seen: list[int] = []
+    user = lw.Trainer(epochs=3, accumulate=window, folder=None, progress=False)
+    user.on(lw.Event.STEP_END(every))(lambda run: seen.append(run.progress.step))
+    user.fit(sgd_task(line(), lr=0.1), pairs(*([float(i)] for i in range(count))))
+    assert seen == steps
 
 
 BOUNDS = st.sampled_from(["after 2 steps", "before 1.5 epochs", "after 10 s", "before 60%", "after 7 tokens"])

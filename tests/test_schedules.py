@@ -216,7 +216,7 @@ def test_plain_data_and_the_printed_form_read_back_equal(schedule: Schedule) -> 
 
 
 def test_durations_become_fractions_of_the_whole_that_they_stand_in() -> None:
-    whole = Whole((lw.Duration.parse("4 epochs"),), 13, 25 / 13)  # 13 steps an epoch
+    whole = Whole((lw.Duration.parse("4 epochs"),), 13, 25)  # 13 steps an epoch
     schedule = concat([constant(1.0), warmup(constant(2.0), "13 steps")], ["1 epoch"]).within(whole.share)
     values = [round(schedule(k / 52), 3) for k in (0, 12, 13, 13 + 6, 26, 51)]
     assert values == [1.0, 1.0, 0.0, round(2 * 6 / 13, 3), 2.0, 2.0]

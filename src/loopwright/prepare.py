@@ -338,8 +338,7 @@ def _stage(
         for phase in phases:
             phase.step = made.source.carrying(phase.name, phase.step)
     made.until = [end_in(made, part) for end in until for part in end.parts]
-    steps, batches = made.epoch_steps, made.source.batches
-    made.whole = Whole(tuple(made.until), steps, batches / steps if steps and batches else 1, batches)
+    made.whole = Whole(tuple(made.until), made.epoch_steps, made.source.batches)
     own_schedule = stage.schedule is not None or stage.lr is not None or stage.optimizer is not None
     said_at = written_by_user(task.configure_optimizers) or getattr(task, "_made_at", None)
     with placed("the schedule", stage.made_at if own_schedule else said_at):

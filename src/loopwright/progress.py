@@ -170,8 +170,8 @@ def alternatives(text: str) -> list[list[str]]:
 class Whole:
     """How long a stage is: its ``ends``, of which the first one reached counts, and the steps of an epoch.
 
-    ``per_epoch``: optimizer steps in an epoch, None where the data does not tell; ``accumulate``: batches of a step,
-    the mean where that changes; ``batches`` in an epoch, for windows of so many tokens, whose number is not known.
+    ``per_epoch``: optimizer steps in an epoch, None where the data does not tell; ``batches`` in an epoch: those of a
+    step where None, and alone where windows of so many tokens are not known by number.
 
     >>> whole = Whole((Duration.parse("4 epochs"),), per_epoch=10)
     >>> whole.share(Duration.parse("10 steps")), whole.fraction(Progress(epoch=1, batch=5), Progress())
@@ -180,7 +180,6 @@ class Whole:
 
     ends: tuple[Duration, ...]
     per_epoch: int | None = None
-    accumulate: float = 1
     batches: int | None = None
 
     def fraction(self, now: Progress, start: Progress) -> float:
@@ -200,7 +199,7 @@ class Whole:
                     inside = 0 if self.batches is None else min(1.0, now.batch / self.batches)
                     part = (now.epoch - start.epoch + inside) / value
                 else:
-                    inside = now.batch // self.accumulate
+                    inside = now.batch * each // self.batches if self.batches else now.batch
                     part = ((now.epoch - start.epoch) * each + (inside if inside < each else each)) / (value * each)
             elif unit == "samples":
                 part = (now.samples - start.samples) / value
@@ -219,7 +218,8 @@ class Whole:
         if same:
             return duration.value / min(same)
         if self.per_epoch is not None:
-            each = {"steps": 1, "epochs": self.per_epoch, "batches": 1 / self.accumulate}
+            a_batch = self.per_epoch / self.batches if self.batches else 1
+            each = {"steps": 1, "epochs": self.per_epoch, "batches": a_batch}
             steps = [end.value * each[end.unit] for end in self.ends if end.unit in each]
             if steps and unit in each:
                 return duration.value * each[unit] / min(steps)
