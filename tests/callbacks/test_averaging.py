@@ -208,6 +208,43 @@ class Gan(lw.Task):
         return self.gen(batch[0]).mean()
 
 
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (lambda: lw.SWA("1 epoch", batch_norm=False), [10, 15]),
+        (lambda: lw.SWA("2 epochs", batch_norm=False), [10, 15]),
+        (lambda: lw.EMA(0.5, every="1 epoch"), [10, 15]),
+        (lambda: lw.EMA(0.5, every="4 steps"), [8, 12]),
+    ],
+)
+@pytest.mark.parametrize("late", ["stage", "fit"])
+def test_where_it_comes_late_it_begins_with_what_is_due_from_there_on(late: str, make: Any, steps: list[int]) -> None:
+    """Five steps an epoch: what would have been due in the first one is not made up for at step 6."""
+    net, average, at = line(), make(), dict[int, Any]()
+    keeps = acts(on_step_end=lambda run, result: at.update({run.progress.step: copy.deepcopy(net)}))
+    task, data = sgd_task(net, lr=0.1), pairs(*([float(i)] for i in range(5)))
+    if late == "stage":
+        stages = [lw.Stage("a", "1 epoch"), lw.Stage("b", "2 epochs", callbacks=[average])]
+        trainer(callbacks=[keeps]).fit(task, data, stages=stages)
+    else:
+        trainer(epochs=1).fit(task, data)
+        trainer(epochs=3, callbacks=[keeps, average]).fit(task, data)
+    by_hand = AveragedModel(line(), multi_avg_fn=get_ema_multi_avg_fn(0.5) if isinstance(average, lw.EMA) else None)
+    for step in steps:
+        by_hand.update_parameters(at[step])
+    assert average.updates == len(steps)
+    assert same(average.averages["model"].state_dict(), by_hand.state_dict())
+
+
+def test_epochs_that_a_stage_did_not_end_are_not_averaged_in_the_next_one() -> None:
+    swa, task, ended = lw.SWA("1 epoch", batch_norm=False), sgd_task(line(), lr=0.1), list[int]()
+    ends = acts(on_epoch_end=lambda run: ended.append(run.progress.step))
+    stages = [lw.Stage("a", "3 steps"), lw.Stage("b", "2 epochs")]
+    trainer(callbacks=[swa, ends]).fit(task, pairs(*([float(i)] for i in range(5))), stages=stages)
+    assert ended == [8, 13]
+    assert swa.updates == 2
+
+
 def test_several_models_are_averaged_each_for_itself_or_some_of_them() -> None:
     both, one, gan = lw.EMA(0.5), lw.EMA(0.5, models="gen", evaluate=False), Gan()
     x, y = samples(20)

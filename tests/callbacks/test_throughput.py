@@ -175,3 +175,17 @@ def test_what_cannot_be_measured_is_refused() -> None:
         )
     with pytest.raises(lw.SettingError, match=r"Throughput\(tokens=5\) cannot be called"):
         lw.Throughput(tokens=5)  # type: ignore[arg-type]
+
+
+def test_of_a_later_stage_it_logs_when_its_interval_is_due_there() -> None:
+    """Five steps an epoch: nothing is due at step 6."""
+    speed, logged = lw.Throughput("4 steps"), list[int]()
+
+    class Log:
+        def log(self, progress: Any, values: Any, kind: str) -> None:
+            logged.extend([progress.step] * ("train/samples_per_second" in values))
+
+    stages = [lw.Stage("a", "1 epoch"), lw.Stage("b", "2 epochs", callbacks=[speed])]
+    user = trainer(log_every="1 step", loggers=[Log()])
+    user.fit(sgd_task(line(), lr=0.1), pairs(*([float(i)] for i in range(5))), stages=stages)
+    assert logged == [9, 10, 13, 15]  # after the steps 8 and 12, and in the records of both epochs

@@ -46,7 +46,7 @@ class Average(Restoring):
         self._others: list[Average] = []  # all averages of the run
         self._told = False  # that it comes after the end of the run
         self._trained: list[Tensor] = []  # the weights of the training, in whose place the averages are since a fit
-        self._forget()
+        self._forget(Progress())
 
     def _counted(self, name: str, given: str | int | Duration) -> Duration:
         duration = Duration.parse(given)
@@ -54,10 +54,10 @@ class Average(Restoring):
             raise SettingError(f"{type(self).__name__}({name}={given!r}): expected steps, samples or whole epochs")
         return duration
 
-    def _forget(self) -> None:
+    def _forget(self, now: Progress) -> None:
         self.updates, self._measured = 0, 0
         self._shown, self._shown_at = False, -1  # the step at which validation has seen the averages last
-        self._every.start(Progress())
+        self._every.start(now)
 
     def _averaged(self, model: nn.Module) -> AveragedModel:
         raise NotImplementedError
@@ -123,7 +123,7 @@ class Average(Restoring):
         self._others = [other for other in run.callbacks if isinstance(other, Average)]
         self._told = Every(self._begins).missed(most_of(run), moments=("every",)) is not None  # the plan has
         if run.progress.step == 0 or self._sources != chosen:  # another run than the one seen before
-            self._forget()
+            self._forget(run.progress)
             self._sources = chosen
             self.averages = {n: self._averaged(m) for n, m in chosen.items()}
             for averaged in self.averages.values():
@@ -139,6 +139,9 @@ class Average(Restoring):
             with torch.no_grad():
                 for (mine, _), trained in zip(pairs, self._trained, strict=True):
                     mine.copy_(trained)
+
+    def on_stage_start(self, run: Run, stage: Stage) -> None:
+        self._every.start(run.progress)  # what was due before is not made up for: it may be of this stage alone
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         self._look(run)

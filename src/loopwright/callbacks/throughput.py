@@ -67,8 +67,7 @@ class Throughput(Callback):
 
     def on_stage_start(self, run: Run, stage: Stage) -> None:
         self._rate = None
-        if self._every.of_stage:
-            self._every.begin(run)
+        self._every.begin(run)
 
     def on_epoch_start(self, run: Run) -> None:
         self._last = time.perf_counter()
