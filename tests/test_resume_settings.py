@@ -35,6 +35,12 @@ class Net(nn.Module):
         return self.body(x)
 
 
+def without_dropout(net: Net) -> Net:
+    """It stays so, since a fit leaves parts of a model in the mode in which they are."""
+    net.body[2].eval()
+    return net
+
+
 class Scales(lw.Callback):
     """Changes what is trained."""
 
@@ -141,6 +147,9 @@ DECIDES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {}, {"net": Net(0.5)},
         "models/model/drop was 0.1 and is 0.5\n  - models/model/layers/body.2 was 'Dropout(p=0.1, inplace=False)' and "
         "is 'Dropout(p=0.5, inplace=False)'",
+    ),
+    "a layer in eval mode": (
+        {}, {"net": without_dropout(Net())}, "models/model/in_eval_mode was [] and is ['body.2']"
     ),
     "weight decay": ({}, {"optimizer": adamw(weight_decay=0.5)}, "optimizers/main/weight_decay was 0.01 and is 0.5"),
     "the rate of a group": (

@@ -303,6 +303,31 @@ class Other(Classes):
     ratio = 0.5
 
 
+def touched(how: str) -> Any:
+    """A task of which something is set that is no argument of anything."""
+
+    def kind(**made: Any) -> Classes:
+        task = Classes(**made)
+        weight = task.net[2].weight
+
+        def doubled(*given: Any) -> None:
+            weight.grad.mul_(2)
+
+        if how == "mode":
+            task.net[1].eval()
+        elif how == "hook of a gradient":
+            weight.register_hook(lambda gradient: gradient * 2)
+        elif how == "hook of an accumulated gradient":
+            weight.register_post_accumulate_grad_hook(doubled)
+        else:
+            optimizer = torch.optim.SGD(task.parameters(), 0.1)
+            optimizer.register_step_pre_hook(doubled)
+            task.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+        return task
+
+    return kind
+
+
 class Rows(torch.utils.data.Dataset[Any]):
     """Nothing in it is as long as it is, so that a fingerprint tells its class and length only."""
 
@@ -376,6 +401,7 @@ def two(_two: Path, tmp_path: Path) -> Path:
         {"weight": of_lengths(1.0)}, {"rows": 1.0}, {"louder": 0.5}, {"kind": Other}, {"after": 3},
         {"handler": lambda run: run.optimizers["main"].param_groups[0].update(lr=0.2)},
         {"loss": lambda preds, target: nn.functional.cross_entropy(preds, target) * 2},
+        *({"kind": touched(how)} for how in ("mode", "hook of a gradient", "hook of an accumulated gradient", "step")),
     ],
 )  # fmt: skip
 def test_what_a_fingerprint_of_settings_does_not_show_trains_again(changes: dict[str, Any], two: Path) -> None:

@@ -133,7 +133,8 @@ def _model(model: nn.Module) -> dict[str, Any]:
     layers = {path: repr(module) for path, module in leaves[:_MOST]}
     more = {} if len(leaves) <= _MOST else {"more_layers": len(leaves) - _MOST}
     told = Description(trained=model.buffers()).of(model)
-    return {**told, "parameters": count, "layers": layers, **more}
+    still = [path for path, module in model.named_modules() if model.training and not module.training]
+    return {**told, "parameters": count, "layers": layers, **more, "in_eval_mode": still}
 
 
 def _told_before(run: Run, name: str) -> Any:
