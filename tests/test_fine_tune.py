@@ -149,6 +149,14 @@ def test_what_cannot_be_is_refused_with_the_fix(settings: Any, text: str) -> Non
     assert text in str(error.value)
 
 
+def test_a_body_that_came_frozen_is_refused_with_the_fix() -> None:
+    net = pretrained()
+    net[0].requires_grad_(False)
+    net[1].requires_grad_(False)
+    with pytest.raises(lw.SettingError, match=r"head='2\.\*' is all of Sequential that can be trained: the body came"):
+        fine_tuned(net)
+
+
 def test_resumed_in_either_stage_it_ends_with_the_same_bits(folder: Path) -> None:
     def fit(resume: Any, **settings: Any) -> lw.Run:
         return fine_tuned(pretrained(), trainer=lw.Trainer(**settings), resume=resume)

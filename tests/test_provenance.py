@@ -117,7 +117,10 @@ def test_the_folder_of_a_run_alone_makes_the_same_run_again_in_a_fresh_process(t
 @pytest.mark.capability("CA-33")
 @pytest.mark.parametrize(
     ("where", "command"),
-    [("else", ["../proj/parts/train.py"]), ("proj", ["-m", "parts.train"])],
+    [
+        ("else", ["../proj/parts/train.py"]),
+        pytest.param("proj", ["-m", "parts.train"], marks=pytest.mark.nightly),
+    ],
     ids=["elsewhere", "-m"],
 )
 def test_the_whole_experiment_is_kept_and_runs_from_there_however_it_was_started(

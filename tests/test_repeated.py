@@ -230,14 +230,14 @@ def test_the_same_task_fitted_on_is_no_repetition() -> None:
     assert json.loads((run.folder / "run.json").read_text())["identity"] is None
 
 
-@pytest.mark.parametrize("text", ["../../etc", "a/b/c", "", "no/such", "\0", "x/..", "../x"])
-def test_a_mark_that_was_not_written_by_a_run_is_passed_over(text: str) -> None:
+def test_a_mark_that_was_not_written_by_a_run_is_passed_over() -> None:
     fit()
     listed = Path("runs/.finished")
     (mark,) = listed.read_text().splitlines()
     assert len(told()) == 1
-    listed.write_text(f"{mark.split()[0]} {text}\nno line of ours \x00\n")
-    assert told() == []
+    for text in ("../../etc", "a/b/c", "", "no/such", "\0", "x/..", "../x"):
+        listed.write_text(f"{mark.split()[0]} {text}\nno line of ours \x00\n")
+        assert told() == [], text
 
 
 def test_a_folder_of_runs_that_holds_nothing_else_is_not_searched() -> None:

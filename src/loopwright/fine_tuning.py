@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loopwright.errors import SettingError
-from loopwright.optim import groups
+from loopwright.optim import groups, match_names
 from loopwright.schedules import one_cycle, scaled
 from loopwright.state import Run, Stage
 from loopwright.task import Supervised
@@ -62,6 +62,12 @@ def fine_tune(
     patterns = (head,) if isinstance(head, str) else tuple(head)
     if "*" in patterns:
         raise SettingError("head='*' leaves no body to freeze; name the head, such as head='fc.*', or use trainer.fit")
+    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    if trainable == match_names(patterns, trainable, what="trainable parameter"):
+        raise SettingError(
+            f"head={head!r} is all of {type(module).__name__} that can be trained: the body came frozen. Thaw it, "
+            "module.requires_grad_(True): the stage 'head' freezes it itself. Or train the head alone with trainer.fit"
+        )
     last = patterns if len(patterns) > 1 else patterns[0]
     made = groups(module, [*layers, last], lr=(lr / spread, lr), no_decay=True)
     first, then = one_cycle(1.0, rise=0.99), one_cycle(0.5, rise=0.3, div=5.0)  # times the rate of each group

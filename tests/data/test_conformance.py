@@ -302,8 +302,13 @@ WORKERS: dict[str, Kind] = {
     "no batching": Kind(loader(batch_size=None, shuffle=True, num_workers=2), TorchLoader, True),
 }
 
+NIGHTLY = {"three workers", "with replacement", "batches drawn at once", "no batching"}  # others start workers as well
 EVERY = [pytest.param(kind, id=name) for name, kind in IN_PROCESS.items()] + [
-    pytest.param(kind, id=f"workers: {name}", marks=[pytest.mark.slow] if kind.source is not Gather else [])
+    pytest.param(
+        kind,
+        id=f"workers: {name}",
+        marks=[pytest.mark.nightly] if name in NIGHTLY else [pytest.mark.slow] if kind.source is not Gather else [],
+    )
     for name, kind in WORKERS.items()
 ]
 

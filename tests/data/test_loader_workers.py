@@ -143,7 +143,9 @@ def train(batches: Iterator[Any]) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.nightly] if i % 2 else []) for i, kind in enumerate(KINDS)]
+)
 def test_batches_are_the_same_with_0_2_and_4_workers_any_prefetch_and_after_every_resume(kind: str) -> None:
     alone = loader(kind)
     whole = [train(alone.at(epoch, 0)) for epoch in range(2)]
