@@ -599,6 +599,34 @@ def test_the_first_reason_to_stop_is_kept() -> None:
     assert user.fit(sgd_task(line()), pairs([1], [2])).stop_reason == "first"
 
 
+STARTS = ["on_stage_start", "on_epoch_start", "on_loader_start"]
+ENDS = ["on_loader_end", "on_epoch_end", "on_stage_end"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "stop_at", "between", "again"),
+    [
+        ({"epochs": 1}, None, [*STARTS, *ENDS], ["on_stage_end"]),
+        ({"steps": 2}, None, [*STARTS, "on_stage_end"], ["on_stage_end"]),
+        ({"epochs": 2}, 2, STARTS, [*STARTS[1:], *ENDS]),
+        ({"epochs": 2}, 3, [*STARTS, *ENDS[:2]], [*STARTS[1:], *ENDS]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:this task has already been trained")
+def test_what_training_leaves_open_has_no_end_and_is_not_started_again(
+    settings: dict[str, Any], stop_at: int | None, between: list[str], again: list[str]
+) -> None:
+    task = sgd_task(line())
+    for expected in (between, again):
+        seen: list[str] = []
+        user = trainer(callbacks=[recorder(seen)], **settings)
+        if stop_at is not None:
+            user.on(lw.Event.STEP_END(once=stop_at))(lambda run: run.request_stop("enough"))
+        user.fit(task, pairs([1], [2], [3]))
+        told = [name for name in seen if name in (*STARTS, *ENDS, "on_fit_start", "on_fit_end")]
+        assert told == ["on_fit_start", *expected, "on_fit_end"]
+
+
 # ----------------------------------------------------------------------------------------------- run.log, run.replace
 
 
