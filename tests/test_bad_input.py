@@ -431,6 +431,119 @@ def test_doubles_in_a_look_at_a_model_are_told_both_ways_out_too(verb: str) -> N
     assert [note[:53] for note in notes(caught.value)][-1] == "[loopwright] floats of NumPy and Python are float64, "
 
 
+Y = torch.zeros(6, dtype=torch.int64)
+FLOATS = "this loss takes targets as floats: y.float(), array.astype('float32') or frame['y'].astype('float32')"
+
+
+def supervised(net: nn.Module, loss: Any = None) -> lw.Task:
+    return lw.Supervised(net, loss or nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+
+
+class Tiny(lw.Task):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.kept = nn.Linear(1, 2), torch.zeros(())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class GoesBack(Tiny):
+    def training_step(self, batch: Any) -> Any:
+        loss = self.net(batch[0]).square().mean()
+        loss.backward()
+        return loss
+
+
+class Keeps(Tiny):
+    def training_step(self, batch: Any) -> Any:
+        self.kept = self.net(batch[0]).square().mean() + self.kept
+        return self.kept
+
+
+class Logs(Tiny):
+    def training_step(self, batch: Any) -> Any:
+        loss = self.net(batch[0]).square().mean()
+        self.log("mine", loss)  # type: ignore[operator]
+        return loss
+
+
+TWICE = (
+    "the loop goes backward from the loss that a step returns: leave loss.backward() out of the step; and what is kept "
+    "from one step to the next, such as a hidden state, is kept without its graph: h.detach()"
+)
+TWO = "the module gives 2 outputs, for the classes 0 to 1, and the batch has targets from "
+USUAL: dict[str, tuple[Callable[[], lw.Task], Any, str]] = {
+    "classes from 1": (lambda: supervised(nn.Linear(1, 2)), Y + torch.tensor([1, 2, 1, 1, 1, 1]),
+                       f"{TWO}1 to 2: where they are counted from 1 write y - 1, else give the module 3 outputs"),
+    "classes of -1 and 1": (lambda: supervised(nn.Linear(1, 2)), Y - 1,
+                            f"{TWO}-1 to -1: for yes or no write (y > 0).long(); "
+                            "nn.CrossEntropyLoss(ignore_index=-1) leaves those without a class out"),
+    "more classes": (lambda: supervised(nn.Linear(1, 2), nn.CrossEntropyLoss(ignore_index=-1)),
+                     torch.tensor([0, -1, 5, 0, 0, 0]), f"{TWO}0 to 5: give the module 6 outputs"),
+    "whole numbers for yes or no": (lambda: supervised(nn.Sequential(nn.Linear(1, 1), nn.Flatten(0)),
+                                                       nn.BCEWithLogitsLoss()), Y, FLOATS),
+    "whole numbers for probabilities": (lambda: supervised(nn.Sequential(nn.Linear(1, 1), nn.Sigmoid(), nn.Flatten(0)),
+                                                           nn.BCELoss()), Y, FLOATS),
+    "a step that goes backward": (GoesBack, Y, TWICE),
+    "a step that keeps a graph": (Keeps, Y, TWICE),
+    "a step that logs": (Logs, Y, "a task has no log: return values by their names with the loss, {'loss': loss, "
+                                  "'accuracy': accuracy}; callbacks and handlers write run.log({'name': value})"),
+    "batches of three": (lambda: supervised(nn.Linear(1, 2)), (Y, Y),
+                         "of a batch of 3 parts the module was passed the first 2, and the last is the target. Say "
+                         "which is which: Supervised(..., inputs=0, targets=1); inputs=[0, 1] passes two"),
+    "images without a channel": (lambda: supervised(nn.Conv1d(1, 2, 1)), Y,
+                                 "Conv1d was given [5, 1], which has no dimension for the channel: "
+                                 "images.unsqueeze(1) or array[:, None] adds it"),
+    "a last batch of one": (lambda: supervised(nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))), Y,
+                            "the batch has one sample, and BatchNorm needs two or more to train: leave the short last "
+                            "batch out, lw.Loader(data, batch_size=32, drop_last=True) or DataLoader(..., "
+                            "drop_last=True), or choose a batch_size that leaves none of one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", USUAL)
+def test_an_error_of_torch_with_a_usual_cause_says_what_to_type(mistake: str) -> None:
+    """The error itself stays as torch raised it."""
+    make, given, told = USUAL[mistake]
+    data = (torch.ones(6, 1), *(given if isinstance(given, tuple) else (given,)))
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever torch raises
+        trainer(epochs=1).fit(make(), lw.Loader(data, 5))
+    assert not isinstance(caught.value, lw.LoopwrightError)
+    assert [one for one in notes(caught.value) if "open epoch" not in one] == [f"[loopwright] {told}"]
+
+
+class Inner(nn.Linear):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(a, b)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (lambda: supervised(nn.Conv1d(1, 2, 1)), (torch.ones(6, 3, 4), Y)),  # three channels
+        (lambda: supervised(Inner(1, 2)), (torch.ones(6, 1), Y, Y)),
+    ],
+)  # fmt: skip
+def test_an_error_with_another_cause_is_told_no_more_of(make: Any, data: Any) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        trainer(epochs=1).fit(make(), lw.Loader(data, 5))
+    assert ["open epoch" in one for one in notes(caught.value)] == [True]
+
+
+def test_going_backward_twice_in_a_step_of_ones_own_is_told_no_more_of() -> None:
+    net = line()
+
+    def step(run: lw.Run, batch: Any) -> None:
+        loss = net(torch.ones(1, 1)).square().sum()
+        loss.backward()
+        loss.backward()
+
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        trainer(epochs=1).run(step, [1], state={"net": net})
+    assert ["open epoch" in one for one in notes(caught.value)] == [True]
+
+
 @pytest.mark.parametrize("weight", [None, "many", -1, float("nan"), float("inf"), torch.ones(2)])
 def test_a_weight_that_is_no_number_of_samples_is_told(weight: Any) -> None:
     with pytest.raises(lw.DataError) as caught:

@@ -98,16 +98,20 @@ def test_stages_and_functions_are_rehearsed_as_well() -> None:
     stages = [lw.Stage("head", until="3 epochs", train="module.2.*"), lw.Stage("all", until="500 steps")]
     run = trainer(debug=lw.Debug(dev_run=2)).fit(task, loader(37, batch_size=5), stages=stages)
     assert (run.progress.step, run.progress.stage) == (4, 2)
-    net = line(1.0)
+    net, bare, moved = line(1.0), torch.zeros(()), torch.ones((), requires_grad=True)
+    sgd = torch.optim.SGD([moved], lr=0.1)
     seen: list[Any] = []
 
     def step(run: lw.Run, batch: Any) -> None:
         seen.append(batch)
         with torch.no_grad():
             net.weight.add_(1)
+            bare.add_(1)
+        moved.square().backward()
+        sgd.step()
 
-    trainer(epochs=9, debug=lw.Debug(dev_run=2)).run(step, [1, 2, 3], state={"net": net})
-    assert (seen, net.weight.item()) == ([1, 2], 1.0)
+    trainer(epochs=9, debug=lw.Debug(dev_run=2)).run(step, [1, 2, 3], state={"net": net, "bare": bare, "sgd": sgd})
+    assert (seen, net.weight.item(), bare.item(), moved.item(), moved.grad) == ([1, 2], 1.0, 0.0, 1.0, None)
 
 
 def test_a_rehearsal_cannot_be_a_resume(folder: Path) -> None:

@@ -370,3 +370,28 @@ def test_who_writes_the_loss_is_drawn_in_order() -> None:
         at = next(i for i, text in enumerate(lines) if "output = " in text)
         writers = [f"{type(c).__qualname__}.map_loss" for c in callbacks]
         assert [text.strip() for text in lines[at + 1 : at + 4]] == [*writers, "loss.backward()"]
+
+
+@pytest.mark.capability("B-08")
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_callbacks_of_a_stage_are_drawn_in_their_stage_alone(names: list[str]) -> None:
+    """Where they are called: in the loop of their stage, and among those who write and read in it."""
+
+    class Own(Edits):
+        changes = ("weights",)
+
+    def told(of: str | None = None) -> list[str]:
+        stages = [lw.Stage(name, "1 epoch", callbacks=[Own()] if name == "a" else []) for name in names]
+        text = trainer().explain(sgd_task(line()), pairs([1.0]), stages=stages, of=of)
+        return text.replace(Own.__qualname__, "Own").splitlines()
+
+    first = next((i for i, one in enumerate(told()) if one.startswith("stage 'b'")), None)
+    drawn_in_a = [one.strip() for one in told()[:first] if "Own" in one]
+    assert drawn_in_a == ["Own.map_batch", "Own.map_output", "Own.map_loss", "Own.on_grads_ready"]
+    assert "Own" not in "".join(told()[first:] if first else [])
+    where = ", in stage 'a'" if len(names) > 1 else ""
+    assert [one for one in told("loss") if "Own" in one] == ["  2. Own.map_output", "  3. Own.map_loss"]
+    assert [one for one in told("output") if "Own" in one] == ["  2. Own.map_output", f"  - Own.map_loss{where}"]
+    assert [one for one in told("weights") if "Own" in one] == [
+        "  2. Own, which says so (changes = ('weights',)), in map_batch, map_output, map_loss, on_grads_ready"
+    ]

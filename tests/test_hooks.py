@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -599,6 +599,34 @@ def test_the_first_reason_to_stop_is_kept() -> None:
     assert user.fit(sgd_task(line()), pairs([1], [2])).stop_reason == "first"
 
 
+STARTS = ["on_stage_start", "on_epoch_start", "on_loader_start"]
+ENDS = ["on_loader_end", "on_epoch_end", "on_stage_end"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "stop_at", "between", "again"),
+    [
+        ({"epochs": 1}, None, [*STARTS, *ENDS], ["on_stage_end"]),
+        ({"steps": 2}, None, [*STARTS, "on_stage_end"], ["on_stage_end"]),
+        ({"epochs": 2}, 2, STARTS, [*STARTS[1:], *ENDS]),
+        ({"epochs": 2}, 3, [*STARTS, *ENDS[:2]], [*STARTS[1:], *ENDS]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:this task has already been trained")
+def test_what_training_leaves_open_has_no_end_and_is_not_started_again(
+    settings: dict[str, Any], stop_at: int | None, between: list[str], again: list[str]
+) -> None:
+    task = sgd_task(line())
+    for expected in (between, again):
+        seen: list[str] = []
+        user = trainer(callbacks=[recorder(seen)], **settings)
+        if stop_at is not None:
+            user.on(lw.Event.STEP_END(once=stop_at))(lambda run: run.request_stop("enough"))
+        user.fit(task, pairs([1], [2], [3]))
+        told = [name for name in seen if name in (*STARTS, *ENDS, "on_fit_start", "on_fit_end")]
+        assert told == ["on_fit_start", *expected, "on_fit_end"]
+
+
 # ----------------------------------------------------------------------------------------------- run.log, run.replace
 
 
@@ -707,6 +735,60 @@ def test_what_cannot_be_replaced_is_refused(new: dict[str, Any], message: str) -
     with pytest.raises(lw.SettingError) as caught:
         user.fit(sgd_task(line()), pairs([1], [2]))
     assert str(caught.value) == message
+
+
+class Two(lw.Task):
+    """A child for each of two optimizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = line(1.0), line(1.0)
+
+    def training_step(self, batch: Any) -> Tensor:
+        return (self.a(batch[0]) + self.b(batch[0])).mean()
+
+    def configure_optimizers(self) -> Any:
+        return {name: torch.optim.SGD(getattr(self, name).parameters(), lr=1.0) for name in "ab"}
+
+
+def test_an_optimizer_of_several_is_replaced_by_its_name_alone() -> None:
+    task = Two()
+    new = torch.optim.SGD(task.b.parameters(), lr=10.0)
+    with pytest.raises(lw.SettingError) as caught:
+        replacing(1, optimizer=new)[0].fit(task, pairs([1], [2]))
+    assert str(caught.value) == (
+        "run.replace('optimizer', ...) could mean 'a', 'b'; name the one: run.replace('optimizer.a', new)"
+    )
+    task = Two()
+    new = torch.optim.SGD(task.b.parameters(), lr=10.0)
+    replacing(1, **{"optimizer.b": new})[0].fit(task, pairs([1], [2]))
+    assert [task.a.weight.item(), task.b.weight.item()] == [1.0 - (1 + 2 + 1 + 2), 1.0 - (1 + 20 + 10 + 20)]
+
+
+def test_the_optimizer_of_the_open_stage_is_the_one_that_is_replaced() -> None:
+    net = line()
+    new = torch.optim.SGD(net.parameters(), lr=10.0)
+    stages = [lw.Stage("own", "4 steps", optimizer=torch.optim.SGD(net.parameters(), lr=1.0))]
+    user = trainer()
+    user.on(lw.Event.STEP_END(once=1))(lambda run: run.replace("optimizer", new))
+    run = user.fit(sgd_task(net), pairs([1], [2]), stages=stages)
+    assert run.optimizers["own.main"] is new
+    assert net.weight.item() == -(1 + 20 + 10 + 20)
+
+
+@pytest.mark.parametrize("says_so", [False, True])
+def test_what_a_new_optimizer_leaves_out_is_told(says_so: bool) -> None:
+    task = Two()
+    new = torch.optim.SGD(task.a.parameters(), lr=1.0)
+    user, _ = replacing(1, **{"optimizer.b": new})
+    user.on(lw.Event.STEP_END(once=1))(lambda run: task.b.requires_grad_(not says_so))
+    with nullcontext() if says_so else pytest.warns(lw.LoopwrightWarning) as caught:
+        user.fit(task, pairs([1], [2]))
+    assert [str(one.message) for one in caught or ()] == ([] if says_so else [
+        "after optimizer.b by SGD after step 1, 1 parameters that were trained are in no optimizer any more (b.weight) "
+        "and stay as they are; give them to the new one as well, or say that they are not to be trained: "
+        "parameter.requires_grad_(False)"
+    ])  # fmt: skip
 
 
 def test_a_model_replaced_without_its_optimizer_is_refused() -> None:

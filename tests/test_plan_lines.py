@@ -145,6 +145,21 @@ job = lw.Supervised(net, nn.CrossEntropyLoss(), job.optimizer, schedule=each, me
 trainer.fit(job, data, data)
 """, "ReduceLROnPlateau monitors 'valid/accuracy' with mode='min', and its name tells the other way; make it with "
      "mode='max'"),
+    "a plateau that waits for the loss to rise": ("""
+lower = lambda sgd: torch.optim.lr_scheduler.ReduceLROnPlateau(sgd, mode="max")
+trainer = lw.Trainer(**settings)
+job = lw.Supervised(net, nn.MSELoss(), task().optimizer, schedule=lower)  # here
+trainer.fit(job, data, data)
+""", "ReduceLROnPlateau monitors 'valid/loss' with mode='max', and training makes the loss smaller: the worst would be "
+     "taken for the best; make it with mode='min', or say what it is to monitor: lw.Scheduler(plateau, "
+     "monitor='valid/accuracy')"),
+    "a plateau that is not told at which data to look": ("""
+lower = torch.optim.lr_scheduler.ReduceLROnPlateau
+trainer = lw.Trainer(**settings)
+job = lw.Supervised(net, nn.MSELoss(), task().optimizer, schedule=lower)  # here
+trainer.fit(job, data, {"seen": data, "new": data})
+""", "ReduceLROnPlateau monitors 'valid/seen/loss', the first of 2 validation sets, as nothing says which; say it: "
+     "lw.Scheduler(plateau, monitor='valid/new/loss')"),
     "pieces of sequences for what carries nothing on": ("""
 job = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1), truncate=2)  # here
 lw.Trainer(**settings).fit(job, data)
@@ -448,6 +463,7 @@ ODD = [  # may be meant: warnings
     "a look at the batch before another changes it", "a look at the loss before another changes it",
     "a look at the gradients before another changes them", "a rate that a schedule sets anew",
     "a rate of a handler that a schedule sets anew", "a plateau that waits for the wrong side",
+    "a plateau that is not told at which data to look",
 ]  # fmt: skip
 
 

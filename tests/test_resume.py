@@ -170,6 +170,62 @@ def test_a_step_function_goes_on_with_what_it_keeps() -> None:
     assert run_until(-1, "auto") == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
 
 
+def descend(at: int = -1, names: str = "optimizer", *, start: Any = 2.0, **how: Any) -> tuple[lw.Run, list[Any]]:
+    """Bare tensors of no module, moved by an optimizer and by hand; step ``at`` fails, without a trace of it."""
+    k, total = torch.tensor(start, requires_grad=True), torch.zeros(())
+
+    optimizer = torch.optim.Adam([k], lr=0.1)
+    given = {"optimizer": optimizer, "k": k, "total": total}
+
+    def step(run: lw.Run, batch: Any) -> Any:
+        if run.progress.step == faults[0]:
+            raise Killed
+        optimizer.zero_grad()
+        loss = (k * batch).square().sum()
+        loss.backward()
+        optimizer.step()
+        if "total" in names:
+            total.add_(loss.detach())
+        return loss
+
+    faults = [at]
+    user = lw.Trainer(epochs=2, name="bare", progress=False, checkpoint=lw.Checkpoint("2 steps"))
+    state = {name: given[name] for name in names.split()}
+    run = user.run(step, [1.0, 2.0, 3.0, 4.0, 5.0], state=state, **how)
+    return run, [k, total, *optimizer.state_dict()["state"][0].values(), list(run.history.losses["loss"])]
+
+
+@pytest.mark.capability("PT-03")
+@pytest.mark.filterwarnings("ignore:the run goes on")  # step has another value of faults
+@pytest.mark.parametrize("names", ["optimizer", "optimizer k total"])
+def test_bare_tensors_of_a_step_function_go_on_where_they_were(names: str) -> None:
+    """An inverse problem of a few tensors resumes exactly: an optimizer is saved with the tensors that it moves."""
+    whole = descend(names=names)[1]
+    with pytest.raises(Killed):
+        descend(7, names)
+    run, ended = descend(-1, names, start=99.0, resume="auto")
+    assert run.resumed_from.name == "step-00000006"
+    assert run.exact is True
+    assert same(ended, whole)
+
+
+@pytest.mark.filterwarnings("ignore:the run goes on")
+@pytest.mark.parametrize(
+    ("names", "start", "message"),
+    [
+        ("optimizer", [2.0, 3.0], "the optimizer 'optimizer' moves, besides parameters of modules, float32[2], and "
+                                  "the checkpoint has float32[]"),
+        ("optimizer k", [2.0, 3.0], "state['k'] is float32[2], and the checkpoint has float32[]"),
+    ],
+)  # fmt: skip
+def test_bare_tensors_of_another_shape_are_refused(names: str, start: Any, message: str) -> None:
+    with pytest.raises(Killed):
+        descend(7, names)
+    with pytest.raises(CheckpointError) as caught:
+        descend(-1, names, start=start, resume="auto")
+    assert message in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------ the end of a run
 
 

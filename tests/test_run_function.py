@@ -179,6 +179,9 @@ def test_two_runs_of_one_function_do_not_know_of_one_another() -> None:
                                  "arguments. Write: def step(run, batch): ..."),
         (print, {"n": [1]}, "state['n'] is a list, which has no state_dict; pass a pair of functions instead: "
                             "state={'n': (get, set)}, where set(get()) puts the object back"),
+        (print, {"n": nn.Parameter(torch.ones(1)) * 2},
+                            "state['n'] is a Tensor, which has no state_dict; pass a pair of functions instead: "
+                            "state={'n': (get, set)}, where set(get()) puts the object back"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_or_saved_is_refused(step: Any, state: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loopwright import rng
 from loopwright.callbacks import Audit, Checkpoint, Profiler
@@ -146,7 +146,9 @@ def _put_back(run: Run) -> Iterator[None]:
     """Afterwards parameters, buffers, gradients, attributes, optimizers, schedulers, generators are as they were."""
     roots = [run.task] if isinstance(run.task, nn.Module) else list(run.models.values())
     tensors = [t for root in roots for t in (*root.parameters(), *root.buffers())]
-    kept = [(t, t.detach().clone(), t.grad) for t in tensors]
+    tensors += [p for one in run.optimizers.values() for group in one.param_groups for p in group["params"]]
+    tensors += [one for one in run.state.values() if isinstance(one, Tensor)]
+    kept = [(t, t.detach().clone(), t.grad) for t in {id(t): t for t in tensors}.values()]
     schedulers = [
         s for stage in run.stages for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)
     ]

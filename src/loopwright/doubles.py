@@ -1,9 +1,11 @@
-"""What to say where data does not fit its module or loss: the usual cause, and what to type."""
+"""What to say where data does not fit its module or loss, or a step the loop: the usual cause, and what to type."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,24 +29,52 @@ _COLUMN = (
     "cross entropy takes one class for each sample, of shape [n]: y.squeeze(1) or array[:, 0], and of a data frame the "
     "column itself, frame['y'] in the place of frame[['y']]"
 )
+_FLOATS = "this loss takes targets as floats: y.float(), array.astype('float32') or frame['y'].astype('float32')"
+_TWICE = (
+    "the loop goes backward from the loss that a step returns: leave loss.backward() out of the step; and what is kept "
+    "from one step to the next, such as a hidden state, is kept without its graph: h.detach()"
+)
+_ONE = (
+    "the batch has one sample, and BatchNorm needs two or more to train: leave the short last batch out, "
+    "lw.Loader(data, batch_size=32, drop_last=True) or DataLoader(..., drop_last=True), or choose a batch_size that "
+    "leaves none of one"
+)
+_LOG = (
+    "a task has no log: return values by their names with the loss, {'loss': loss, 'accuracy': accuracy}; callbacks "
+    "and handlers write run.log({'name': value})"
+)
 _INTEGERS = {"byte", "char", "short", "int", "long", "unsigned"}  # torch's words for dtypes
 
 
 def add_doubles(error: BaseException) -> None:
-    """Where torch refuses dtypes or shapes of data as they usually come, note on ``error``, once, what to do about it.
+    """Where a step fails for a usual cause, such as dtypes or shapes of data, note on ``error``, once, what to do.
 
     >>> error = RuntimeError("mat1 and mat2 must have the same dtype, but got Double and Float")
     >>> add_doubles(error)
     >>> error.__notes__[0][:46]
     '[loopwright] floats of NumPy and Python are fl'
     """
-    note = _of_dtypes(str(error)) if isinstance(error, RuntimeError) else _of_keywords(error)
+    note = next((note for kind, tell in _HINTS if isinstance(error, kind) and (note := tell(error))), None)
     if note is not None and f"[loopwright] {note}" not in getattr(error, "__notes__", ()):
         error.add_note(f"[loopwright] {note}")
 
 
-def _of_dtypes(text: str) -> str | None:
+def _frames(error: BaseException) -> list[tuple[str, FrameType]]:
+    """The frames that ``error`` has come by, the innermost last, each with the name of its module."""
+    return [(str(frame.f_globals.get("__name__")), frame) for frame, _ in walk_tb(error.__traceback__)]
+
+
+def _outside_torch(error: BaseException) -> tuple[str, str, dict[str, Any]]:
+    """Module, name and variables of the function that has called into torch, or that has failed itself."""
+    own = [(name, frame) for name, frame in _frames(error) if name.partition(".")[0] != "torch"]
+    return (own[-1][0], own[-1][1].f_code.co_name, own[-1][1].f_locals) if own else ("", "", {})
+
+
+def _of_dtypes(error: BaseException) -> str | None:
+    text = str(error)
     words = set(re.findall(r"\w+", text.lower()))
+    if "can't be cast to the desired output type Long" in text or text == "Found dtype Long but expected Float":
+        return _FLOATS if _called_in(error, "torch.nn.functional", "binary_cross_entropy") else None
     if "multi-target not supported" in text:
         return _COLUMN
     if "target dtype to be Long" in text or "expected scalar type Long" in text:
@@ -54,16 +84,73 @@ def _of_dtypes(text: str) -> str | None:
     return _WHOLE if "same" in words and "float" in words and words & _INTEGERS else None
 
 
-def _of_keywords(error: BaseException) -> str | None:
-    """Of a module that ``Supervised`` called with the names in a batch, which it does not take."""
-    trace, found = error.__traceback__ if isinstance(error, TypeError) else None, None
-    while trace is not None:
-        frame = trace.tb_frame
-        if frame.f_code.co_name == "_any_step" and frame.f_globals.get("__name__") == "loopwright.task":
-            found = frame.f_locals
-        trace = trace.tb_next
-    if found is None or not found.get("kwargs") or "argument" not in str(error):
+def _called_in(error: BaseException, module: str, function: str) -> dict[str, Any] | None:
+    """The variables of the innermost function of that name in ``module``; None where it was not called."""
+    found = [f for name, f in _frames(error) if name == module and f.f_code.co_name.startswith(function)]
+    return found[-1].f_locals if found else None
+
+
+def _of_classes(error: BaseException) -> str | None:
+    """Of targets that are no numbers of classes."""
+    given = _called_in(error, "torch.nn.functional", "cross_entropy") if "out of bounds" in str(error) else None
+    if given is None:
         return None
+    target, outputs = given["target"], int(given["input"].shape[1 if given["input"].dim() > 1 else 0])
+    target = target[target != given["ignore_index"]]
+    low, high = int(target.min()), int(target.max())
+    way = f"give the module {high + 1} outputs"
+    if low < 0:
+        left_out = f"nn.CrossEntropyLoss(ignore_index={low}) leaves those without a class out"
+        way = f"for yes or no write (y > 0).long(); {left_out}"
+    elif low > 0:
+        way = f"where they are counted from 1 write y - 1, else {way}"
+    return (
+        f"the module gives {outputs} outputs, for the classes 0 to {outputs - 1}, and the batch has targets from {low} "
+        f"to {high}: {way}"
+    )
+
+
+def _of_channels(error: BaseException) -> str | None:
+    """Of images that come without a dimension of channels, so that the batch is taken for them."""
+    refused = "channels, but got" in str(error)
+    given = _called_in(error, "torch.nn.modules.conv", "_conv_forward") if refused else None
+    if given is None or given["self"].in_channels != 1 or given["input"].dim() != len(given["self"].kernel_size) + 1:
+        return None
+    return (
+        f"{type(given['self']).__name__} was given {list(given['input'].shape)}, which has no dimension for the "
+        "channel: images.unsqueeze(1) or array[:, None] adds it"
+    )
+
+
+def _of_graph(error: BaseException) -> str | None:
+    again = "backward through the graph a second time" in str(error)
+    return _TWICE if again and _outside_torch(error)[0].startswith("loopwright.") else None
+
+
+def _of_one(error: BaseException) -> str | None:
+    one = str(error).startswith("Expected more than 1 value per channel")
+    return _ONE if one and _called_in(error, "torch.nn.functional", "batch_norm") else None
+
+
+def _of_log(error: BaseException) -> str | None:
+    if re.search(r"has no attribute 'log(_dict)?'$", str(error)) is None:
+        return None
+    return _LOG if hasattr(_outside_torch(error)[2].get("self"), "training_step") else None
+
+
+def _of_arguments(error: BaseException) -> str | None:
+    """Of a module that ``Supervised`` called with the parts of a batch, or the names in it, that it does not take."""
+    found = _called_in(error, "loopwright.task", "_any_step")
+    if found is None or "argument" not in str(error):
+        return None
+    if not found.get("kwargs"):
+        n, by_itself = len(found["args"]), _outside_torch(error)[1] == "_any_step"
+        if n < 2 or found["pick"] is not None or not by_itself:
+            return None
+        return (
+            f"of a batch of {n + 1} parts the module was passed the first {n}, and the last is the target. Say which "
+            "is which: Supervised(..., inputs=0, targets=1); inputs=[0, 1] passes two"
+        )
     keys = list(found["batch"]) if isinstance(found["batch"], Mapping) else list(found["kwargs"])
     x, y = repr(keys[0]), repr(keys[-1]) if len(keys) > 1 else "..."
     return (
@@ -71,6 +158,12 @@ def _of_keywords(error: BaseException) -> str | None:
         f"them. Say which is the input and which the target: Supervised(..., inputs={x}, targets={y}); inputs={x} is "
         f"passed by position, inputs=[{x}] by its name"
     )
+
+
+_HINTS: tuple[tuple[type[Exception], Callable[[BaseException], str | None]], ...] = (
+    (RuntimeError, _of_dtypes), (RuntimeError, _of_channels), (RuntimeError, _of_graph), (IndexError, _of_classes),
+    (ValueError, _of_one), (AttributeError, _of_log), (TypeError, _of_arguments),
+)  # fmt: skip
 
 
 def add_nonfinite(error: BaseException, batches: Iterable[Any]) -> None:

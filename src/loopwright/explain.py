@@ -30,6 +30,7 @@ def explain(run: Run) -> str:
         put(0, f"Debug({', '.join(f'{name}={value!r}' for name, value in debug.items())})")
     put_hook(0, "on_fit_start")
     for stage in run.stages:
+        _open(run, stage)
         put(0, f"stage {stage.name!r}: until {' or '.join(stage.ends)}")
         put_hook(1, "on_stage_start")
         put(1, "for each epoch:")
@@ -65,6 +66,11 @@ def explain(run: Run) -> str:
         put(0, "save a last checkpoint")
     put_hook(0, "on_fit_end")
     return "\n".join(lines)
+
+
+def _open(run: Run, stage: Stage) -> None:
+    """Let the hooks of ``run`` be those of ``stage``: its own callbacks are called in it alone."""
+    run.hooks.exchange([c for other in run.stages for c in other.callbacks], stage.callbacks)
 
 
 def _steps(run: Run, stage: Stage, put: Any, put_hook: Any) -> None:
@@ -159,22 +165,26 @@ def writers(run: Run, name: str) -> str:
     if name not in _WRITERS:
         raise SettingError(f"explain(of={name!r}): nothing here is called so. {choose(name, _WRITERS)}")
     lines: list[str] = []
+    readers: dict[str, None] = {}  # in order, each once
     for stage in run.stages:
+        _open(run, stage)
+        readers |= dict.fromkeys(_readers(run, stage, name))
         for phase in stage.phases:
             several = len(run.stages) > 1 or len(stage.phases) > 1
             head = f" in stage {stage.name!r}, phase {phase.name!r}" if several else ""
             found = [*_WRITERS[name](run, stage, phase)] or ["nobody"]
             numbered = (f"  {number}. {one}" for number, one in enumerate(found, 1))
             lines += [f"{name}{head}, in this order:", *numbered]
-    readers = list(_readers(run, name))
     return "\n".join([*lines, *(["and passed to:"] if readers else []), *(f"  - {one}" for one in readers)])
 
 
-def _readers(run: Run, name: str) -> Iterator[str]:
-    """Callbacks and handlers that are given ``name`` in training, to look at it."""
-    at = Hooks.passed_to(name)
+def _readers(run: Run, stage: Stage, name: str) -> Iterator[str]:
+    """Callbacks and handlers that are given ``name`` in training, to look at it; those of a stage with its name."""
+    at, own = Hooks.passed_to(name), {id(callback) for callback in stage.callbacks if len(run.stages) > 1}
     for hook in (hook for hook in at if hook not in _OF_OTHERS and hook != f"map_{name}"):
-        yield from (hook_name(f, run) for f in getattr(run.hooks, hook) if getattr(f, "__self__", None) is not None)
+        for function in getattr(run.hooks, hook):
+            if (owner := getattr(function, "__self__", None)) is not None:
+                yield hook_name(function, run) + (f", in stage {stage.name!r}" if id(owner) in own else "")
         for handler in run.handlers:
             if any(asked == name for _, asked in handler.passed.get(hook, ())):
                 yield f"{handler.name}, at {handler.event}"
@@ -189,9 +199,10 @@ def _hooks(run: Run, hook: str) -> Iterator[str]:
         yield name if name.endswith(f".{hook}") else f"{name}, as {hook}"
 
 
-def _declared(run: Run, kind: str) -> Iterator[str]:
-    """Callbacks that say that they change it."""
-    for callback in run.callbacks:
+def _declared(run: Run, stage: Stage, kind: str) -> Iterator[str]:
+    """Callbacks that say that they change it; of those of stages, the stage's own."""
+    of_stages = {id(c) for other in run.stages for c in other.callbacks} - {id(c) for c in stage.callbacks}
+    for callback in (one for one in run.callbacks if id(one) not in of_stages):
         if kind in callback.changes:
             at = ", ".join(hook for hook in HOOKS for f in getattr(run.hooks, hook)
                            if getattr(f, "__self__", None) is callback)  # fmt: skip
@@ -204,7 +215,7 @@ def _batch(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
         holds = f" as {run.precision.holds}" if run.precision.holds is not None else ""
         yield f"the move to {run.device}{holds}"
     yield from _hooks(run, "map_batch")
-    yield from _declared(run, "values")
+    yield from _declared(run, stage, "values")
 
 
 def _output(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
@@ -228,7 +239,7 @@ def _gradients(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
         return
     yield "the start of the step, which sets them to None"
     yield "loss.backward()" + (" of each batch of the window" if stage.accumulate > 1 else "")
-    yield from _declared(run, "gradients")
+    yield from _declared(run, stage, "gradients")
     if run.precision.scaler is not None:
         yield "scaler.unscale_()"
     if phase.clip_norm is not None:
@@ -239,7 +250,7 @@ def _gradients(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
 
 def _weights(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
     yield from (f"{type(optimizer).__name__}.step()" for optimizer in phase.moved)
-    yield from _declared(run, "weights")
+    yield from _declared(run, stage, "weights")
     restoring = [saver for saver in run.savers if getattr(saver, "restore", None)]
     yield from (f"{type(saver).__name__}(restore={saver.restore!r}), at the end" for saver in restoring)  # type: ignore[attr-defined]
 
@@ -250,7 +261,7 @@ def _rate(run: Run, stage: Stage, phase: Phase) -> Iterator[str]:
         yield f"{type(optimizer).__name__}, made with {rates}"
     for scheduler in (*phase.step_schedulers, *phase.epoch_schedulers):
         yield f"{type(scheduler.torch).__name__}.step(), once {'a step' if scheduler.every == 'step' else 'an epoch'}"
-    yield from _declared(run, "rates")
+    yield from _declared(run, stage, "rates")
 
 
 _WRITERS: dict[str, Callable[[Run, Stage, Phase], Iterator[str]]] = {

@@ -16,10 +16,11 @@ from loopwright.metrics import check_metrics, keys_of
 from loopwright.metrics.algebra import inputs_of, leaves
 from loopwright.monitor import better
 from loopwright.optim import Scheduler
+from loopwright.optim.schedulers import default_monitor
 from loopwright.recorded import rule
 from loopwright.records import learning_rates
 from loopwright.returned import names_returned
-from loopwright.state import Run
+from loopwright.state import Run, Stage
 from loopwright.task import Supervised, Task
 from loopwright.written import is_derived, is_name, is_ours, parsed
 
@@ -70,11 +71,13 @@ def output_names(run: Run) -> list[frozenset[str] | None]:
 
 def watched_the_wrong_way(run: Run) -> Found:
     """A loss that is to rise, and a plateau that waits for the wrong side: its ``mode`` is "min" unless said."""
-    for item, who, cause in _against_its_name(run):
-        if _is_the_loss(item.monitor) and _is_made_smaller(run):
+    for item, monitor, who, cause in _against_its_name(run):
+        if _is_the_loss(monitor) and _is_made_smaller(run):
             told = "make it with mode='min'" if hasattr(item, "torch") else "leave mode out"
+            if item.monitor is None:
+                told += ", or say what it is to monitor: lw.Scheduler(plateau, monitor='valid/accuracy')"
             yield (
-                f"{who} monitors {item.monitor!r} with mode='max', and training makes the loss smaller: the worst "
+                f"{who} monitors {monitor!r} with mode='max', and training makes the loss smaller: the worst "
                 f"would be taken for the best; {told}",
                 cause,
             )
@@ -84,13 +87,14 @@ def watched_oddly(run: Run) -> Found:
     """What may be meant: a value whose name tells the other way, one that a stage or a bar does not see."""
     yield from _shown_in_vain(run)
     yield from _watched_in_some_stages(run)
-    for item, who, cause in _against_its_name(run):
-        told = _is_the_loss(item.monitor) and (_is_made_smaller(run) or _rises(run))
-        if not told and "score" not in item.monitor:  # of anything
+    yield from _first_of_several(run)
+    for item, monitor, who, cause in _against_its_name(run):
+        told = _is_the_loss(monitor) and (_is_made_smaller(run) or _rises(run))
+        if not told and "score" not in monitor:  # of anything
             given = getattr(item, "torch", item)
-            way = f"make it with mode={better(item.monitor)!r}" if given is not item else "leave mode out"
+            way = f"make it with mode={better(monitor)!r}" if given is not item else "leave mode out"
             yield (
-                f"{who} monitors {item.monitor!r} with mode={given.mode!r}, and its name tells the other way; {way}, "
+                f"{who} monitors {monitor!r} with mode={given.mode!r}, and its name tells the other way; {way}, "
                 "or give the value a name that does not tell",
                 cause,
             )
@@ -139,11 +143,35 @@ def _watched_in_some_stages(run: Run) -> Found:
                 )
 
 
-def _against_its_name(run: Run) -> Iterator[tuple[Any, str, Any]]:
-    for item, who, cause in _watching(run):
-        mode, wanted = getattr(getattr(item, "torch", item), "mode", None), better(item.monitor)
+def _first_of_several(run: Run) -> Found:
+    """A plateau that nobody has told at which of several data sets to look."""
+    for stage in run.stages:
+        for scheduler, monitor in _by_default(stage) if len(stage.valid) > 1 else ():
+            last = [*stage.valid][-1]
+            yield (
+                f"{type(scheduler.torch).__name__} monitors {monitor!r}, the first of {len(stage.valid)} validation "
+                "sets, as nothing says which; say it: lw.Scheduler(plateau, monitor="
+                f"'valid/{last}/loss')",
+                run.task,
+            )
+
+
+def _by_default(stage: Stage) -> Iterator[tuple[Scheduler, str]]:
+    """The plateaus of a stage of which nothing says what they monitor, and what that is."""
+    for scheduler in (s for phase in stage.phases for s in phase.epoch_schedulers):
+        if scheduler.plateau and scheduler.monitor is None:
+            yield scheduler, default_monitor(stage.valid)
+
+
+def _against_its_name(run: Run) -> Iterator[tuple[Any, str, str, Any]]:
+    """What watches a name the other way than it tells: the item, the name, what the item is called, who gave it."""
+    found = [(item, item.monitor, who, cause) for item, who, cause in _watching(run)]
+    unsaid = {(id(one), name): (one, name) for stage in run.stages for one, name in _by_default(stage)}
+    found += [(one, name, type(one.torch).__name__, run.task) for one, name in unsaid.values()]
+    for item, monitor, who, cause in found:
+        mode, wanted = getattr(getattr(item, "torch", item), "mode", None), better(monitor)
         if wanted is not None and mode in ("min", "max") and mode != wanted:
-            yield item, who, cause
+            yield item, monitor, who, cause
 
 
 def _is_the_loss(monitor: str) -> bool:

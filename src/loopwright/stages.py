@@ -17,6 +17,7 @@ from loopwright.optim import set_trainable
 from loopwright.optim.schedulers import default_monitor
 from loopwright.progress import Duration
 from loopwright.state import Progress, Run, Stage
+from loopwright.written import warn
 
 __all__ = [
     "admit_callbacks", "apply_changes", "begin_stage", "chooses_parameters", "end_in", "end_stage", "inexact",
@@ -156,10 +157,11 @@ def end_stage(run: Run) -> None:
 
 def apply_changes(run: Run) -> None:
     """Carry out what ``run.replace`` asked for, between two steps."""
+    before = _moved(run)
     for name, obj in run.changes:
         kind, _, key = name.partition(".")
         if kind == "optimizer":
-            _replace_optimizer(run, key or next(iter(run.optimizers)), obj)
+            _replace_optimizer(run, key, obj)
         elif kind in ("train", "valid"):
             _replace_data(run, kind, obj)
         else:
@@ -176,6 +178,17 @@ def apply_changes(run: Run) -> None:
                 f"more; replace "
                 f"it as well: run.replace('optimizer', {type(optimizer).__name__}(new_model.parameters(), ...))"
             )
+    lost, named = before - _moved(run), [one for model in run.models.values() for one in model.named_parameters()]
+    if left := [name for name, p in named if id(p) in lost and p.requires_grad]:
+        warn(
+            f"after {run.replaced[-1]}, {len(left)} parameters that were trained are in no optimizer any more "
+            f"({', '.join(left[:4])}{', ...' if len(left) > 4 else ''}) and stay as they are; give them to the new one "
+            "as well, or say that they are not to be trained: parameter.requires_grad_(False)"
+        )
+
+
+def _moved(run: Run) -> set[int]:
+    return {id(p) for one in run.optimizers.values() for group in one.param_groups for p in group["params"]}
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

@@ -608,14 +608,28 @@ class Run:
         """Change ``"model"``, ``"loss"``, ``"optimizer"`` (or ``"optimizer.<name>"``), ``"train"`` or ``"valid"``.
 
         ``"model.<name>"`` is one child of a Task. It takes effect before the next step; data, at the next epoch or
-        validation. The change is noted in ``run.replaced``. Raises SettingError for an unknown name.
+        validation. The change is noted in ``run.replaced``. Raises SettingError for an unknown name, and for
+        ``"optimizer"`` where the open stage has several.
         """
         models = {f"model.{name}" for name, _ in self.task.named_children()} if isinstance(self.task, nn.Module) else ()
         known = {"model", "loss", "train", "valid", "optimizer", *models, *(f"optimizer.{n}" for n in self.optimizers)}
         if name not in known:
             raise SettingError(f"run.replace has no {name!r} to replace. {choose(name, known)}")
-        self.changes.append((name, obj))
+        key = self._only_optimizer() if name == "optimizer" else name
+        self.changes.append((key, obj))
         self.replaced.append(f"{name} by {type(obj).__name__} after step {self.progress.step}")
+
+    def _only_optimizer(self) -> str:
+        """The optimizer that the open stage moves, by its full name; SettingError where it could be another."""
+        phases = self.stage.phases if self.stage is not None else ()
+        moved = {id(optimizer) for phase in phases for optimizer in phase.moved}
+        names = [name for name, one in self.optimizers.items() if id(one) in moved] or list(self.optimizers)
+        if len(names) != 1:
+            such = f"name the one: run.replace('optimizer.{names[0]}', new)" if names else "there is none"
+            raise SettingError(
+                f"run.replace('optimizer', ...) could mean {', '.join(map(repr, names)) or 'nothing'}; {such}"
+            )
+        return f"optimizer.{names[0]}"
 
     def _repr_html_(self) -> str:
         """For a notebook: how the run stands, the latest value of each name, and the curve of the loss."""

@@ -340,8 +340,9 @@ def _target(batch: Any, *, needed: bool) -> Any:
 class StepTask:
     """A function ``step(run, batch)`` as a task: what ``Trainer.run`` trains. It moves its optimizers itself.
 
-    ``state`` holds the objects that checkpoints keep: anything with ``state_dict`` and ``load_state_dict``, or a pair
-    ``(get, set)`` of functions. Raises SettingError for anything else.
+    ``state`` holds the objects that checkpoints keep: anything with ``state_dict`` and ``load_state_dict``, a tensor,
+    which is put back in place, or a pair ``(get, set)`` of functions. What an optimizer in it moves is kept with it.
+    Raises SettingError for anything else.
 
     >>> StepTask(lambda run, batch: None, {"net": nn.Linear(1, 1)}).models()
     {'net': Linear(in_features=1, out_features=1, bias=True)}
@@ -367,7 +368,8 @@ class StepTask:
         self.run: Any = None
         for name, obj in self.state.items():
             pair = isinstance(obj, tuple) and len(obj) == 2 and all(callable(part) for part in obj)
-            if not pair and not has_state(obj):
+            in_place = isinstance(obj, Tensor) and obj.is_leaf
+            if not pair and not in_place and not has_state(obj):
                 raise SettingError(
                     f"state[{name!r}] is {with_article(type(obj).__name__)}, which has no state_dict; pass a pair "
                     f"of functions instead: state={{{name!r}: (get, set)}}, where set(get()) puts the object back"

@@ -310,7 +310,8 @@ class Trainer:
         """Call ``step(run, batch)`` for each batch: the step does all the work, with any library.
 
         What it returns is logged: a number, a scalar tensor, a dict of these, or None. ``state`` names the objects that
-        checkpoints hold (with ``state_dict``, or a pair ``(get, set)``). ``resume`` is that of ``fit``.
+        checkpoints hold: with ``state_dict`` (an optimizer with what it moves), tensors that are changed in place, or
+        pairs ``(get, set)``. ``resume`` is that of ``fit``.
 
         >>> seen = []
         >>> run = Trainer(epochs=2, folder=None, progress=False).run(lambda run, batch: seen.append(batch), [1, 2, 3])

@@ -249,6 +249,26 @@ def test_logits_taken_for_probabilities_are_found() -> None:
     assert accuracy.compute() == 1.0
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
+def test_one_hot_targets_of_logits_are_told_at_the_first_batch(kind: torch.dtype) -> None:
+    target = torch.eye(3, dtype=kind)
+    with pytest.raises(MetricError) as error:
+        Accuracy().update(torch.eye(3) * 5 - 2, target)
+    told = (
+        "preds range from -2 to 3, which are no probabilities. Where targets are one-hot give the classes, "
+        "y.argmax(1), which nn.CrossEntropyLoss takes as well; for logits of several labels write "
+        "Accuracy(threshold=0.0)"
+    )
+    assert str(error.value) == told
+    for other in (Accuracy(threshold=0.0), Accuracy(ignore_index=0)):
+        other.update(torch.eye(3) * 5 - 2, target)
+    labels = Accuracy()
+    labels.update(torch.eye(3) * 5 - 2, 1 - target)
+    with pytest.raises(MetricError) as error:
+        labels.compute()
+    assert str(error.value) == told
+
+
 @pytest.mark.parametrize("top_k", [0, -1, 1.0, True, "5"])
 def test_top_k_is_a_whole_number_from_one(top_k: Any) -> None:
     with pytest.raises(SettingError, match="expected a whole number from 1, such as top_k=5"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from loopwright.errors import CheckpointError
 from loopwright.handlers import Handler
 from loopwright.state import has_state
 from loopwright.text import with_article
 
-__all__ = ["given_state", "kind_of", "listed", "matched", "state_of"]
+__all__ = ["given_state", "kind_of", "listed", "matched", "put_back", "state_of"]
 
 
 def kind_of(obj: Any) -> str:
@@ -27,12 +29,24 @@ def given_state(name: str, obj: Any) -> Any:
     """The state of what the user has given by ``name``; raises CheckpointError for an object without any."""
     if isinstance(obj, tuple) and len(obj) == 2 and all(map(callable, obj)):
         return obj[0]()
+    if isinstance(obj, Tensor):
+        return obj
     if has_state(obj):
         return obj.state_dict()
     raise CheckpointError(
         f"state[{name!r}] is {with_article(kind_of(obj))}, which has no state_dict and load_state_dict; give an "
         f"object that has them, or two functions: state={{{name!r}: (get, set)}}"
     )
+
+
+def put_back(obj: Any, state: Any) -> None:
+    """Give ``obj`` what ``given_state`` has returned: a tensor takes it in place, for an optimizer may have it."""
+    if isinstance(obj, tuple):
+        obj[1](state)
+    elif isinstance(obj, Tensor):
+        obj.detach().copy_(state)
+    else:
+        obj.load_state_dict(state)
 
 
 def listed(objects: list[Any]) -> list[dict[str, Any]]:

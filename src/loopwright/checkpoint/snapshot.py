@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loopwright import __version__, rng
@@ -18,7 +18,7 @@ from loopwright._compat import has_stepped
 from loopwright.checkpoint.attributes import Attributes
 from loopwright.checkpoint.encode import check as check_value
 from loopwright.checkpoint.fit import misfits, problems_of
-from loopwright.checkpoint.objects import given_state, kind_of, listed, matched, state_of
+from loopwright.checkpoint.objects import given_state, kind_of, listed, matched, put_back, state_of
 from loopwright.checkpoint.stage_state import load_resting, load_stage, resting_states, stage_state
 from loopwright.checkpoint.store import Contents
 from loopwright.conflicts import changed_by
@@ -28,7 +28,7 @@ from loopwright.data.plan import seed_from
 from loopwright.data.trained_on import TrainedOn
 from loopwright.delivery import logger_states, restore_logger
 from loopwright.errors import CheckpointError, choose
-from loopwright.events import Callback
+from loopwright.events import Callback, describe
 from loopwright.parallel import like
 from loopwright.progress import Progress
 from loopwright.resolved import resolved
@@ -74,6 +74,7 @@ def take(run: Run, ranks: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, d
         **{name: listed(getattr(run, name)) for name in ("callbacks", *_WATCHERS)},
         "loggers": [{"kind": kind_of(logger), "state": kept} for logger, kept in logger_states(run)],
         "user": {name: given_state(name, obj) for name, obj in _user(run)},
+        "tensors": _bare(run),
         "series": run.series.state_dict(),  # before the history, which receives what waits in it
         "history": run.history.state_dict(),
         "metrics": dict(run.metrics),
@@ -375,8 +376,11 @@ def _load_parts(run: Run, state: Mapping[str, Any]) -> None:
     for name in ("callbacks", "handlers", "savers"):
         for obj, saved in matched(getattr(run, name), state[name]):
             obj.load_state_dict(_alike(obj.state_dict(), saved) if shared_out(run) else saved)
+    for name, tensors in _bare(run).items():
+        for tensor, saved in zip(tensors, state.get("tensors", {}).get(name, tensors), strict=True):
+            put_back(tensor, saved)
     for name, obj in _user(run):
-        (obj[1] if isinstance(obj, tuple) else obj.load_state_dict)(state["user"][name])
+        put_back(obj, state["user"][name])
     run.history.load_state_dict(state["history"])
     run.series.load_state_dict(state["series"])
     for values, name in ((run.metrics, "metrics"), (run.latest, "latest")):
@@ -404,7 +408,22 @@ def _lost(run: Run, state: Mapping[str, Any]) -> list[str]:
         for name in sorted(own - state["user"].keys())
     ]
     problems += [f"this run has no state {name!r}. {choose(name, own)}" for name in sorted(state["user"].keys() - own)]
+    for name, obj in _user(run):
+        if isinstance(obj, Tensor) and name in state["user"]:
+            problems += _other_shapes(f"state[{name!r}] is", [obj], [state["user"][name]])
+    for name, tensors in _bare(run).items():
+        saved = state.get("tensors", {}).get(name, [])
+        if "tensors" in state or not own:  # an older checkpoint may have them among the user's own
+            problems += _other_shapes(f"the optimizer {name!r} moves, besides parameters of modules,", tensors, saved)
     return problems
+
+
+def _other_shapes(what: str, own: list[Tensor], saved: list[Any]) -> list[str]:
+    found, expected = (
+        ", ".join(describe(t.cpu() if isinstance(t, Tensor) else t) for t in tensors) or "nothing"
+        for tensors in (saved, own)
+    )
+    return [] if found == expected else [f"{what} {expected}, and the checkpoint has {found}"]
 
 
 def _refuse(data: Contents, problems: list[str]) -> None:
@@ -421,6 +440,18 @@ def _user(run: Run) -> list[tuple[str, Any]]:
     """The user's own objects, less those that are saved as models and optimizers."""
     known = {id(o) for o in (*run.models.values(), *run.optimizers.values())}
     return [(name, obj) for name, obj in run.state.items() if id(obj) not in known]
+
+
+def _bare(run: Run) -> dict[str, list[Tensor]]:
+    """By optimizer, what those of a function step move that is no parameter of a module and not given by a name."""
+    known = {id(p) for model in run.models.values() for p in model.parameters()} | set(map(id, run.state.values()))
+    found: dict[str, list[Tensor]] = {}
+    for name, optimizer in run.optimizers.items() if not isinstance(run.task, nn.Module) else ():
+        moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+        known |= set(map(id, moved))
+        if moved:
+            found[name] = moved
+    return found
 
 
 def _plain(progress: Progress) -> dict[str, Any]:

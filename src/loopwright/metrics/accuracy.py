@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.base import Metric
 from loopwright.metrics.counting import binned
-from loopwright.metrics.shapes import check_tensors, check_threshold, check_top_k, fit, hits
+from loopwright.metrics.shapes import check_tensors, check_threshold, check_top_k, fit, hits, is_one_hot
 from loopwright.written import warn
 
 __all__ = ["Accuracy"]
@@ -116,6 +116,11 @@ class Accuracy(Metric):
         kind = (classes, preds.shape[2:], target.shape[1:], preds.dtype, target.dtype)
         if kind != self._kind:  # what is held cannot be joined with it
             self.fold()
+            whole = not classes and self.threshold is None and self.ignore_index is None and target.is_cpu
+            if whole and preds.is_floating_point() and is_one_hot(target):  # classes, as other losses take them
+                least, most = map(float, preds.aminmax())
+                if least < 0 or most > 1:
+                    raise _no_probabilities(least, most, target.shape)
             self._packs = self.top_k > 1 or preds.numel() > SMALL
         self._kind, self._classes, self._bits = kind, classes, classes.bit_length()
         self._seen = (preds.shape, target.shape, preds.dtype, target.dtype)
@@ -227,7 +232,15 @@ class Accuracy(Metric):
                     f"Accuracy(ignore_index={lowest if lowest < 0 else highest})"
                 )
         if "least" in known and (known["least"] < 0 or known["most"] > 1):
-            raise MetricError(
-                f"preds range from {known['least']:.4g} to {known['most']:.4g}, which are no probabilities. "
-                "For logits, write Accuracy(threshold=0.0)"
-            )
+            raise _no_probabilities(known["least"], known["most"], self._seen[1] if self._seen else ())
+
+
+def _no_probabilities(least: float, most: float, shape: Sequence[int]) -> MetricError:
+    """``shape``: that of the targets."""
+    way = "For logits, write Accuracy(threshold=0.0)"
+    if len(shape) > 1 and shape[1] > 1:
+        way = (
+            "Where targets are one-hot give the classes, y.argmax(1), which nn.CrossEntropyLoss takes as well; for "
+            "logits of several labels write Accuracy(threshold=0.0)"
+        )
+    return MetricError(f"preds range from {least:.4g} to {most:.4g}, which are no probabilities. {way}")

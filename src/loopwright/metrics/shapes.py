@@ -12,7 +12,17 @@ from loopwright.errors import MetricError, SettingError
 from loopwright.events import describe
 from loopwright.metrics.base import wide
 
-__all__ = ["best", "check_real", "check_tensors", "check_threshold", "check_top_k", "difference", "fit", "hits"]
+__all__ = [
+    "best",
+    "check_real",
+    "check_tensors",
+    "check_threshold",
+    "check_top_k",
+    "difference",
+    "fit",
+    "hits",
+    "is_one_hot",
+]
 
 # N samples, C classes, k guesses, ... further dimensions such as height and width
 
@@ -70,6 +80,16 @@ def hits(answer: Tensor, target: Tensor, top_k: int, threshold: float) -> Tensor
     if answer.is_floating_point():
         answer = answer > threshold
     return answer == target
+
+
+def is_one_hot(target: Tensor) -> bool:
+    """True for targets [N, C, ...] with a single 1 among zeros for each sample: classes written out.
+
+    >>> is_one_hot(torch.eye(3)), is_one_hot(torch.ones(3, 3)), is_one_hot(torch.ones(3, 1))
+    (True, False, False)
+    """
+    wide = target.ndim > 1 and target.shape[1] > 1 and target.numel() > 0
+    return wide and bool(((target == 0) | (target == 1)).all()) and bool((target.sum(1) == 1).all())
 
 
 def difference(preds: Tensor, target: Tensor, least: torch.dtype | None = None) -> Tensor:
