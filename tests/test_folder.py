@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 from loopwright.errors import SettingError
 from loopwright.folder import close_folder, open_folder, reopen_folder
 from loopwright.provenance import DIFF_LIMIT
+from loopwright.sources import sources
 
 
 def record(path: Path) -> dict[str, Any]:
@@ -339,3 +341,18 @@ def test_what_is_first_imported_during_the_run_is_added_at_its_end_and_a_module_
     assert said.count("LoopwrightWarning") == 1
     with zipfile.ZipFile(path / "source.zip") as archive:
         assert (archive.read("net.py"), archive.read("late.py")) == (b"", b"late = 1")  # as it was at the start
+
+
+def test_what_torchs_compiler_has_written_is_not_the_users_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is imported from a folder of torch's own under a name of torch's, and may be gone at the end."""
+    made = types.ModuleType("torch._inductor.runtime.compile_tasks.abc")
+    made.__file__ = str(tmp_path / "abc.py")
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    assert not any("abc.py" in name for name in (*sources().names, *sources().left_out))
+    mine = types.ModuleType("abc_of_mine")
+    mine.__file__ = made.__file__
+    monkeypatch.setitem(sys.modules, mine.__name__, mine)
+    monkeypatch.chdir(tmp_path)
+    assert "abc.py" in sources().left_out

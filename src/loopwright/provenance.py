@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "SECRETS", "archived", "code_digest", "conda_packages", "file_of", "framework_archive", "git_says", "git_state",
-    "in_environment", "is_installed", "is_own",
+    "SECRETS", "archived", "code_digest", "conda_packages", "file_of", "files_of_modules", "framework_archive",
+    "git_says", "git_state", "in_environment", "is_installed", "is_own",
 ]  # fmt: skip
 
 DIFF_LIMIT = 200_000  # bytes
@@ -98,8 +98,8 @@ def is_own(module: str) -> bool:
 def _written(main: str, cwd: str, modules: int) -> list[tuple[str, str]]:
     """``main`` and the source of what is imported and not installed, by name; found anew if there are more modules."""
     here, files = os.path.realpath(cwd), {main}
-    for file in map(file_of, list(sys.modules.values())):
-        if file is not None and file.endswith(".py") and not is_installed(file) and not in_environment(file, here):
+    for file in files_of_modules():
+        if file.endswith(".py") and not is_installed(file) and not in_environment(file, here):
             files.add(file)
     return sorted((os.path.relpath(file, cwd), file) for file in files if os.path.isfile(file))
 
@@ -142,6 +142,12 @@ def file_of(module: Any) -> str | None:
     """The file that a module says it is from."""
     file = getattr(module, "__dict__", {}).get("__file__")  # getattr(module, ...) could import a lazy one
     return file if isinstance(file, str) else None
+
+
+def files_of_modules() -> set[str]:
+    """The files of all modules, but for those that torch's compiler has written, which it imports as its own."""
+    modules = [module for name, module in list(sys.modules.items()) if not name.startswith("torch.")]
+    return {file for module in modules if (file := file_of(module)) is not None}
 
 
 def _main_file() -> str | None:

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loopwright.provenance import SECRETS, archived, file_of, git_says, in_environment, is_installed
+from loopwright.provenance import SECRETS, archived, file_of, files_of_modules, git_says, in_environment, is_installed
 
 __all__ = ["Sources", "add_sources", "command", "sources"]
 
@@ -136,8 +136,7 @@ def _own() -> tuple[dict[str, _Source], dict[str, str]]:
 @lru_cache(1)
 def _imported(cwd: str, modules: tuple[int, ...]) -> set[str]:
     """The files of modules that are neither installed nor of Python; of thousands these are a few."""
-    files = {file for module in list(sys.modules.values()) if (file := file_of(module)) is not None}
-    return {path for file in files if (path := _resolved(file, cwd)) is not None}
+    return {path for file in files_of_modules() if (path := _resolved(file, cwd)) is not None}
 
 
 @cache
