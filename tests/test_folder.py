@@ -347,6 +347,7 @@ def test_what_torchs_compiler_has_written_is_not_the_users_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is imported from a folder of torch's own under a name of torch's, and may be gone at the end."""
+    monkeypatch.chdir(tmp_path)
     made = types.ModuleType("torch._inductor.runtime.compile_tasks.abc")
     made.__file__ = str(tmp_path / "abc.py")
     monkeypatch.setitem(sys.modules, made.__name__, made)
@@ -354,5 +355,4 @@ def test_what_torchs_compiler_has_written_is_not_the_users_code(
     mine = types.ModuleType("abc_of_mine")
     mine.__file__ = made.__file__
     monkeypatch.setitem(sys.modules, mine.__name__, mine)
-    monkeypatch.chdir(tmp_path)
     assert "abc.py" in sources().left_out
