@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import loopwright as lw
-from loopwright.errors import DataError, LoopwrightWarning, PlanError, SettingError
+from loopwright.errors import DataError, LoopwrightError, LoopwrightWarning, PlanError, SettingError
 from tiny import classifier, samples, trainer
 
 X, Y = samples(24)
@@ -70,12 +71,71 @@ def test_a_data_module_without_the_data_to_validate_on_is_told() -> None:
          "'state', 'task', 'train', 'valid'. Did you mean 'valid'?"),
         (lambda t: lw.metrics.Accuracy(topk=2), "topk=2: there is no such argument. Known: 'average', 'ignore_index', "
          "'preds', 'target', 'threshold', 'top_k'. Did you mean 'top_k'?"),
+        (lambda t: t.fit(task_of(), train_loader=DATA), "train_loader=...: that argument is called train here"),
+        (lambda t: t.fit(model=task_of()), "model=...: that argument is called task here"),
+        (lambda t: t.fit(task_of(), loaders={"train": DATA}), "loaders=...: there is no such argument here; write "
+         "fit(task, train=loaders['train'], valid=loaders['valid'])"),
+        (lambda t: t.fit(task_of()), "train missing; write fit(task, train, ...)"),
+        (lambda t: t.run(dta=DATA), "dta=...: there is no such argument. Known: 'data', 'resume', 'state', 'step', "
+         "'weight'. Did you mean 'data'?"),
+        (lambda t: t.run(), "step and data missing; write run(step, data, ...)"),
+        (lambda t: t.fit(task_of(), DATA, epochs=3), "epochs=3: there is no such argument here; write "
+         "lw.Trainer(epochs=...)"),
+        (lambda t: t.fit(task_of(), DATA, dry=True), "dry=True: there is no such argument here; write "
+         "trainer.plan(task, ...)"),
+        (lambda t: lw.Trainer(gpus=1), "gpus=1: that argument is called devices here"),
+        (lambda t: lw.Trainer(lr=0.1), "lr=0.1: there is no such argument here; write "
+         "torch.optim.AdamW(net.parameters(), lr=...)"),
     ],
 )  # fmt: skip
 def test_an_unknown_argument_names_the_nearest(call: Callable[[lw.Trainer], Any], said: str) -> None:
     with pytest.raises(TypeError) as caught:
         call(trainer(epochs=1))
     assert str(caught.value) == said
+
+
+class Unread(Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> Any:
+        raise AssertionError("a batch was read")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda t: t.run(task_of(), DataLoader(Unread())),
+         "Supervised is a task, and no function step(run, batch); call trainer.fit(task, ...)"),
+        (lambda t: t.fit(task_of(), {"train": DataLoader(Unread()), "valid": Unread()}),
+         "a dict of data sets ('train', 'valid') is not data to train on; give each its place: fit(task, train=..., "
+         "valid=...)"),
+        (lambda t: t.on(lw.Event.EPOCH_END, print_epoch),
+         "trainer.on(EPOCH_END, print_epoch) registers nothing; write trainer.on(EPOCH_END)(print_epoch). A function "
+         "that a handler is to be called with is given by name: trainer.on(event, fn=...)"),
+        (lambda t: t.on(lw.Event.STEP_END(every=2), print_epoch),
+         "trainer.on(STEP_END(every=2), print_epoch) registers nothing; write trainer.on(STEP_END(every=2))"
+         "(print_epoch). A function that a handler is to be called with is given by name: trainer.on(event, fn=...)"),
+    ],
+)  # fmt: skip
+def test_what_is_given_to_another_verb_is_told_before_a_batch_is_read(
+    call: Callable[[lw.Trainer], Any], said: str
+) -> None:
+    with pytest.raises(LoopwrightError) as caught:
+        call(trainer(epochs=1))
+    assert str(caught.value) == said
+
+
+def print_epoch(run: lw.Run) -> None:
+    print(run.progress.epoch)
+
+
+def test_a_handler_takes_functions_that_cannot_be_handlers_and_any_by_name() -> None:
+    user, seen = trainer(epochs=1), list[float]()
+    user.on(lw.Event.FIT_END, lambda: 1.0)(lambda run, make: seen.append(make()))
+    user.on(lw.Event.FIT_END, make=lambda run: 2.0)(lambda run, make: seen.append(make(run)))
+    user.fit(task_of(), DATA)
+    assert seen == [1.0, 2.0]
 
 
 def test_the_verbs_keep_their_signatures() -> None:

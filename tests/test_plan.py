@@ -242,6 +242,8 @@ def test_state_that_no_checkpoint_can_hold_is_found_before_step_0(folder: Path) 
         def state_dict(self) -> dict[str, Any]:
             return {"tools": {"loss": print}}
 
+        def load_state_dict(self, state: Any) -> None: ...
+
     user, task = trainer(epochs=1, callbacks=[Keeps()], folder=folder, loggers=[]), sgd_task(line())
     with pytest.raises(lw.CheckpointError, match=r"Keeps\.state_dict\(\)\['tools'\]\['loss'\] is a builtin"):
         user.fit(task, DATA)

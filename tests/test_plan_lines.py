@@ -304,6 +304,8 @@ lw.Trainer(checkpoint=best, callbacks=[stop], **settings).fit(task(), data, data
 class Keeps(lw.Callback):
     def state_dict(self):  # here
         return {"tools": {"loss": print}}
+    def load_state_dict(self, state):
+        pass
 
 saver = lw.Checkpoint(folder="elsewhere")
 trainer = lw.Trainer(callbacks=[Keeps()], checkpoint=saver, **settings)
@@ -441,10 +443,112 @@ job = lw.Supervised(net, nn.MSELoss(), torch.optim.LBFGS(net.parameters()))
 trainer = lw.Trainer(clip_norm=1.0, **settings)  # here
 trainer.fit(job, data)
 """, "clip_norm=1.0 cannot apply to LBFGS, which calls the step back as often as it needs; leave it out"),
+    "a step by another name": ("""
+class Theirs(lw.Task):
+    def __init__(self):
+        super().__init__()
+        self.net = net
+    def train_step(self, batch):
+        return self.net(batch[0]).mean()
+    def configure_optimizers(self):  # here
+        return torch.optim.SGD(net.parameters(), lr=0.1)
+
+lw.Trainer(**settings).fit(Theirs(), data)
+""", "Theirs has no training_step; write: def training_step(self, batch): ... return loss, in the place of train_step"),
+    "a state that nothing puts back": ("""
+class Counts(lw.Callback):
+    def state_dict(self):  # here
+        return {"n": 1}
+
+trainer = lw.Trainer(callbacks=[Counts()], checkpoint=lw.Checkpoint(folder="elsewhere"), **settings)
+trainer.fit(task(), data)
+""", "Counts has a state_dict and no load_state_dict, so that a resume would begin without its state; write: def "
+     "load_state_dict(self, state): ..., which takes back what state_dict returns"),
+    "a logger whose state nothing puts back": ("""
+class Log:
+    def log(self, progress, values, kind):
+        pass
+    def state_dict(self):  # here
+        return {"n": 1}
+
+trainer = lw.Trainer(loggers=[Log()], checkpoint=lw.Checkpoint(folder="elsewhere"), **settings)
+trainer.fit(task(), data)
+""", "Log has a state_dict and no load_state_dict"),
+    "an iterator to train on twice": ("""
+settings["epochs"] = 2
+lw.Trainer(**settings).fit(task(), (batch for batch in data))  # here
+""", "the training data is an iterator (generator), which can be read once, and this run reads it again; pass a list, "
+     "a DataLoader, or a generator function: batches, not batches()"),
+    "an iterator to train on in two stages": ("""
+settings.pop("epochs")
+stages = [lw.Stage("a", "1 epoch"), lw.Stage("b", "1 epoch")]
+lw.Trainer(**settings).fit(task(), iter(data), stages=stages)  # here
+""", "the training data is an iterator (_SingleProcessDataLoaderIter), which can be read once"),
+    "an iterator to validate on twice": ("""
+trainer = lw.Trainer(validate_every="2 steps", **settings)
+trainer.fit(task(), data, map(tuple, data))  # here
+""", "the validation data is an iterator (map), which can be read once"),
+    "a validation by another name": ("""
+class Theirs(lw.Supervised):
+    def val_step(self, batch):  # here
+        return self.training_step(batch)
+
+sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+lw.Trainer(**settings).fit(Theirs(net, nn.CrossEntropyLoss(), sgd), data)
+""", "Theirs.val_step is never called: did you mean validation_step?"),
+    "a slip in the name of a method": ("""
+class Slips(lw.Supervised):
+    def configure_metric(self):  # here
+        return {}
+
+sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+lw.Trainer(**settings).fit(Slips(net, nn.CrossEntropyLoss(), sgd), data)
+""", "Slips.configure_metric is never called: did you mean configure_metrics?"),
+    "a hook of a task": ("""
+class Hooked(lw.Supervised):
+    def on_train_epoch_end(self):  # here
+        print(self.module)
+
+sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+lw.Trainer(**settings).fit(Hooked(net, nn.CrossEntropyLoss(), sgd), data)
+""", "Hooked.on_train_epoch_end is never called: a task has no hooks. Put it in a callback: class Own(lw.Callback): "
+     "def on_epoch_end(self, run): ..."),
+    "the end of a validation in a task": ("""
+class Ends(lw.Supervised):
+    def validation_epoch_end(self, outputs):  # here
+        print(outputs)
+
+sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+lw.Trainer(**settings).fit(Ends(net, nn.CrossEntropyLoss(), sgd), data)
+""", "Ends.validation_epoch_end is never called: a task has no hooks. Make it a handler: "
+     "@trainer.on(lw.Event.VALIDATION_END)"),
+    "layers in a list": ("""
+class Deep(nn.Module):
+    def __init__(self):  # here
+        super().__init__()
+        self.last, self.layers = nn.Linear(2, 2), [nn.Linear(2, 2)]
+
+deep = Deep()
+job = lw.Supervised(deep, nn.CrossEntropyLoss(), torch.optim.SGD(deep.parameters(), lr=0.1))
+lw.Trainer(**settings).fit(job, data)
+""", "Deep.layers is a list that holds 1 module whose parameters no optimizer moves; write nn.ModuleList([...]), or "
+     "requires_grad_(False) on what is not to be trained"),
+    "layers in a dict": ("""
+class Deep(Own):
+    def __init__(self):  # here
+        super().__init__()
+        self.heads = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+lw.Trainer(**settings).fit(Deep(), data)
+""", "Deep.heads is a dict that holds 2 modules whose parameters no optimizer moves; write nn.ModuleDict({...})"),
 }  # fmt: skip
 
 
 ODD = [  # may be meant: warnings
+    "a validation by another name", "a slip in the name of a method", "a hook of a task",
+    "the end of a validation in a task", "layers in a list", "layers in a dict",
     "a look at the batch before another changes it", "a look at the loss before another changes it",
     "a look at the gradients before another changes them", "a rate that a schedule sets anew",
     "a rate of a handler that a schedule sets anew", "a plateau that waits for the wrong side",

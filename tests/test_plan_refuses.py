@@ -528,6 +528,100 @@ fit(Indexed(), valid, handlers=[(lw.Event.EPOCH_END, look), (lw.Event.FIT_END, l
 lw.Trainer(epochs=1, **quiet).run(step, data, state={})
 lw.Trainer(epochs=1, **quiet).fit(make(), data, weight=len)
 """,
+    "methods of a task's own, called by what only its code tells": """
+class Mine(Own):
+    def training_step(self, batch):
+        return self.train_step(batch) + getattr(self, "forward_step")(batch)
+    def train_step(self, batch):
+        return ce(self.net(batch[0]), batch[1])
+    def forward_step(self, batch):
+        return 0.0
+    def prediction_step(self, batch):
+        return self.net(batch[0])
+    def sample(self, batch):
+        return self.prediction_step(batch)
+    def pretraining_step(self, batch):
+        return self.train_step(batch)
+    def validation_steps(self):
+        return 3
+    def on_policy_loss(self):
+        return 0.0
+    def eval_step(self, batch):
+        return self.train_step(batch)
+    @property
+    def val_step(self):
+        return 1
+
+class Phased(Own):
+    training_step = None
+    def train_step(self, batch):
+        return ce(self.net(batch[0]), batch[1])
+
+class Heard(lw.Supervised, lw.Callback):
+    def on_epoch_end(self, run):
+        pass
+
+def outside(run):
+    run.task.eval_step(valid[0])
+
+mine, phased = Mine(), Phased()
+fit(mine, handlers=[(lw.Event.EPOCH_END, outside)])
+fit(phased, epochs=None, stages=[lw.Stage("a", "1 epoch", phases=[lw.Phase("main", phased.train_step)])])
+heard = Heard(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+fit(heard, callbacks=[heard])
+""",
+    "layers in lists that are held elsewhere, or not to be trained": """
+class Lists(Own):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(2, 2)
+        self.all, self.loose = [self.extra, nn.ReLU()], [nn.Linear(2, 2)]
+        self.teacher = [nn.Linear(2, 2).requires_grad_(False)]
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.parameters(), *self.loose[0].parameters()], lr=0.1)
+
+fit(Lists())
+""",
+    "states that nothing would save, and those of a base that puts them back": """
+class Said(lw.Callback):
+    def state_dict(self):
+        return {"n": 1}
+
+class Stops(lw.EarlyStopping):
+    def state_dict(self):
+        return {**super().state_dict()}
+
+fit(make(), callbacks=[Said()])
+fit(make(), callbacks=[Stops("train/loss")], checkpoint=lw.Checkpoint(folder="kept"))
+""",
+    "iterators that are read once, or may have no end": """
+def batches():
+    while True:
+        yield from data
+
+class Short(lw.Callback):
+    def on_step_end(self, run, result):
+        if run.progress.batch == 2:
+            raise lw.StopEpoch
+
+class Again:
+    def __iter__(self):
+        self.left = 2
+        return self
+    def __next__(self):
+        self.left -= 1
+        if self.left < 0:
+            raise StopIteration
+        return valid[0]
+
+lw.Trainer(epochs=2, steps=3, **quiet).fit(make(), batches())
+lw.Trainer(epochs=2, **quiet).fit(make(), lambda: iter(valid))
+lw.Trainer(epochs=2, callbacks=[Short()], **quiet).fit(make(), batches())
+lw.Trainer(epochs=2, **quiet).fit(make(), lw.data.epoch_length(batches(), 3))
+lw.Trainer(epochs=2, **quiet).fit(make(), Again(), Again())
+lw.Trainer(epochs=1, **quiet).fit(make(), iter(data), iter(valid))
+lw.Trainer(epochs=2, validate_every="2 epochs", **quiet).fit(make(), data, iter(valid))
+""",
     "schedules of all kinds": """
 for one in (
     lambda o: sched.StepLR(o, 1), lambda o: lw.per_step(sched.CosineAnnealingLR(o, T_max=8)),
@@ -605,3 +699,31 @@ def test_a_schedule_that_may_be_meant_so_is_a_warning() -> None:
         "CosineAnnealingLR was made for T_max=2, the epochs of this run, but is stepped with the optimizers, 8 times: "
         "the rate rises again. Leave lw.per_step out, or make it with T_max=8"
     ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "told"),
+    [
+        (lambda o: sched.MultiStepLR(o, [300, 600]), "MultiStepLR was made for milestones=[300, 600], and is stepped "
+         "once an epoch, 4 times in this run, where it changes nothing. Give less than 4, or step it with the "
+         "optimizers: lw.per_step(scheduler)"),
+        (lambda o: sched.StepLR(o, 5), "StepLR was made for step_size=5, and is stepped once an epoch, 4 times in this "
+         "run, where it changes nothing. Give less than 4, or step it with the optimizers: lw.per_step(scheduler)"),
+        (lambda o: lw.per_step(sched.StepLR(o, 1000)), "StepLR was made for step_size=1000, and is stepped with the "
+         "optimizers, 16 times in this run, where it changes nothing. Give less than 16"),
+        (lambda o: sched.LinearLR(o, total_iters=500), "LinearLR was made for total_iters=500, and is stepped once an "
+         "epoch, 4 times in this run, where it changes little. Give total_iters=4, or step it with the optimizers: "
+         "lw.per_step(scheduler)"),
+        (lambda o: sched.CosineAnnealingLR(o, T_max=500), "CosineAnnealingLR was made for T_max=500, and is stepped "
+         "once an epoch, 4 times in this run, where it changes little. Give T_max=4, or step it with the optimizers: "
+         "lw.per_step(scheduler)"),
+        (lambda o: sched.StepLR(o, 4), None),
+        (lambda o: sched.MultiStepLR(o, [3, 600]), None),
+        (lambda o: sched.CosineAnnealingLR(o, T_max=30), None),
+        (lambda o: lw.per_step(sched.LinearLR(o, total_iters=100)), None),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_never_comes_to_anything_is_a_warning(schedule: Any, told: str | None) -> None:
+    data = pairs([1.0], [2.0], [3.0], [4.0])
+    assert trainer(epochs=4).plan(sgd_task(line(), schedule=schedule), data).warnings == ([told] if told else [])
+    assert trainer(epochs=1).plan(sgd_task(line(), schedule=schedule), data[:1]).warnings == []  # a quick look

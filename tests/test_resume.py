@@ -477,6 +477,9 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         lw.Resume(how="exactly")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"nowhere is not a checkpoint: it does not exist"):
         fit(trainer(), resume="nowhere")
+    Path("w.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"^w\.pt is a file, .*: loopwright import-legacy w\.pt w-checkpoint$"):
+        fit(trainer(), resume="w.pt")
 
 
 # ------------------------------------------------------------------------------------------ other places, other data

@@ -372,11 +372,47 @@ def test_what_is_missing_in_a_task_is_named() -> None:
         "Bare has no configure_optimizers; write: def configure_optimizers(self): "
         "return torch.optim.AdamW(self.parameters(), lr=1e-3)"
     )
-    with pytest.raises(lw.SettingError) as caught:
+    with pytest.raises(lw.PlanError) as refused:
         trainer(epochs=1).fit(Optimized(), [X])
-    assert str(caught.value) == (
+    assert refused.value.problems == [
         "Optimized has no training_step; write: def training_step(self, batch): ... return loss"
-    )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flat", "target", "loss", "told"),
+    [
+        (False, (16,), nn.MSELoss(), "outputs [16, 1] and targets [16] are broadcast to [16, 16], each output compared "
+         "with every target; write loss=lambda preds, target: your_loss(preds.squeeze(1), target)"),
+        (True, (16, 1), nn.functional.l1_loss, "outputs [16] and targets [16, 1] are broadcast to [16, 16], each "
+         "output compared with every target; write loss=lambda preds, target: your_loss(preds, target.squeeze(1))"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("more", [{}, {"targets": 1}])
+def test_a_loss_of_torch_is_not_broadcast(
+    flat: bool, target: tuple[int, ...], loss: Any, told: str, more: dict[str, Any]
+) -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)) if flat else nn.Linear(2, 1)
+    with pytest.raises(lw.SettingError) as caught:
+        trainer(epochs=1).fit(sgd_task(net, loss=loss, **more), [(torch.ones(16, 2), torch.ones(target))])
+    assert str(caught.value) == told
+    assert not any(p.grad is not None for p in net.parameters())
+
+
+def test_a_loss_of_ones_own_that_is_broadcast_is_told_once() -> None:
+    """Only one that makes a square of both: many losses bring them to one shape themselves."""
+    data = [(torch.ones(16, 2), torch.ones(16))] * 3
+    crossed = sgd_task(nn.Linear(2, 1), loss=lambda preds, target: (preds - target).square().mean())
+    with pytest.warns(LoopwrightWarning, match=r"outputs \[16, 1\] and targets \[16\] are broadcast") as told:
+        trainer(epochs=2).fit(crossed, data)
+    assert len(told) == 1
+    for loss in (
+        lambda preds, target: mse_loss(preds.squeeze(1), target),
+        lambda preds, target: (target - preds[:, 0]).square().mean(),
+        lambda preds, target: mse_loss(preds, target[:, None]),
+        lambda preds, target: (preds.T @ target).sum(),
+    ):
+        trainer(epochs=1).fit(sgd_task(nn.Linear(2, 1), loss=loss), data)
 
 
 def test_an_optimizer_may_be_an_instance_a_factory_a_pair_or_a_dict() -> None:

@@ -577,5 +577,5 @@ def test_the_name_that_an_argument_has_elsewhere_tells_ours(make: Any, says: str
 def test_names_of_elsewhere_lead_to_arguments_that_exist_and_are_none_themselves(kind: Any) -> None:
     (told,) = (cell.cell_contents for cell in kind.__init__.__closure__ if isinstance(cell.cell_contents, dict))
     own = set(inspect.signature(kind).parameters)
-    assert set(told.values()) <= own
+    assert {name for name in told.values() if name.isidentifier()} <= own  # the others say where it goes
     assert not own & told.keys()

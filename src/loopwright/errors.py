@@ -9,7 +9,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 __all__ = [
     "CheckpointError",
@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 MANY = 40  # names are too many to list
+
+ABSENT: Any = object()
+"""The default of an argument that must be given, where an unknown name is to be told before a missing one."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,11 +125,16 @@ def name_nearest(kind: type) -> None:
 def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: an unknown argument is a TypeError that tells the nearest, or ours for a name of other libraries.
 
-    >>> @elsewhere(max_epochs="epochs")
+    What is no name is where that belongs.
+
+    >>> @elsewhere(max_epochs="epochs", lr="SGD(lr=...)")
     ... def train(epochs): ...
     >>> train(max_epochs=3)
     Traceback (most recent call last):
     TypeError: max_epochs=3: that argument is called epochs here
+    >>> train(lr=3)
+    Traceback (most recent call last):
+    TypeError: lr=3: there is no such argument here; write SGD(lr=...)
     >>> train(epoch=3)
     Traceback (most recent call last):
     TypeError: epoch=3: there is no such argument. Known: 'epochs'. Did you mean 'epochs'?
@@ -152,25 +160,37 @@ def elsewhere(**ours: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def without_unknown(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator of what names the nearest itself, from its ``**unknown``, which no signature shows.
 
-    ``elsewhere`` costs a frame; between ``fit`` and the backward there are as few as can be.
+    Neither does it show ``ABSENT``. ``elsewhere`` costs a frame; between ``fit`` and the backward there are as few as
+    can be.
     """
     signature = inspect.signature(function)
-    shown = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    named = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    shown = [one.replace(default=one.empty) if one.default is ABSENT else one for one in named]
     setattr(function, "__signature__", signature.replace(parameters=shown))  # noqa: B010
     return function
 
 
-def refuse_unknown(unknown: Mapping[str, object], function: Callable[..., object], ours: Mapping[str, str]) -> None:
-    """Raise TypeError for ``unknown`` arguments of ``function``, if there are any, as ``elsewhere`` does."""
+def refuse_unknown(
+    unknown: Mapping[str, object], function: Callable[..., object], ours: Mapping[str, str], **needed: object
+) -> None:
+    """Raise TypeError for ``unknown`` arguments of ``function``, if there are any, as ``elsewhere`` does.
+
+    And for what is ``needed`` and has not been given.
+    """
     if unknown:
         _refuse(unknown, {*inspect.signature(function).parameters} - {"self"}, ours)
+    if missing := [name for name, value in needed.items() if value is ABSENT]:
+        raise TypeError(f"{' and '.join(missing)} missing; write {function.__name__}({', '.join(needed)}, ...)")
 
 
 def _refuse(given: Mapping[str, object], known: set[str], ours: Mapping[str, str]) -> None:
     for name in sorted(given.keys() - known):
+        if name in ours and not ours[name].isidentifier():
+            raise TypeError(f"{name}={_brief(given[name])}: there is no such argument here; write {ours[name]}")
         if name in ours:
             raise TypeError(f"{name}={_brief(given[name])}: that argument is called {ours[name]} here")
-        near = difflib.get_close_matches(name, [*sorted(known), *ours], n=1)[:1]
+        names = [theirs for theirs, called in ours.items() if called.isidentifier()]
+        near = difflib.get_close_matches(name, [*sorted(known), *names], n=1)[:1]
         theirs = near[0] if near and near[0] not in known else None
         meant = choose(name, known)
         if theirs is not None:

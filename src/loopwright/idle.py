@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
@@ -30,7 +31,7 @@ Found = Iterator[tuple[str, Any]]  # what is idle, and who says so: a stage, a c
 def does_nothing(run: Run) -> Found:
     """All that is idle in ``run``. A rehearsal or a part of the data says nothing of lengths."""
     checks, of_lengths = (_frozen_twice, _twice, _mixed_twice, _never_asked), (
-        _long_windows, _never_due, _beyond_the_end, _odd_schedules,
+        _long_windows, _never_due, _beyond_the_end, _odd_schedules, _never_there,
     )  # fmt: skip
     for check in checks if run.settings.get("debug") else (*checks, *of_lengths):
         yield from check(run)
@@ -135,6 +136,37 @@ def _odd_schedules(run: Run) -> Found:
                     f"T_max={steps:g}",
                     run.task,
                 )
+
+
+def _never_there(run: Run) -> Found:
+    """Schedules of torch that change nothing before the end of the run, or next to nothing."""
+    whole = most_of(run)
+    for phase in run.stages[0].phases if len(run.stages) == 1 else ():
+        every = phase.every if isinstance(phase.every, int) else 0
+        for one in (*phase.epoch_schedulers, *phase.step_schedulers) if every else ():
+            times = whole["epochs"] if one.every == "epoch" else whole["steps"] // every
+            for setting, value, short in _lengths_of(one.torch):
+                first = min(value) if isinstance(value, list) else value
+                if 1 < times < math.inf and (one.torch.last_epoch + times) * short < first:
+                    when, way = "with the optimizers", ""
+                    if one.every == "epoch":
+                        when, way = "once an epoch", ", or step it with the optimizers: lw.per_step(scheduler)"
+                    yield (
+                        f"{type(one.torch).__name__} was made for {setting}={value}, and is stepped {when}, {times:g} "
+                        f"times in this run, where it changes {'nothing' if short == 1 else 'little'}. Give "
+                        f"{f'less than {times:g}' if short == 1 else f'{setting}={times:g}'}{way}",
+                        run.task,
+                    )
+
+
+def _lengths_of(scheduler: Any) -> Iterator[tuple[str, int | list[int], int]]:
+    """Settings of a torch scheduler that count its steps, their values, and how far short of these a run is told of.
+
+    Before the first two nothing changes; a run may mean to see only the begin of the others.
+    """
+    for setting, short in (("milestones", 1), ("step_size", 1), ("T_max", 10), ("T_0", 10), ("total_iters", 10)):
+        if value := getattr(scheduler, setting, None):
+            yield setting, value if isinstance(value, int) else sorted(value), short
 
 
 def _beyond_the_end(run: Run) -> Found:

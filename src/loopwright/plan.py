@@ -14,7 +14,8 @@ from loopwright.conflicts import odd_work, set_twice
 from loopwright.errors import PlanError
 from loopwright.idle import does_nothing
 from loopwright.monitored import watched_oddly
-from loopwright.problems import Written, problems_in
+from loopwright.overlooked import passed_over
+from loopwright.problems import Written, problems_in, read_again
 from loopwright.state import Run, Stage
 from loopwright.unheard import unheard
 
@@ -64,13 +65,14 @@ class Plan:
         return f"<ul>{facts}{odd}{bad or '<li>no problem found</li>'}</ul>"
 
 
-def make_plan(run: Run, *, made_at: str | None = None) -> Plan:
+def make_plan(run: Run, *, made_at: str | None = None, resumes: bool = False) -> Plan:
     """Look for problems in a prepared run, without reading a batch. ``made_at``: where its Trainer was made."""
     plan, written = Plan(), Written.of(run, made_at)
     plan.add(problems_in(run, written))
+    plan.add(() if resumes else read_again(run, written))
     odd = [*set_twice(run), *unheard(run)]
     if not plan.problems:
-        odd += [*does_nothing(run), *watched_oddly(run), *odd_work(run)]
+        odd += [*does_nothing(run), *watched_oddly(run), *odd_work(run), *passed_over(run)]
     for told, cause in odd:
         if told not in plan.places:  # several stages may say the same
             plan.warnings.append(told)

@@ -17,22 +17,26 @@ from torch.optim.lr_scheduler import OneCycleLR
 from loopwright.accumulation import check_unit
 from loopwright.conflicts import lost_work, read_too_early
 from loopwright.data import Chunks
+from loopwright.data.iterated import Iterated
 from loopwright.data.named import check_columns, columns_of
 from loopwright.errors import DataError, SettingError
-from loopwright.events import hook_name
+from loopwright.events import Callback, hook_name
 from loopwright.given import not_callable_with
 from loopwright.monitored import output_names, watched_in_vain, watched_the_wrong_way
 from loopwright.optim import match_names
+from loopwright.overlooked import misnamed, own_functions, saved_in_vain
 from loopwright.stages import needs_closure
 from loopwright.state import Every, Run, Stage
 from loopwright.task import StepTask, Supervised, Task
 from loopwright.text import rule_name
 from loopwright.written import caller, is_ours, where, written_by_user
 
-__all__ = ["Written", "problems_in"]
+__all__ = ["Written", "problems_in", "read_again"]
 
 _BEFORE = ("__init__", "configure_optimizers", "phases", "models")  # have been called by now
 _CHOOSES = re.compile("requires_grad|add_param_group|freez|set_trainable")  # in names that code uses
+_ENDS = re.compile("StopEpoch|end_stage|request_stop")
+_READ_ONCE = ("builtins", "itertools", "torch.utils.data.dataloader")  # whose iterators cannot begin again
 Found = Iterator[tuple[str, str]]  # a problem, and the file and line in which its cause was written
 
 
@@ -75,6 +79,7 @@ def problems_in(run: Run, written: Written) -> Found:
         _compilation, _columns,
     ):  # fmt: skip
         yield from check(run, written)
+    yield from saved_in_vain(run)
     for callback in run.callbacks:  # one that is no lw.Callback may lack it
         found = getattr(callback, "problems", lambda run: ())(run)
         yield from ((problem, written.callback(run, callback)) for problem in found)
@@ -182,12 +187,14 @@ def _given_to(run: Run, stage: Stage) -> list[Any]:
 
 def _chooses_itself(run: Run) -> bool:
     """True where the user's own code says while training goes on which parameters train, or gives an optimizer more."""
-    kinds = {kind for one in (run.task, *run.callbacks) for kind in type(one).__mro__ if not is_ours(kind)}
-    mine = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
-    methods = [method for kind in mine for name, method in vars(kind).items() if name not in _BEFORE]
-    methods += [h.fn for h in run.handlers] + [phase.step for stage in run.stages for phase in stage.phases]
+    return _uses(run, _CHOOSES)
+
+
+def _uses(run: Run, names: re.Pattern[str]) -> bool:
+    """True where the user's own code, as far as it has not been called by now, uses one of ``names``."""
+    methods = (method for name, method in own_functions(run) if name not in _BEFORE)
     codes = (getattr(getattr(m, "__func__", m), "__code__", None) for m in methods)
-    return any(_CHOOSES.search(" ".join(code.co_names)) for code in codes if code is not None)
+    return any(names.search(" ".join(code.co_names)) for code in codes if code is not None)
 
 
 def _made_by(run: Run, name: str, written: Written) -> str:
@@ -421,7 +428,12 @@ def _steps(run: Run, stage: Stage) -> Iterator[str]:
     """Steps that a task lacks, and phases that move nothing."""
     kind = type(run.task)
     own = isinstance(run.task, Task) and not isinstance(run.task, Supervised)
-    if stage.valid and own and (kind.training_step, kind.validation_step) == (Task.training_step, Task.validation_step):
+    none = own and (kind.training_step, kind.validation_step) == (Task.training_step, Task.validation_step)
+    if any(getattr(inspect.unwrap(ph.step), "__func__", None) is Task.training_step for ph in stage.phases):
+        meant = misnamed(run, "training_step")
+        instead = f", in the place of {meant}" if meant else ""
+        yield f"{kind.__name__} has no training_step; write: def training_step(self, batch): ... return loss{instead}"
+    elif stage.valid and none:
         yield f"{kind.__name__} has neither validation_step nor training_step, but validation data was given; write one"
     if isinstance(run.task, Task) and all(not ph.moved and ph.optimizers != () for ph in stage.phases):
         yield f"no phase of stage {stage.name!r} moves an optimizer; return one from configure_optimizers"
@@ -529,6 +541,46 @@ def _accumulation(run: Run, stage: Stage) -> Iterator[str]:
             check_unit(unit, counts_samples=stage.counts_samples)
         except SettingError as error:
             yield str(error)
+
+
+def read_again(run: Run, written: Written) -> Found:
+    """Iterators that give their batches once, in a run that is sure to read them again; none in one that goes on."""
+    if run.progress.step or _may_end_early(run):
+        return
+    reads: dict[int, float] = {}
+    for stage in run.stages:
+        done = _lengths(stage)
+        endless = any(end.unit != "epochs" for end in stage.until)  # its data may be meant to have no end
+        found = [(stage.source, 0.0 if endless else done.get("epochs", 0.0), "training")]
+        found += [(one, stage.validate_every.times(done), "validation") for one in stage.valid.values()]
+        for source, times, what in found:
+            data = source.data if isinstance(source, Iterated) else None
+            if not isinstance(data, Iterator) or type(data).__module__ not in _READ_ONCE:
+                continue
+            before = reads.get(id(data), 0.0)
+            reads[id(data)] = before + times
+            if before <= 1 < reads[id(data)]:
+                yield (
+                    f"the {what} data is an iterator ({type(data).__name__}), which can be read once, and this run "
+                    "reads it again; pass a list, a DataLoader, or a generator function: batches, not batches()",
+                    written.call,
+                )
+
+
+def _lengths(stage: Stage) -> dict[str, float]:
+    """Steps and epochs of a stage, where it is sure to last so long; those that are not known are left out."""
+    epochs, steps = [u.value for u in stage.until if u.unit == "epochs"], _steps_in(stage)
+    if len(stage.ends) != sum(end.unit in ("epochs", "steps") for end in stage.until):
+        return {}  # a time, or a plateau
+    known = {"steps": min(steps, default=0.0), "epochs": min(epochs, default=0.0)}
+    return {unit: float(value) for unit, value in known.items() if value}
+
+
+def _may_end_early(run: Run) -> bool:
+    """True where code that a run calls may end an epoch, a stage or the run."""
+    kinds = {kind for one in run.callbacks for kind in type(one).__mro__ if kind is not Callback}
+    codes = (getattr(method, "__code__", None) for kind in kinds for method in vars(kind).values())
+    return _uses(run, _ENDS) or any(_ENDS.search(" ".join(code.co_names)) for code in codes if code is not None)
 
 
 def _numbers(run: Run, written: Written) -> Found:

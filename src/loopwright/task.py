@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from loopwright.data import chunked
 from loopwright.errors import SettingError, StepOutputError, choose, elsewhere
@@ -15,10 +16,15 @@ from loopwright.given import not_callable_with
 from loopwright.metrics.check import check_metrics
 from loopwright.state import Phase, has_state
 from loopwright.text import with_article
-from loopwright.written import caller
+from loopwright.written import caller, warn
 
 __all__ = ["StepTask", "Supervised", "Task"]
 
+_ELEMENTWISE = (  # losses of torch in which an output is compared with one target
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
+    nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss, nn.functional.huber_loss,
+    nn.functional.binary_cross_entropy, nn.functional.binary_cross_entropy_with_logits,
+)  # fmt: skip
 Select = str | int | Sequence[str | int] | Callable[[Any], Any] | None
 
 
@@ -100,7 +106,7 @@ class Task(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # the run that trained this task stays behind, and its compiled steps: a copy is another task, which starts anew
-        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_compiled")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_compiled", "_compared")}
 
     def replace(self, name: str, obj: Any) -> None:
         """Put ``obj`` in the place of the child ``name``, as ``run.replace("model.<name>", obj)`` asks for."""
@@ -177,7 +183,7 @@ class Supervised(Task):
             return self._any_step(batch, loss_of, carry)
         inputs, target = batch
         preds = modules["module"](inputs)
-        loss = loss_of(preds, target)
+        loss = loss_of(preds, target) if "_compared" in own else self._first_loss(loss_of, preds, target)
         if type(loss) is dict:
             return {**loss, "preds": preds, "target": target}
         return {"loss": loss, "preds": preds, "target": target}
@@ -197,9 +203,25 @@ class Supervised(Task):
         pick_target = _picker(self.targets, "targets")
         target = _target(batch, needed=loss is None) if pick_target is None else pick_target(batch)
         if loss is None:
-            loss = (loss_of or pick_loss(preds, target))(preds, target)
+            loss = self._first_loss(loss_of or pick_loss(preds, target), preds, target)
         found = loss if type(loss) is dict else {"loss": loss}
         return {**found, "preds": preds, "target": target, **more}
+
+    def _first_loss(self, loss_of: Callable[..., Any], preds: Any, target: Any) -> Any:
+        """The loss; of the first batch, that it compares each of the predictions with its own target."""
+        if "_compared" in self.__dict__ or torch.compiler.is_compiling():
+            return loss_of(preds, target)
+        self.__dict__["_compared"] = True
+        told = _crossed(preds, target)
+        if told is None:
+            return loss_of(preds, target)
+        if loss_of in _ELEMENTWISE or type(loss_of) in _ELEMENTWISE:
+            raise SettingError(told)
+        with _Comparing(preds, target) as comparing:
+            loss = loss_of(preds, target)
+        if comparing.crossed:
+            warn(f"{told}. If that is meant, all is well")
+        return loss
 
     def _with_carry(self, args: tuple[Any, ...], kwargs: dict[str, Any], carry: Any) -> tuple[Any, Any]:
         returned = self.module(*args, carry, **kwargs)
@@ -261,6 +283,39 @@ def pick_loss(preds: Any, target: Any) -> Callable[[Any, Any], Tensor]:
         f"no loss was given, and none can be chosen for preds {describe(preds)} and target {describe(target)}; "
         "pass loss=..., a function of (preds, target)"
     )
+
+
+def _crossed(preds: Any, target: Any) -> str | None:
+    """What to say where one is a column and the other is not, so that each of one would meet all of the other.
+
+    >>> _crossed(torch.zeros(3, 1), torch.zeros(3, 1)) is _crossed(torch.zeros(3, 2), torch.zeros(3)) is None
+    True
+    """
+    if not (isinstance(preds, Tensor) and isinstance(target, Tensor)) or preds.numel() < 2:
+        return None
+    column, n = (preds, preds.numel()) if preds.dim() == 2 else (target, target.numel())
+    if {tuple(preds.shape), tuple(target.shape)} != {(n, 1), (n,)}:
+        return None
+    change = "preds.squeeze(1), target" if column is preds else "preds, target.squeeze(1)"
+    return (
+        f"outputs {list(preds.shape)} and targets {list(target.shape)} are broadcast to [{n}, {n}], each output "
+        f"compared with every target; write loss=lambda preds, target: your_loss({change})"
+    )
+
+
+class _Comparing(TorchFunctionMode):
+    """Looks whether one operation of torch takes both tensors as they are, and makes a square of them."""
+
+    def __init__(self, preds: Tensor, target: Tensor) -> None:
+        super().__init__()
+        self.both, self.crossed = (preds, target), False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, n = (*args, *(kwargs or {}).values()), len(self.both[0])
+        found = func(*args, **(kwargs or {}))
+        if all(any(one is wanted for one in given) for wanted in self.both):
+            self.crossed |= func in _ELEMENTWISE or tuple(getattr(found, "shape", ())) == (n, n)
+        return found
 
 
 def _own_loss(preds: Any) -> Any:
@@ -348,6 +403,10 @@ class StepTask:
     """
 
     def __init__(self, step: Callable[[Any, Any], Any], state: Mapping[str, Any] | None = None) -> None:
+        if isinstance(step, Task):
+            raise SettingError(
+                f"{type(step).__name__} is a task, and no function step(run, batch); call trainer.fit(task, ...)"
+            )
         if not callable(step):
             raise SettingError(f"step={step!r} cannot be called; pass a function step(run, batch)")
         name = getattr(step, "__name__", type(step).__name__)

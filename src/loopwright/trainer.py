@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -25,6 +26,7 @@ from loopwright.data.trained_on import TrainedOn
 from loopwright.debug import Debug
 from loopwright.delivery import check_logger
 from loopwright.errors import (
+    ABSENT,
     LoopwrightError,
     SettingError,
     StepOutputError,
@@ -72,8 +74,30 @@ _FIT = {
     "train_dataloaders": "train", "train_dataset": "train", "train_data": "train", "val": "valid",
     "val_dataloaders": "valid", "validation_data": "valid", "eval_dataset": "valid", "datamodule": "train",
     "model": "task", "ckpt_path": "resume", "resume_from_checkpoint": "resume", "sample_weight": "weight",
+    "train_loader": "train", "train_dataloader": "train", "val_loader": "valid", "valid_loader": "valid",
+    "val_data": "valid", "val_dataset": "valid", "valid_dataset": "valid",
 }  # fmt: skip
 _RUN = {"train": "data", "model": "step", "ckpt_path": "resume"}
+# and what belongs elsewhere, with what to write there
+_LR = "torch.optim.AdamW(net.parameters(), lr=...)"
+_OF_TASK = {name: f"lw.Supervised(net, {name}=...)" for name in ("loss", "optimizer", "schedule", "metrics")}
+_OF_DATA = {"batch_size": "DataLoader(dataset, batch_size=...)", "num_workers": "DataLoader(dataset, num_workers=...)"}
+_OF_TRAINER = {
+    name: f"lw.Trainer({name}=...)" for name in (
+        "epochs", "steps", "accumulate", "callbacks", "checkpoint", "clip_norm", "debug", "device", "devices", "folder",
+        "loggers", "precision", "progress", "seed", "validate_every",
+    )
+} | {"max_epochs": "lw.Trainer(epochs=...)", "verbose": "lw.Trainer(progress=...)"}  # fmt: skip
+_FIT |= _OF_TRAINER | _OF_TASK | _OF_DATA | {
+    "lr": _LR, "dry": "trainer.plan(task, ...)", "dry_run": "trainer.plan(task, ...)",
+    "loaders": "fit(task, train=loaders['train'], valid=loaders['valid'])",
+}  # fmt: skip
+_RUN |= _OF_TRAINER
+_TRAINER = _OF_TASK | _OF_DATA | {
+    "gpus": "devices", "lr": _LR, "learning_rate": _LR, "model": "fit(task, ...)",
+    "resume": "fit(task, ..., resume=...)", "resume_from_checkpoint": "fit(task, ..., resume=...)",
+    "train": "fit(task, train=...)", "valid": "fit(task, ..., valid=...)",
+}  # fmt: skip
 
 
 class Trainer:
@@ -122,7 +146,7 @@ class Trainer:
         fast_dev_run="debug", overfit_batches="debug",
         limit_train_batches="debug", train_percent_check="debug",
         limit_val_batches="debug", detect_anomaly="debug",
-        profiler="debug",
+        profiler="debug", **_TRAINER,
     )  # fmt: skip
     def __init__(
         self,
@@ -231,9 +255,9 @@ class Trainer:
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register a function for an event: ``@trainer.on(lw.Event.EPOCH_END(every=5))``.
 
-        It is called as ``fn(run, *args, **kwargs)`` after the callbacks, in the order of registration; a parameter
-        named like one of the hook's own (``result``, ``values``, ``batch``, ...) receives it. ``trainer.off(fn)``
-        removes it. What is registered during a fit is called from the next one on.
+        It is called as ``fn(run, *args, **kwargs)`` after the callbacks, in the order of registration; functions to
+        call it with go by name. A parameter named like one of the hook's own (``result``, ``values``, ``batch``, ...)
+        receives it. ``trainer.off(fn)`` removes it. What is registered during a fit is called from the next one on.
 
         >>> trainer = Trainer(epochs=1)
         >>> @trainer.on(Event.EPOCH_END(every=5))
@@ -247,6 +271,12 @@ class Trainer:
 
         if not isinstance(event, (Event, Filter)):
             Handler(event, lambda run: None, (), {})  # raises the error that lists the events
+        if args and (inspect.isfunction(args[0]) or inspect.ismethod(args[0])) and _is_handler(event, *args, **kwargs):
+            name = args[0].__name__
+            raise SettingError(
+                f"trainer.on({event}, {name}) registers nothing; write trainer.on({event})({name}). A function that a "
+                "handler is to be called with is given by name: trainer.on(event, fn=...)"
+            )
         return register
 
     def off(self, fn: Callable[..., Any]) -> None:
@@ -264,8 +294,8 @@ class Trainer:
     @without_unknown
     def fit(
         self,
-        task: Task,
-        train: Any,
+        task: Task = ABSENT,
+        train: Any = ABSENT,
         valid: Any = None,
         *,
         stages: Sequence[Stage] | None = None,
@@ -288,7 +318,7 @@ class Trainer:
         Raises PlanError, before any work starts, with everything that cannot work, and CheckpointError for a
         checkpoint that is damaged, does not fit, or could not go on exactly.
         """
-        refuse_unknown(unknown, self.fit, _FIT)
+        refuse_unknown(unknown, self.fit, _FIT, task=task, train=train)
         run, parts, point = self._prepare(task, train, valid, stages, weight, resume)
         if self._begins(run, parts, point, stages):
             with self._session(run, parts):
@@ -299,8 +329,8 @@ class Trainer:
     @without_unknown
     def run(
         self,
-        step: Callable[[Run, Any], Any],
-        data: Any,
+        step: Callable[[Run, Any], Any] = ABSENT,
+        data: Any = ABSENT,
         *,
         state: Mapping[str, Any] | None = None,
         weight: Callable[[Any], float] | None = None,
@@ -317,7 +347,7 @@ class Trainer:
         >>> seen
         [1, 2, 3, 1, 2, 3]
         """
-        refuse_unknown(unknown, self.run, _RUN)
+        refuse_unknown(unknown, self.run, _RUN, step=step, data=data)
         run, parts, point = self._prepare(StepTask(step, state), data, None, None, weight, resume)
         if self._begins(run, parts, point):
             with self._session(run, parts):
@@ -388,7 +418,7 @@ class Trainer:
             what = _task_of(task, valid, stages, state)
             run, parts, point = self._prepare(what, train, valid, stages, weight, resume, tidy=False)
             try:
-                plan = make_plan(run, made_at=self._made_at)
+                plan = make_plan(run, made_at=self._made_at, resumes=point is not None)
                 plan.facts += facts_of(run)
                 plan.add(unsaveable(run).items() if run.savers else ())  # in a fit, savers say so themselves
                 if point is not None:
@@ -525,7 +555,7 @@ class Trainer:
     def _begins(self, run: Run, parts: Parts, point: Point | None, stages: Sequence[Stage] | None = None) -> bool:
         """Check all that can be; False if the run has been resumed at its end, and there is nothing left to do."""
         with parts.undone_unless_begun(run):
-            plan = make_plan(run, made_at=self._made_at)
+            plan = make_plan(run, made_at=self._made_at, resumes=point is not None)
             plan.check()
             for odd in plan.warnings:
                 warn(plan.with_place(odd))
@@ -653,6 +683,15 @@ def _asking_for_predict_step(task: Any) -> Iterator[None]:
                 "def predict_step(self, batch): x, y = batch; return self.net(x)"
             )
         raise
+
+
+def _is_handler(event: Event | Filter, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """True for a function that can be called at ``event``."""
+    try:
+        Handler(event, fn, args, kwargs)
+    except SettingError:
+        return False
+    return True
 
 
 def _share_out(run: Run, stages: Sequence[Stage]) -> None:

@@ -71,6 +71,11 @@ def find(path: Place | str) -> Any:
     found = newest(path / "checkpoints") or newest(path)
     if found is None:
         state = "has no manifest.json, and no checkpoints are in it" if path.is_dir() else "does not exist"
+        if isinstance(path, Path) and path.is_file():
+            raise CheckpointError(
+                f"{path} is a file, and a checkpoint is a folder; make one of what another program saved: "
+                f"loopwright import-legacy {path} {path.with_name(f'{path.stem}-checkpoint')}"
+            )
         raise CheckpointError(f"{path} is not a checkpoint: it {state}. Give the folder of a run or of a checkpoint")
     return found
 

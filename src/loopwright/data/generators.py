@@ -24,7 +24,7 @@ _LEAVES = (torch.Tensor, np.ndarray, type, str, bytes, int, float, Optimizer, ty
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Tensor, nn.Parameter))
 _OF_TORCH = "__composable_api_"  # what FSDP and the like keep on a module: no generator of the user's
 # what torch and this package keep on modules: children are modules themselves, hooks are told elsewhere
-OF_MODULES = frozenset({*vars(nn.Module()), "_run", "_trained_on", "_made_at"})
+OF_MODULES = frozenset({*vars(nn.Module()), "_run", "_trained_on", "_made_at", "_compared"})
 
 
 def get_globals() -> State:

@@ -109,6 +109,11 @@ def _adapt(data: Any, *, train: bool, key: int) -> Source:
         return _adapt_loader(DataLoader(data, batch_size=BATCH_SIZE), tells=train)
     if isinstance(data, list):
         return Iterated(data)
+    if isinstance(data, Mapping) and any(isinstance(one, (DataLoader, Dataset, Loader)) for one in data.values()):
+        raise DataError(
+            f"a dict of data sets ({', '.join(map(repr, data))}) is not data to train on; give each its place: "
+            "fit(task, train=..., valid=...)"
+        )
     if isinstance(data, (Tensor, np.ndarray, tuple, Mapping, Dataset)) or is_array(data) or _is_dataset(data):
         return _held(Loader(data, BATCH_SIZE, shuffle=train).keyed(key), data)
     if callable(data) or isinstance(data, Iterable):
