@@ -84,6 +84,8 @@ def test_a_rehearsal_that_fails_leaves_nothing_behind_as_well(folder: Path) -> N
         def state_dict(self) -> dict[str, Any]:
             return {"file": open}
 
+        def load_state_dict(self, state: Any) -> None: ...
+
     net = line(1.0)
     task = sgd_task(net)
     user = lw.Trainer(epochs=3, folder=folder, progress=False, callbacks=[Broken()], debug=lw.Debug(dev_run=1))
