@@ -307,9 +307,12 @@ def _is_again(function: Any, later: list[Any]) -> bool:
 
 def _own(run: Run, hook: str) -> list[Any]:
     """The functions of a hook that belong to callbacks, in their order; those of stages come when a stage begins."""
-    found = [function for function in getattr(run.hooks, hook) if isinstance(_owner(function), Callback)]
+    functions, own = getattr(run.hooks, hook), [c for stage in run.stages for c in stage.callbacks]
+    if not functions and not own:
+        return []
+    found = [function for function in functions if isinstance(_owner(function), Callback)]
     known, base = {id(_owner(function)) for function in found}, getattr(Callback, hook)
-    later = [c for stage in run.stages for c in stage.callbacks if id(c) not in known]
+    later = [c for c in own if id(c) not in known]
     return found + [getattr(c, hook) for c in later if getattr(type(c), hook, base) is not base]
 
 

@@ -102,6 +102,8 @@ def _long_windows(run: Run) -> Found:
 
 def _never_due(run: Run) -> Found:
     """Phases that the run is too short for."""
+    if all(phase.every == 1 for stage in run.stages for phase in stage.phases):
+        return
     steps = most_of(run)["steps"]
     for stage in run.stages:
         for phase in stage.phases:
@@ -140,10 +142,10 @@ def _odd_schedules(run: Run) -> Found:
 
 def _never_there(run: Run) -> Found:
     """Schedules of torch that change nothing before the end of the run, or next to nothing."""
-    whole = most_of(run)
     for phase in run.stages[0].phases if len(run.stages) == 1 else ():
         every = phase.every if isinstance(phase.every, int) else 0
         for one in (*phase.epoch_schedulers, *phase.step_schedulers) if every else ():
+            whole = most_of(run)
             times = whole["epochs"] if one.every == "epoch" else whole["steps"] // every
             for setting, value, short in _lengths_of(one.torch):
                 first = min(value) if isinstance(value, list) else value

@@ -139,14 +139,19 @@ def _is_step(run: Run, function: Any) -> bool:
 
 
 def _is_theirs(kind: type) -> bool:
-    return not is_ours(kind) and kind.__module__.partition(".")[0] not in ("torch", "builtins")
+    return kind.__module__.partition(".")[0] not in ("torch", "builtins") and not is_ours(kind)
+
+
+def _known(run: Run) -> set[int]:
+    """Parameters that torch finds in the models, or that an optimizer moves."""
+    owners = [run.task, *run.models.values(), *run.optimizers.values()]
+    known = {id(p) for one in owners if isinstance(one, nn.Module) for p in one.parameters()}
+    return known | {id(p) for one in run.optimizers.values() for group in one.param_groups for p in group["params"]}
 
 
 def _unregistered(run: Run) -> Iterator[tuple[str, Any]]:
     """Lists and dicts of modules that would train, and that no optimizer moves, since torch does not look into them."""
-    owners = [run.task, *run.models.values(), *run.optimizers.values()]
-    known = {id(p) for one in owners if isinstance(one, nn.Module) for p in one.parameters()}
-    known |= {id(p) for one in run.optimizers.values() for group in one.param_groups for p in group["params"]}
+    known: set[int] | None = None  # looked for where there is need
     for module in run.task.modules():
         kind = type(module)
         for name, held in vars(module).items() if _is_theirs(kind) else ():
@@ -154,7 +159,11 @@ def _unregistered(run: Run) -> Iterator[tuple[str, Any]]:
             if not isinstance(held, (list, tuple, dict)) or name in ("_modules", "_parameters", "_buffers"):
                 continue
             layers = [one for one in listed if isinstance(one, nn.Module) and not isinstance(one, Metric)]
-            lost = [one for one in layers if any(p.requires_grad and id(p) not in known for p in one.parameters())]
+            if layers and known is None:
+                known = _known(run)
+            lost = [
+                one for one in layers if any(p.requires_grad and id(p) not in (known or ()) for p in one.parameters())
+            ]
             if lost:
                 fitting = "nn.ModuleDict({...})" if isinstance(held, dict) else "nn.ModuleList([...])"
                 yield (

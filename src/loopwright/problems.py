@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -545,7 +545,8 @@ def _accumulation(run: Run, stage: Stage) -> Iterator[str]:
 
 def read_again(run: Run, written: Written) -> Found:
     """Iterators that give their batches once, in a run that is sure to read them again; none in one that goes on."""
-    if run.progress.step or _may_end_early(run):
+    sources = (source for stage in run.stages for source in (stage.source, *stage.valid.values()))
+    if not any(_is_read_once(source) for source in sources) or run.progress.step or _may_end_early(run):
         return
     reads: dict[int, float] = {}
     for stage in run.stages:
@@ -554,9 +555,9 @@ def read_again(run: Run, written: Written) -> Found:
         found = [(stage.source, 0.0 if endless else done.get("epochs", 0.0), "training")]
         found += [(one, stage.validate_every.times(done), "validation") for one in stage.valid.values()]
         for source, times, what in found:
-            data = source.data if isinstance(source, Iterated) else None
-            if not isinstance(data, Iterator) or type(data).__module__ not in _READ_ONCE:
+            if not _is_read_once(source):
                 continue
+            data = source.data
             before = reads.get(id(data), 0.0)
             reads[id(data)] = before + times
             if before <= 1 < reads[id(data)]:
@@ -565,6 +566,11 @@ def read_again(run: Run, written: Written) -> Found:
                     "reads it again; pass a list, a DataLoader, or a generator function: batches, not batches()",
                     written.call,
                 )
+
+
+def _is_read_once(source: Any) -> TypeGuard[Iterated]:
+    data = source.data if isinstance(source, Iterated) else None
+    return isinstance(data, Iterator) and type(data).__module__ in _READ_ONCE
 
 
 def _lengths(stage: Stage) -> dict[str, float]:
