@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from loopwright.accumulation import check_unit
@@ -43,14 +43,12 @@ class Every:
     def __init__(
         self, when: Every | Duration | int | str, *, unit: str = "steps", inside: bool = False, bounds: bool = False
     ) -> None:
-        if isinstance(when, Every):
-            when = str(when)
-        said = alternatives(when) if isinstance(when, str) else [[when]]
-        self._groups = [[_Term(one, unit) for one in group] for group in said]
-        for group in self._groups:
-            _check(group, when, bounds)
+        when = str(when) if isinstance(when, Every) else when
+        read = _read if isinstance(when, (str, int, float, Duration)) else _read.__wrapped__
+        said, within = read(when, unit, bounds)
+        self._groups = [[_Term(word, duration) for word, duration in group] for group in said]
         # of moments inside of an epoch, validation is asked at steps alone: there epochs are over with their last batch
-        self.inside = inside or any(term.is_inside for group in self._groups for term in group if term.is_moment)
+        self.inside = inside or within
         self.start(Progress())
 
     def begin(self, run: Run, at: Progress | None = None) -> None:
@@ -156,15 +154,8 @@ class _Term:
 
     __slots__ = ("duration", "next", "word")
 
-    def __init__(self, text: Duration | int | str, unit: str) -> None:
-        word, _, rest = text.strip().partition(" ") if isinstance(text, str) else ("", "", "")
-        self.word = word.lower() if word.lower() in _WORDS else "every"
-        if rest and word.isalpha() and word.lower() not in _WORDS:
-            numbered = any(letter.isdigit() for letter in rest)
-            first = "" if numbered else f": a number comes first, as in '5 {rest.split()[-1]}', or a word before that"
-            raise SettingError(f"{text!r} begins with an unknown word{first}. {choose(word, _WORDS)}")
-        self.duration = Duration.parse(rest if word.lower() in _WORDS else text, unit=unit)
-        self.next = 0.0
+    def __init__(self, word: str, duration: Duration) -> None:
+        self.word, self.duration, self.next = word, duration, 0.0
 
     @property
     def is_moment(self) -> bool:
@@ -210,6 +201,30 @@ class _Term:
 
     def __str__(self) -> str:
         return str(self.duration) if self.word == "every" else f"{self.word} {self.duration}"
+
+
+@lru_cache(maxsize=256, typed=True)  # every fit reads the same few
+def _read(
+    when: Duration | int | str, unit: str, bounds: bool
+) -> tuple[tuple[tuple[tuple[str, Duration], ...], ...], bool]:
+    """The words and durations of ``when``, and whether a moment of it may come inside of an epoch."""
+    said = alternatives(when) if isinstance(when, str) else [[when]]
+    groups = [[_Term(*_worded(one, unit)) for one in group] for group in said]
+    for group in groups:
+        _check(group, when, bounds)
+    inside = any(term.is_inside for group in groups for term in group if term.is_moment)
+    return tuple(tuple((term.word, term.duration) for term in group) for group in groups), inside
+
+
+def _worded(text: Duration | int | str, unit: str) -> tuple[str, Duration]:
+    """The word of one part, "every" where there is none, and its duration."""
+    word, _, rest = text.strip().partition(" ") if isinstance(text, str) else ("", "", "")
+    known = word.lower() in _WORDS
+    if rest and word.isalpha() and not known:
+        numbered = any(letter.isdigit() for letter in rest)
+        first = "" if numbered else f": a number comes first, as in '5 {rest.split()[-1]}', or a word before that"
+        raise SettingError(f"{text!r} begins with an unknown word{first}. {choose(word, _WORDS)}")
+    return word.lower() if known else "every", Duration.parse(rest if known else text, unit=unit)
 
 
 def _check(group: list[_Term], when: object, bounds: bool) -> None:
