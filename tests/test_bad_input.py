@@ -289,7 +289,7 @@ def test_data_without_a_batch_is_refused_before_anything_is_written(data: str, f
 
 
 def test_an_iterator_that_is_used_up_is_named(folder: Path) -> None:
-    error, record = failure(folder, sgd_task(line()), used_up())
+    error, record = failure(folder, sgd_task(line()), used_up(), epochs=1)
     assert type(error) is lw.DataError
     assert str(error) == (
         "epoch 1 of stage 'main' had no batch to train on. If the data is an iterator, it is used up: pass a list, a "
@@ -298,8 +298,15 @@ def test_an_iterator_that_is_used_up_is_named(folder: Path) -> None:
     assert_failed(record, error)
 
 
+def test_an_iterator_that_would_be_read_again_is_refused_before_anything_is_written(folder: Path) -> None:
+    with pytest.raises(lw.LoopwrightError, match=r"an iterator \(list_iterator\), .* this run reads it again"):
+        trainer(epochs=2, folder=folder).fit(sgd_task(line()), iter(DATA))
+    assert not folder.exists()
+
+
 def test_an_iterator_lasts_for_one_epoch(folder: Path) -> None:
-    error, record = failure(folder, sgd_task(line()), iter(DATA))
+    """Of a number of steps it is not known before: an iterator may have no end."""
+    error, record = failure(folder, sgd_task(line()), iter(DATA), epochs=None, steps=7)
     assert type(error) is lw.DataError
     assert str(error) == (
         "the iterator list_iterator was used up in an earlier epoch. Pass a list of batches, or a generator function "
@@ -312,7 +319,7 @@ def test_an_iterator_lasts_for_one_epoch(folder: Path) -> None:
 
 
 def test_validation_data_without_a_batch_is_named(folder: Path) -> None:
-    error, record = failure(folder, sgd_task(line()), DATA, used_up())
+    error, record = failure(folder, sgd_task(line()), DATA, used_up(), epochs=1)
     assert type(error) is lw.DataError
     assert str(error) == (
         "the valid data gave no batch. If it is an iterator, it is used up: pass a list or a DataLoader"

@@ -324,3 +324,13 @@ def test_no_process_outlives_the_one_that_launched_it(number: signal.Signals, tm
     while not all(ended(pid) for pid in ranks):
         assert time.monotonic() < until, "a rank is left"
         time.sleep(0.01)
+
+
+def test_a_signal_while_a_rank_is_started_ends_that_rank_too(tmp_path: Path) -> None:
+    body = """
+    import signal
+    os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    lw.launch(waits, 1)
+    """
+    done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "")

@@ -79,8 +79,8 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
             process = context.Process(target=_run_rank, args=call, name=f"rank {rank}")
             with _quiet_fork(), _held_back():
                 process.start()
+                ranks.append(process)  # a signal that was held back finds it there
             theirs.close()
-            ranks.append(process)
         # the ranks meet here, as they meet at torchrun's agent; after the start, for a fork copies no threads
         port, descriptor = listener.getsockname()[1], listener.detach()
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -174,7 +174,10 @@ def _quiet_fork() -> Iterator[None]:
 
 @contextmanager
 def _held_back() -> Iterator[None]:
-    """A signal to stop comes after this block: what Python calls at a fork would swallow the exception of one."""
+    """A signal to stop comes after this block: what Python calls at a fork would swallow the exception of one.
+
+    A rank that has begun and is not yet in the list would outlive it, and this process would wait for it at its end.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
