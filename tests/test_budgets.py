@@ -48,7 +48,7 @@ def by_hand(net: Any, sgd: Any, loader: Any) -> None:
         sgd.step()
 
 
-@pytest.mark.capability("B-23")
+@pytest.mark.capability("B-23", "FA-28", "PL-30")
 def test_a_step_with_the_defaults_makes_at_most_110_calls(tmp_path: Path) -> None:
     """Bar, records in a file, accuracy, history, checkpoint policy and non-finite check; the loop by hand makes 134."""
 
@@ -89,7 +89,7 @@ def test_the_import_loads_one_module_over_torch_and_the_help_not_even_torch() ->
     assert not {"torch", "numpy", "loopwright.trainer"} & loaded
 
 
-@pytest.mark.capability("B-23")
+@pytest.mark.capability("B-23", "FA-28", "PL-30")
 def test_the_published_table_keeps_what_it_promises() -> None:
     """No row of docs/benchmarks.md misses its goal; what it costs over the loop by hand, and the import, have one."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text(encoding="utf-8").splitlines()]

@@ -132,6 +132,53 @@ def test_cuda_graph_modes_of_the_compiler_are_refused() -> None:
         trainer(epochs=1, compile={"mode": "reduce-overhead"}, device="cuda").fit(task, loader())
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"nonfinite": None}, {"clip_norm": 0.1, "accumulate": 3}, {"precision": "bf16"}]
+)
+@pytest.mark.parametrize("make", ["sgd", "adamw"])
+def test_recorded_steps_leave_the_bits_of_those_that_are_not(make: str, settings: dict[str, Any]) -> None:
+    found = []
+    for recorded in (False, True):
+        net = classifier(dropout=0.3, batch_norm=True).to(CUDA)
+        rate = torch.tensor(0.01, device=CUDA)
+        optimizer: Any = torch.optim.AdamW(net.parameters(), lr=rate, capturable=True)
+        schedule = lw.schedules.cosine(0.1, 0.001)
+        if make == "sgd":
+            optimizer, schedule = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), None
+        task = lw.Supervised(net, cross_entropy, optimizer, schedule=schedule, metrics={"acc": lw.metrics.Accuracy()})
+        user = trainer(epochs=5, seed=1, device="cuda", cuda_graphs=recorded, **settings)
+        run = user.fit(task, loader(37, batch_size=8, shuffle=True))
+        found.append(
+            (net.state_dict(), optimizer.state_dict(), {name: list(all) for name, all in run.history.losses.items()})
+        )
+    assert run.graphs.recorded == 2
+    assert same(*found)
+
+
+def test_a_recorded_step_that_is_not_finite_moves_nothing() -> None:
+    data = batches()
+    spoilt = [torch.full_like(data[0][0], torch.nan), data[0][1]]
+    ends = []
+    for recorded in (False, True):
+        net = classifier().to(CUDA)
+        user = trainer(epochs=2, device="cuda", nonfinite="skip", cuda_graphs=recorded)
+        run = user.fit(sgd_task(net, lr=0.1, loss=cross_entropy), [*data, spoilt, *data])
+        assert run.skipped == 2
+        ends.append(net.state_dict())
+    assert same(*ends)
+
+
+def test_a_step_that_reads_the_device_cannot_be_recorded() -> None:
+    def loss(preds: Any, target: Any) -> Any:
+        found = cross_entropy(preds, target)
+        return found * max(1.0, found.item())
+
+    net = classifier().to(CUDA)
+    with pytest.raises(lw.SettingError, match="reads nothing from the device"):
+        trainer(epochs=2, device="cuda", cuda_graphs=True).fit(sgd_task(net, lr=0.1, loss=loss), batches())
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("name", ["adam", "radam", "lamb", "sgd"])
 def test_a_step_of_step_functions_is_recorded_in_a_cuda_graph(name: str) -> None:
     """With ``capturable=True`` nothing is read from the device; each replay is the next step."""

@@ -113,11 +113,12 @@ def train_epoch(run: Run, stage: Stage) -> None:
     batches = at(run.progress.epoch, run.progress.batch)
     if run.schema is None:
         batches = noted(run, batches)
+    step = train_step if run.graphs is None else run.graphs
     ended = stopped = False
     try:
         for window, planned in windows(run, stage, batches):
             try:
-                result = train_step(run, stage, window, planned)
+                result = step(run, stage, window, planned)
             except SkipStep:
                 result = None
             except StopEpoch:  # before the window had anything to step

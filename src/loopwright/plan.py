@@ -91,6 +91,8 @@ def facts_of(run: Run) -> Iterator[str]:
     yield f"device: {run.device}, precision: {run.precision.name}"
     if run.compiler is not None:
         yield f"steps are compiled: {run.compiler.name}"
+    if run.graphs is not None:
+        yield "steps are CUDA graphs, recorded for each shape of a window"
     reasons = run.exact if isinstance(run.exact, list) else []
     yield f"exact resume: no, since {'; '.join(reasons)}" if reasons else "exact resume: yes"
 

@@ -22,6 +22,7 @@ from loopwright.data.named import check_columns, columns_of
 from loopwright.errors import DataError, SettingError
 from loopwright.events import Callback, hook_name
 from loopwright.given import not_callable_with
+from loopwright.graphs import obstacles
 from loopwright.monitored import output_names, watched_in_vain, watched_the_wrong_way
 from loopwright.optim import match_names
 from loopwright.overlooked import misnamed, own_functions, saved_in_vain
@@ -76,7 +77,7 @@ def problems_in(run: Run, written: Written) -> Found:
     """All that cannot work, as far as it can be known without reading a batch."""
     for check in (
         _parameters, _unused, _signatures, _schedules, _intervals, _watched, _settings, _given_twice, _numbers,
-        _compilation, _columns,
+        _compilation, _graphs, _columns,
     ):  # fmt: skip
         yield from check(run, written)
     yield from saved_in_vain(run)
@@ -600,6 +601,12 @@ def _numbers(run: Run, written: Written) -> Found:
                 "net.float() before the optimizer is made",
                 written.trainer,
             )
+
+
+def _graphs(run: Run, written: Written) -> Found:
+    """Steps that cannot be recorded as CUDA graphs."""
+    if run.graphs is not None:
+        yield from ((problem, written.trainer) for problem in obstacles(run))
 
 
 def _compilation(run: Run, written: Written) -> Found:

@@ -143,6 +143,7 @@ def _close(run: Run, error: BaseException | None) -> None:
         if run.folder is not None and not run.comm.rank:
             progress = run.progress._asdict() | {"waited": run.waited}
             progress |= {} if run.compiler is None else {"graphs": run.compiler.graphs}
+            progress |= {} if run.graphs is None else {"recorded": run.graphs.recorded}
             ranks = {} if run.team is None else {"ranks": run.team.needs}
             close_folder(
                 run.folder, status, error=first, metrics=run.metrics, progress=progress, exact=run.exact, **ranks

@@ -376,7 +376,7 @@ _PLACED: dict[Placement, str] = {
     "stage_ended_at own_loss trainable validates_within validated_at skips_in_row stepless stages recorded",
     "sharded": "task models optimizers",
     "own": "callbacks hooks comm device state meters latest series team data handlers window looking open_step "
-    "compiler restore moves_batches began closing at_sigterm config code attributes",
+    "compiler graphs restore moves_batches began closing at_sigterm config code attributes",
     "rank 0": "loggers lost",
 }  # fmt: skip
 
@@ -475,6 +475,7 @@ class Run:
     ended: bool = False  # all is trained, validated and recorded; what is left is to save it
     changes: list[tuple[str, Any]] = field(default_factory=list)
     compiler: Any = None  # makes the compiled form of a step
+    graphs: Any = None  # takes the place of loop.train_step where steps are recorded and replayed
     restore: Callable[[], None] | None = None  # puts back what a checkpoint holds
     closing: list[Callable[[Run], None]] = field(default_factory=list)  # called when the folder of the run is closed
     at_sigterm: tuple[Callable[..., None], ...] = ()  # these become hooks, on_grads_ready, when SIGTERM comes
@@ -516,6 +517,11 @@ class Run:
         """What a validation calls for each batch."""
         step: Step = self.task.validation_step
         return step if self.compiler is None else self.compiler(step)
+
+    @property
+    def merges(self) -> str:
+        """The setting under which Python does not run through the modules in every step; "" where it does."""
+        return "compile=True" if self.compiler is not None else "cuda_graphs=True" if self.graphs is not None else ""
 
     @property
     def owes_epoch_end(self) -> bool:

@@ -39,6 +39,7 @@ from loopwright.events import Callback, Hooks, check_callback, describe
 from loopwright.every import Every
 from loopwright.explain import explain, writers
 from loopwright.given import check_flag, check_list, check_seed, check_text, is_number, named
+from loopwright.graphs import StepGraphs
 from loopwright.handlers import Event, Filter, Handler
 from loopwright.history import History, Series
 from loopwright.interrupt import leave_if_interrupted, watch_signals
@@ -125,8 +126,10 @@ class Trainer:
     only gradients overflow, the scaler drops the step and lowers its scale, 30 times in a row at most.
 
     ``compile=True`` compiles the steps (forward and loss, also those of validation, test and prediction) by
-    torch.compile; a dict names its options. ``debug=lw.Debug(...)`` is for looking for mistakes: a rehearsal of the
-    run, one batch again and again, a part of the data, anomaly mode, an audit, a profile.
+    torch.compile; a dict names its options. ``cuda_graphs=True`` records a training step, from its batch to the
+    optimizers, and replays it: for small models on CUDA, with batches of few shapes (docs/precision.md).
+    ``debug=lw.Debug(...)`` is for looking for mistakes: a rehearsal of the run, one batch again and again, a part of
+    the data, anomaly mode, an audit, a profile.
 
     Raises SettingError for a value that cannot be used.
 
@@ -174,6 +177,7 @@ class Trainer:
         deterministic: bool = False,
         nonfinite: str | None = "raise",
         compile: bool | Mapping[str, Any] = False,
+        cuda_graphs: bool = False,
         debug: Debug | None = None,
     ) -> None:
         if loggers is None and folder is not None:
@@ -204,6 +208,8 @@ class Trainer:
         self.devices, self.nodes, self.strategy = devices, nodes, strategy
         pick_precision(precision)
         self.compile = compile_options(compile)
+        check_flag("cuda_graphs", cuda_graphs)
+        self.cuda_graphs = cuda_graphs
         listed_loggers: Any = [loggers] if isinstance(loggers, str) else () if loggers is None else loggers
         check_list("callbacks", callbacks, "lw.EarlyStopping('valid/loss')")
         check_list("loggers", listed_loggers, "'csv'")
@@ -603,6 +609,7 @@ class Trainer:
             handlers=handlers, moves_batches=device.type != "cpu" or precision.holds is not None,
             history=history, series=Series(history.losses), log_every=Every(self.log_every),
             compiler=None if self.compile is None else Compiler(self.compile, device),
+            graphs=StepGraphs(device) if self.cuda_graphs else None,
         )  # fmt: skip
 
     def _savers(self) -> list[Any]:

@@ -73,6 +73,8 @@ class Anneal(Callback):
                     yield f"Anneal of {path!r}, stage {stage.name!r}: {error}"
         if run.compiler is not None and self.of is None:
             yield "Anneal changes numbers which a compiled step has built in; train with compile=False"
+        if run.graphs is not None:
+            yield "Anneal changes numbers before every step, which cuda_graphs=True has built in; leave one of them out"
 
     def _moved_twice(self, run: Run) -> Iterator[str]:
         """Numbers that another one before moves too, or to which two paths of this one lead."""

@@ -42,8 +42,8 @@ class Anomaly(Callback):
                 f"Debug(anomaly=True) cannot apply to precision={run.precision.name!r}, where scaled gradients "
                 "overflow by design; look at the run with precision='bf16' or 'fp32'"
             )
-        if run.compiler is not None:
-            yield "Debug(anomaly=True) looks at each module, which compile=True merges; leave one of them out"
+        if run.merges:
+            yield f"Debug(anomaly=True) looks at each module, which {run.merges} merges; leave one of them out"
 
     def on_fit_start(self, run: Run) -> None:
         self._first = None

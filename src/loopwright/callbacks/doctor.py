@@ -87,8 +87,8 @@ class Doctor(Callback):
         self._edges: dict[torch.device, Tensor] = {}
 
     def problems(self, run: Run) -> Iterator[str]:
-        if run.compiler is not None:
-            yield "Doctor looks at each module, which compile=True merges; leave one of them out"
+        if run.merges:
+            yield f"Doctor looks at each module, which {run.merges} merges; leave one of them out"
         if getattr(getattr(run.team, "strategy", None), "shards", False):
             yield "Doctor needs whole parameters, which FSDP shares out; look at the model with strategy='ddp'"
 

@@ -52,8 +52,8 @@ class Throughput(Callback):
         self._last = time.perf_counter()
 
     def on_fit_start(self, run: Run) -> None:
-        if self.flops and run.compiler is not None:
-            raise SettingError("Throughput(flops=True) cannot count the operations of compiled steps; leave one out")
+        if self.flops and run.merges:
+            raise SettingError(f"Throughput(flops=True) cannot count the operations under {run.merges}; leave one out")
         if self.tokens is None:  # one hook less for each batch
             own = self.on_batch_start
             run.hooks.on_batch_start = tuple(hook for hook in run.hooks.on_batch_start if hook != own)

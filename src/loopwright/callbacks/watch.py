@@ -60,8 +60,8 @@ class Watch(Callback):
             yield "Watch belongs among the callbacks of the Trainer, not of a stage; at=... says when it looks"
         if "gpu" in self.what and run.device.type != "cuda":
             yield f"Watch('gpu') looks at CUDA, and this run is on {run.device}; leave 'gpu' out"
-        if "activations" in self.what and run.compiler is not None:
-            yield "Watch('activations') looks at each module, which compile=True merges; leave one of them out"
+        if "activations" in self.what and run.merges:
+            yield f"Watch('activations') looks at each module, which {run.merges} merges; leave one of them out"
         shards = getattr(getattr(run.team, "strategy", None), "shards", False)
         if shards and {"parameters", "gradients"} & {*self.what}:
             yield "Watch needs whole parameters, which FSDP shares out; look at the model with strategy='ddp'"

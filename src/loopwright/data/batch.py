@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -132,6 +132,22 @@ def move(batch: Any, device: torch.device | str, dtype: torch.dtype | None = Non
             f"batch{failed.path} ({describe(failed.leaf)}) cannot be moved to {device}: {cause}. Return tensors, or "
             "objects whose .to(device) works, from the dataset or its collate_fn"
         ) from cause
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested value with ``change`` made to every tensor in it.
+
+    >>> with_tensors({"x": torch.ones(1), "names": ["a"]}, lambda tensor: tensor + 1)
+    {'x': tensor([2.]), 'names': ['a']}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: with_tensors(part, change) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [with_tensors(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 class _Unmovable(Exception):  # noqa: N818 - never leaves this file

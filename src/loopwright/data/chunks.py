@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopwright.data.batch import move
+from loopwright.data.batch import move, with_tensors
 from loopwright.errors import DataError, LoopwrightError, StepOutputError
 from loopwright.state import Source
 
@@ -37,7 +37,7 @@ def chunked(batch: Any, length: int) -> Iterator[Any]:
         def taken(t: Tensor, piece: slice = piece) -> Tensor:
             return t[:, piece] if t.dim() > 1 and t.size(1) == steps else t
 
-        yield _mapped(batch, taken)
+        yield with_tensors(batch, taken)
 
 
 class Chunks:
@@ -121,7 +121,7 @@ class Chunks:
                     'truncate= write: def training_step(self, batch, carry=None): ... return {"loss": loss, "carry": h}'
                 )
             output = dict(output)
-            self.carried[name] = _mapped(output.pop("carry"), Tensor.detach)
+            self.carried[name] = with_tensors(output.pop("carry"), Tensor.detach)
             self._loaded = False
             return output
 
@@ -163,15 +163,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (Mapping, list, tuple)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(part)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested value with ``change`` made to every tensor in it."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [_mapped(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value

@@ -93,7 +93,7 @@ class Report(Callback):
         self._blank = False
         if run.comm.rank == 0:
             self._warned.start()
-            if run.compiler is None and run.team is None:
+            if not run.merges and run.team is None:
                 self._watch(run.models)
         run.closing.append(self._close)
 
