@@ -140,22 +140,20 @@ class CudaRecorder:
             current.wait_stream(self.stream)
 
     def begin(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        self._open = (
-            graph,
-            torch.cuda.graph(
-                graph,
-                pool=self.pool,
-                stream=self.stream,
-                capture_error_mode="thread_local",  # loaders pin memory beside it
-            ),
-        )
-        self._open[1].__enter__()
+        graph, self._before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        # loaders pin memory in threads of their own, which must not spoil it
+        context = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        context.__enter__()
+        self._open = graph, context
 
     def end(self) -> Callable[[], None]:
         assert self._open is not None
         (graph, context), self._open = self._open, None
-        context.__exit__(None, None, None)
+        try:
+            context.__exit__(None, None, None)
+        except BaseException:  # torch leaves its stream as the current one
+            torch.cuda.set_stream(self._before)
+            raise
         replay: Callable[[], None] = graph.replay
         return replay
 
