@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from loopwright import rng
-from loopwright.data import Chunks, with_tensors
+from loopwright.data import Chunks
+from loopwright.data.batch import with_tensors
 from loopwright.data.generators import OF_MODULES
 from loopwright.errors import SettingError
 from loopwright.events import fire, hook_name

@@ -1,6 +1,6 @@
 """Data as batches in a known order: adapters for what users have, our own loader, and what the loop asks of a batch."""
 
-from loopwright.data.batch import move, samples, with_tensors
+from loopwright.data.batch import move, samples
 from loopwright.data.chunks import Chunks, chunked
 from loopwright.data.download import fetch
 from loopwright.data.fingerprint import changes, fingerprint
@@ -50,5 +50,4 @@ __all__ = [
     "shared",
     "summary",
     "train_valid_split",
-    "with_tensors",
 ]
