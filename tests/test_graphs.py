@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -37,14 +38,16 @@ def adam(params: Any) -> Any:
 
 
 class Net(nn.Module):
-    """Counts how often Python comes by."""
+    """Counts how often Python comes by, where it is not looked for."""
+
+    calls = 0
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.inner, self.calls = classifier(**settings), SimpleNamespace(count=0)
+        self.inner = classifier(**settings)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls.count += 1
+        Net.calls += 1
         out: Tensor = self.inner(x)
         return out
 
@@ -61,7 +64,7 @@ def ends(make: Callable[..., Any] = momentum, data: Any = None, task: Any = None
     """Bits of what is left and what was told, of a run that is recorded and of one that is not."""
     found = []
     for recorded in (False, True):
-        net = Net(dropout=0.3, batch_norm=True)
+        net, Net.calls = Net(dropout=0.3, batch_norm=True), 0
         own = (
             task(net)
             if task
@@ -91,9 +94,9 @@ def test_the_bits_are_those_of_steps_that_are_not_recorded(make: Any, settings: 
 
 
 def test_python_does_not_come_by_a_step_that_is_replayed() -> None:
-    run, net = ends(data=lambda: loader(32, batch_size=8), epochs=5)
+    run, _ = ends(data=lambda: loader(32, batch_size=8), epochs=5)
     # the momentum is made in the first step; three more of one kind; the one that is recorded
-    assert (run.progress.step, run.graphs.recorded, net.calls.count) == (20, 1, 1 + 3 + 1)
+    assert (run.progress.step, run.graphs.recorded, Net.calls) == (20, 1, 1 + 3 + 1)
 
 
 def test_a_schedule_is_followed_where_the_rate_is_a_tensor() -> None:
@@ -124,7 +127,8 @@ def test_what_is_changed_between_two_steps_is_recorded_anew(change: str) -> None
     assert run.graphs.recorded == 2
 
 
-def test_hooks_before_and_after_a_step_are_called_in_every_step() -> None:
+@pytest.mark.parametrize("nonfinite", ["raise", None])
+def test_hooks_before_and_after_a_step_are_called_in_every_step(nonfinite: str | None) -> None:
     seen: list[Any] = []
 
     class Looks(lw.Callback):
@@ -138,7 +142,7 @@ def test_hooks_before_and_after_a_step_are_called_in_every_step() -> None:
             seen.append((result.values["loss"], result.output["preds"], result.weight))
             seen.append([p.grad.clone() for p in run.task.parameters() if p.grad is not None])
 
-    run, _ = ends(callbacks=[Looks])
+    run, _ = ends(callbacks=[Looks], nonfinite=nonfinite)
     half = len(seen) // 2
     assert same(seen[:half], seen[half:])  # also those that were kept: a replay does not write into them
     assert half == 3 * run.progress.step
@@ -287,9 +291,148 @@ def test_what_comes_in_too_many_shapes_is_done_without() -> None:
         x, y = samples(60)
         return [[x[:n], y[:n]] for n in range(2, 14)]
 
-    with pytest.warns(lw.LoopwrightWarning, match="8 kinds of windows are recorded, and there are more"):
+    with pytest.warns(lw.LoopwrightWarning, match="more than 8 kinds of windows have come"):
         run, _ = ends(data=data)
     assert run.graphs.recorded == 8
+
+
+class Same(lw.Task):
+    """Two phases that move the same parameters, with other gradients each; some batches spoil one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = classifier(seed=1)
+
+    def configure_optimizers(self) -> Any:
+        return momentum(self.parameters())
+
+    def phases(self) -> list[lw.Phase]:
+        return [lw.Phase("one", self.step_one), lw.Phase("two", self.step_two, clip_norm=1.0)]
+
+    def step_one(self, batch: Any) -> Any:
+        return cross_entropy(self.net(batch[0]), batch[1]) * batch[2].mean()
+
+    def step_two(self, batch: Any) -> Any:
+        return cross_entropy(self.net(batch[0]), batch[1], label_smoothing=0.1) * batch[3].mean()
+
+
+@pytest.mark.parametrize("spoilt", [2, 3])
+def test_each_phase_is_judged_by_its_own_gradients(spoilt: int) -> None:
+    x, y = samples(64)
+    data = [[x[i : i + 8], y[i : i + 8], torch.ones(8), torch.ones(8)] for i in range(0, 64, 8)]
+    data[5][spoilt] = torch.full((8,), torch.nan)
+    norms: list[Any] = []
+
+    class Looks(lw.Callback):
+        def on_step_end(self, run: lw.Run, result: lw.StepResult) -> None:
+            norms.append(None if result.grad_norm is None else result.grad_norm.clone())
+
+    run, _ = ends(data=lambda: data, task=lambda net: Same(), nonfinite="skip", callbacks=[Looks])
+    assert run.skipped == 6
+    assert same(norms[: len(norms) // 2], norms[len(norms) // 2 :])
+
+
+def test_a_step_that_was_dropped_has_made_nothing_ready() -> None:
+    """The momentum is made by the first step that is taken, and not in a recording."""
+    good = [list(batch) for batch in loader(32, batch_size=8)]
+    spoilt = [[torch.full((8, 5), torch.nan), y] for _, y in good]
+    ends(data=lambda: [*spoilt, *spoilt[:2], *good], task=lambda net: plain(), nonfinite="skip")
+
+
+def test_kinds_whose_steps_train_other_parameters() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = classifier(seed=1), classifier(seed=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = (self.one if len(x) == 8 else self.two)(x)
+            return out
+
+    x, y = samples(40)
+    data = [[x[:8], y[:8]], [x[8:14].clone(), y[8:14]], [torch.full((8, 5), torch.nan), y[:8]]]
+    data.append([x[14:20].clone(), y[14:20]])  # what is copied into a recording is aligned, and has the bits of that
+
+    def task(net: nn.Module) -> lw.Supervised:
+        return lw.Supervised(Branches(), cross_entropy, lambda params: torch.optim.SGD(params, 0.1))
+
+    run, _ = ends(data=lambda: data, task=task, nonfinite="skip")
+    assert run.skipped == 6
+
+
+def test_an_epoch_that_a_hook_ends_within_a_window() -> None:
+    class Ends(lw.Callback):
+        def on_batch_start(self, run: lw.Run, batch: Any) -> None:
+            if run.progress.epoch > 3 and batch[0][0, 0] == self.at:
+                raise lw.StopEpoch
+
+        def __init__(self, at: float) -> None:
+            self.at = at
+
+    data = [list(batch) for batch in loader(37, batch_size=8)]
+    for i in (3, 1):  # the first of a window, and the second
+        ends(data=lambda: data, accumulate=3, callbacks=[lambda i=i: Ends(data[i][0][0, 0].item())], fit={})
+
+
+def test_numbers_that_hang_on_other_objects_are_seen() -> None:
+    class Loss:
+        def __init__(self) -> None:
+            self.settings = SimpleNamespace(smooth={"by": [0.0]})
+
+        def __call__(self, preds: Tensor, target: Tensor) -> Tensor:
+            return cross_entropy(preds, target, label_smoothing=self.settings.smooth["by"][0])
+
+    class Smooths(lw.Callback):
+        def on_epoch_start(self, run: lw.Run) -> None:
+            run.task.loss.settings.smooth["by"][0] = 0.1 * (run.progress.epoch // 3)
+
+    def task(net: nn.Module) -> lw.Supervised:
+        return lw.Supervised(net, Loss(), momentum)
+
+    run, _ = ends(data=lambda: loader(48, batch_size=8), task=task, callbacks=[Smooths])
+    assert run.graphs.recorded == 2
+
+
+def test_what_a_forward_leaves_with_its_graph_is_no_change() -> None:
+    """As mixtures of experts leave the loss of their balance."""
+
+    class Leaves(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.aux = self.inner[0].weight.square().mean()
+            return super().forward(x)
+
+    def task(net: nn.Module) -> lw.Supervised:
+        net = Leaves()
+        return lw.Supervised(net, lambda preds, target: cross_entropy(preds, target) + net.aux, momentum)
+
+    run, _ = ends(task=task)
+    assert run.graphs.recorded == 2
+
+
+def test_a_rate_that_is_another_in_each_epoch_of_one_step_is_told_and_followed() -> None:
+    def task(net: nn.Module) -> lw.Supervised:
+        def schedule(optimizer: Any) -> Any:
+            return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+        return lw.Supervised(net, cross_entropy, momentum, schedule=schedule)
+
+    with pytest.warns(lw.LoopwrightWarning, match="lr of a group of SGD changes so often that few steps are replayed"):
+        ends(data=lambda: [list(batch) for batch in loader(8, batch_size=8)], task=task, epochs=20)
+
+
+def test_rates_are_sought_with_steps_that_are_not_recorded() -> None:
+    found = lw.lr_find(trainer(epochs=1, cuda_graphs=True), plain(), loader(64, batch_size=8), steps=20)
+    assert len(found.lrs) > 9
+
+
+def test_the_values_of_a_step_that_fails_are_in_its_capsule(tmp_path: Path) -> None:
+    batches = [list(batch) for batch in loader(32, batch_size=8)]
+    data = [*batches * 3, [torch.full((8, 5), torch.nan), batches[0][1]]]
+    user = lw.Trainer(epochs=1, folder=tmp_path, progress=False, cuda_graphs=True, checkpoint=False)
+    with pytest.raises(lw.NonFiniteError):
+        user.fit(plain(), data)
+    (capsule,) = tmp_path.glob("*/*/capsules/*")
+    assert json.loads((capsule / "state.json").read_text())["values"]["loss"] != {}
 
 
 # ------------------------------------------------------------------------------------------- what cannot be recorded
@@ -328,6 +471,37 @@ def test_a_step_that_reads_the_device_or_draws_on_the_host_is_refused() -> None:
     assert "reads nothing from the device" in refused(lambda task, batch: loss(task, batch) * loss(task, batch).item())
     assert "draws random numbers of python on" in refused(lambda task, batch: loss(task, batch) * random.random())
     assert "numpy" in refused(lambda task, batch: loss(task, batch) * float(np.random.rand()))
+    net = classifier()
+    net.own = np.random.default_rng(0)  # type: ignore[assignment]
+    assert "task.net.own on the host" in refused(lambda task, batch: loss(task, batch) * task.net.own.random(), net)
+
+
+def test_hooks_that_come_when_the_fit_begins_are_refused() -> None:
+    class Clips(lw.Callback):
+        def on_fit_start(self, run: lw.Run) -> None:
+            for parameter in run.task.parameters():
+                parameter.register_hook(lambda grad: grad.clamp(-1, 1))
+
+    class Joins(lw.Callback):
+        def on_fit_start(self, run: lw.Run) -> None:
+            run.hooks.map_loss = (lambda run, loss, *_: loss,)
+
+    for callback, why in ((Clips(), "register_hook"), (Joins(), "in the middle of a step")):
+        with pytest.raises(lw.SettingError, match=why):
+            trainer(epochs=9, cuda_graphs=True, callbacks=[callback]).fit(plain(), loader(32, batch_size=8))
+
+
+@pytest.mark.parametrize("kind", [lw.StopEpoch, lw.SkipStep])
+def test_a_step_that_steers_is_refused(kind: type[Exception]) -> None:
+    """It has run three times, and the fourth is recorded: one that raises in Python would do so in every replay."""
+    count = iter(range(10**6))
+
+    def step(task: Any, batch: Any) -> Any:
+        if next(count) == 4:
+            raise kind
+        return cross_entropy(task.net(batch[0]), batch[1])
+
+    assert "raised SkipStep or StopEpoch" in refused(step)
 
 
 def test_a_batch_that_cannot_be_copied_is_refused() -> None:
@@ -349,8 +523,8 @@ def plain(make: Any = momentum, **settings: Any) -> lw.Task:
 
 
 REFUSED: dict[str, tuple[Callable[[], lw.Task], dict[str, Any]]] = {
-    "Acts.map_loss is called in the middle": (plain, {"callbacks": [acts(map_loss=lambda run, loss, *_: loss)]}),
-    "on_grads_ready is called in the middle": (plain, {"callbacks": [acts(on_grads_ready=lambda *_: None)]}),
+    "Acts.map_loss would be called in the middle": (plain, {"callbacks": [acts(map_loss=lambda run, loss, *_: loss)]}),
+    "on_grads_ready would be called in the middle": (plain, {"callbacks": [acts(on_grads_ready=lambda *_: None)]}),
     "precision='fp16'": (plain, {"precision": "fp16"}),
     "Adam counts its steps on the host": (lambda: plain(torch.optim.Adam), {}),
     r"the lr of SGD is set before every step.* lr=torch.tensor\(0.1, device='cuda'\), fused=True":

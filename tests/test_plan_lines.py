@@ -225,9 +225,9 @@ trainer.fit(task(), data)
 config = {"epochs": 1, "folder": None, "clip": 1.0}
 trainer = lw.Trainer(**config)  # here
 """, "clip=1.0: there is no such argument. Known: 'accumulate', 'callbacks', 'capsule', 'checkpoint', 'clip_norm', "
-     "'compile', 'cuda_graphs', 'debug', 'deterministic', 'device', 'devices', 'epochs', 'folder', 'log_every', 'loggers', 'name', "
-     "'nodes', 'nonfinite', 'precision', 'progress', 'seed', 'steps', 'strategy', 'time', 'validate_every'. Did you "
-     "mean 'clip_norm'?"),
+     "'compile', 'cuda_graphs', 'debug', 'deterministic', 'device', 'devices', 'epochs', 'folder', 'log_every', "
+     "'loggers', 'name', 'nodes', 'nonfinite', 'precision', 'progress', 'seed', 'steps', 'strategy', 'time', "
+     "'validate_every'. Did you mean 'clip_norm'?"),
     "a key of a schedule that nobody uses": ("""
 trainer = lw.Trainer(**settings)
 sgd = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -171,7 +171,7 @@ def _try(trainer: Trainer, task: Task, data: Any, *, until: str, schedule: Any =
         settings = {
             **trainer.settings, "epochs": None, "steps": None, "time": None, "folder": None, "name": None,
             "checkpoint": False, "capsule": False, "loggers": [], "progress": False, "validate_every": "1 epoch",
-            "nonfinite": None, "callbacks": [*changing, watch],
+            "nonfinite": None, "cuda_graphs": False, "callbacks": [*changing, watch],
             "precision": precision if isinstance(precision, str) else copy.deepcopy(precision),
         }  # fmt: skip
         with warnings.catch_warnings():

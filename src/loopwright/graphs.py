@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import cycle
 from typing import Any, Protocol
 
@@ -20,12 +19,14 @@ from torch import Tensor, nn
 from loopwright import rng
 from loopwright.data import Chunks
 from loopwright.data.batch import with_tensors
-from loopwright.data.generators import OF_MODULES
-from loopwright.errors import SettingError
+from loopwright.data.generators import streams_of
+from loopwright.errors import SettingError, StopEpoch
 from loopwright.events import fire, hook_name
-from loopwright.loop import train_step
+from loopwright.loop import held, train_step
+from loopwright.out_of_memory import is_out_of_memory
 from loopwright.state import Phase, Run, Stage, StepResult
 from loopwright.steps import nonfinite, prepared
+from loopwright.unchanged import Unchanged
 from loopwright.written import warn
 
 __all__ = ["StepGraphs", "obstacles"]
@@ -33,21 +34,29 @@ __all__ = ["StepGraphs", "obstacles"]
 _DEVICE = "cuda"
 _WARM_UP = 3  # steps of one kind before it is recorded: libraries choose their kernels, optimizers make their state
 _KINDS = 8  # of windows that are recorded, as many as torch keeps compiled forms of one function
-_SHORT = 16  # lists that are compared by what is in them, such as betas; longer ones by their length
 _UNSTEADY = 12  # steps in a row before each of which something is new
 _INSIDE = ("map_output", "map_loss", "on_backward_end", "on_grads_ready")
 _PLAIN = (bool, int, float, complex, str, type(None))
+
+
+_STEERS = (
+    "cuda_graphs=True: the step raised SkipStep or StopEpoch, which a replay cannot; raise them in on_batch_start, or "
+    "leave cuda_graphs out"
+)
+_HOOKED = (
+    "cuda_graphs=True cannot apply where functions of Python hang on gradients or on the steps of an optimizer "
+    "(register_hook, register_step_post_hook): a replay does not call them; remove them, or leave cuda_graphs out"
+)
 
 
 def obstacles(run: Run) -> Iterator[str]:
     """Why the steps of ``run`` cannot be recorded, each with what to do."""
     if run.device.type != _DEVICE:
         yield f"cuda_graphs=True needs a CUDA device, and this run is on {run.device}; leave it out"
-    for hook in (hook for name in _INSIDE for hook in getattr(run.hooks, name)):
-        yield (
-            f"{hook_name(hook, run)} is called in the middle of a step, which cuda_graphs=True runs in one "
-            "piece; leave one of them out"
-        )
+    if reason := _inside(run):
+        yield reason
+    if any(_has_hooks(phase) for stage in run.stages for phase in stage.phases):
+        yield _HOOKED
     for setting, given, instead in (
         (f"precision={run.precision.name!r}", run.precision.scaler is not None, "precision='bf16' needs no scaler"),
         ("several processes", run.team is not None, "compile=True works there"),
@@ -67,11 +76,10 @@ def _obstacles_in(stage: Stage, device: torch.device) -> Iterator[str]:
         ("a phase that does not run in every step", any(phase.every != 1 for phase in stage.phases)),
         ("a phase that moves its optimizers itself", any(not phase.moved for phase in stage.phases)),
         ("an optimizer that calls the step back", any(phase.closure for phase in stage.phases)),
-        ("an optimizer or a parameter with hooks", any(map(_has_hooks, stage.phases))),
     ):
         if given:
             yield f"cuda_graphs=True cannot apply to stage {stage.name!r}, which has {setting}; leave it out"
-    scheduled = {id(one.optimizer) for one in stage.scheduled}
+    scheduled = {id(one.optimizer) for one in stage.scheduled if "lr" in _keys(one)}
     for phase in stage.phases:
         scheduled |= {id(one.torch.optimizer) for one in phase.step_schedulers}
         for optimizer in phase.moved:
@@ -88,6 +96,28 @@ def _obstacles_in(stage: Stage, device: torch.device) -> Iterator[str]:
                     f"on the device: lr=torch.tensor({float(groups[0]['lr']):g}, device='cuda')"
                     f"{'' if counts else ', fused=True'}"
                 )
+    for one in stage.scheduled:
+        for key in sorted(_keys(one) - {"lr"}):
+            if not all(isinstance(group.get(key), Tensor) for group in one.optimizer.param_groups):
+                yield (
+                    f"{key} of {type(one.optimizer).__name__} is set before every step, and is a number that "
+                    "cuda_graphs=True would keep; leave that schedule out, or cuda_graphs"
+                )
+
+
+def _keys(scheduled: Any) -> set[str]:
+    return {name.partition("/")[0] for name in scheduled.schedules}
+
+
+def _inside(run: Run) -> str | None:
+    """Why a hook is in the way of recording; None if there is none in the middle of a step."""
+    found = [hook_name(hook, run) for name in _INSIDE for hook in getattr(run.hooks, name)]
+    if not found:
+        return None
+    return (
+        f"{' and '.join(found)} would be called in the middle of a step, which cuda_graphs=True runs in one piece; "
+        "leave one of them out"
+    )
 
 
 def _has_hooks(phase: Phase) -> bool:
@@ -144,7 +174,11 @@ class CudaRecorder:
         graph, self._before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
         # loaders pin memory in threads of their own, which must not spoil it
         context = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        context.__enter__()
+        try:
+            context.__enter__()
+        except BaseException:
+            torch.cuda.set_stream(self._before)
+            raise
         self._open = graph, context
 
     def end(self) -> Callable[[], None]:
@@ -164,11 +198,13 @@ class CudaRecorder:
 
 @dataclass(slots=True)
 class _Check:
-    """Between two pieces: are loss and gradients of a phase finite?"""
+    """Between two pieces: are loss and gradients of a phase finite? What there is of the step by then."""
 
     phase: Phase
     norm: Tensor | None
-    names: frozenset[str]  # of the values that there are by then
+    grads: list[tuple[Tensor, Tensor | None]]
+    values: dict[str, Any]
+    output: Any
 
 
 @dataclass(slots=True)
@@ -176,40 +212,42 @@ class _Recording:
     """A step for one kind of window: what it reads, its pieces, and what it leaves behind."""
 
     inputs: list[Tensor]
-    standing: list[Any]
     pieces: list[Callable[[], None]] = field(default_factory=list)
     checks: list[_Check] = field(default_factory=list)
     outputs: list[tuple[Phase, int, Any]] = field(default_factory=list)
-    grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    grads: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     result: StepResult | None = None
 
     def play(self, run: Run, batches: list[Any], weight: float) -> StepResult | None:
         """The next step, of ``batches``; None where it was dropped."""
         assert self.result is not None
-        for held, new in zip(self.inputs, _tensors(batches), strict=True):
-            held.copy_(new, non_blocking=True)
-        for parameter, grad in self.grads:
-            parameter.grad = grad
-        moved, names = self.result.moved, frozenset(self.result.values)
+        for mine, new in zip(self.inputs, _tensors(batches), strict=True):
+            mine.copy_(new, non_blocking=True)
+        run.open_step[1].update(self.result.values)  # for who looks at a step that fails
+        values, output, norm, moved = self.result.values, self.result.output, self.result.grad_norm, self.result.moved
         for i, piece in enumerate(self.pieces):
             piece()
             if i < len(self.checks) and self._is_bad(run, self.checks[i]):
-                moved = tuple(check.phase.name for check in self.checks[:i])
-                names = self.checks[i - 1].names if i else frozenset()
+                stopped = self.checks[i]
+                moved, output, norm = moved[:i], stopped.output, stopped.norm
+                values = self.checks[i - 1].values if i else {}
                 break
+        for parameter, grad in self.grads:
+            parameter.grad = grad
         if not moved:
             return None
-        for phase, i, output in self.outputs:
+        for phase, i, found in self.outputs:
             if phase.meters is not None and phase.name in moved:
-                phase.meters.feed(_copied(output), batches[i])
-        values = {name: _copied(value) for name, value in self.result.values.items() if name in names}
-        output = _copied(self.result.output) if run.hooks.on_step_end else None
-        return StepResult(values, output, weight, _copied(self.result.grad_norm), moved)
+                phase.meters.feed(_copied(found), batches[i])
+        values = {name: _copied(value) for name, value in values.items()}
+        output = _copied(output) if run.hooks.on_step_end else None
+        return StepResult(values, output, weight, _copied(norm), moved)
 
     def _is_bad(self, run: Run, check: _Check) -> bool:
-        assert self.result is not None
-        loss = self.result.values.get(check.phase.prefix + "loss")
-        return nonfinite(run, check.phase, loss, check.norm)
+        for parameter, grad in check.grads:
+            parameter.grad = grad
+        norm = check.norm if check.phase.clip_norm else None
+        return nonfinite(run, check.phase, check.values.get(check.phase.prefix + "loss"), norm)
 
 
 class StepGraphs:
@@ -221,12 +259,13 @@ class StepGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.recorded = device, 0
-        self._recorder: Recorder | None = None  # made at the first step: until then a device is not touched
+        self._recorder: Recorder | None = None  # made when it is needed: until then a device is not touched
         self._recordings: dict[Any, _Recording] = {}
         self._seen: dict[Any, int] = {}
-        self._before: list[Any] = []
+        self._standing: Unchanged | None = None
+        self._stage: Any = None
         self._unsteady = 0
-        self._told = False
+        self._told: set[str] = set()
 
     def __call__(self, run: Run, stage: Stage, window: Iterable[Any], planned: list[float] | None) -> StepResult | None:
         """One optimizer step, as ``loop.train_step`` makes it."""
@@ -234,126 +273,177 @@ class StepGraphs:
         for scheduled in stage.scheduled:
             scheduled.set(stage.whole.fraction(run.progress, run.stage_start))
         fire(run.hooks.on_step_start, run)
-        batches = list(prepared(run, window))
+        batches, ends = held(prepared(run, window))
         with _done_before(run, stage):
-            if len(batches) < len(planned or (1,)) or any(getattr(run.hooks, name) for name in _INSIDE):
-                return train_step(run, stage, batches, planned)  # batches were left out, or SIGTERM has come
+            if ends:
+                return self._end(run, stage, batches, planned)
+            if self._standing is None and (reason := _inside(run)):
+                raise SettingError(reason)
+            self._look(run, stage)
+            if len(batches) < len(planned or (1,)) or _inside(run):  # batches were left out, or SIGTERM has come
+                return self._eager(run, stage, batches, planned)
             weights = [stage.weight(batch) for batch in batches]
-            kind = stage.name, _form(batches), repr((planned, planned and weights))
-            standing = _standing(run, stage)
+            kind = _form(batches, run.device.type), repr((planned, planned and weights))
             recording = self._recordings.get(kind)
-            if recording is not None and recording.standing != standing:
-                recording = None
-                self._recordings.clear()  # what one of them has built in, the others have as well
-                self._seen.clear()
-            if recording is None and not self._is_ready(run, stage, kind, standing):
-                with self._device().aside():
-                    return train_step(run, stage, batches, planned)
+            if recording is None and not self._is_ready(kind):
+                result = self._eager(run, stage, batches, planned)
+                if result is not None and len(result.moved) == len(stage.phases):  # else it has made nothing ready
+                    self._seen[kind] = self._seen.get(kind, 0) + 1
+                return result
             if recording is None:
-                recording = self._record(run, stage, batches, planned, weights, standing)
-                if recording is None:
-                    return None
-                self._recordings[kind] = recording
+                recording = self._recordings[kind] = self._record(run, stage, batches, planned, weights)
             return recording.play(run, batches, float(sum(weights)))
+
+    def _eager(self, run: Run, stage: Stage, batches: list[Any], planned: list[float] | None) -> StepResult | None:
+        with self._device().aside():
+            return train_step(run, stage, batches, planned)
+
+    def _end(self, run: Run, stage: Stage, batches: list[Any], planned: list[float] | None) -> StepResult:
+        """A hook has ended the epoch within the window: what came before is stepped."""
+        result = self._eager(run, stage, batches, planned) if batches else None
+        if result is None:
+            raise StopEpoch
+        result.ends_epoch = True
+        return result
 
     def _device(self) -> Recorder:
         if self._recorder is None:
             self._recorder = CudaRecorder(self.device)
         return self._recorder
 
-    def _is_ready(self, run: Run, stage: Stage, kind: Any, standing: list[Any]) -> bool:
-        """True if a step of this kind is to be recorded now; notes that one more is done without."""
-        if standing != self._before:
-            self._unsteady += 1
-            if self._unsteady > _UNSTEADY:
-                raise SettingError(
-                    f"cuda_graphs=True: before each of {_UNSTEADY} steps {_changed(self._before, run, stage)} was "
-                    "another, and a replayed step has built in what it was. Keep it in a tensor that is changed in "
-                    "place, such as a buffer, or leave cuda_graphs=True out"
-                )
-            self._before = standing
-            self._seen.clear()
-        else:
+    def _look(self, run: Run, stage: Stage) -> None:
+        """Forget what is recorded if anything that Python reads in a step is not what it was."""
+        now = [(phase, phase.step, phase.clip_norm, phase.moved) for phase in stage.phases]
+        what = "" if self._standing is None else "a phase" if now != self._stage else self._standing.changed()
+        if what is None:
             self._unsteady = 0
-        if len(self._recordings) >= _KINDS:
-            if not self._told:
-                self._told = True
-                warn(
-                    f"cuda_graphs=True: {_KINDS} kinds of windows are recorded, and there are more; their steps are "
-                    "done without. Batches of one shape (padded to a few lengths, drop_last=True) need few recordings"
-                )
+            return
+        assert isinstance(run.task, nn.Module)
+        self._stage = now
+        self._standing = Unchanged(run.task, (one for phase in stage.phases for one in phase.moved), run.device)
+        self._seen.clear()
+        if self._recordings:
+            self._recordings.clear()
+            self._recorder = None  # with its memory, of which something may still be held
+        self._unsteady += 1
+        of_group = " of a group of " in what
+        if self._unsteady > _UNSTEADY and not of_group:
+            raise SettingError(
+                f"cuda_graphs=True: before each of {_UNSTEADY} steps {what} was another, and a replayed step has "
+                "built in what it was. Keep it in a tensor that is changed in place, such as a buffer, or leave "
+                "cuda_graphs out"
+            )
+        if self._unsteady > _UNSTEADY or self.recorded > 4 * _KINDS:
+            self._tell(f"{what} changes so often that few steps are replayed")
+
+    def _is_ready(self, kind: Any) -> bool:
+        """True if a step of this kind is to be recorded now."""
+        if len(self._recordings) >= _KINDS or len(self._seen) > 8 * _KINDS:
+            self._tell(
+                f"more than {_KINDS} kinds of windows have come, and those beyond are not recorded. Batches of one "
+                "shape (padded to a few lengths, drop_last=True), without texts and with equal weights, need few"
+            )
             return False
-        self._seen[kind] = self._seen.get(kind, 0) + 1
-        return self._seen[kind] > _WARM_UP
+        return self._seen.get(kind, 0) >= _WARM_UP
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warn(f"cuda_graphs=True: {what}")
 
     def _record(
-        self, run: Run, stage: Stage, batches: list[Any], planned: list[float] | None, weights: list[float],
-        standing: list[Any],
-    ) -> _Recording | None:  # fmt: skip
-        """Record a step, of which nothing is done yet; None if it drops itself."""
-        held, device, before = with_tensors(batches, Tensor.clone), self._device(), _drawn()
-        recording, known = _Recording(_tensors(held), standing), cycle(weights)
+        self, run: Run, stage: Stage, batches: list[Any], planned: list[float] | None, weights: list[float]
+    ) -> _Recording:
+        """Record a step, of which nothing is done yet."""
+        if any(map(_has_hooks, stage.phases)):
+            raise SettingError(_HOOKED)
+        fixed, device, before = with_tensors(batches, Tensor.clone), self._device(), _drawn(run)
+        recording, known = _Recording(_tensors(fixed)), cycle(weights)
 
         def keep(run: Run, output: dict[str, Any], batch: Any, phase: Phase) -> dict[str, Any]:
             recording.outputs.append((phase, len(recording.outputs) % len(weights), output))
             return output
 
         def cut(run: Run, phase: Phase, norm: Tensor | None) -> None:
-            recording.checks.append(_Check(phase, norm, frozenset(run.open_step[1])))
+            grads = [(p, p.grad) for p in phase.parameters()]
+            norm = recording.checks[-1].norm if norm is None and recording.checks else norm
+            output = recording.outputs[-1][-1]
+            recording.checks.append(_Check(phase, norm, grads, dict(run.open_step[1]), output))
             recording.pieces.append(device.end())
             device.begin()
 
         checks = (cut,) if run.nonfinite is not None else ()
         with ExitStack() as changed:
             changed.enter_context(_set(run.hooks, map_output=(keep,), on_grads_ready=checks))
-            changed.enter_context(_set(run, nonfinite=None))  # it reads the device: between two pieces
-            changed.enter_context(_set(stage, weight=lambda batch: next(known)))  # as counting tokens may
+            # the check reads the device, between two pieces; what a SIGTERM adds would read it as well
+            changed.enter_context(_set(run, nonfinite=None, at_sigterm=()))
+            changed.enter_context(_set(stage, weight=lambda batch: next(known)))  # counting tokens may read it
             for phase in stage.phases:
                 changed.enter_context(_set(phase, meters=None))
             device.begin()
             try:
-                recording.result = train_step(run, stage, held, planned)
+                recording.result = train_step(run, stage, fixed, planned)
                 recording.pieces.append(device.end())
             except BaseException as error:
-                with suppress(RuntimeError):  # what has failed cannot be ended in order
+                with suppress(RuntimeError, AssertionError):  # what has failed cannot be ended in order
                     device.end()
-                if not isinstance(error, (RuntimeError, ValueError, AssertionError)):
+                if isinstance(error, StopEpoch):
+                    raise SettingError(_STEERS) from error
+                if is_out_of_memory(error) or not isinstance(error, (RuntimeError, ValueError, AssertionError)):
                     raise
                 raise SettingError(
                     f"cuda_graphs=True: the step cannot be recorded: {str(error).partition(chr(10))[0]}. What is "
-                    "recorded reads nothing from the device (.item(), print, if loss > 1, x[mask]): take that out of "
-                    "the step, or leave cuda_graphs out"
+                    "recorded reads nothing from the device (.item(), print, if loss > 1, x[mask]) and copies nothing "
+                    "to it (torch.tensor(1.0, device=...)), and no output of the model may be held from before; "
+                    "change that, or leave cuda_graphs out"
                 ) from error
-        if recording.result is None:
-            return None
-        if drawn := [name for name, state in _drawn().items() if not rng.same(state, before[name])]:
+        self._check(run, recording, before)
+        assert isinstance(run.task, nn.Module)
+        recording.grads = [(p, p.grad) for p in run.task.parameters()]
+        recording.outputs = [(*at, _detached(output)) for *at, output in recording.outputs]
+        for check in recording.checks:
+            check.output = _detached(check.output)
+        if recording.result is not None:
+            recording.result.output = _detached(recording.result.output)
+        self.recorded += 1
+        return recording
+
+    def _check(self, run: Run, recording: _Recording, before: dict[str, Any]) -> None:
+        """Refuse what has done more in Python than a replay can."""
+        now = _drawn(run)
+        if drawn := [name for name in now if not rng.same(now[name], before.get(name))]:
             raise SettingError(
                 f"cuda_graphs=True: the step draws random numbers of {' and '.join(drawn)} on the host, and a replay "
                 "does not; draw them on the device, such as torch.rand((), device=x.device), or leave cuda_graphs out"
             )
-        recording.grads = [(p, p.grad) for phase in stage.phases for p in phase.parameters() if p.grad is not None]
-        recording.outputs = [(*at, with_tensors(output, Tensor.detach)) for *at, output in recording.outputs]
-        recording.result.output = with_tensors(recording.result.output, Tensor.detach)
-        self.recorded += 1
-        return recording
+        if recording.result is None or recording.result.ends_epoch:
+            raise SettingError(_STEERS)
+        names: dict[str, set[Any]] = {}
+        for phase, _, output in recording.outputs:
+            names.setdefault(phase.name, set()).add(tuple(output))
+        if any(len(found) > 1 for found in names.values()):
+            raise SettingError(
+                "cuda_graphs=True: the step returns other names for some batches of a window; return the same for all"
+            )
 
 
 # ------------------------------------------------------------------------------------- what a recording has built in
 
 
-def _form(value: Any) -> Any:
-    """All of a batch but the numbers in its tensors."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+def _form(value: Any, device: str) -> Any:
+    """All of a batch but the numbers in its tensors on the device."""
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        content = None if value.device.type == device else tuple(value.flatten().tolist())  # the host may read it
+        return value.shape, value.stride(), value.dtype, value.device, content
     if isinstance(value, _PLAIN):
         return type(value), value
     if type(value) is dict:
-        return dict, *((key, _form(part)) for key, part in value.items())
+        return dict, *((key, _form(part, device)) for key, part in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value), *map(_form, value)
+        return type(value), *(_form(part, device) for part in value)
     raise SettingError(
         f"cuda_graphs=True: a batch holds a {type(value).__qualname__}, and each batch is copied into one that was "
-        "recorded: give tensors, numbers and texts in tuples, lists or dicts (map_batch can make them)"
+        "recorded: give dense tensors, numbers and texts in tuples, lists or dicts (map_batch can make them)"
     )
 
 
@@ -368,69 +458,10 @@ def _tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def _standing(run: Run, stage: Stage, names: list[str] | None = None) -> list[Any]:
-    """What a step finds beside its window: where tensors lie, which are trained, and plain numbers."""
-    found: list[Any] = []
-    task: Any = run.task
-    told = partial(_told, device=run.device.type)
-    for path, module in task.named_modules() if names is not None else (("", one) for one in task.modules()):
-        at = len(found)
-        found += (module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
-        labels = ["train or eval mode", "forward hooks", "forward hooks"]
-        for kept in (module._parameters, module._buffers):
-            for name, value in kept.items():
-                found.append(told(value))
-                labels.append(name)
-        for name, value in vars(module).items():
-            if name not in OF_MODULES:
-                found.append(told(value))
-                labels.append(name)
-        if names is not None:
-            where = f"{type(module).__name__} {path!r}" if path else type(module).__name__
-            names += [f"{label} of {where}" for label in labels[: len(found) - at]]
-    for phase in stage.phases:
-        for optimizer in phase.moved:
-            kind = type(optimizer).__name__
-            for group in optimizer.param_groups:
-                for name, value in group.items():
-                    if name != "params":
-                        found.append(told(value))
-                        _add(names, f"{name} of {kind}")
-                for parameter in group["params"]:
-                    state = optimizer.state.get(parameter, {})
-                    found.append((told(parameter), *map(told, state.values())))
-                    _add(names, f"the state of {kind}")
-    return found
-
-
-def _add(names: list[str] | None, name: str) -> None:
-    if names is not None:
-        names.append(name)
-
-
-def _told(value: Any, device: str) -> Any:
-    """A number by itself, a tensor by where it lies, a short list by what is in it, anything else by what it is."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, Tensor):  # what the host can read, a recorded step may have read
-        return value.data_ptr(), value.requires_grad, None if value.device.type == device else value.tolist()
-    if type(value) in (tuple, list) and len(value) <= _SHORT:
-        return tuple(_told(one, device) for one in value)
-    return id(value), len(value) if isinstance(value, (list, dict, set)) else None
-
-
-def _changed(before: list[Any], run: Run, stage: Stage) -> str:
-    """The first name whose value is not what it was."""
-    names: list[str] = []
-    now = _standing(run, stage, names)
-    if len(now) != len(before):
-        return "what hangs on the task"
-    return next((name for name, a, b in zip(names, before, now, strict=True) if a != b), "something")
-
-
-def _drawn() -> dict[str, Any]:
-    """The states of the generators that a replay does not draw from."""
-    return {name: read() for name, read in rng.READ.items()}
+def _drawn(run: Run) -> dict[str, Any]:
+    """The states of the generators that a replay does not draw from: the global ones, and those on modules."""
+    states = {name: read() for name, read in rng.READ.items()}
+    return states | streams_of({"task": run.task}).get_found()
 
 
 # ------------------------------------------------------------------------------------------------------- small things
@@ -455,6 +486,10 @@ def _done_before(run: Run, stage: Stage) -> Iterator[None]:
     hooks = {"on_step_start": (), "on_batch_start": (), "map_batch": ()}
     with _set(run.hooks, **hooks), _set(run, moves_batches=False), _set(stage, scheduled=()):
         yield
+
+
+def _detached(value: Any) -> Any:
+    return with_tensors(value, Tensor.detach)
 
 
 def _copied(value: Any) -> Any:
