@@ -133,6 +133,7 @@ def fit(
         "tensors": [tensor.double().flatten().tolist() for tensor in tensors],
         "average": average.whole,
         "losses": losses.found,
+        "history": list(run.history.losses["loss"]),
         "valid": [record.get("valid/loss") for record in run.history],
         "reads": run.comm.gather(reads.seen),
         "folder": str(run.folder),

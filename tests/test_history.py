@@ -225,3 +225,60 @@ def test_a_mean_over_no_weight_is_nan() -> None:
     series = Series()
     series.add({"x": 1.0}, 0.0)
     assert math.isnan(series.take_record()["x"])
+
+
+def merged(*ranks: Series) -> list[dict[str, float]]:
+    """Means since the last record, as each rank has them where all join."""
+    waiting: list[Any] = []
+    for series in ranks:  # what each would send
+        blank = copy.deepcopy(series)
+        blank.take_record(lambda mine: waiting.append(mine) or {})  # type: ignore[func-returns-value]
+    total: dict[Any, tuple[float, float]] = {}
+    for sums in waiting:
+        for key, (value, weight) in sums.items():
+            before = total.get(key, (0.0, 0.0))
+            total[key] = before[0] + value, before[1] + weight
+    return [series.take_record(lambda mine: total) for series in ranks]
+
+
+@pytest.mark.parametrize("kept_at", [None, 1, 2, 3, 4, 5])
+def test_losses_of_steps_are_those_of_all_ranks_also_after_a_resume_between_two_records(kept_at: int | None) -> None:
+    """Of ranks with other weights, of which one has no sample in one step."""
+    losses: list[dict[str, Any]] = [{}, {}]
+    ranks = [Series(found, shared=True) for found in losses]
+    rows = [
+        ((1.0, 3.0), (5.0, 1.0)),
+        ((2.0, 2.0), None),
+        ((4.0, 1.0), (8.0, 3.0)),
+        (None, (6.0, 1.0)),
+        ((1.0, 1.0),) * 2,
+    ]
+    for step, row in enumerate(rows):
+        if step == kept_at:
+            states = [json.loads(json.dumps(series.state_dict())) for series in ranks]
+            for state in states:
+                state["losses"] = {k: {int(i): one for i, one in v.items()} for k, v in state["losses"].items()}
+            ranks = [Series(found, shared=True) for found in losses]
+            for series, state in zip(ranks, states, strict=True):
+                series.load_state_dict(state)
+        for series, one in zip(ranks, row, strict=True):
+            series.add({} if one is None else {"loss": torch.tensor(one[0])}, 0.0 if one is None else one[1])
+        if step == 2:
+            assert merged(*ranks) == [{"loss": (3 + 5 + 4 + 4 + 24) / 10}] * 2
+    merged(*ranks)
+    assert [list(found["loss"]) for found in losses] == [[2.0, 2.0, 7.0, 6.0, 1.0]] * 2
+
+
+def test_one_process_goes_on_with_the_losses_of_several() -> None:
+    losses: dict[str, Any] = {}
+    ranks = [Series({}, shared=True), Series({}, shared=True)]
+    for first, second in ((1.0, 3.0), (2.0, 6.0)):
+        ranks[0].add({"loss": first}, 1.0)
+        ranks[1].add({"loss": second}, 1.0)
+    alone = Series(losses)
+    alone.load_state_dict(ranks[0].state_dict())
+    alone.include(ranks[1].state_dict())
+    alone.add({"loss": 9.0})
+    alone.read()
+    assert list(losses["loss"]) == [2.0, 4.0, 9.0]
+    assert alone.take_record() == {"loss": (1 + 3 + 2 + 6 + 9) / 5}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["History", "Series"]
 
-Sums = dict[str, tuple[float, float]]  # by name, the sum of value * weight, and that of the weights
+Sum = tuple[float, float]  # of value * weight, and of the weights
+Sums = dict[Any, Sum]  # by name; of a loss of a step, by name and step
 Join = Callable[[Sums], Sums]
 _ROWS = 20  # of a long table, at each end
 LIMIT = 1024  # rows that may wait; without a limit, values that nobody reads grow for ever
@@ -35,14 +38,16 @@ class Series:
     {'loss': 2.0}
     """
 
-    __slots__ = ("_blocks", "_rows", "epoch", "losses", "reads", "record")
+    __slots__ = ("_blocks", "_first", "_parts", "_rows", "epoch", "losses", "reads", "record", "shared")
 
-    def __init__(self, losses: dict[str, array[float]] | None = None) -> None:
+    def __init__(self, losses: dict[str, array[float]] | None = None, *, shared: bool = False) -> None:
         self._rows: list[tuple[Mapping[str, Any], float]] = []
-        self._blocks: list[tuple[list[tuple[str, float]], Tensor]] = []  # stacked on an accelerator, not yet read
+        self._first = 0  # the number of the first of the rows, counted from the last record
+        self._blocks: list[tuple[list[tuple[str, float, int]], Tensor]] = []  # stacked on an accelerator, not yet read
+        self._parts: dict[str, dict[int, Sum]] = {}  # this rank's part of the losses of steps, by their numbers
         self.record: Sums = {}
         self.epoch: Sums = {}
-        self.losses = losses
+        self.losses, self.shared = losses, shared  # with other ranks, whose parts of a step come with the next record
         self.reads = 0  # times that a device was read
 
     def add(self, values: Mapping[str, Any], weight: float = 1.0) -> None:
@@ -53,28 +58,32 @@ class Series:
 
     def _fold(self) -> None:
         """Bound what waits: on the CPU it is summed at once, elsewhere stacked into one tensor a dtype, unread."""
-        columns: dict[str, tuple[list[float], list[float]]] = {}
-        waiting: dict[Any, tuple[list[tuple[str, float]], list[Tensor]]] = {}
-        for values, weight in self._rows:
+        if self._parts and not self.shared:  # of a run with several ranks, which this one goes on with alone
+            self._tell({(name, row): one for name, parts in self._parts.items() for row, one in parts.items()})
+        columns: dict[str, tuple[list[float], list[float], list[int]]] = {}
+        waiting: dict[Any, tuple[list[tuple[str, float, int]], list[Tensor]]] = {}
+        for row, (values, weight) in enumerate(self._rows, self._first):
             for name, value in values.items():
                 if type(value) is not float and isinstance(value, Tensor):
                     if not value.is_cpu:
                         names, tensors = waiting.setdefault((value.device, value.dtype), ([], []))
-                        names.append((name, weight))
+                        names.append((name, weight, row))
                         tensors.append(value)
                         continue
                     value = value.item()  # one by one: to stack what lies on the CPU costs more than it saves
                 column = columns.get(name)
                 if column is None:
-                    column = columns[name] = [], []
+                    column = columns[name] = [], [], []
                 column[0].append(float(value))
                 column[1].append(weight)
+                column[2].append(row)
+        self._first += len(self._rows)
         self._rows.clear()
         for name, column in columns.items():
             self._sum(name, *column)
         self._blocks.extend((names, torch.stack(tensors)) for names, tensors in waiting.values())
 
-    def _sum(self, name: str, values: list[float], weights: list[float]) -> None:
+    def _sum(self, name: str, values: list[float], weights: list[float], rows: list[int]) -> None:
         total, n = self.record.get(name, (0.0, 0.0))
         epoch_total, epoch_n = self.epoch.get(name, (0.0, 0.0))
         for value, weight in zip(values, weights, strict=True):  # one by one: the same sum whenever it is read
@@ -84,23 +93,42 @@ class Series:
             epoch_total += part
             epoch_n += weight
         self.record[name], self.epoch[name] = (total, n), (epoch_total, epoch_n)
-        if self.losses is not None and (name == "loss" or name.endswith("/loss")):
+        if self.losses is None or not (name == "loss" or name.endswith("/loss")):
+            return
+        if not self.shared:
             self.losses.setdefault(name, array("f")).extend(values)
+            return
+        mine = self._parts.setdefault(name, {})
+        mine.update({row: (value * weight, weight) for row, value, weight in zip(rows, values, weights, strict=True)})
+
+    def _tell(self, joined: Mapping[tuple[str, int], Sum]) -> None:
+        """Keep the losses of the steps since the last record, of all ranks together."""
+        self._parts, self._first = {}, 0
+        if self.losses is not None:
+            for name, row in sorted(joined, key=itemgetter(1)):
+                total, n = joined[name, row]
+                self.losses.setdefault(name, array("f")).append(total / n if n else math.nan)
 
     def read(self) -> None:
         """Fetch everything that waits and add it to both means."""
         self._fold()
         for names, stacked in self._blocks:
             self.reads += 1
-            for (name, weight), value in zip(names, stacked.tolist(), strict=True):
-                self._sum(name, [float(value)], [weight])
+            for (name, weight, row), value in zip(names, stacked.tolist(), strict=True):
+                self._sum(name, [float(value)], [weight], [row])
         self._blocks.clear()
 
     def take_record(self, join: Join | None = None) -> dict[str, float]:
         """Means since the last record; begins a new one. ``join`` adds the sums of other ranks."""
         self.read()
         sums, self.record = self.record, {}
-        return _means(sums if join is None else join(sums))
+        if join is None:
+            self._first = 0
+            return _means(sums)
+        parts = {(name, row): one for name, parts in self._parts.items() for row, one in parts.items()}
+        joined = join({**sums, **parts})
+        self._tell({key: one for key, one in joined.items() if isinstance(key, tuple)})
+        return _means({name: one for name, one in joined.items() if isinstance(name, str)})
 
     def take_epoch(self, join: Join | None = None) -> dict[str, float]:
         """Means since the epoch began; begins a new one. ``join`` adds the sums of other ranks."""
@@ -110,7 +138,10 @@ class Series:
 
     def state_dict(self) -> dict[str, Any]:
         self.read()
-        return {"record": dict(self.record), "epoch": dict(self.epoch)}
+        state: dict[str, Any] = {"record": dict(self.record), "epoch": dict(self.epoch)}
+        if self.shared:
+            state |= {"steps": self._first, "losses": {name: dict(parts) for name, parts in self._parts.items()}}
+        return state
 
     def include(self, state: Mapping[str, Any]) -> None:
         """Add what another one had in its ``state_dict``."""
@@ -118,12 +149,20 @@ class Series:
             for key, (total, n) in state[name].items():
                 before = mine.get(key, (0.0, 0.0))
                 mine[key] = before[0] + total, before[1] + n
+        for name, parts in state.get("losses", {}).items():
+            known = self._parts.setdefault(name, {})
+            for row, (total, n) in parts.items():
+                before = known.get(row, (0.0, 0.0))
+                known[row] = before[0] + total, before[1] + n
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rows.clear()
         self._blocks.clear()
         self.record = {name: (total, n) for name, (total, n) in state["record"].items()}
         self.epoch = {name: (total, n) for name, (total, n) in state["epoch"].items()}
+        self._first = state.get("steps", self._first)  # of a state that has nothing in it, where this one stands
+        self._parts = {name: {row: (one[0], one[1]) for row, one in parts.items()}
+                       for name, parts in state.get("losses", {}).items()}  # fmt: skip
 
 
 class History:

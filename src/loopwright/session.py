@@ -165,6 +165,7 @@ def go_on(run: Run, previous: Run) -> None:
     run.progress, run.history, run.series, run.metrics = (
         previous.progress, previous.history, previous.series, previous.metrics.copy(),
     )  # fmt: skip
+    run.series.shared = run.team is not None
     run.latest, run.attributes = dict(previous.latest), previous.attributes
     run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema
     run.trainable, run.validated_at = previous.trainable or run.trainable, previous.validated_at
@@ -196,7 +197,7 @@ def go_on(run: Run, previous: Run) -> None:
         if closes:
             run.progress = p._replace(epoch=p.epoch + 1, batch=0)
     if closes:  # what its steps have measured is not of the next epoch; a copy, for ``previous`` may go on otherwise
-        run.series = Series(run.history.losses)
+        run.series = Series(run.history.losses, shared=run.team is not None)
         run.series.load_state_dict({**previous.series.state_dict(), "epoch": {}})
 
 

@@ -607,7 +607,7 @@ class Trainer:
             hooks=Hooks(callbacks, handlers), comm=Single() if team is None else team.comm, team=team,
             precision=precision, device=device,
             handlers=handlers, moves_batches=device.type != "cpu" or precision.holds is not None,
-            history=history, series=Series(history.losses), log_every=Every(self.log_every),
+            history=history, series=Series(history.losses, shared=team is not None), log_every=Every(self.log_every),
             compiler=None if self.compile is None else Compiler(self.compile, device),
             graphs=StepGraphs(device) if self.cuda_graphs else None,
         )  # fmt: skip

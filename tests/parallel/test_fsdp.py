@@ -184,6 +184,7 @@ def test_a_resume_with_as_many_ranks_gives_the_same_bits(result: Run, job: str) 
     whole, again = result("with_dropout", job), result("with_dropout_resumed", job)
     assert again["tensors"] == whole["tensors"]
     assert again["valid"] == whole["valid"]
+    assert again["history"] == whole["history"]
     assert again["average"] == whole["average"]  # of a callback
     assert again["losses"] == {step: whole["losses"][step] for step in again["losses"]}
     assert len(again["losses"]) == cases_of_shards.STEPS - 2 * cases_of_shards.EVERY
@@ -209,6 +210,8 @@ def test_a_resume_with_other_ranks_goes_on_with_the_same_samples_and_losses(
     assert apart(found["losses"], {step: whole["losses"][step] for step in found["losses"]}) <= 1e-5
     assert apart(found["tensors"], whole["tensors"]) <= 1e-5
     assert apart(found["average"], whole["average"]) <= 1e-5
+    assert len(found["history"]) == cases_of_shards.STEPS
+    assert apart(found["history"], whole["history"]) <= 1e-5
     reads = [i for rank in found["reads"] for i in rank]
     assert sorted(reads) == sorted(whole["reads"][0][-len(reads) :])
     assert len(reads) == 70  # 6 steps: one epoch

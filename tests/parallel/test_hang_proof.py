@@ -45,6 +45,7 @@ def faulty(kind: str, world: int, rank: int, folder: Path) -> tuple[list[str], f
     ("kind", "world"),
     [
         ("alone in a barrier", 2),  # what rank 0 does that logs alone
+        ("alone in a barrier, without buffers", 2),
         ("alone in a barrier", 4),
         ("on_step_end", 2),
         ("another shape", 2),
@@ -57,7 +58,8 @@ def faulty(kind: str, world: int, rank: int, folder: Path) -> tuple[list[str], f
 def test_all_ranks_end_within_ten_seconds_and_name_the_rank_the_step_and_the_line(
     kind: str, world: int, tmp_path: Path
 ) -> None:
-    rank = 0 if kind == "alone in a barrier" else 1
+    rank = 0 if kind == "alone in a barrier" else 1  # of which the net has no buffers: what waits is a backward
+    kind = kind.partition(",")[0]
     problems, seconds = faulty(kind, world, rank, tmp_path / "run")
     assert problems == []
     assert seconds < PROMISE

@@ -334,3 +334,28 @@ def test_a_signal_while_a_rank_is_started_ends_that_rank_too(tmp_path: Path) -> 
     """
     done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (143, "")
+
+
+@pytest.mark.slow
+@pytest.mark.capability("B-25")
+def test_a_collective_that_one_rank_calls_alone_ends_all_also_where_the_other_is_in_a_backward(tmp_path: Path) -> None:
+    """Of a net without buffers, whose forward waits for nobody."""
+    body = """
+    class Alone(lw.Callback):
+        def on_step_end(self, run, result):
+            if run.comm.rank == 1 and run.progress.step == 5:
+                dist.barrier()
+
+    def train():
+        net = torch.nn.Linear(2, 1)
+        task = lw.Supervised(net, torch.nn.MSELoss(), torch.optim.SGD(net.parameters(), 0.01))
+        trainer = lw.Trainer(1, folder=None, progress=False, callbacks=[Alone()], strategy=lw.DDP(timeout=10))
+        trainer.fit(task, lw.Loader((torch.randn(64, 2), torch.randn(64, 1)), 4))
+
+    lw.launch(train, 2)
+    """
+    done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, check=False, timeout=90)
+    assert done.returncode == 1
+    assert "collectives do not match at step" in done.stderr
+    assert "program.py" in done.stderr
+    assert "in on_step_end" in done.stderr

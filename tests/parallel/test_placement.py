@@ -31,7 +31,8 @@ def test_every_field_of_a_run_declares_where_it_is_and_what_it_is() -> None:
 def plain(value: Any) -> Any:
     """Plain data to be compared; a tuple with the name of the class for anything else."""
     if isinstance(value, lw.History):
-        return [{k: v for k, v in record.items() if k != "seconds"} for record in value]
+        records = [{k: v for k, v in record.items() if k != "seconds"} for record in value]
+        return [records, {name: list(losses) for name, losses in value.losses.items()}]
     if isinstance(value, lw.Progress):
         return tuple(value)
     if isinstance(value, (str, int, float, Path, type(None))):

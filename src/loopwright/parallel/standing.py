@@ -25,6 +25,7 @@ _STDLIB = str(Path(os.__file__).parent)
 # of torch, where a thread that does not run waits for other ranks; its checkpoints wait for files
 _WAITS = tuple(os.path.join(_TORCH, *part) for part in (("distributed",), ("autograd",), ("nn", "parallel")))
 _WRITES = os.path.join(_TORCH, "distributed", "checkpoint")
+_BACKWARD = os.path.join(_OURS, "_compat.py"), "backward"  # which calls autograd's engine as torch's own does
 
 _SHOWN = 12  # lines of a stack
 
@@ -162,6 +163,8 @@ def _waits(lines: list[Line]) -> str:
     if not lines:
         return ""
     (name, number, called), *_ = lines
+    if (name, called) == _BACKWARD:
+        return called
     if not name.startswith(_TORCH):  # a call of C stands in the line that makes it; Python's own have frames
         return "wait" if ".wait(" in linecache.getline(name, number) else ""
     if not name.startswith(_WAITS) or name.startswith(_WRITES):
