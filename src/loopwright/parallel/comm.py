@@ -68,6 +68,7 @@ class Ranks:
         """Each of ``values`` summed over all ranks, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device="cpu")
         dist.all_reduce(total, group=self.group)
+        hold(total)
         return [float(value) for value in total.tolist()]
 
     def any(self, flag: bool) -> bool:
@@ -86,6 +87,7 @@ class Ranks:
     def _all(self, mine: Tensor) -> list[Tensor]:
         theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(theirs, mine, group=self.group)
+        hold(mine, theirs)
         return theirs
 
     def broadcast(self, value: Any) -> Any:
@@ -97,6 +99,7 @@ class Ranks:
         if length > _SENT - _HEAD:
             page = _page(told, length + _HEAD)
             dist.broadcast(page, src=0, group=self.group)
+        hold(page)
         return _unpacked(page)
 
     def first(self, make: Callable[[], T]) -> T:
@@ -123,6 +126,19 @@ class Ranks:
                 dist.broadcast(whole, src=0)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.copy_(whole)
+
+
+_held: tuple[Any, ...] = ()
+
+
+def hold(*tensors: Any) -> None:
+    """Keep what the last collective has sent and received until the next one.
+
+    A thread of gloo lets go of it a moment after the collective has returned. Were it the last to do so, it would free
+    objects of Python, and abort the process where Python ends in that moment.
+    """
+    global _held
+    _held = tensors
 
 
 def _packed(value: Any) -> bytes:
