@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["History", "Series"]
 
-Sum = tuple[float, float]  # of value * weight, and of the weights
-Sums = dict[Any, Sum]  # by name; of a loss of a step, by name and step
+Sums = dict[Any, Any]  # by name, the sum of value * weight, and that of the weights; arrays of them for steps
 Join = Callable[[Sums], Sums]
 _ROWS = 20  # of a long table, at each end
 LIMIT = 1024  # rows that may wait; without a limit, values that nobody reads grow for ever
@@ -44,7 +42,8 @@ class Series:
         self._rows: list[tuple[Mapping[str, Any], float]] = []
         self._first = 0  # the number of the first of the rows, counted from the last record
         self._blocks: list[tuple[list[tuple[str, float, int]], Tensor]] = []  # stacked on an accelerator, not yet read
-        self._parts: dict[str, dict[int, Sum]] = {}  # this rank's part of the losses of steps, by their numbers
+        # this rank's part of the losses of the steps since the last record, and of their weights
+        self._parts: dict[str, tuple[list[float], list[float]]] = {}
         self.record: Sums = {}
         self.epoch: Sums = {}
         self.losses, self.shared = losses, shared  # with other ranks, whose parts of a step come with the next record
@@ -59,7 +58,7 @@ class Series:
     def _fold(self) -> None:
         """Bound what waits: on the CPU it is summed at once, elsewhere stacked into one tensor a dtype, unread."""
         if self._parts and not self.shared:  # of a run with several ranks, which this one goes on with alone
-            self._tell({(name, row): one for name, parts in self._parts.items() for row, one in parts.items()})
+            self._tell(dict(self._parts))
         columns: dict[str, tuple[list[float], list[float], list[int]]] = {}
         waiting: dict[Any, tuple[list[tuple[str, float, int]], list[Tensor]]] = {}
         for row, (values, weight) in enumerate(self._rows, self._first):
@@ -98,16 +97,20 @@ class Series:
         if not self.shared:
             self.losses.setdefault(name, array("f")).extend(values)
             return
-        mine = self._parts.setdefault(name, {})
-        mine.update({row: (value * weight, weight) for row, value, weight in zip(rows, values, weights, strict=True)})
+        totals, mine = self._parts.setdefault(name, ([], []))
+        for row, value, weight in zip(rows, values, weights, strict=True):
+            if row > len(totals):  # this rank had no sample in the steps before
+                _fill(totals, mine, row)
+            totals.append(value * weight)
+            mine.append(weight)
 
-    def _tell(self, joined: Mapping[tuple[str, int], Sum]) -> None:
+    def _tell(self, joined: Sums) -> None:
         """Keep the losses of the steps since the last record, of all ranks together."""
         self._parts, self._first = {}, 0
-        if self.losses is not None:
-            for name, row in sorted(joined, key=itemgetter(1)):
-                total, n = joined[name, row]
-                self.losses.setdefault(name, array("f")).append(total / n if n else math.nan)
+        for name, (totals, weights) in joined.items():
+            if self.losses is not None:
+                with np.errstate(invalid="ignore"):
+                    self.losses.setdefault(name, array("f")).extend(np.divide(totals, weights).tolist())
 
     def read(self) -> None:
         """Fetch everything that waits and add it to both means."""
@@ -125,9 +128,12 @@ class Series:
         if join is None:
             self._first = 0
             return _means(sums)
-        parts = {(name, row): one for name, parts in self._parts.items() for row, one in parts.items()}
+        parts = {}
+        for name, (totals, weights) in self._parts.items():
+            _fill(totals, weights, self._first)
+            parts[(name,)] = np.array(totals), np.array(weights)  # which are added as numbers are
         joined = join({**sums, **parts})
-        self._tell({key: one for key, one in joined.items() if isinstance(key, tuple)})
+        self._tell({key[0]: one for key, one in joined.items() if isinstance(key, tuple)})
         return _means({name: one for name, one in joined.items() if isinstance(name, str)})
 
     def take_epoch(self, join: Join | None = None) -> dict[str, float]:
@@ -140,7 +146,10 @@ class Series:
         self.read()
         state: dict[str, Any] = {"record": dict(self.record), "epoch": dict(self.epoch)}
         if self.shared:
-            state |= {"steps": self._first, "losses": {name: dict(parts) for name, parts in self._parts.items()}}
+            state |= {
+                "steps": self._first,
+                "losses": {name: [*map(list, parts)] for name, parts in self._parts.items()},
+            }
         return state
 
     def include(self, state: Mapping[str, Any]) -> None:
@@ -149,11 +158,11 @@ class Series:
             for key, (total, n) in state[name].items():
                 before = mine.get(key, (0.0, 0.0))
                 mine[key] = before[0] + total, before[1] + n
-        for name, parts in state.get("losses", {}).items():
-            known = self._parts.setdefault(name, {})
-            for row, (total, n) in parts.items():
-                before = known.get(row, (0.0, 0.0))
-                known[row] = before[0] + total, before[1] + n
+        for name, theirs in state.get("losses", {}).items():
+            totals, weights = self._parts.setdefault(name, ([], []))
+            _fill(totals, weights, len(theirs[0]))
+            for i, (total, n) in enumerate(zip(*theirs, strict=True)):
+                totals[i], weights[i] = totals[i] + total, weights[i] + n
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rows.clear()
@@ -161,8 +170,7 @@ class Series:
         self.record = {name: (total, n) for name, (total, n) in state["record"].items()}
         self.epoch = {name: (total, n) for name, (total, n) in state["epoch"].items()}
         self._first = state.get("steps", self._first)  # of a state that has nothing in it, where this one stands
-        self._parts = {name: {row: (one[0], one[1]) for row, one in parts.items()}
-                       for name, parts in state.get("losses", {}).items()}  # fmt: skip
+        self._parts = {name: (list(parts[0]), list(parts[1])) for name, parts in state.get("losses", {}).items()}
 
 
 class History:
@@ -243,6 +251,12 @@ class History:
         self.records = [dict(r) for r in state["records"]]
         self.losses.clear()
         self.losses.update({name: array("f", values.tolist()) for name, values in state["losses"].items()})
+
+
+def _fill(totals: list[float], weights: list[float], length: int) -> None:
+    """Nothing for the steps that are missing."""
+    for values in (totals, weights):
+        values.extend([0.0] * (length - len(values)))
 
 
 def _means(sums: Sums) -> dict[str, float]:
