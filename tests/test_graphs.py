@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import loopwright as lw
-from loopwright import graphs
+from loopwright import graphs, recordable
 from loopwright.checkpoint import list_checkpoints
 from tape import Tapes
 from tiny import acts, bits, classifier, loader, same, samples, sgd_task, trainer
@@ -25,7 +25,7 @@ from tiny import acts, bits, classifier, loader, same, samples, sgd_task, traine
 @pytest.fixture(autouse=True)
 def on_a_tape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "CudaRecorder", Tapes)
-    monkeypatch.setattr(graphs, "_DEVICE", "cpu")
+    monkeypatch.setattr(recordable, "_DEVICE", "cpu")
 
 
 def momentum(params: Any) -> Any:
@@ -544,7 +544,7 @@ def test_what_cannot_be_recorded_is_told_before_it_begins(why: str) -> None:
 
 
 def test_without_cuda_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_DEVICE", "cuda")
+    monkeypatch.setattr(recordable, "_DEVICE", "cuda")
     with pytest.raises(
         lw.PlanError, match="cuda_graphs=True needs a CUDA device, and this run is on cpu; leave it out"
     ):

@@ -32,6 +32,7 @@ __all__ = [
     "has_ended",
     "has_stepped",
     "has_unscaled",
+    "hooks_on",
     "is_own_iteration",
     "lost_workers",
     "may_alias",
@@ -258,6 +259,12 @@ def may_alias(tensor: Tensor) -> bool:
 # of the two wrappers that torch puts around every step: for the profiler and hooks, and to switch gradients off
 _HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
 _SWITCHED = torch_optimizer._use_grad_for_differentiable(lambda: None).__code__
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def hooks_on(one: object) -> list[list[Any]]:
+    """The functions that torch calls with the gradient of a tensor, or around the step of an optimizer, by kind."""
+    return [list(held.values()) for name in _HOOKS if (held := getattr(one, name, None))]
 
 
 def take_step(optimizer: Optimizer) -> None:

@@ -17,25 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from loopwright import rng
-from loopwright.data import Chunks
-from loopwright.data.batch import with_tensors
+from loopwright.data.batch import tensors_in, with_tensors
 from loopwright.data.generators import streams_of
 from loopwright.errors import SettingError, StopEpoch
-from loopwright.events import fire, hook_name
+from loopwright.events import fire
 from loopwright.loop import held, train_step
 from loopwright.out_of_memory import is_out_of_memory
+from loopwright.recordable import HOOKED, has_hooks, in_the_way
 from loopwright.state import Phase, Run, Stage, StepResult
 from loopwright.steps import nonfinite, prepared
 from loopwright.unchanged import Unchanged
 from loopwright.written import warn
 
-__all__ = ["StepGraphs", "obstacles"]
+__all__ = ["StepGraphs"]
 
-_DEVICE = "cuda"
 _WARM_UP = 3  # steps of one kind before it is recorded: libraries choose their kernels, optimizers make their state
 _KINDS = 8  # of windows that are recorded, as many as torch keeps compiled forms of one function
 _UNSTEADY = 12  # steps in a row before each of which something is new
-_INSIDE = ("map_output", "map_loss", "on_backward_end", "on_grads_ready")
 _PLAIN = (bool, int, float, complex, str, type(None))
 
 
@@ -43,93 +41,6 @@ _STEERS = (
     "cuda_graphs=True: the step raised SkipStep or StopEpoch, which a replay cannot; raise them in on_batch_start, or "
     "leave cuda_graphs out"
 )
-_HOOKED = (
-    "cuda_graphs=True cannot apply where functions of Python hang on gradients or on the steps of an optimizer "
-    "(register_hook, register_step_post_hook): a replay does not call them; remove them, or leave cuda_graphs out"
-)
-
-
-def obstacles(run: Run) -> Iterator[str]:
-    """Why the steps of ``run`` cannot be recorded, each with what to do."""
-    if run.device.type != _DEVICE:
-        yield f"cuda_graphs=True needs a CUDA device, and this run is on {run.device}; leave it out"
-    if reason := _inside(run):
-        yield reason
-    if any(_has_hooks(phase) for stage in run.stages for phase in stage.phases):
-        yield _HOOKED
-    for setting, given, instead in (
-        (f"precision={run.precision.name!r}", run.precision.scaler is not None, "precision='bf16' needs no scaler"),
-        ("several processes", run.team is not None, "compile=True works there"),
-        ("a step that does all the work", not isinstance(run.task, nn.Module), "let fit call the optimizer"),
-    ):
-        if given:
-            yield f"cuda_graphs=True cannot apply to {setting}: {instead}, or leave cuda_graphs out"
-    for stage in run.stages:
-        yield from _obstacles_in(stage, run.device)
-
-
-def _obstacles_in(stage: Stage, device: torch.device) -> Iterator[str]:
-    for setting, given in (
-        ("a loop of its own", stage.loop is not None),
-        (f"accumulate={stage.accumulate}", not isinstance(stage.accumulate, int)),
-        ("data that is cut by truncate=", isinstance(stage.source, Chunks)),
-        ("a phase that does not run in every step", any(phase.every != 1 for phase in stage.phases)),
-        ("a phase that moves its optimizers itself", any(not phase.moved for phase in stage.phases)),
-        ("an optimizer that calls the step back", any(phase.closure for phase in stage.phases)),
-    ):
-        if given:
-            yield f"cuda_graphs=True cannot apply to stage {stage.name!r}, which has {setting}; leave it out"
-    scheduled = {id(one.optimizer) for one in stage.scheduled if "lr" in _keys(one)}
-    for phase in stage.phases:
-        scheduled |= {id(one.torch.optimizer) for one in phase.step_schedulers}
-        for optimizer in phase.moved:
-            name, groups = type(optimizer).__name__, optimizer.param_groups
-            counts = not isinstance(optimizer, torch.optim.SGD)
-            if counts and not all(group.get("capturable") for group in groups):
-                yield (
-                    f"{name} counts its steps on the host, and cuda_graphs=True replays what it did in one of them; "
-                    f"make it with capturable=True, as torch's own can be"
-                )
-            elif id(optimizer) in scheduled and not all(_follows(group, device, fused=not counts) for group in groups):
-                yield (
-                    f"the lr of {name} is set before every step, and cuda_graphs=True would keep the first; let it lie "
-                    f"on the device: lr=torch.tensor({float(groups[0]['lr']):g}, device='cuda')"
-                    f"{'' if counts else ', fused=True'}"
-                )
-    for one in stage.scheduled:
-        for key in sorted(_keys(one) - {"lr"}):
-            if not all(isinstance(group.get(key), Tensor) for group in one.optimizer.param_groups):
-                yield (
-                    f"{key} of {type(one.optimizer).__name__} is set before every step, and is a number that "
-                    "cuda_graphs=True would keep; leave that schedule out, or cuda_graphs"
-                )
-
-
-def _keys(scheduled: Any) -> set[str]:
-    return {name.partition("/")[0] for name in scheduled.schedules}
-
-
-def _inside(run: Run) -> str | None:
-    """Why a hook is in the way of recording; None if there is none in the middle of a step."""
-    found = [hook_name(hook, run) for name in _INSIDE for hook in getattr(run.hooks, name)]
-    if not found:
-        return None
-    return (
-        f"{' and '.join(found)} would be called in the middle of a step, which cuda_graphs=True runs in one piece; "
-        "leave one of them out"
-    )
-
-
-def _has_hooks(phase: Phase) -> bool:
-    """True where functions of Python hang on gradients or on the steps of optimizers."""
-    stepped = (one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks for one in phase.moved)
-    return any(stepped) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in phase.parameters())
-
-
-def _follows(group: dict[str, Any], device: torch.device, *, fused: bool) -> bool:
-    """True if a recorded step reads the learning rate of ``group`` from the device."""
-    lr = group["lr"]
-    return isinstance(lr, Tensor) and lr.device.type == device.type and (not fused or bool(group.get("fused")))
 
 
 # ------------------------------------------------------------------------------------------- what is recorded with
@@ -204,7 +115,6 @@ class _Check:
     norm: Tensor | None
     grads: list[tuple[Tensor, Tensor | None]]
     values: dict[str, Any]
-    output: Any
 
 
 @dataclass(slots=True)
@@ -221,7 +131,7 @@ class _Recording:
     def play(self, run: Run, batches: list[Any], weight: float) -> StepResult | None:
         """The next step, of ``batches``; None where it was dropped."""
         assert self.result is not None
-        for mine, new in zip(self.inputs, _tensors(batches), strict=True):
+        for mine, new in zip(self.inputs, tensors_in(batches), strict=True):
             mine.copy_(new, non_blocking=True)
         run.open_step[1].update(self.result.values)  # for who looks at a step that fails
         values, output, norm, moved = self.result.values, self.result.output, self.result.grad_norm, self.result.moved
@@ -229,7 +139,8 @@ class _Recording:
             piece()
             if i < len(self.checks) and self._is_bad(run, self.checks[i]):
                 stopped = self.checks[i]
-                moved, output, norm = moved[:i], stopped.output, stopped.norm
+                moved, norm = moved[:i], stopped.norm
+                output = [found for phase, _, found in self.outputs if phase is stopped.phase][-1]
                 values = self.checks[i - 1].values if i else {}
                 break
         for parameter, grad in self.grads:
@@ -277,10 +188,10 @@ class StepGraphs:
         with _done_before(run, stage):
             if ends:
                 return self._end(run, stage, batches, planned)
-            if self._standing is None and (reason := _inside(run)):
+            if self._standing is None and (reason := in_the_way(run)):
                 raise SettingError(reason)
             self._look(run, stage)
-            if len(batches) < len(planned or (1,)) or _inside(run):  # batches were left out, or SIGTERM has come
+            if len(batches) < len(planned or (1,)) or in_the_way(run):  # batches were left out, or SIGTERM has come
                 return self._eager(run, stage, batches, planned)
             weights = [stage.weight(batch) for batch in batches]
             kind = _form(batches, run.device.type), repr((planned, planned and weights))
@@ -355,10 +266,10 @@ class StepGraphs:
         self, run: Run, stage: Stage, batches: list[Any], planned: list[float] | None, weights: list[float]
     ) -> _Recording:
         """Record a step, of which nothing is done yet."""
-        if any(map(_has_hooks, stage.phases)):
-            raise SettingError(_HOOKED)
+        if any(map(has_hooks, stage.phases)):
+            raise SettingError(HOOKED)
         fixed, device, before = with_tensors(batches, Tensor.clone), self._device(), _drawn(run)
-        recording, known = _Recording(_tensors(fixed)), cycle(weights)
+        recording, known = _Recording(list(tensors_in(fixed))), cycle(weights)
 
         def keep(run: Run, output: dict[str, Any], batch: Any, phase: Phase) -> dict[str, Any]:
             recording.outputs.append((phase, len(recording.outputs) % len(weights), output))
@@ -367,8 +278,7 @@ class StepGraphs:
         def cut(run: Run, phase: Phase, norm: Tensor | None) -> None:
             grads = [(p, p.grad) for p in phase.parameters()]
             norm = recording.checks[-1].norm if norm is None and recording.checks else norm
-            output = recording.outputs[-1][-1]
-            recording.checks.append(_Check(phase, norm, grads, dict(run.open_step[1]), output))
+            recording.checks.append(_Check(phase, norm, grads, dict(run.open_step[1])))
             recording.pieces.append(device.end())
             device.begin()
 
@@ -399,12 +309,10 @@ class StepGraphs:
                 ) from error
         self._check(run, recording, before)
         assert isinstance(run.task, nn.Module)
+        assert recording.result is not None
         recording.grads = [(p, p.grad) for p in run.task.parameters()]
         recording.outputs = [(*at, _detached(output)) for *at, output in recording.outputs]
-        for check in recording.checks:
-            check.output = _detached(check.output)
-        if recording.result is not None:
-            recording.result.output = _detached(recording.result.output)
+        recording.result.output = _detached(recording.result.output)
         self.recorded += 1
         return recording
 
@@ -445,17 +353,6 @@ def _form(value: Any, device: str) -> Any:
         f"cuda_graphs=True: a batch holds a {type(value).__qualname__}, and each batch is copied into one that was "
         "recorded: give dense tensors, numbers and texts in tuples, lists or dicts (map_batch can make them)"
     )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def take(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    with_tensors(value, take)
-    return found
 
 
 def _drawn(run: Run) -> dict[str, Any]:

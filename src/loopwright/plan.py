@@ -92,7 +92,7 @@ def facts_of(run: Run) -> Iterator[str]:
     if run.compiler is not None:
         yield f"steps are compiled: {run.compiler.name}"
     if run.graphs is not None:
-        yield "steps are CUDA graphs, recorded for each shape of a window"
+        yield "steps are CUDA graphs, recorded for each kind of window"
     reasons = run.exact if isinstance(run.exact, list) else []
     yield f"exact resume: no, since {'; '.join(reasons)}" if reasons else "exact resume: yes"
 

@@ -22,10 +22,10 @@ from loopwright.data.named import check_columns, columns_of
 from loopwright.errors import DataError, SettingError
 from loopwright.events import Callback, hook_name
 from loopwright.given import not_callable_with
-from loopwright.graphs import obstacles
 from loopwright.monitored import output_names, watched_in_vain, watched_the_wrong_way
 from loopwright.optim import match_names
 from loopwright.overlooked import misnamed, own_functions, saved_in_vain
+from loopwright.recordable import obstacles
 from loopwright.stages import needs_closure
 from loopwright.state import Every, Run, Stage
 from loopwright.task import StepTask, Supervised, Task

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loopwright import rng
+from loopwright._compat import hooks_on
 from loopwright.checkpoint import Contents as Saved
 from loopwright.checkpoint import list_checkpoints, read, snapshot, write
 from loopwright.compared import decisive
@@ -140,7 +141,7 @@ def _digests(run: Run, given: Sequence[Stage]) -> Iterator[tuple[str, str]]:
     add(
         snapshot.conditions(run), [seed, rng.get() if seed is None else None, run.settings.get("key")],
         list(decisive(whole)), [model.state_dict() for model in models],
-        [[[p.requires_grad, *_hooks(p)] for p in model.parameters()] for model in models],
+        [[[p.requires_grad, *hooks_on(p)] for p in model.parameters()] for model in models],
         streams_of({**run.models, "task": run.task}).get_found(),
         list(models), run.task, callbacks, [[str(h.event), h.fn, h.args, h.kwargs] for h in handlers],
     )  # fmt: skip
@@ -163,7 +164,7 @@ def _digests(run: Run, given: Sequence[Stage]) -> Iterator[tuple[str, str]]:
         )  # fmt: skip
         for optimizer in {id(o): o for phase in stage.phases for o in phase.moved}.values():
             add(type(optimizer), [_group(one, names) for one in optimizer.param_groups])
-            add(optimizer.state_dict()["state"], _hooks(optimizer))
+            add(optimizer.state_dict()["state"], hooks_on(optimizer))
         for scheduler in (s for phase in stage.phases for s in (*phase.step_schedulers, *phase.epoch_schedulers)):
             add(settings_of(scheduler, stage.valid), scheduler.state_dict())
         add([s.schedules for s in stage.scheduled])
@@ -181,17 +182,6 @@ def _group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]
     """
     told = {k: v for k, v in group.items() if not (k.startswith("initial_") and v == group.get(k[len("initial_") :]))}
     return {**told, "params": [names.get(id(p), tuple(p.shape)) for p in group["params"]]}
-
-
-def _hooks(one: Any) -> list[Any]:
-    """The functions that torch calls with the gradient of a tensor, or around the step of an optimizer."""
-    names = (
-        "_backward_hooks",
-        "_post_accumulate_grad_hooks",
-        "_optimizer_step_pre_hooks",
-        "_optimizer_step_post_hooks",
-    )
-    return [list(held.values()) for name in names if (held := getattr(one, name, None))]
 
 
 def _looks(callback: Any) -> bool:

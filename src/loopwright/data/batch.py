@@ -150,6 +150,19 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nested value, in the order in which ``with_tensors`` changes them.
+
+    >>> list(tensors_in({"x": torch.ones(1), "names": ["a"]}))
+    [tensor([1.])]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
+
+
 class _Unmovable(Exception):  # noqa: N818 - never leaves this file
     def __init__(self, leaf: Any) -> None:
         self.leaf, self.path = leaf, ""

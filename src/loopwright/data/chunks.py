@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopwright.data.batch import move, with_tensors
+from loopwright.data.batch import move, tensors_in, with_tensors
 from loopwright.errors import DataError, LoopwrightError, StepOutputError
 from loopwright.state import Source
 
@@ -28,7 +28,7 @@ def chunked(batch: Any, length: int) -> Iterator[Any]:
     >>> [[tuple(t.shape) for t in piece] for piece in chunked((torch.zeros(2, 5, 3), torch.zeros(2)), 2)]
     [[(2, 2, 3), (2,)], [(2, 2, 3), (2,)], [(2, 1, 3), (2,)]]
     """
-    steps = next((leaf.size(1) for leaf in _tensors(batch) if leaf.dim() > 1), None)
+    steps = next((leaf.size(1) for leaf in tensors_in(batch) if leaf.dim() > 1), None)
     if steps is None:
         raise DataError("truncate= cuts batches along dimension 1, and this batch has no tensor with two dimensions")
     for start in range(0, steps, length):
@@ -107,7 +107,7 @@ class Chunks:
         def of_a_chunk(batch: Any) -> dict[str, Any]:
             carry = self.carried.get(name)
             if self._loaded and carry is not None:  # from a checkpoint, and hence on the CPU
-                device = next((leaf.device for leaf in _tensors(batch)), torch.device("cpu"))
+                device = next((leaf.device for leaf in tensors_in(batch)), torch.device("cpu"))
                 carry = move(carry, device)
             try:
                 output = step(batch, carry)
@@ -144,7 +144,7 @@ class Chunks:
 
 def _uneven(batch: Any, error: Exception) -> str | None:
     """What to say of a step that failed by a tensor which was not cut, being not as long as the first one."""
-    lengths = list(dict.fromkeys(leaf.size(1) for leaf in _tensors(batch) if leaf.dim() > 1))
+    lengths = list(dict.fromkeys(leaf.size(1) for leaf in tensors_in(batch) if leaf.dim() > 1))
     if isinstance(error, LoopwrightError):
         return None
     numbers = {int(number) for number in re.findall(r"\d+", str(error))}
@@ -155,11 +155,3 @@ def _uneven(batch: Any, error: Exception) -> str | None:
         f"truncate= cuts what has {lengths[0]} steps along dimension 1, as the first tensor of the batch has; another "
         f"one has {whole}, goes into each piece whole, and the step failed: {error}. Give both the same number of steps"
     )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
