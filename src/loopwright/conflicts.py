@@ -122,12 +122,11 @@ def _put(function: Any) -> set[str]:
 
 def read_too_early(run: Run, returned: Iterable[frozenset[str] | None]) -> Iterator[tuple[str, str | None]]:
     """A key of the output that a hook reads, and that only a later one puts there. ``returned``: keys by the steps."""
-    there: set[str] = set()
-    for names in returned:
+    own, there = _own(run, "map_output"), set[str]()
+    for names in returned if len(own) > 1 else ():
         if names is None:
             return
         there |= names
-    own = _own(run, "map_output")
     for i, first in enumerate(own):
         for key in sorted(_keys(first, ast.Load) - there - _keys(first, ast.Store)):
             second = next(

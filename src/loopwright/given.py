@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -53,8 +52,7 @@ def check_list(name: str, value: Any, such_as: str, *, where: str = "") -> None:
     raise SettingError(f"{where}{name}={told}: expected a list of them, such as {name}=[{such_as}]")
 
 
-@contextmanager
-def named(name: str, value: Any, *, where: str = "") -> Iterator[None]:
+class named:  # noqa: N801 - it is used as a function
     """Let a SettingError about ``value`` say which argument it was given as.
 
     >>> with named("log_every", None):
@@ -62,12 +60,17 @@ def named(name: str, value: Any, *, where: str = "") -> Iterator[None]:
     Traceback (most recent call last):
     loopwright.errors.SettingError: log_every=None is not a duration
     """
-    try:
-        yield
-    except SettingError as error:
-        text, shown = str(error), repr(value)
-        told = text if text.startswith(shown) else f"{shown}: {text}"
-        raise SettingError(f"{where}{name}={told}") from None
+
+    def __init__(self, name: str, value: Any, *, where: str = "") -> None:
+        self.name, self.value, self.where = name, value, where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SettingError):
+            text, shown = str(error), repr(self.value)
+            told = text if text.startswith(shown) else f"{shown}: {text}"
+            raise SettingError(f"{self.where}{self.name}={told}") from None
 
 
 def is_number(value: Any) -> bool:

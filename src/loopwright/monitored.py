@@ -63,10 +63,11 @@ def watched_in_vain(run: Run) -> Found:
             yield f"{who} monitors {monitor!r}, which nothing produces. {choose(monitor, names.known(kind))}", cause
 
 
-def output_names(run: Run) -> list[frozenset[str] | None]:
+def output_names(run: Run) -> Iterator[frozenset[str] | None]:
     """What the step of each phase returns, as far as that is known: what is logged and what is not."""
     more = {"preds", "target"} if isinstance(run.task, Supervised) else frozenset[str]()
-    return [None if names is None else names | more for names in _Names(run).series["train"].values()]
+    for names in _Names(run).series["train"].values():
+        yield None if names is None else names | more
 
 
 def watched_the_wrong_way(run: Run) -> Found:

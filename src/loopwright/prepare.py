@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import wraps
@@ -49,7 +50,10 @@ class Parts:
 
     def note(self, optimizer: Optimizer) -> None:
         """Remember the settings of ``optimizer`` before a schedule is made for it, which may set learning rates."""
-        settings = [{k: _copied(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        settings = [
+            {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
+        ]
         self.found.append((optimizer, settings))
 
     @contextmanager
@@ -73,10 +77,6 @@ class Parts:
                 for added in group.keys() - settings.keys() - {"params"}:
                     del group[added]
                 group.update(settings)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def assemble(
@@ -276,8 +276,7 @@ def _stage(
     before: list[Phase], inherited: list[Scheduled],
 ) -> Stage:  # fmt: skip
     """A resolved copy of ``stage``; what it leaves out comes from ``fit``."""
-    made = replace(stage)
-    made.made_at = stage.made_at
+    made = copy(stage)
     ends = [one for one in _listed(stage.until) if isinstance(one, Callback)]
     with named("until", stage.until):
         until = [Ends.parse(one, unit="epochs") for one in _listed(stage.until) if one not in ends]
@@ -308,7 +307,7 @@ def _stage(
     if not isinstance(given_phases, (list, tuple)) or not all(isinstance(one, Phase) for one in given_phases):
         who = f"{type(task).__name__}.phases() returned " if stage.phases is None else f"stage {stage.name!r}: phases="
         raise SettingError(f"{who}{_short(given_phases)}: expected a list of phases: [lw.Phase('main', step), ...]")
-    phases = [replace(phase) for phase in given_phases]
+    phases = [copy(phase) for phase in given_phases]
     if not phases:
         raise SettingError(f"stage {stage.name!r} has no phase to train; return at least one from phases()")
     known = {phase.name: (*phase.step_schedulers, *phase.epoch_schedulers) for phase in before}
@@ -426,9 +425,10 @@ def move_task(
     dtype can hold.
     """
     converted = False
-    inside = {*task.modules()} if isinstance(task, nn.Module) else set[nn.Module]()
-    for module in (*([task] if inside else []), *(model for model in models.values() if model not in inside)):
-        kept = [(*part._parameters.values(), *part._buffers.values()) for part in module.modules()]
+    inside = [*task.modules()] if isinstance(task, nn.Module) else []
+    apart = [model for model in models.values() if model not in inside]
+    for module, parts in (*([(task, inside)] if inside else []), *((model, [*model.modules()]) for model in apart)):
+        kept = [(*part._parameters.values(), *part._buffers.values()) for part in parts]
         tensors = [tensor for of_part in kept for tensor in of_part if tensor is not None]
         if any(tensor.device != device for tensor in tensors):
             module.to(device)

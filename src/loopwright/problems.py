@@ -26,7 +26,7 @@ from loopwright.monitored import output_names, watched_in_vain, watched_the_wron
 from loopwright.optim import match_names
 from loopwright.overlooked import misnamed, own_functions, saved_in_vain
 from loopwright.recordable import obstacles
-from loopwright.stages import needs_closure
+from loopwright.stages import ids_of_parameters, needs_closure
 from loopwright.state import Every, Run, Stage
 from loopwright.task import StepTask, Supervised, Task
 from loopwright.text import rule_name
@@ -97,7 +97,7 @@ def _parameters(run: Run, written: Written) -> Found:
         return
     named = dict(run.task.named_parameters())  # once: a large model has many
     own = {id(p): name for name, p in named.items()}
-    saved = {id(p) for model in run.models.values() for p in model.parameters()}
+    saved = ids_of_parameters(run.models.values())
     unsaved = [name for name, p in named.items() if id(p) not in saved and p.requires_grad]  # others come as they came
     if unsaved:
         yield (
@@ -149,19 +149,18 @@ def _moved_once(run: Run, named: dict[str, nn.Parameter], own: dict[int, str], w
                 )
                 return
             owner |= moved
-    manual = any(not phase.moved for stage in run.stages for phase in stage.phases) or _chooses_itself(run)
     frozen = [_frozen(stage, run.trainable) for stage in run.stages]
     frozen_always = set.intersection(*frozen) if frozen else set()
     missing = [name for name, p in named.items() if p.requires_grad and id(p) not in seen and name not in frozen_always]
-    if missing and not manual and seen & set(own):
+    if missing and seen & set(own) and not _moves_itself(run):
         shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
         yield (
             f"{len(missing)} trainable parameters are in no optimizer ({shown}); add them to one, or say that they are "
             "not to be trained: parameter.requires_grad_(False)",
             written.task,
         )
-    for stage in run.stages if not manual else ():
-        if lost := _thawed_in_vain(run, stage):
+    for stage in run.stages:
+        if (lost := _thawed_in_vain(run, stage)) and not _moves_itself(run):
             kind = next((type(o).__name__ for phase in stage.phases for o in phase.moved), "SGD")
             yield (
                 f"stage {stage.name!r} trains {len(lost)} parameters that are in no optimizer ({', '.join(lost[:4])}"
@@ -169,6 +168,11 @@ def _moved_once(run: Run, named: dict[str, nn.Parameter], own: dict[int, str], w
                 f"as stages freeze what is not to move, or leave them out of train={stage.train!r}",
                 written.task if stage.optimizer is None else written.stage(stage),
             )
+
+
+def _moves_itself(run: Run) -> bool:
+    """True where the user's own code may move parameters, or say which ones are moved."""
+    return any(not phase.moved for stage in run.stages for phase in stage.phases) or _chooses_itself(run)
 
 
 def _thawed_in_vain(run: Run, stage: Stage) -> list[str]:
@@ -250,11 +254,13 @@ def _over_all_stages(run: Run) -> Iterator[str]:
     takes: dict[int, list[int]] = {}
     made: dict[int, Any] = {}
     for stage in run.stages:
-        known = _steps_in(stage) if len(stage.ends) == len(stage.until) else []  # a plateau may end it before
-        for phase in (phase for phase in stage.phases if known and isinstance(phase.every, int)):
+        if len(stage.ends) != len(stage.until):
+            continue  # a plateau may end it before
+        for phase in (phase for phase in stage.phases if isinstance(phase.every, int)):
             for one in (s.torch for s in phase.step_schedulers if isinstance(s.torch, OneCycleLR)):
-                made[id(one)] = one
-                takes.setdefault(id(one), []).append(min(known) // phase.every)
+                if known := _steps_in(stage):
+                    made[id(one)] = one
+                    takes.setdefault(id(one), []).append(min(known) // phase.every)
     for key, steps in takes.items():
         have, need = made[key].total_steps, sum(steps)
         if max(steps) <= have < need:
@@ -357,7 +363,7 @@ def _intervals(run: Run, written: Written) -> Found:
 def _columns(run: Run, written: Written) -> Found:
     """Tables to validate on with other columns than those to train on."""
     for stage in run.stages:
-        trained_on = columns_of(stage.source)
+        trained_on = columns_of(stage.source) if stage.valid else {}
         for name, source in stage.valid.items() if trained_on else ():
             try:
                 check_columns(trained_on, source, f"valid/{name}" if name else "valid")
@@ -394,7 +400,8 @@ def _settings(run: Run, written: Written) -> Found:
         yield f"validate_every={asked!r}, but there is no validation data; {way}", written.trainer
     for stage in run.stages:
         at = written.stage(stage)
-        if not stage.valid and str(stage.validate_every) != str(Every(asked)):
+        own = stage.made_at is not None and not stage.valid
+        if own and str(stage.validate_every) != str(Every(asked)):
             yield (
                 f"stage {stage.name!r}: validate_every='{stage.validate_every}', but there is no validation data; pass "
                 "fit(..., valid=loader)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from math import ceil, inf
 from typing import Any
@@ -20,8 +21,8 @@ from loopwright.state import Progress, Run, Stage
 from loopwright.written import warn
 
 __all__ = [
-    "admit_callbacks", "apply_changes", "begin_stage", "chooses_parameters", "end_in", "end_stage", "inexact",
-    "is_over", "needs_closure", "nothing_left", "reopen",
+    "admit_callbacks", "apply_changes", "begin_stage", "chooses_parameters", "end_in", "end_stage", "ids_of_parameters",
+    "inexact", "is_over", "needs_closure", "nothing_left", "reopen",
 ]  # fmt: skip
 
 
@@ -253,6 +254,11 @@ def _replace_model(run: Run, kind: str, key: str, new: Any) -> None:
             phase.step = step if run.compiler is None else run.compiler(step)
 
 
+def ids_of_parameters(models: Iterable[nn.Module]) -> set[int]:
+    """Which parameters lie in ``models``; a fit of one step asks twice, and torch's own walk costs twice as much."""
+    return {id(p) for model in models for part in model.modules() for p in part._parameters.values()}
+
+
 def inexact(run: Run) -> list[str]:
     """Reasons why a resume of this run could not give the same bits, as far as is known by now."""
     reasons = [reason for stage in run.stages for reason in stage.source.exact]
@@ -265,7 +271,7 @@ def inexact(run: Run) -> list[str]:
     stage, at = run.stage, run.progress.batch
     if stage is not None and stage.loop is not None and stage.source.state_dict().get("batch", at) != at:
         reasons.append(f"the loop of stage {stage.name!r} has not done with a batch that its data has given")
-    held = {id(p) for model in run.models.values() for p in model.parameters()}
+    held = ids_of_parameters(run.models.values())
     for name, optimizer in run.optimizers.items() if isinstance(run.task, nn.Module) else ():
         if lost := sum(id(p) not in held for group in optimizer.param_groups for p in group["params"]):
             reasons.append(f"the optimizer {name!r} moves {lost} tensors that are no parameters of the task's models")

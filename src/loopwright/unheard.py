@@ -12,13 +12,12 @@ from typing import Any
 from loopwright.accumulation import parse_accumulate
 from loopwright.every import Every
 from loopwright.handlers import Handler
+from loopwright.progress import Progress
 from loopwright.state import Run, Stage
 from loopwright.text import rule_name
 from loopwright.written import is_ours
 
 __all__ = ["most_of", "unheard"]
-
-_UNITS = ("steps", "epochs")  # whose number may be known before
 
 
 def unheard(run: Run) -> Iterator[tuple[str, str | None]]:
@@ -61,19 +60,24 @@ def _moves(run: Run) -> bool:
 
 def most_of(run: Run) -> dict[str, float]:
     """How many steps, epochs and stages there will be at most; infinity where that is not known."""
-    rest, p = run.stages[run.progress.stage :], run.progress
-    began = {"steps": run.stage_start.step, "epochs": run.stage_start.epoch} if p.step else {"steps": 0, "epochs": 0}
-    found = {unit: began[unit] + sum(_length(stage, unit) for stage in rest) for unit in _UNITS}
-    return {**found, "stages": float(len(run.stages))}
+    begin = run.stage_start if run.progress.step else Progress()
+    most = {"steps": float(begin.step), "epochs": float(begin.epoch), "stages": float(len(run.stages))}
+    for stage in run.stages[run.progress.stage :]:
+        for unit, value in _length(stage).items():
+            most[unit] += value
+    return most
 
 
-def _length(stage: Stage, unit: str) -> float:
-    """Steps or epochs of a stage, at most."""
-    steps, epochs = (min((e.value for e in stage.until if e.unit == one), default=math.inf) for one in _UNITS)
+def _length(stage: Stage) -> dict[str, float]:
+    """Steps and epochs of a stage, at most."""
+    most = {"steps": math.inf, "epochs": math.inf}
+    for end in stage.until:
+        if end.unit in most:
+            most[end.unit] = min(most[end.unit], end.value)
     if each := stage.epoch_steps:
-        steps, epochs = min(steps, epochs * each), min(epochs, steps / each)
-    most = {"steps": steps, "epochs": epochs}[unit]
-    return math.ceil(most) if most < math.inf else most
+        steps, epochs = most["steps"], most["epochs"]
+        most = {"steps": min(steps, epochs * each), "epochs": min(epochs, steps / each)}
+    return {unit: math.ceil(value) if value < math.inf else value for unit, value in most.items()}
 
 
 def _replaced(run: Run) -> Iterator[str]:

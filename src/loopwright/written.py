@@ -5,11 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
@@ -31,6 +30,7 @@ __all__ = [
 ]
 
 _OWN = __name__.partition(".")[0]
+_OURS = (_OWN, "contextlib")  # packages whose frames are no place in the code of the user
 
 
 def where(function: Any) -> str:
@@ -84,9 +84,7 @@ def is_name(node: ast.AST | None, name: str) -> bool:
 
 def caller() -> str | None:
     """The file and line, outside of this package, that has called into it."""
-    frame = inspect.currentframe()
-    while frame is not None and _is_own(frame):
-        frame = frame.f_back
+    frame, _ = _outside(*_OURS)
     return None if frame is None else _line(frame.f_code.co_filename, frame.f_lineno)
 
 
@@ -99,11 +97,9 @@ def warn(text: str) -> None:
     >>> caught[0].message
     LoopwrightWarning('it is cold')
     """
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and _is_own(frame, "torch"):
-        frame, level = frame.f_back, level + 1
+    frame, level = _outside(*_OURS, "torch")
     # there is no such line at the command line, and in a thread of ours
-    warnings.warn(text, LoopwrightWarning, stacklevel=2 if frame is None else level + 1)
+    warnings.warn(text, LoopwrightWarning, stacklevel=2 if frame is None else level)
 
 
 def blamed(error: BaseException) -> str | None:
@@ -111,25 +107,32 @@ def blamed(error: BaseException) -> str | None:
     found = [
         _line(frame.f_code.co_filename, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if not _is_own(frame)
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _OURS
     ]
     return getattr(error, "place", None) or (found[-1] if found else None)
 
 
-@contextmanager
-def placed(what: str, place: str | None) -> Iterator[None]:
+class placed:  # noqa: N801 - it is used as a function
     """Let an error of ours that comes out of this block tell where ``what`` is written, in a note and as ``place``."""
-    try:
-        yield
-    except LoopwrightError as error:
-        if place is not None and error.place is None:
-            error.place = place
-            error.add_note(f"[loopwright] {what}: written at {place}")
-        raise
+
+    def __init__(self, what: str, place: str | None) -> None:
+        self.what, self.place = what, place
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, LoopwrightError) and self.place is not None and error.place is None:
+            error.place = self.place
+            error.add_note(f"[loopwright] {self.what}: written at {self.place}")
 
 
-def _is_own(frame: FrameType, *more: str) -> bool:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in (_OWN, "contextlib", *more)
+def _outside(*packages: str) -> tuple[FrameType | None, int]:
+    """The frame that has called into ``packages``, and how many calls lie between; None where there is none."""
+    frame: FrameType | None = sys._getframe()
+    level = 0
+    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in packages:
+        frame, level = frame.f_back, level + 1
+    return frame, level
 
 
 def _line(file: str, number: int) -> str:

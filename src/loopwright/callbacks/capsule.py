@@ -127,7 +127,7 @@ class Capsule(Callback):
         if self._reads < _READS or not p.batch % _READS or not p.step % _SELDOM:
             fresh = self._look(p)
         else:
-            fresh = {name: read() for name, read in self._draws.items()}
+            fresh = {name: read() for name, read in self._draws.items()} if self._draws else {}
         self._window.append((batch.copy() if kind is dict or kind is list else batch, self._random, fresh))
 
     def _look(self, p: Progress) -> dict[str, Any]:

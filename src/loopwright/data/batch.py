@@ -34,7 +34,7 @@ def samples(batch: Any) -> int:
     kind = type(batch)
     if (kind is list or kind is tuple) and batch and type(batch[0]) is Tensor and batch[0].dim():
         n = batch[0].size(0)  # most batches are such, and this is asked for each
-        if len(batch) == 1 or (len(batch) == 2 and type(batch[1]) is Tensor and batch[1].dim() and len(batch[1]) == n):
+        if len(batch) == 1 or (len(batch) == 2 and type(y := batch[1]) is Tensor and y.dim() and y.size(0) == n):
             return n
     parts = list(_counts(batch, top=True))
     if not parts:

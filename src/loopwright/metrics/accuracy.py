@@ -135,9 +135,9 @@ class Accuracy(Metric):
         """Count what is held."""
         if not self._held:
             return
-        answer, target = self._joined()
+        answer, target, found = self._joined()
         if target.is_floating_point():
-            self.add(soft=(target != target.round()).count_nonzero())
+            found["soft"] = (target != target.round()).count_nonzero()
         right = hits(answer, target, self.top_k, 0.5 if self.threshold is None else self.threshold)
         count: Any = target.numel()
         if self.ignore_index is not None:
@@ -148,18 +148,21 @@ class Accuracy(Metric):
             answer = answer.where(kept, 0) if answer.is_floating_point() else answer
         else:
             self._count_each(right, target, None)
-        self.add(hits=right.count_nonzero(), count=count)
-        classes = self._classes or (2 if answer.is_floating_point() else 0)
-        if classes and len(target):
-            lowest, highest = torch.aminmax(target.byte() if target.dtype == torch.bool else target)
-            self.add(classes=classes, lowest=lowest, highest=highest)
-        if answer.is_floating_point() and len(target) and self.threshold is None:
-            least, most = torch.aminmax(answer)
-            self.add(least=least, most=most)
-        if answer.is_floating_point():
-            self.add(odd=answer.isnan().count_nonzero())
-        if target.device.type == "cpu":
-            self._check_values()
+        found |= {"hits": right.count_nonzero(), "count": count}
+        scores, some = answer.is_floating_point(), len(target) > 0
+        if (self._classes or scores) and some:
+            found["classes"] = self._classes or 2
+            found["lowest"], found["highest"] = (target.byte() if target.dtype == torch.bool else target).aminmax()
+        if scores and some and self.threshold is None:
+            found["least"], found["most"] = answer.aminmax()
+        if scores:
+            found["odd"] = answer.isnan().count_nonzero()
+        if not target.is_cpu:
+            self.add(**found)
+            return
+        # there a number costs less than another tensor
+        self.add(**{name: one.item() if isinstance(one, Tensor) else one for name, one in found.items()})
+        self._check_values()
 
     def _count_each(self, right: Tensor, target: Tensor, kept: Tensor | None) -> None:
         classes = self._classes or 2
@@ -170,23 +173,21 @@ class Accuracy(Metric):
         bad = bad if kept is None else bad | ~kept
         self.add(each=binned(target * 2 + right, 2 * classes, bad)[: 2 * classes])
 
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        """All that is held as answers [M] or [M, k] and targets [M]; nothing is held afterwards."""
+    def _joined(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Answers [M] or [M, k], targets [M], how many scores are NaN: all that was held, and is no more."""
         held, self._held, self._size = self._held, [], 0
         if len(held[0]) == 1:
             both = torch.cat([code for (code,) in held]).flatten()
             odd = both == -1
-            self.add(odd=odd.count_nonzero())
             both = both.masked_fill_(odd, 0)
-            return both & ((1 << self._bits) - 1), both >> self._bits
+            return both & ((1 << self._bits) - 1), both >> self._bits, {"odd": odd.count_nonzero()}
         answers, targets = (torch.cat(column) for column in zip(*held, strict=True))
         if self.top_k > 1:
-            answers = answers.movedim(1, -1).flatten(0, -2)
-        elif self._classes:
-            top, answers = answers.max(1)
-            self.add(odd=top.isnan().count_nonzero())
-            answers = answers.flatten()
-        return answers if self.top_k > 1 else answers.flatten(), targets.flatten()
+            return answers.movedim(1, -1).flatten(0, -2), targets.flatten(), {}
+        if not self._classes:
+            return answers.flatten(), targets.flatten(), {}
+        top, answers = answers.max(1)
+        return answers.flatten(), targets.flatten(), {"odd": top.isnan().count_nonzero()}
 
     def reset(self) -> None:
         """Forget all that was taken in."""
