@@ -48,6 +48,7 @@ bench: $(BENCH) ## measure the loop against a hand-written one and against other
 	@.venv-bench/bin/python benchmarks/models.py
 	@.venv-bench/bin/python benchmarks/techniques.py
 	@.venv-bench/bin/python benchmarks/compiled.py
+	@.venv-bench/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/ddp.py
 
 gpu: ## on a CUDA machine: the GPU tests, then benchmarks/gpu.py writes docs/benchmarks-gpu.md (PYTHON=... that has torch)
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { \

@@ -1,13 +1,13 @@
 """Data parallel: our fit next to a loop written by hand around torch's DistributedDataParallel, two gloo processes.
 
-``torchrun --standalone --nproc-per-node 2 benchmarks/ddp.py``. Both train the same network on the same global batches,
-one after the other in the same processes, in an order that alternates; what is printed is the median of the ratios.
+``torchrun --standalone --nproc-per-node 2 benchmarks/ddp.py --write``. Both train the same network on the same global
+batches, one after the other in the same processes, in an order that alternates; the median of the ratios counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import loopwright as lw
+import measure
 
 BATCH, SAMPLES = 64, 1280
 IMAGES = torch.randn(SAMPLES, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -66,36 +67,41 @@ def ours(make: Callable[[], nn.Module], epochs: int) -> nn.Module:
     return net
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+def main() -> int:
+    parser = measure.arguments(__doc__.splitlines()[0], rounds=15)
     parser.add_argument("--epochs", type=int, default=10)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
+    rounds, epochs = options.rounds or (3 if options.quick else 15), 2 if options.quick else options.epochs
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    first, goals = dist.get_rank() == 0, []
     for name, make in (("CNN, 31k parameters", cnn), ("MLP, 134k parameters", mlp)):
         for train in (by_hand, ours):
             train(make, 1)
         ratios, steps = [], []
-        for number in range(arguments.rounds):
+        for number in range(rounds):
             seconds = {}
             for train in (by_hand, ours) if number % 2 else (ours, by_hand):
                 dist.barrier()
                 began = time.perf_counter()
-                train(make, arguments.epochs)
+                train(make, epochs)
                 dist.barrier()
                 seconds[train] = time.perf_counter() - began
             ratios.append(seconds[ours] / seconds[by_hand])
-            steps.append(1e3 * seconds[by_hand] / arguments.epochs / (SAMPLES // BATCH))
-        if dist.get_rank() == 0:
-            low, _, high = statistics.quantiles(ratios, n=4)
-            print(
-                f"{name}: Loopwright / DistributedDataParallel by hand {statistics.median(ratios):.3f} "
-                f"(middle half {low:.3f} to {high:.3f}; a step by hand {statistics.median(steps):.2f} ms)",
-                flush=True,
-            )
+            steps.append(1e3 * seconds[by_hand] / epochs / (SAMPLES // BATCH))
+        low, high = measure.middle_half(ratios)
+        note = f"middle half {low:.3f} - {high:.3f}; by hand {statistics.median(steps):.2f} ms a step"
+        what = f"{name}: Loopwright / DistributedDataParallel by hand"
+        goals.append(measure.Goal(what, statistics.median(ratios), "", 1.05, note))
     dist.destroy_process_group()
+    about = f"Machine: {measure.machine()}.\nTwo gloo processes; {rounds} rounds of {epochs} epochs, set-up included."
+    page = f"## Data parallel\n\n{about}\n\n{measure.goal_table(goals)}"
+    if first:
+        print(page, flush=True)
+        if options.write:
+            measure.write_section(options.write, "ddp", page)
+    return 1 if first and any(goal.share > 1 for goal in goals) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
