@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, Never
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loopwright import loop
 from loopwright.accumulation import parse_accumulate
@@ -29,15 +29,15 @@ from loopwright.errors import (
     ABSENT,
     LoopwrightError,
     SettingError,
-    StepOutputError,
     choose,
     elsewhere,
     refuse_unknown,
     without_unknown,
 )
-from loopwright.events import Callback, Hooks, check_callback, describe
+from loopwright.events import Callback, Hooks, check_callback
 from loopwright.every import Every
 from loopwright.explain import explain, writers
+from loopwright.foreign import EVAL_NAMES, FIT_NAMES, RUN_NAMES, TRAINER_NAMES
 from loopwright.given import check_flag, check_list, check_seed, check_text, is_number, named
 from loopwright.graphs import StepGraphs
 from loopwright.handlers import Event, Filter, Handler
@@ -57,6 +57,7 @@ from loopwright.parallel import (
     watched,
 )
 from loopwright.plan import Plan, facts_of, make_plan
+from loopwright.predictions import asking_for_predict_step, joined
 from loopwright.prepare import Parts, assemble, measured_by, move_task, number_of
 from loopwright.progress import Duration
 from loopwright.resume import Point, Resume, find_point
@@ -68,37 +69,6 @@ from loopwright.task import StepTask, Supervised, Task  # noqa: F401 - Supervise
 from loopwright.written import blamed, caller, warn
 
 __all__ = ["Trainer"]
-
-# names of other libraries, by what they are called here
-_EVAL = {"dataloaders": "data", "loader": "data", "model": "task", "test_data": "data", "x": "data"}
-_FIT = {
-    "train_dataloaders": "train", "train_dataset": "train", "train_data": "train", "val": "valid",
-    "val_dataloaders": "valid", "validation_data": "valid", "eval_dataset": "valid", "datamodule": "train",
-    "model": "task", "ckpt_path": "resume", "resume_from_checkpoint": "resume", "sample_weight": "weight",
-    "train_loader": "train", "train_dataloader": "train", "val_loader": "valid", "valid_loader": "valid",
-    "val_data": "valid", "val_dataset": "valid", "valid_dataset": "valid",
-}  # fmt: skip
-_RUN = {"train": "data", "model": "step", "ckpt_path": "resume"}
-# and what belongs elsewhere, with what to write there
-_LR = "torch.optim.AdamW(net.parameters(), lr=...)"
-_OF_TASK = {name: f"lw.Supervised(net, {name}=...)" for name in ("loss", "optimizer", "schedule", "metrics")}
-_OF_DATA = {"batch_size": "DataLoader(dataset, batch_size=...)", "num_workers": "DataLoader(dataset, num_workers=...)"}
-_OF_TRAINER = {
-    name: f"lw.Trainer({name}=...)" for name in (
-        "epochs", "steps", "accumulate", "callbacks", "checkpoint", "clip_norm", "debug", "device", "devices", "folder",
-        "loggers", "precision", "progress", "seed", "validate_every",
-    )
-} | {"max_epochs": "lw.Trainer(epochs=...)", "verbose": "lw.Trainer(progress=...)"}  # fmt: skip
-_FIT |= _OF_TRAINER | _OF_TASK | _OF_DATA | {
-    "lr": _LR, "dry": "trainer.plan(task, ...)", "dry_run": "trainer.plan(task, ...)",
-    "loaders": "fit(task, train=loaders['train'], valid=loaders['valid'])",
-}  # fmt: skip
-_RUN |= _OF_TRAINER
-_TRAINER = _OF_TASK | _OF_DATA | {
-    "gpus": "devices", "lr": _LR, "learning_rate": _LR, "model": "fit(task, ...)",
-    "resume": "fit(task, ..., resume=...)", "resume_from_checkpoint": "fit(task, ..., resume=...)",
-    "train": "fit(task, train=...)", "valid": "fit(task, ..., valid=...)",
-}  # fmt: skip
 
 
 class Trainer:
@@ -140,17 +110,7 @@ class Trainer:
     2
     """
 
-    @elsewhere(
-        max_epochs="epochs", num_epochs="epochs", max_steps="steps", max_time="time", accelerator="device",
-        accumulate_grad_batches="accumulate", gradient_accumulation_steps="accumulate", gradient_clip_val="clip_norm",
-        max_grad_norm="clip_norm", logger="loggers", default_root_dir="folder", output_dir="folder", logdir="folder",
-        enable_progress_bar="progress", verbose="progress", enable_checkpointing="checkpoint",
-        check_val_every_n_epoch="validate_every", val_check_interval="validate_every", log_every_n_steps="log_every",
-        fast_dev_run="debug", overfit_batches="debug",
-        limit_train_batches="debug", train_percent_check="debug",
-        limit_val_batches="debug", detect_anomaly="debug",
-        profiler="debug", **_TRAINER,
-    )  # fmt: skip
+    @elsewhere(**TRAINER_NAMES)
     def __init__(
         self,
         epochs: float | None = None,
@@ -324,7 +284,7 @@ class Trainer:
         Raises PlanError, before any work starts, with everything that cannot work, and CheckpointError for a
         checkpoint that is damaged, does not fit, or could not go on exactly.
         """
-        refuse_unknown(unknown, self.fit, _FIT, task=task, train=train)
+        refuse_unknown(unknown, self.fit, FIT_NAMES, task=task, train=train)
         run, parts, point = self._prepare(task, train, valid, stages, weight, resume)
         if self._begins(run, parts, point, stages):
             with self._session(run, parts):
@@ -354,7 +314,7 @@ class Trainer:
         >>> seen
         [1, 2, 3, 1, 2, 3]
         """
-        refuse_unknown(unknown, self.run, _RUN, step=step, data=data)
+        refuse_unknown(unknown, self.run, RUN_NAMES, step=step, data=data)
         run, parts, point = self._prepare(StepTask(step, state), data, None, None, weight, resume)
         if self._begins(run, parts, point):
             with self._session(run, parts):
@@ -362,17 +322,17 @@ class Trainer:
             leave_if_interrupted(run)
         return run
 
-    @elsewhere(**_EVAL)
+    @elsewhere(**EVAL_NAMES)
     def validate(self, task: Task, data: Any, *, weight: Callable[[Any], float] | None = None) -> dict[str, float]:
         """Metrics and means of ``validation_step`` over ``data``, as ``valid/<name>``, weighted as in ``fit``."""
         return self._evaluate(task, data, "valid", weight)
 
-    @elsewhere(**_EVAL)
+    @elsewhere(**EVAL_NAMES)
     def test(self, task: Task, data: Any, *, weight: Callable[[Any], float] | None = None) -> dict[str, float]:
         """Metrics and means of ``test_step`` over ``data``, which may be arrays ``(X, y)``, as ``test/<name>``."""
         return self._evaluate(task, data, "test", weight)
 
-    @elsewhere(**_EVAL)
+    @elsewhere(**EVAL_NAMES)
     def predict(self, task: Task, data: Any) -> Any:
         """What ``predict_step`` returns, for all samples in order, on the CPU.
 
@@ -384,10 +344,10 @@ class Trainer:
         _compare(run, {"": source}, "predict")
         if run.team is not None:
             source = _begin_evaluation(run, {"": source})[""]
-        with loop.leaving(run), closing_all([source]), watched(run), _asking_for_predict_step(task):
+        with loop.leaving(run), closing_all([source]), watched(run), asking_for_predict_step(task):
             return joined(loop.predict(run, source, _compiled(run, task.predict_step)))
 
-    @elsewhere(**_FIT)
+    @elsewhere(**FIT_NAMES)
     def plan(
         self,
         task: Task | Callable[[Run, Any], Any],
@@ -449,7 +409,7 @@ class Trainer:
             plan.facts.append(f"cost: {plan.cost}")
         return plan
 
-    @elsewhere(**_FIT)
+    @elsewhere(**FIT_NAMES)
     def explain(
         self,
         task: Task | Callable[[Run, Any], Any],
@@ -640,57 +600,6 @@ class Trainer:
             sources = _begin_evaluation(run, sources)
         with loop.leaving(run), closing_all(sources.values()), watched(run):
             return loop.evaluate(run, sources, step, samples if weight is None else number_of(weight), kind=kind)
-
-
-def joined(outputs: list[Any], path: str = "") -> Any:
-    """Predictions of many batches as one nested value, joined along dimension 0.
-
-    Raises StepOutputError, with the number of the batch, where one has other parts or sizes than the first.
-
-    >>> joined([{"y": torch.zeros(2, 1)}, {"y": torch.zeros(1, 1)}])["y"].shape
-    torch.Size([3, 1])
-    """
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        _check_alike(outputs, lambda one: tuple(one.shape[1:]) if isinstance(one, Tensor) else None, path)
-        return torch.cat([o if o.dim() else o.reshape(1) for o in outputs])
-    if isinstance(first, Mapping):
-        _check_alike(outputs, lambda one: set(one) if isinstance(one, Mapping) else None, path)
-        return {key: joined([o[key] for o in outputs], f"{path}[{key!r}]") for key in first}
-    if isinstance(first, (list, tuple)):
-        _check_alike(outputs, lambda one: len(one) if isinstance(one, (list, tuple)) else None, path)
-        parts = [joined([o[i] for o in outputs], f"{path}[{i}]") for i in range(len(first))]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return outputs
-
-
-def _check_alike(outputs: list[Any], form: Callable[[Any], Any], path: str) -> None:
-    wanted = form(outputs[0])
-    for number, one in enumerate(outputs, 1):
-        if form(one) != wanted:
-            raise StepOutputError(
-                f"predict_step returned {describe(one)}{path and f' as {path}'} for batch {number}, and "
-                f"{describe(outputs[0])} for batch 1: they cannot be joined along dimension 0. Write "
-                "predict_step(self, batch) so that it returns the same parts for every batch, padded to one size; "
-                "NumPy arrays, preds.numpy(force=True), come as a list with one for each batch"
-            )
-
-
-@contextmanager
-def _asking_for_predict_step(task: Any) -> Iterator[None]:
-    """Where the default ``predict_step`` cannot take a batch, note on the error how to write one."""
-    try:
-        yield
-    except (TypeError, NotImplementedError, AttributeError) as error:
-        own = type(task).predict_step
-        if own is Task.predict_step and not isinstance(error, LoopwrightError):
-            kind, lacks = type(task).__name__, type(task).forward is nn.Module.forward
-            error.add_note(
-                f"[loopwright] {kind}.predict_step is the default one, which calls forward(batch)"
-                f"{f', and {kind} has no forward' if lacks else ''}. Write your own, and return what is to be kept: "
-                "def predict_step(self, batch): x, y = batch; return self.net(x)"
-            )
-        raise
 
 
 def _is_handler(event: Event | Filter, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
