@@ -558,12 +558,30 @@ class Deep(Own):
 
 lw.Trainer(**settings).fit(Deep(), data)
 """, "Deep.heads is a dict that holds 2 modules whose parameters no optimizer moves; write nn.ModuleDict({...})"),
+    "a scheduler that the task was not given": ("""
+sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=1)
+job = lw.Supervised(net, nn.CrossEntropyLoss(), sgd)  # here
+lw.Trainer(**settings).fit(job, data)
+""", "CosineAnnealingLR was made for SGD, and nothing in this run steps it; write lw.Supervised(..., "
+     "schedule=scheduler), which steps it once an epoch"),
+    "a scheduler that configure_optimizers keeps": ("""
+class Keeps(Own):
+    def configure_optimizers(self):  # here
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        self.schedule = torch.optim.lr_scheduler.StepLR(sgd, 5)
+        return sgd
+
+lw.Trainer(**settings).fit(Keeps(), data)
+""", "StepLR was made for SGD, and nothing in this run steps it; return (optimizer, scheduler) from "
+     "configure_optimizers"),
 }  # fmt: skip
 
 
 ODD = [  # may be meant: warnings
     "a validation by another name", "a slip in the name of a method", "a hook of a task",
     "the end of a validation in a task", "layers in a list", "layers in a dict",
+    "a scheduler that the task was not given", "a scheduler that configure_optimizers keeps",
     "a look at the batch before another changes it", "a look at the loss before another changes it",
     "a look at the gradients before another changes them", "a rate that a schedule sets anew",
     "a rate of a handler that a schedule sets anew", "a plateau that waits for the wrong side",
@@ -613,21 +631,32 @@ class Changes(lw.Callback):
 class Pauses(lw.Callback):
     restore, monitor = True, "cpu"
 
+class Steps(lw.Callback):
+    def on_epoch_end(self, run):
+        own.step()
+
 two = [lw.Stage("a", "1 epoch", callbacks=[Counts()]), lw.Stage("b", "1 epoch", callbacks=[Changes()])]
+by_hand, given = torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.SGD(net.parameters(), lr=0.1)
+own, theirs = (torch.optim.lr_scheduler.ExponentialLR(one, 0.9) for one in (by_hand, given))
+stepped = lw.Supervised(net, nn.CrossEntropyLoss(), by_hand)
+scheduled = lw.Supervised(net, nn.CrossEntropyLoss(), given, schedule=theirs)
 settings.pop("epochs")
 plans = [
     lw.Trainer(epochs=1, callbacks=[Filters(), Shifts(), Pauses(), Changes()], **settings).plan(task(), data),
     lw.Trainer(**settings).plan(task(), data, stages=two),
+    lw.Trainer(epochs=2, callbacks=[Steps()], **settings).plan(stepped, data),
+    lw.Trainer(epochs=2, **settings).plan(scheduled, data),
 ]
 """
 
 
 @pytest.mark.capability("B-06")
 def test_what_is_fine_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A filter, an edit under another name, callbacks of two stages, and what a class of one's own calls monitor."""
+    """A filter, an edit under another name, callbacks of two stages, what a class of one's own calls monitor, and
+    schedulers that are stepped."""
     (tmp_path / "train.py").write_text(HEAD + FINE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert [(plan.problems, plan.warnings) for plan in runpy.run_path("train.py")["plans"]] == [([], [])] * 2
+    assert [(plan.problems, plan.warnings) for plan in runpy.run_path("train.py")["plans"]] == [([], [])] * 4
 
 
 @pytest.mark.capability("B-06")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import inspect
 import re
 import sys
@@ -11,10 +12,11 @@ from types import CodeType
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from loopwright.events import HOOKS, Callback
 from loopwright.state import Metric, Run
-from loopwright.task import Task
+from loopwright.task import Supervised, Task
 from loopwright.written import is_ours, where
 
 __all__ = ["misnamed", "own_functions", "passed_over", "saved_in_vain"]
@@ -32,13 +34,14 @@ _HOOK = re.compile("on_(train|validation|test|predict|fit|epoch|batch|before|aft
 
 
 def passed_over(run: Run) -> Iterator[tuple[str, Any]]:
-    """What may have been meant for something: methods of a task that nothing calls, and layers that are in no module.
+    """What may have been meant for something: methods that nothing calls, layers in no module, schedulers at rest.
 
     Each with its line.
     """
     if isinstance(run.task, Task):
         yield from _uncalled(run)
         yield from _unregistered(run)
+        yield from _unstepped(run)
 
 
 def own_functions(run: Run) -> Iterator[tuple[str, Any]]:
@@ -65,6 +68,31 @@ def saved_in_vain(run: Run) -> Iterator[tuple[str, str]]:
                 f"{kind.__name__} has a state_dict and no load_state_dict, so that a resume would begin without its "
                 "state; write: def load_state_dict(self, state): ..., which takes back what state_dict returns",
                 where(one.state_dict),
+            )
+
+
+def _unstepped(run: Run) -> Iterator[tuple[str, Any]]:
+    """A scheduler of torch that was made for an optimizer and not given to the task, so that nothing steps it.
+
+    One that the user's own code may step is none of our business. torch puts a ``step`` of its own on the optimizer of
+    a scheduler; who it is, only the garbage collector knows.
+    """
+    phases = [phase for stage in run.stages for phase in stage.phases]
+    given = {id(o) for phase in phases if phase.step_schedulers or phase.epoch_schedulers for o in phase.moved}
+    for optimizer in {id(o): o for phase in phases for o in phase.moved}.values():
+        if "step" not in vars(optimizer) or id(optimizer) in given:
+            continue
+        made = [one for one in gc.get_referrers(optimizer) if isinstance(one, LRScheduler)]
+        codes = (_code(function) for _, function in own_functions(run))
+        if made and not any("step" in _names_in(code) for code in codes if code is not None):
+            name = type(made[0]).__name__
+            give = "return (optimizer, scheduler) from configure_optimizers"
+            if isinstance(run.task, Supervised):
+                give = "write lw.Supervised(..., schedule=scheduler)"
+            yield (
+                f"{name} was made for {type(optimizer).__name__}, and nothing in this run steps it; {give}, which "
+                "steps it once an epoch, or lw.per_step(scheduler) to go with the optimizer",
+                run.task,
             )
 
 
