@@ -24,9 +24,10 @@ class Copies:
         return tensor.is_cpu
 
     def begin(self, tensors: list[Tensor]) -> tuple[list[Tensor], Any]:
-        if Copies.full:
-            raise torch.OutOfMemoryError("CUDA out of memory")
         number = tensors[0].flatten()[0].item()
+        if Copies.full and number:
+            Copies.log.append(("no room", number))
+            raise torch.OutOfMemoryError("CUDA out of memory")
         Copies.log.append(("begin", number))
         return [tensor.to("meta") for tensor in tensors], number
 

@@ -315,10 +315,11 @@ def test_of_a_worker_that_dies_during_a_step_its_batch_is_told(log: list[Any]) -
     assert "while at batch 5 of epoch 2, dataset indices [4]" in str(error.value.__notes__)
 
 
-def test_where_memory_is_short_batches_are_moved_as_ever(log: list[Any]) -> None:
+def test_where_memory_is_short_batches_are_moved_as_ever_for_the_rest_of_the_epoch(log: list[Any]) -> None:
     Copies.full = True
-    trainer(epochs=1).fit(Mean(log), numbers(3))
-    assert log == [("step", 0.0), ("step", 1.0), ("step", 2.0)]
+    trainer(epochs=2).fit(Mean(log), numbers(4))
+    epoch = [("begin", 0), ("wait", 0), ("step", 0), ("no room", 1), ("step", 1), ("step", 2), ("step", 3)]
+    assert log == 2 * epoch
 
 
 # -------------------------------------------------------------------------------------- what is copied, and what not
@@ -405,13 +406,13 @@ def test_a_source_that_was_used_on_a_gpu_copies_nothing_on_a_cpu(
 ) -> None:
     source = TorchLoader(numbers())
     copy_ahead(source, CPU, None)
-    first = source.copier
+    first = source.ahead_copier
     copy_ahead(source, CPU, None)
-    assert source.copier is first  # its stream is used again
+    assert source.ahead_copier is first  # its stream is used again
     assert first is not None
     monkeypatch.setattr(ahead, "_DEVICE", "cuda")
     copy_ahead(source, CPU, None)
-    assert source.copier is None
+    assert source.ahead_copier is None
 
 
 def test_a_pass_that_is_forgotten_waits_for_its_copy(log: list[Any]) -> None:

@@ -54,7 +54,7 @@ class CudaCopier:
     def takes(self, tensor: Tensor) -> bool:
         if self.dtype is not None and tensor.is_floating_point() and tensor.dtype != self.dtype:
             return False
-        return not tensor.is_cuda and tensor.is_pinned()
+        return tensor.is_cpu and tensor.is_pinned()
 
     def begin(self, tensors: list[Tensor]) -> tuple[list[Tensor], Any]:
         current = torch.cuda.current_stream(self.device)
@@ -79,7 +79,7 @@ class Ahead:
     def __init__(self, batches: Iterator[Any], copier: Copier) -> None:
         self.batches, self.copier = batches, copier
         self._next: tuple[Any, Any, Exception | None] | None = None  # a batch, its copies, or an error in its place
-        self._first, self._plain = True, False
+        self._first, self._plain, self._full = True, False, False
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -119,12 +119,13 @@ class Ahead:
 
     def _begin(self, batch: Any) -> Any:
         tensors = [tensor for tensor in plain_tensors(batch) if self.copier.takes(tensor)]
-        if sum(tensor.nbytes for tensor in tensors) < _LEAST:
+        if self._full or sum(tensor.nbytes for tensor in tensors) < _LEAST:
             return None
         try:
             copies, copied = self.copier.begin(tensors)
         except torch.OutOfMemoryError:
-            return None  # there may be room when it is moved
+            self._full = True  # each try would empty the allocator's cache
+            return None
         for tensor, copy in zip(tensors, copies, strict=True):
             note_begun(tensor, copy)
         return copied
@@ -144,11 +145,12 @@ def copy_ahead(source: Any, device: torch.device, dtype: torch.dtype | None) -> 
         if isinstance(source, (Chunks, Shared)):
             return  # what is moved is a piece of what is read
         source = source.source
-    for one in getattr(source, "sources", {}).values():  # of a Mix
+    several = getattr(source, "sources", None)  # of a Mix
+    for one in several.values() if isinstance(several, dict) else ():
         copy_ahead(one, device, dtype)
-    if hasattr(source, "copier"):
-        known = source.copier
+    if hasattr(source, "ahead_copier"):
+        known = source.ahead_copier
         if device.type != _DEVICE:
-            source.copier = None
+            source.ahead_copier = None
         elif known is None or known.device != device or known.dtype != dtype:
-            source.copier = CudaCopier(device, dtype)
+            source.ahead_copier = CudaCopier(device, dtype)

@@ -68,7 +68,7 @@ class TorchLoader:
         self._loaded: Mapping[str, Any] | None = None
         self._at = (0, 0)
         self.waited = 0.0  # seconds, for batches
-        self.copier: Copier | None = None  # to where batches are copied ahead
+        self.ahead_copier: Copier | None = None  # to where batches are copied ahead
         self._ended = True  # the last pass went to its end
         self._left = False  # an epoch began although the one before had not ended, with workers that live on
 
@@ -249,7 +249,7 @@ class TorchLoader:
 
     def _batches(self, iterator: Iterator[Any], epoch: int, batch: int) -> Iterator[Any]:
         order, workers, self._ended = self._order, self.workers, False
-        early = Ahead(iterator, self.copier) if self.copier is not None and self._may_go_ahead else None
+        early = Ahead(iterator, self.ahead_copier) if self.ahead_copier is not None and self._may_go_ahead else None
         batches: Iterator[Any] = iterator if early is None else early
 
         def place(ahead: int) -> str:
