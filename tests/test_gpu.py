@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from itertools import pairwise
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 
 import loopwright as lw
+from loopwright.data import ahead, move
 from pictures import N, images, net, spy
 from tiny import acts, bits, classifier, loader, same, samples, sgd_task, trainer
 
@@ -202,6 +205,87 @@ def test_a_step_of_step_functions_is_recorded_in_a_cuda_graph(name: str) -> None
         optimizers[1].step()
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
     assert optimizers[0].state[weights[0]]["step"].item() == 8
+
+
+class Drawn(Dataset[Any]):
+    """Pictures that are drawn when they are read."""
+
+    def __len__(self) -> int:
+        return 27
+
+    def __getitem__(self, i: int) -> Any:
+        return torch.randn(3, 16, 16), i % 3
+
+
+def drawn() -> DataLoader[Any]:
+    return DataLoader(Drawn(), 4, shuffle=True, num_workers=2, pin_memory=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"nonfinite": None}, {"accumulate": 2}, {"precision": "bf16"}, {"precision": "fp64"}, {"cuda_graphs": True}],
+    ids=str,
+)
+def test_batches_that_are_copied_ahead_leave_the_bits_of_those_that_are_not(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    class Counted(ahead.CudaCopier):
+        def begin(self, tensors: list[Any]) -> Any:
+            begun.append(len(tensors))
+            return super().begin(tensors)
+
+    monkeypatch.setattr(ahead, "CudaCopier", Counted)
+    found = []
+    for least in (sys.maxsize, 1):
+        monkeypatch.setattr(ahead, "_LEAST", least)
+        begun.clear()
+        torch.manual_seed(4)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)).to(CUDA)
+        user = trainer(epochs=4, device="cuda", validate_every="3 steps", **settings)
+        run = user.fit(sgd_task(net, lr=0.1, loss=cross_entropy), drawn(), drawn())
+        losses = {name: list(values) for name, values in run.history.losses.items()}
+        found.append((net.state_dict(), losses, run.metrics["valid/loss"], torch.get_rng_state()))
+    assert same(*found)
+    assert len(begun) >= 4 * 7
+    assert set(begun) == ({1} if "precision" in settings and settings["precision"] == "fp64" else {2})
+
+
+def test_a_copy_that_is_made_ahead_waits_for_nobody_and_leaves_memory_alone_that_is_still_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps are slow and keep nothing, so that each batch gets memory of one before it; the host is far ahead."""
+    monkeypatch.setattr(ahead, "_LEAST", 1)
+    n = 1 << 20
+    batches = [torch.full((n,), float(i)).pin_memory() for i in range(12)]
+    taken = ahead.Ahead(iter(batches), ahead.CudaCopier(CUDA, None))
+    sums = []
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in taken:
+            moved = move(batch, CUDA)
+            torch.cuda._sleep(20_000_000)
+            sums.append(moved.double().mean())
+            other = torch.full((n,), -1.0, device=CUDA)  # takes what has come free
+            del moved, other, batch
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [one.item() for one in sums] == [float(i) for i in range(12)]
+
+
+def test_one_batch_more_is_on_the_device_and_none_is_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_LEAST", 1)
+    n = 1 << 20  # numbers of 4 bytes
+    taken = ahead.Ahead((torch.ones(n).pin_memory() for _ in range(6)), ahead.CudaCopier(CUDA, None))
+    before = torch.cuda.memory_allocated(CUDA)
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    for _ in range(4):
+        move(next(taken), CUDA)
+    assert torch.cuda.max_memory_allocated(CUDA) - before == 2 * 4 * n
+    taken.close()
+    assert torch.cuda.memory_allocated(CUDA) == before
 
 
 @pytest.mark.filterwarnings("ignore:.*what the first has mixed is mixed again")

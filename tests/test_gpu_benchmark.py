@@ -44,6 +44,14 @@ def test_digits_are_timed_by_hand_and_with_fit(gpu: ModuleType) -> None:
     assert gpu.digits_ours(CPU, 1, nonfinite=None, compile={"backend": "eager"}) > 0
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+def test_images_are_timed_by_hand_and_with_fit(gpu: ModuleType) -> None:
+    assert gpu.images_by_hand(CPU, 4, 2, 2, 32) > 0
+    for early in (False, True):
+        assert gpu.images_ours(CPU, 4, 2, 2, 32, early=early) > 0
+    assert gpu.ahead._LEAST == 1 << 20
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_without_cuda_it_says_so_and_fails() -> None:
     done = subprocess.run([sys.executable, str(PATH), "--write"], capture_output=True, text=True)

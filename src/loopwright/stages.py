@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from loopwright.accumulation import check_unit
 from loopwright.data import Chunks, as_source, as_sources
+from loopwright.data.ahead import copy_ahead
 from loopwright.errors import SettingError
 from loopwright.optim import set_trainable
 from loopwright.optim.schedulers import default_monitor
@@ -46,6 +47,7 @@ def begin_stage(run: Run, stage: Stage) -> bool:
         set_trainable(run.task, run.trainable, train=stage.train, freeze=stage.freeze)
     if run.team is not None:
         run.team.begin_stage(run, stage)
+    copy_ahead(stage.source, run.device, run.precision.holds)
     for phase in stage.phases:
         for scheduler in phase.epoch_schedulers:
             scheduler.default_monitor = default_monitor(stage.valid)
@@ -234,6 +236,7 @@ def _replace_data(run: Run, kind: str, new: Any) -> None:
     if stage is not None:
         if kind == "train":
             stage.source = as_source(new, train=True, key=run.settings.get("key", 0))
+            copy_ahead(stage.source, run.device, run.precision.holds)
         else:
             stage.valid = as_sources(new, run.settings.get("key", 0))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from loopwright import rng
 from loopwright.data import move
+from loopwright.data.ahead import copy_ahead
 from loopwright.data.batch import check_count
 from loopwright.data.generators import Streams, find_on_modules, kept
 from loopwright.data.iterated import planned_sizes
@@ -31,6 +32,7 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
     Generators that hang on the source are put back afterwards: training may draw from the same ones.
     """
     n, compared = 0, False
+    copy_ahead(source, run.device, run.precision.holds)
     with kept(_streams(source).find().values()):
         at = source.at if run.team is None else run.team.begin_epoch(source)
         batches = at(0, 0)

@@ -163,6 +163,35 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
+_BEGUN = "_loopwright_begun"  # on a tensor: its copy on a device, and of which of its versions that is
+
+
+def note_begun(tensor: Tensor, copy: Tensor) -> None:
+    """Let ``move`` take ``copy``, once, where it is to copy ``tensor`` to that device.
+
+    >>> batch, copy = [torch.zeros(2)], torch.zeros(2, device="meta")
+    >>> note_begun(batch[0], copy)
+    >>> move(batch, "meta")[0] is copy, move(batch, "meta")[0] is copy
+    (True, False)
+    """
+    vars(tensor)[_BEGUN] = copy, tensor._version
+
+
+def plain_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nested batch that ``move`` copies by itself, bit by bit, to where nothing leads back from."""
+    if isinstance(value, Tensor):
+        plain = type(value) is Tensor and value.layout is torch.strided and not value.is_inference()
+        if plain and not (value.requires_grad or value.is_conj() or value.is_neg() or value.is_quantized):
+            dense = value.is_contiguous() or (
+                value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+            )
+            if dense:  # a copy of any other may get other strides
+                yield value
+    elif not callable(getattr(value, "to", None)):
+        for part in _held(value):
+            yield from plain_tensors(part)
+
+
 class _Unmovable(Exception):  # noqa: N818 - never leaves this file
     def __init__(self, leaf: Any) -> None:
         self.leaf, self.path = leaf, ""
@@ -191,6 +220,9 @@ def _move_tensor(tensor: Tensor, place: _Place) -> Tensor:
     there = at == device or (device.type == "cpu" and at.type == "cpu")
     if there and not options:
         return tensor
+    copy, version = (None, 0) if options else vars(tensor).pop(_BEGUN, (None, 0))
+    if copy is not None and copy.device == device and version == tensor._version:
+        return cast(Tensor, copy)
     non_blocking = not there and at.type == "cpu" and tensor.is_pinned()
     return cast(Tensor, _call_to(tensor, place, non_blocking=non_blocking, **options))
 

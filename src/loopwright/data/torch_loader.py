@@ -6,10 +6,18 @@ from collections.abc import Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from loopwright import rng
 from loopwright._compat import begin_workers, copy_loader, stop_workers
+from loopwright.data.ahead import Ahead, Copier
 from loopwright.data.fetching import add_fetch_note, place_of, stopped_early
 from loopwright.data.generators import Streams
 from loopwright.data.order import Order
@@ -22,6 +30,7 @@ from loopwright.errors import DataError
 __all__ = ["TorchLoader"]
 
 
+_DRAWN_AT_ONCE = (SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, list, tuple, range)
 _ROOTS = ("generator", "batch_sampler", "sampler", "dataset", "collate_fn")
 
 
@@ -59,6 +68,7 @@ class TorchLoader:
         self._loaded: Mapping[str, Any] | None = None
         self._at = (0, 0)
         self.waited = 0.0  # seconds, for batches
+        self.ahead_copier: Copier | None = None  # to where batches are copied ahead
         self._ended = True  # the last pass went to its end
         self._left = False  # an epoch began although the one before had not ended, with workers that live on
 
@@ -114,6 +124,21 @@ class TorchLoader:
         if self._left:
             reasons.append("an epoch was left early while persistent workers were ahead of it")
         return reasons
+
+    @property
+    def _may_go_ahead(self) -> bool:
+        """True where to ask for a batch earlier draws nothing earlier: workers read it, and its order was drawn."""
+        loader, batches = self.loader, self.loader.batch_sampler
+        if not (self.workers and loader.in_order) or (batches is None and self.cut is not None):
+            return False
+        if type(batches) in (list, tuple):
+            return True
+        sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
+        if type(sampler) is RandomSampler:
+            drawn = sampler.generator is None  # of one's own: it draws from that when it has ended
+        else:
+            drawn = type(sampler) in _DRAWN_AT_ONCE
+        return drawn and type(batches) in (BatchSampler, type(None))
 
     def _own(self) -> dict[str, Any]:
         dataset: Any = self.loader.dataset
@@ -224,8 +249,11 @@ class TorchLoader:
 
     def _batches(self, iterator: Iterator[Any], epoch: int, batch: int) -> Iterator[Any]:
         order, workers, self._ended = self._order, self.workers, False
+        early = Ahead(iterator, self.ahead_copier) if self.ahead_copier is not None and self._may_go_ahead else None
+        batches: Iterator[Any] = iterator if early is None else early
 
         def place(ahead: int) -> str:
+            ahead += 0 if early is None else early.held
             return place_of(epoch, batch + ahead, order.pending[ahead] if ahead < len(order.pending) else None)
 
         try:
@@ -233,7 +261,7 @@ class TorchLoader:
                 while True:
                     began = perf_counter()
                     try:
-                        item = next(iterator)
+                        item = next(batches)
                     except StopIteration as stop:
                         if order.pending:
                             raise self._stopped(stop, epoch, batch) from stop
@@ -263,6 +291,8 @@ class TorchLoader:
                     yield item
                     del item  # or two batches would be held while the next one is fetched
         finally:
+            if early is not None:
+                early.close()
             if workers and not self.loader.persistent_workers:
                 stop_workers(iterator)  # a traceback may hold the iterator, and with it the workers
 
