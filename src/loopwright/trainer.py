@@ -149,7 +149,7 @@ class Trainer:
         fast_dev_run="debug", overfit_batches="debug",
         limit_train_batches="debug", train_percent_check="debug",
         limit_val_batches="debug", detect_anomaly="debug",
-        profiler="debug", **_TRAINER,
+        profiler="debug", sync_batchnorm="strategy=lw.DDP(sync_batch_norm=True)", **_TRAINER,
     )  # fmt: skip
     def __init__(
         self,
@@ -712,7 +712,7 @@ def _share_out(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def _cut(run: Run, *, whole: bool = False) -> Cut:
-    return Cut(run.comm.rank, run.comm.world_size, whole, run.team.fills)
+    return Cut(run.comm.rank, run.comm.world_size, whole, run.team.shards if whole else run.team.fills)
 
 
 def _begin_evaluation(run: Run, sources: Mapping[str, Any]) -> dict[str, Any]:
