@@ -712,7 +712,7 @@ def _share_out(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def _cut(run: Run, *, whole: bool = False) -> Cut:
-    return Cut(run.comm.rank, run.comm.world_size, whole, run.team.shards if whole else run.team.fills)
+    return Cut(run.comm.rank, run.comm.world_size, whole, run.team.fills)
 
 
 def _begin_evaluation(run: Run, sources: Mapping[str, Any]) -> dict[str, Any]:

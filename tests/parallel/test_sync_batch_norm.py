@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import loopwright as lw
+from loopwright.parallel.norms import Norms
 
 N = 23
 X = torch.randn(N, 6, generator=torch.Generator().manual_seed(1)) * 3 + 2
@@ -32,7 +33,7 @@ def dense() -> nn.Module:
     return nn.Sequential(
         nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=None), nn.Tanh(), nn.Linear(8, 8),
         nn.BatchNorm1d(8, affine=False), nn.Linear(8, 4), nn.BatchNorm1d(4, track_running_stats=False),
-        nn.Linear(4, 4), nn.BatchNorm1d(4, eps=0.1, momentum=0.3, bias=False), nn.Linear(4, 3),
+        nn.Linear(4, 4), nn.BatchNorm1d(4, eps=0.1, momentum=0.3), nn.Linear(4, 3),
     )  # fmt: skip
 
 
@@ -45,6 +46,12 @@ def images() -> nn.Module:
 
 def small() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def frozen() -> nn.Module:
+    net = small()
+    net[1].eval()  # by its statistics, which stay
+    return net
 
 
 def task_of(make: Any, dtype: torch.dtype = torch.float32, **more: Any) -> lw.Supervised:
@@ -90,6 +97,7 @@ def trained(strategy: Any) -> dict[str, Any]:
     for name, make, dtype, size, accumulate in (
         ("dense", dense, torch.float64, 7, 1), ("a sample or none", dense, torch.float64, 3, 1),
         ("accumulated", dense, torch.float64, 3, 3), ("images", images, torch.float64, 7, 2),
+        ("frozen", frozen, torch.float64, 7, 1),
         ("in float32", small, torch.float32, 6, 1), ("gan", None, torch.float64, 3, 2),
     ):  # fmt: skip
         task = Gan() if make is None else task_of(make, dtype)
@@ -175,6 +183,7 @@ def test_your_module_is_what_it_was_and_outside_of_a_training_step_nobody_is_wai
         assert set(vars(net[1])) == before[2]
         assert len(called) >= 8
         assert looks.kinds == [True, True]
+        assert all(one["forward"] == 0 for one in lw_run.team.needs)  # it has waited for others there
         assert lw_run.comm.rank or looks.copied is nn.BatchNorm1d
         return lw_run.metrics["valid/loss"]
 
@@ -195,6 +204,16 @@ def test_after_an_error_the_layers_are_your_own_too() -> None:
         return type(task.module[1]) is nn.BatchNorm1d
 
     assert lw.launch(fit, 2) == [True, True]
+
+
+def test_a_layer_takes_the_shapes_that_it_took() -> None:
+    net, norms = nn.Sequential(nn.BatchNorm1d(6)), Norms()
+    norms.join([net])
+    norms.on = True
+    with pytest.raises(ValueError, match="expected 2D or 3D input"):
+        net(torch.ones(2, 6, 3, 3))
+    norms.put_back()
+    assert type(net[0]) is nn.BatchNorm1d
 
 
 # ------------------------------------------------------------------------------------------------- with other settings
@@ -319,9 +338,8 @@ class Spoiled(nn.Module):
 @pytest.mark.parametrize(
     ("how", "error", "says"),
     [
-        ("raise", ValueError, r"rank 1 failed at step [12], .*test_sync_batch_norm.py:\d+ in forward: ValueError: a bad"),
-        ("barrier", lw.LoopwrightError, r"do not match at step [12]: .*rank 0: all_reduce\(double\[13\]\), .*norms.py:\d+ "
-                                        r"in .*; rank 1: barrier\(\), .*test_sync_batch_norm.py:\d+ in forward"),
+        ("raise", ValueError, r"rank 1 failed at step [12], HERE: ValueError: a bad day"),
+        ("barrier", lw.LoopwrightError, r"do not match at step [12]: .*; rank 1: barrier\(\), HERE"),
     ],
 )  # fmt: skip
 def test_a_rank_that_leaves_in_the_middle_of_a_forward_ends_all_in_time_and_is_named(
@@ -337,6 +355,8 @@ def test_a_rank_that_leaves_in_the_middle_of_a_forward_ends_all_in_time_and_is_n
     with pytest.raises(error):
         lw.launch(fit, 2)
     assert time.monotonic() - began < 20  # 4 s, and what it takes to begin and to end
+    waits = r"rank 0: all_reduce\(double\[13\]\), .*norms.py:\d+ in .*; rank 1"  # in the second of them
+    says = says.replace("; rank 1", waits).replace("HERE", r".*test_sync_batch_norm.py:\d+ in forward")
     assert re.search(says, capfd.readouterr().err)
 
 

@@ -22,8 +22,9 @@ _KNOWN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # what a layer computes
 def norms_in(models: Iterable[nn.Module]) -> tuple[list[_BatchNorm], list[_BatchNorm]]:
     """Batch norms of ``models``: those that can measure over ranks, and those with a forward or a group of their own.
 
-    >>> norms_in([nn.Sequential(nn.BatchNorm1d(2, affine=False), nn.LayerNorm(2))])
-    ([BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=False, track_running_stats=True)], [])
+    >>> joined, others = norms_in([nn.Sequential(nn.BatchNorm1d(2), nn.LayerNorm(2), nn.BatchNorm2d(2))])
+    >>> [type(layer).__name__ for layer in joined], others
+    (['BatchNorm1d', 'BatchNorm2d'], [])
     """
     found = {id(m): m for model in models for m in model.modules() if isinstance(m, _BatchNorm)}.values()
     joined = [m for m in found if isinstance(m, _Joined) or (type(m).forward in _KNOWN and not _has_group(m))]
