@@ -36,7 +36,7 @@ TRAINER_NAMES = _OF_TASK | _OF_DATA | {
     "check_val_every_n_epoch": "validate_every", "val_check_interval": "validate_every",
     "log_every_n_steps": "log_every", "fast_dev_run": "debug", "overfit_batches": "debug",
     "limit_train_batches": "debug", "train_percent_check": "debug", "limit_val_batches": "debug",
-    "detect_anomaly": "debug", "profiler": "debug",
+    "detect_anomaly": "debug", "profiler": "debug", "sync_batchnorm": "strategy=lw.DDP(sync_batch_norm=True)",
     "gpus": "devices", "lr": _LR, "learning_rate": _LR, "model": "fit(task, ...)",
     "resume": "fit(task, ..., resume=...)", "resume_from_checkpoint": "fit(task, ..., resume=...)",
     "train": "fit(task, train=...)", "valid": "fit(task, ..., valid=...)",

@@ -18,6 +18,7 @@ from loopwright.described import described
 from loopwright.events import HOOKS, Callback
 from loopwright.every import Every
 from loopwright.optim import match_names
+from loopwright.parallel import norms_in
 from loopwright.progress import Duration
 from loopwright.state import Run
 from loopwright.unheard import most_of
@@ -30,7 +31,7 @@ Found = Iterator[tuple[str, Any]]  # what is idle, and who says so: a stage, a c
 
 def does_nothing(run: Run) -> Found:
     """All that is idle in ``run``. A rehearsal or a part of the data says nothing of lengths."""
-    checks, of_lengths = (_frozen_twice, _twice, _mixed_twice, _never_asked), (
+    checks, of_lengths = (_frozen_twice, _twice, _mixed_twice, _never_asked, _not_over_ranks), (
         _long_windows, _never_due, _beyond_the_end, _odd_schedules, _never_there,
     )  # fmt: skip
     for check in checks if run.settings.get("debug") else (*checks, *of_lengths):
@@ -86,6 +87,22 @@ def _never_asked(run: Run) -> Found:
                     f"{name} is never called, since no phase moves an optimizer by itself; do it in the step",
                     callback,
                 )
+
+
+def _not_over_ranks(run: Run) -> Found:
+    """Batch norm that is to measure over ranks, and is not there or cannot."""
+    if not getattr(run.settings.get("strategy"), "sync_batch_norm", False):
+        return
+    joined, others = norms_in(run.models.values())
+    if others:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in others}))
+        yield (
+            f"sync_batch_norm=True leaves out {len(others)} batch norms with a forward or a process_group of their "
+            f"own ({kinds}): each rank measures its part of a batch there",
+            None,
+        )
+    elif not joined:
+        yield "sync_batch_norm=True does nothing, since the model has no batch norm; leave it out", None
 
 
 def _long_windows(run: Run) -> Found:

@@ -392,6 +392,12 @@ def _settings(run: Run, written: Written) -> Found:
                     "do it in the step",
                     written.trainer,
                 )
+        if _over_ranks(run):
+            yield (
+                "sync_batch_norm=True cannot apply, since no phase moves an optimizer by itself; call "
+                "nn.SyncBatchNorm.convert_sync_batchnorm on the model, which works on accelerators",
+                written.trainer,
+            )
     asked = run.settings.get("validate_every", "1 epoch")
     if asked != "1 epoch" and not any(stage.valid for stage in run.stages):
         way = "pass fit(..., valid=loader)"
@@ -627,3 +633,14 @@ def _compilation(run: Run, written: Written) -> Found:
         )
     elif (problem := run.compiler.problem(run.device)) is not None:
         yield problem, written.trainer
+    elif run.team is not None and _over_ranks(run) and run.compiler.options.get("fullgraph"):
+        yield (
+            "compile={'fullgraph': True} cannot apply with sync_batch_norm=True: what ranks tell one another stands "
+            "between graphs; leave one of the two out",
+            written.trainer,
+        )
+
+
+def _over_ranks(run: Run) -> bool:
+    """True where batch norms are to measure over ranks."""
+    return getattr(run.settings.get("strategy"), "sync_batch_norm", False) is True

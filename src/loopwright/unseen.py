@@ -52,7 +52,7 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
                     if planned is not None:
                         check_count(batch, next(planned, None), kind)
                 batch = move(batch, run.device, run.precision.holds) if run.moves_batches else batch
-                if run.team is not None and run.team.fills:
+                if run.team is not None and run.team.shards:
                     run.team.spare = batch
                 if not spare:
                     run.looking = (kind, n, batch)

@@ -66,7 +66,7 @@ class Average(Restoring):
 
     def problems(self, run: Run) -> Iterator[str]:
         name = type(self).__name__
-        if run.team is not None and run.team.fills:
+        if run.team is not None and run.team.shards:
             yield f"{name} cannot average parameters that FSDP shares out; train with strategy='ddp'"
         elif run.team is not None and (self.buffers or self._measures):
             what = "buffers=True" if self.buffers else "batch_norm=data"

@@ -86,7 +86,7 @@ class EarlyStopping(Restoring):
         self._weights: dict[str, dict[str, Any]] = {}
 
     def on_fit_start(self, run: Run) -> None:
-        if self.restore and run.team is not None and run.team.fills:
+        if self.restore and run.team is not None and run.team.shards:
             raise SettingError(
                 "EarlyStopping(restore='best') holds whole weights, which FSDP shares out; let the checkpoints do it: "
                 f"Checkpoint(monitor={self.monitor!r}, restore='best')"

@@ -53,7 +53,7 @@ class Penalty(Callback):
         self._at: tuple[Any, int] = (None, 0)
 
     def on_fit_start(self, run: Run) -> None:
-        if run.team is not None and run.team.fills:
+        if run.team is not None and run.team.shards:
             raise SettingError("Penalty cannot add up weights that FSDP shares out; use weight_decay of the optimizer")
         self._resolve(run)
 

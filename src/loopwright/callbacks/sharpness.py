@@ -50,7 +50,10 @@ class SAM(Callback):
 
     def problems(self, run: Run) -> Iterator[str]:
         if run.team is not None and run.team.fills:
-            yield "SAM cannot go over the window again with FSDP; train with strategy='ddp'"
+            if run.team.shards:
+                yield "SAM cannot go over the window again with FSDP; train with strategy='ddp'"
+            else:
+                yield "SAM cannot go over the window again with sync_batch_norm=True; leave one of the two out"
         if getattr(run.task, "truncate", None) is not None:
             yield (
                 f"SAM would go over a piece of a sequence again with what its first pass has carried on "

@@ -137,7 +137,7 @@ class KeepBest(_Watch, Restoring):
         self.models: dict[str, dict[str, Any]] = {}
 
     def on_fit_start(self, run: Run) -> None:
-        if run.team is not None and run.team.fills:
+        if run.team is not None and run.team.shards:
             raise SettingError(
                 "KeepBest cannot keep parameters that are shared out over ranks; use DDP, or leave it out"
             )

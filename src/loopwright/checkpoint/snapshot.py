@@ -154,7 +154,7 @@ def _check_given(name: str, obj: Any, *, shards: bool) -> None:
 
 def shared_out(run: Run) -> bool:
     """True if parameters are shared out over ranks, so that all of them write a checkpoint together."""
-    return run.team is not None and bool(run.team.fills)
+    return run.team is not None and bool(run.team.shards)
 
 
 def info(run: Run) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from loopwright.errors import SettingError
+from loopwright.given import check_flag
 from loopwright.state import Phase, Run, Stage
 
 __all__ = ["DDP"]
@@ -26,8 +28,9 @@ class DDP:
     objectives do not wait for each other's gradients, ``state_dict`` keys stay, and your module is not wrapped. Of an
     accumulation window only the last backward communicates. ``find_unused=True`` allows for steps that do not reach
     all parameters, and costs a walk through the graph at each step; without it such a step is an error that names
-    them. A rank that fails, dies or hangs ends all of them within ``timeout`` seconds. ``options`` go to
-    DistributedDataParallel (``bucket_cap_mb``, ``gradient_as_bucket_view``, ...).
+    them. ``sync_batch_norm=True``: the batch norms of the models measure the whole batch, and not each rank's part of
+    it; your layers are what they were when the fit has ended. A rank that fails, dies or hangs ends all of them within
+    ``timeout`` seconds. ``options`` go to DistributedDataParallel (``bucket_cap_mb``, ...).
 
     Raises SettingError for options that Loopwright sets itself.
 
@@ -37,14 +40,18 @@ class DDP:
 
     name = "ddp"
 
-    def __init__(self, *, find_unused: bool = False, timeout: float = 30.0, **options: Any) -> None:
+    def __init__(
+        self, *, find_unused: bool = False, sync_batch_norm: bool = False, timeout: float = 30.0, **options: Any
+    ) -> None:
         own = {"find_unused_parameters", "module", "device_ids", "output_device", "process_group", "init_sync"}
         taken = sorted(own & options.keys())
         if taken:
             raise SettingError(f"DDP({taken[0]}=...) is set by Loopwright; leave it out (find_unused=True is ours)")
         if not timeout > 0:
             raise SettingError(f"DDP(timeout={timeout!r}); expected a number of seconds above 0")
-        self.find_unused, self.timeout, self.options = find_unused, timeout, options
+        check_flag("sync_batch_norm", sync_batch_norm)
+        self.find_unused, self.sync_batch_norm = find_unused, sync_batch_norm
+        self.timeout, self.options = timeout, options
 
     def begin_stage(self, run: Run, stage: Stage) -> dict[str, Synced]:
         """Let the phases of ``stage`` synchronise the parameters that train now; each by its name."""
@@ -70,25 +77,29 @@ class DDP:
         )  # the parameters are those of rank 0 already
         _lay_out(ddp, part)
         names = {id(p): name for name, p in _named(run)}
-        phase.step = synced = Synced(phase, ddp, {} if self.find_unused else {k: names.get(k, "?") for k in parameters})
+        known = {} if self.find_unused else {k: names.get(k, "?") for k in parameters}
+        phase.step = synced = Synced(phase, run, ddp, known, waits=self.sync_batch_norm)
         return synced
 
 
 class Synced:
     """A phase's step whose gradients are those of all ranks once ``last`` was set for its last batch."""
 
-    def __init__(self, phase: Phase, ddp: DistributedDataParallel, names: Mapping[int, str]) -> None:
-        self.phase, self.step, self.ddp, self.names = phase, phase.step, ddp, names
+    def __init__(
+        self, phase: Phase, run: Run, ddp: DistributedDataParallel, names: Mapping[int, str], *, waits: bool
+    ) -> None:
+        self.phase, self.run, self.step, self.ddp, self.names, self.waits = phase, run, phase.step, ddp, names, waits
         self.own = list(ddp.module.own)  # a ParameterList is slow to go through
         self.moves = _trained(phase)
         self.last = True
-        self.seconds = 0.0  # in forward, where this rank waits for nobody
+        self.seconds = 0.0  # in forward, unless this rank ``waits`` for others there
 
     def __call__(self, batch: Any) -> Any:
         began = perf_counter()
         with nullcontext() if self.last else self.ddp.no_sync():
             output = self.ddp(batch)
-        self.seconds += perf_counter() - began
+        if not self.waits:
+            self.seconds += perf_counter() - began
         return output
 
     @property
@@ -99,6 +110,10 @@ class Synced:
     def end(self) -> None:
         """Give the phase its own step back."""
         self.phase.step = self.step
+
+    def idle(self, batch: Any) -> None:
+        """Take part in the forward and the backward of the others, and add nothing to the gradients."""
+        idle(self.run, self, batch)
 
     def flush(self) -> None:
         """Exchange what was accumulated although no batch is left; a rank without any contributes zeros."""
@@ -147,6 +162,14 @@ def _lay_out(ddp: DistributedDataParallel, part: _Part) -> None:
     ddp(_NOTHING).backward()
     for p, grad in zip(part.own, kept, strict=True):
         p.grad = grad
+
+
+def idle(run: Run, step: Callable[[Any], Any], batch: Any) -> None:
+    """Go forward and backward with the other ranks, on a ``batch`` of which nothing counts."""
+    with run.precision.autocast(run.device):
+        output = step(batch)
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    loss.backward(torch.zeros_like(loss))
 
 
 def _trained(phase: Phase) -> int:

@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from loopwright._compat import renew_dtypes
 from loopwright.errors import SettingError, choose, elsewhere
+from loopwright.given import check_flag
+from loopwright.parallel.ddp import idle
 from loopwright.parallel.shards import is_shard
 from loopwright.state import Phase, Run, Stage
 
@@ -29,6 +31,7 @@ class FSDP:
     computes and gathers in bfloat16 while parameters, optimizer and the sum of gradients stay as they are; an object is
     a ``MixedPrecisionPolicy``. ``reshard_after_forward=False`` keeps blocks whole until their backward: more memory,
     fewer messages. ``offload=True`` keeps parameters, gradients and optimizer state in the memory of the CPU.
+    ``sync_batch_norm=True``: batch norms measure the whole batch, and not each rank's part of it.
 
     The optimizer must be made of the parts: give a factory, or make it in ``configure_optimizers``. ``models`` hold
     DTensors during the fit (``p.full_tensor()`` is the whole one, which all ranks must ask for together). When the fit
@@ -55,6 +58,7 @@ class FSDP:
         reshard_after_forward: bool = True,
         offload: bool = False,
         gather: bool = True,
+        sync_batch_norm: bool = False,
         timeout: float = 30.0,
     ) -> None:
         self.blocks = tuple(blocks) if isinstance(blocks, (list, tuple)) else (blocks,)
@@ -68,7 +72,8 @@ class FSDP:
         self.precision, self.reshard_after_forward = precision, reshard_after_forward
         if not timeout > 0:
             raise SettingError(f"FSDP(timeout={timeout!r}); expected a number of seconds above 0")
-        self.offload, self.gather, self.timeout = offload, gather, timeout
+        check_flag("sync_batch_norm", sync_batch_norm)
+        self.offload, self.gather, self.sync_batch_norm, self.timeout = offload, gather, sync_batch_norm, timeout
         self._mesh: Any = None
 
     def mesh(self, device: torch.device, size: int) -> Any:
@@ -167,10 +172,7 @@ class Sharded:
 
     def idle(self, batch: Any) -> None:
         """Take part in the forward and the backward of the others, and add nothing to the gradients."""
-        with self.run.precision.autocast(self.run.device):
-            output = self.phase.step(batch)
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        loss.backward(torch.zeros_like(loss))
+        idle(self.run, self.phase.step, batch)
 
     def flush(self) -> None:
         """Reduce what was accumulated although no batch is left: all ranks have ended their window."""

@@ -17,6 +17,7 @@ from loopwright.errors import DataError, SettingError
 from loopwright.events import HOOKS
 from loopwright.history import Sums
 from loopwright.parallel.comm import Ranks
+from loopwright.parallel.norms import Norms
 from loopwright.parallel.pulse import Pulse
 from loopwright.parallel.shards import is_shard
 from loopwright.parallel.watch import Watch
@@ -53,25 +54,27 @@ class Team:
         self.local = 0.0  # samples (tokens) of the last step on this rank
         self.steered = False  # some hook may skip batches or steps, on this rank only
         self._synced: Mapping[str, Any] = {}
-        self._count, self.weight, self._done = 0, 0.0, False
+        self._count, self._weights, self.weight, self._done = 0, [0.0], 0.0, False
         self.needs: list[dict[str, float]] = []  # seconds that each rank has waited for data, and spent in forward
         self._told = False
         self.batch = 0  # number of the whole batch that this rank evaluates
-        # where parameters are shared out, every rank takes part in every forward and backward
-        self.fills = bool(getattr(strategy, "shards", False))
+        self.shards = bool(getattr(strategy, "shards", False))  # parameters are shared out
+        self.norms = Norms() if getattr(strategy, "sync_batch_norm", False) else None
+        # there every rank takes part in every forward and backward of training
+        self.fills = self.shards or self.norms is not None
         self.spare: Any = None  # what this rank computes on while it evaluates nothing
         self.spread: Any = None
         self.mesh: Any = None
 
     def sharing(self, device: torch.device) -> Any:
         """The ranks as a mesh, where parameters are shared out over them; None elsewhere. All ranks together."""
-        if self.fills and self.mesh is None:
+        if self.shards and self.mesh is None:
             self.mesh = self.strategy.mesh(device, self.size)  # type: ignore[attr-defined]
         return self.mesh
 
     def shard(self, run: Run, optimizers: Iterable[Any] = ()) -> None:
         """Let this rank keep its part of each parameter, before optimizers are made."""
-        if not self.fills:
+        if not self.shards:
             return
         from loopwright.parallel.spread import Spread
 
@@ -164,6 +167,8 @@ class Team:
             if hasattr(synced, "end"):
                 synced.end()
         self._synced = {}
+        if self.norms is not None:
+            self.norms.put_back()
         if self.spread is not None and failed and not self.spread.begun:
             self.spread.undo()
         elif self.spread is not None and not failed and self.strategy.gather:  # type: ignore[attr-defined]
@@ -186,6 +191,8 @@ class Team:
             )
         if self.spread is not None:
             self.spread.begin()
+        if self.norms is not None:
+            self.norms.join(run.models.values(), compiled=run.compiler is not None)
         self._synced = self.strategy.begin_stage(run, stage)
 
     # --------------------------------------------------------------------------------------------- a step
@@ -196,7 +203,7 @@ class Team:
 
     def open(self, weights: list[float], count: int) -> None:
         """A window begins: the weights of its batches over all ranks, ``count`` of which have a part here."""
-        self.weight, self._count = sum(weights), count
+        self.weight, self._weights, self._count = sum(weights), weights, count
 
     def even(self, size: int) -> bool:
         """True if the mean over ranks of their own means is the mean over the samples of a batch of ``size``."""
@@ -209,16 +216,27 @@ class Team:
             self.begin_stage(run, run.stages[run.progress.stage])
             synced = self._synced[phase.name]
         self._done = synced is None
+        if self.norms is not None:
+            self.norms.full = (
+                run.stages[run.progress.stage].counts_samples and not self.steered and min(self._weights) >= self.size
+            )
         for number, batch in enumerate(window, 1):
             last = number == self._count
             if synced is not None:
                 synced.last = last
-                if self.fills and self._count > 1:
+                if self.shards and self._count > 1:
                     synced.held = None if last else batch.batch if isinstance(batch, Spare) else batch
-            if not isinstance(batch, Spare):
-                yield batch
-            elif synced is not None:
-                synced.idle(batch.batch)
+            norms = self.norms if synced is not None else None  # a phase that moves nothing waits for nobody
+            try:
+                if norms is not None:
+                    norms.on, norms.counts = True, not isinstance(batch, Spare)
+                if not isinstance(batch, Spare):
+                    yield batch
+                elif synced is not None:
+                    synced.idle(batch.batch)
+            finally:
+                if norms is not None:
+                    norms.on = False
             self._done |= last
 
     def join(self, run: Run, phase: Phase, seen: float, skips: bool, ends: bool) -> tuple[float, bool, bool]:
@@ -237,7 +255,7 @@ class Team:
 
     def keep_up(self, run: Run, step: Callable[[Any], Any]) -> None:
         """All is evaluated here; where other ranks have one more batch, take part in its forward."""
-        if self.fills and self.comm.rank >= self.batch % self.size > 0:
+        if self.shards and self.comm.rank >= self.batch % self.size > 0:
             with run.precision.autocast(run.device):
                 step(self.spare)
         self.spare = None
