@@ -22,7 +22,7 @@ from loopwright.errors import LoopwrightError, NonFiniteError
 from loopwright.folder import about, close_folder, hold, open_folder, reopen_folder
 from loopwright.history import Series
 from loopwright.optim import set_trainable
-from loopwright.parallel import watched
+from loopwright.parallel import readers, watched
 from loopwright.repeated import identity, note_finished, same_as_before, say_if_repeated
 from loopwright.resolved import resolved
 from loopwright.stages import chooses_parameters, nothing_left, reopen
@@ -39,8 +39,8 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
     first, rank = run.comm.first, run.comm.rank
     if seed is not None and run.progress.step == 0:
         rng.seed(seed)
-    if rank and run.resumed_from is None:  # dropout and the like must not be the same on every rank
-        rng.seed(seed_from(run.settings["key"], "rank", rank, run.progress.step))
+    if (part := readers(run).rank) and run.resumed_from is None:  # dropout and the like must differ by what is seen
+        rng.seed(seed_from(run.settings["key"], "rank", part, run.progress.step))
     resumed = {} if run.resumed_from is None else {"resumed_from": str(run.resumed_from)}
     goes_on = run.folder is not None
     settings, data = partial(resolved, run), cache(lambda: _fingerprint(run))  # for the folder and for loggers

@@ -154,7 +154,9 @@ class Strategy(Protocol):
         """Change the steps of the stage's phases so that their gradients are joined; what does it, by phase.
 
         Each has ``last`` (set before the last batch of a window), ``stale``, ``seconds``, ``flush()`` and ``check()``.
-        A strategy with ``shards = True`` shares the parameters out as well: see ``FSDP`` for what it has besides.
+        A strategy with ``shards = True`` shares the parameters out as well: see ``FSDP`` for what it has besides. One
+        in which several ranks see the same samples says so by ``data_part(device, world_size)``: which part of each
+        batch this rank has, and how many parts there are. What joins the gradients takes their mean over the parts.
         """
         ...
 

@@ -564,7 +564,7 @@ class Trainer:
             callbacks = [c for c in callbacks if c not in bar]
         return Run(
             task=task, stages=[], models=models, optimizers={}, callbacks=callbacks,
-            hooks=Hooks(callbacks, handlers), comm=Single() if team is None else team.comm, team=team,
+            hooks=Hooks(callbacks, handlers), comm=Single() if team is None else team.ranks, team=team,
             precision=precision, device=device,
             handlers=handlers, moves_batches=device.type != "cpu" or precision.holds is not None,
             history=history, series=Series(history.losses, shared=team is not None), log_every=Every(self.log_every),
@@ -621,7 +621,7 @@ def _share_out(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def _cut(run: Run, *, whole: bool = False) -> Cut:
-    return Cut(run.comm.rank, run.comm.world_size, whole, run.team.fills)
+    return Cut(run.team.comm.rank, run.team.comm.world_size, whole, run.team.fills)
 
 
 def _begin_evaluation(run: Run, sources: Mapping[str, Any]) -> dict[str, Any]:

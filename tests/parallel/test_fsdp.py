@@ -18,7 +18,6 @@ from torch import nn
 
 import cases_of_ranks
 import cases_of_shards
-import cases_of_tensor_parallel
 import loopwright as lw
 import ranked
 from loopwright.checkpoint import list_checkpoints, read, verify
@@ -330,19 +329,6 @@ def test_mistakes_are_errors_that_say_what_to_type(result: Run) -> None:
     assert found["replaced"].startswith("SettingError: model has parameters that are not sharded: run.replace cannot")
     assert found["plan"] == []
     assert found["plain"]  # after each of them the module is what it was
-
-
-@pytest.mark.slow
-@pytest.mark.capability("IG-22")
-@pytest.mark.nightly
-def test_tensor_parallelism_by_the_recipe_gives_the_numbers_of_one_process(place: Path) -> None:
-    """Model parallel: layers cut over two ranks by torch's parallelize_module train to the numbers of one process."""
-    found = []
-    for world in (1, 2):
-        out = place / f"tensor-parallel-{world}.json"
-        once(place, out.stem, "alone", world, cases_of_tensor_parallel, str(out))
-        found.append(json.loads(out.read_text()))
-    assert apart(found[1], found[0]) <= 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ one process

@@ -8,6 +8,7 @@ from torch import Tensor
 from loopwright._compat import gamma_draws
 from loopwright.data.plan import seed_from
 from loopwright.events import Callback
+from loopwright.parallel import readers
 from loopwright.progress import Progress
 from loopwright.state import Run
 
@@ -38,7 +39,7 @@ class Draws:
         """For ``on_fit_start``: the stream of ``owner`` in ``run``, on ``device``."""
         alike = [callback for callback in run.callbacks if type(callback) is type(owner)]
         place = next((i for i, callback in enumerate(alike) if callback is owner), 0)
-        self._base = seed_from(type(owner).__qualname__, place, run.settings["key"], run.comm.rank)
+        self._base = seed_from(type(owner).__qualname__, place, run.settings["key"], readers(run).rank)
         self._generator, self._at, self._block = torch.Generator(device), None, None
 
     def next(self, run: Run) -> torch.Generator:

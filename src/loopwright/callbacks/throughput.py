@@ -10,6 +10,7 @@ from loopwright.errors import SettingError
 from loopwright.events import Callback
 from loopwright.every import Every
 from loopwright.flops import Operations
+from loopwright.parallel import readers
 from loopwright.state import Run, Stage, StepResult
 from loopwright.written import warn
 
@@ -117,7 +118,7 @@ class Throughput(Callback):
         seconds, name = self._seconds or 1e-9, "samples" if run.stage and run.stage.counts_samples else "weight"
         rates = {f"{name}_per_second": self._weight / seconds}
         if self.tokens is not None:
-            rates["tokens_per_second"] = run.comm.sum(self._tokens) / seconds
+            rates["tokens_per_second"] = readers(run).sum(self._tokens) / seconds
         if self._rate is not None:
             rates["flops_per_second"] = run.comm.sum(self._rate) * self._weight / seconds
         self._weight = self._tokens = self._seconds = 0.0

@@ -29,7 +29,7 @@ from loopwright.data.trained_on import TrainedOn
 from loopwright.delivery import logger_states, restore_logger
 from loopwright.errors import CheckpointError, choose
 from loopwright.events import Callback, describe
-from loopwright.parallel import like
+from loopwright.parallel import like, readers
 from loopwright.progress import Progress
 from loopwright.resolved import resolved
 from loopwright.state import Run, has_state
@@ -92,7 +92,13 @@ def own(run: Run) -> dict[str, Any]:
         "series": run.series.state_dict(),
         "rng": _random(run),
         "attributes": attributes(run),
+        "speaks": run.comm.rank in _speakers(run),
     }
+
+
+def _speakers(run: Run) -> Sequence[int]:
+    """The ranks whose measurements count: one for each part of the data."""
+    return range(run.comm.world_size) if run.team is None else run.team.speakers
 
 
 def attributes(run: Run) -> dict[str, Any]:
@@ -189,7 +195,9 @@ def conditions(run: Run) -> dict[str, Any]:
     """What else the bits depend on: the version of torch, and the hardware that computes."""
     cpu = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     version = ".".join(str(torch.__version__).split(".")[:2])
-    ranks = {"ranks": run.comm.world_size, "parameters shared out": shared_out(run)}
+    world, parts = run.comm.world_size, readers(run).world_size
+    told = world if parts == world else f"{world}, for {parts} parts of the data"
+    ranks = {"ranks": told, "parameters shared out": shared_out(run)}
     if run.device.type == "cpu":
         return {"torch": version, "device": "cpu", **cpu, **ranks}
     names = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
@@ -224,11 +232,12 @@ def restore(run: Run, data: Contents) -> None:
         ) from error
     _set_random(run, state["rng"])
     others = state.get("ranks", [])
-    if len(others) + 1 == run.comm.world_size:
+    speaking = [0, *(rank for rank, other in enumerate(others, 1) if other.get("speaks", True))]
+    if len(others) + 1 == run.comm.world_size and speaking == list(_speakers(run)):
         if run.comm.rank:
             _restore_own(run, others[run.comm.rank - 1], state["stage"].get("index", 0))
     else:
-        _spread(run, others)
+        _spread(run, [other for rank, other in enumerate(others, 1) if rank in speaking])
 
 
 def _restore_own(run: Run, mine: Mapping[str, Any], index: int) -> None:
@@ -241,8 +250,9 @@ def _restore_own(run: Run, mine: Mapping[str, Any], index: int) -> None:
 
 def _spread(run: Run, others: Sequence[Mapping[str, Any]]) -> None:
     """Other ranks than in the saved run: rank 0 takes over what all have measured, the others draw anew."""
+    if part := readers(run).rank:
+        rng.seed(seed_from(run.settings["key"], "rank", part, run.progress.step))
     if run.comm.rank:
-        rng.seed(seed_from(run.settings["key"], "rank", run.comm.rank, run.progress.step))
         run.series.load_state_dict({"record": {}, "epoch": {}})
         for phase in run.stages[min(run.progress.stage, len(run.stages) - 1)].phases:
             if phase.meters is not None:

@@ -226,8 +226,11 @@ class Meters:
                 if name not in self._fed:  # this rank had no batch
                     self._fed.append(name)
 
-    def check_ranks(self) -> None:
-        """Raise SettingError for a metric whose value over several ranks could not be told."""
+    def check_ranks(self, *, alike: bool = False) -> None:
+        """Raise SettingError for a metric whose value over several ranks could not be told.
+
+        ``alike``: several of them see the same samples, which torchmetrics would count more than once.
+        """
         for name, part in self._parts.items():
             if _has_window(part):
                 raise SettingError(
@@ -240,6 +243,11 @@ class Meters:
                     f"metric {name.partition('/')[0]!r} ({type(inner).__name__}) sees a part of the data on each rank, "
                     "and has no merge(other), state_dict() and load_state_dict() by which the parts could be joined; "
                     "derive it from lw.metrics.Metric, or take one of torchmetrics"
+                )
+            if alike and not _merges(inner):
+                raise SettingError(
+                    f"metric {name.partition('/')[0]!r} ({type(inner).__name__}) is joined over all ranks by "
+                    "torchmetrics, and several of them see the same samples here: take one of lw.metrics"
                 )
 
     def reset(self) -> None:

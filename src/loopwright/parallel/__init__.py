@@ -9,7 +9,7 @@ from loopwright.parallel.norms import norms_in
 from loopwright.parallel.pick import check_strategy, pick_team
 from loopwright.parallel.precision import Autocast, Plain, Scaled, pick_precision
 from loopwright.parallel.shards import is_shard, like, local, region, shard_of, whole
-from loopwright.parallel.team import Spare, Team, watched
+from loopwright.parallel.team import Spare, Team, readers, watched
 from loopwright.parallel.world import World, check_counts, check_world, find_world
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "pick_device",
     "pick_precision",
     "pick_team",
+    "readers",
     "region",
     "shard_of",
     "watched",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle  # noqa: TID251 - between processes of one training, as torch does; nothing of it comes from a file
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
@@ -11,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loopwright.errors import LoopwrightError
+from loopwright.errors import LoopwrightError, SettingError
 
-__all__ = ["Ranks", "Single"]
+__all__ = ["Parts", "Ranks", "Single"]
 
 T = TypeVar("T")
 
@@ -126,6 +127,46 @@ class Ranks:
                 dist.broadcast(whole, src=0)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.copy_(whole)
+
+
+class Parts:
+    """``ranks`` by the part of the data that they see: those of one part do the same, and one of them speaks for it.
+
+    ``rank`` and ``world_size`` are this rank's part and how many there are: sums and what is gathered have each part
+    once. A question is asked of all.
+
+    Raises SettingError unless every part is that of equally many ranks.
+    """
+
+    def __init__(self, ranks: Ranks, part: int, parts: int) -> None:
+        self.ranks, self.rank, self.world_size = ranks, part, parts
+        found = ranks.gather((part, parts))
+        if Counter(found) != {(one, parts): len(found) / parts for one in range(parts)}:
+            raise SettingError(
+                f"data_part of the strategy told (part, parts) = {', '.join(map(str, found[:8]))} on ranks 0, 1, ...; "
+                "expected each part from 0 up to parts equally often, such as (0, 2), (0, 2), (1, 2), (1, 2)"
+            )
+        self.speakers = [found.index((one, parts)) for one in range(parts)]
+        self.speaks = ranks.rank in self.speakers
+
+    def sum(self, value: float) -> float:
+        return float(self.sums([value])[0])
+
+    def sums(self, values: list[float]) -> list[float]:
+        return self.ranks.sums(values if self.speaks else [0.0] * len(values))
+
+    def any(self, flag: bool) -> bool:
+        return self.ranks.any(flag)
+
+    def gather(self, value: Any) -> list[Any]:
+        found = self.ranks.gather(value if self.speaks else None)
+        return [found[speaker] for speaker in self.speakers]
+
+    def broadcast(self, value: Any) -> Any:
+        return self.ranks.broadcast(value)
+
+    def first(self, make: Callable[[], T]) -> T:
+        return self.ranks.first(make)
 
 
 _held: tuple[Any, ...] = ()

@@ -85,19 +85,18 @@ class FSDP:
         return self._mesh
 
     def shard(self, task: Any, models: Mapping[str, nn.Module], mesh: Any) -> None:
-        """Let this rank keep its part of each parameter of ``models``; those that are sharded stay so."""
+        """Let this rank keep its part of each parameter of ``models``, none of which is sharded yet."""
         if self.offload and mesh.device_type == "cpu":
             raise SettingError(
                 "FSDP(offload=True) moves parameters to the CPU, where this run is already; leave it out"
             )
-        todo = {name: model for name, model in models.items() if not _is_sharded(model)}
-        for model in todo.values():
+        for model in models.values():
             _check_lazy(model)
-        chosen = self._chosen(todo)
+        chosen = self._chosen(models)
         options = self._options(mesh)
         from torch.distributed.fsdp import fully_shard
 
-        for model in todo.values():
+        for model in models.values():
             roots = list(_roots(model, is_task=model is task))
             for module in reversed(list(model.modules())):  # from the inside out
                 if id(module) in chosen or any(module is root for root in roots):
@@ -182,10 +181,6 @@ class Sharded:
 
     def check(self) -> None:
         """A parameter without a gradient is left alone, as with one process."""
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(is_shard(p) for p in model.parameters())
 
 
 def wrapped_in(model: nn.Module) -> list[Any]:

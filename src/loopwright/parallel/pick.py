@@ -58,4 +58,4 @@ def pick_team(
             )
         picked = own
     made: Any = _STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
-    return picked, Team(Ranks(), made)
+    return picked, Team(Ranks(), made, picked)

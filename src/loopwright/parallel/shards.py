@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_shard", "like", "local", "region", "shard_of", "whole"]
+__all__ = ["is_shard", "like", "local", "region", "shard_of", "spans", "whole"]
 
 
 def is_shard(value: object) -> bool:
@@ -34,10 +35,15 @@ def whole(tensor: Any) -> Tensor:
 
 def shard_of(tensor: Any) -> int | None:
     """The dimension along which all ranks share ``tensor`` out, each a part; None where it is held in any other way."""
-    if not is_shard(tensor) or tensor.device_mesh.ndim != 1:
+    if not is_shard(tensor) or not spans(tensor.device_mesh):
         return None
     (placement,) = tensor.placements
     return int(placement.dim) if type(placement).__name__ == "Shard" else None
+
+
+def spans(mesh: Any) -> bool:
+    """True if ``mesh`` is all ranks in a row."""
+    return bool(mesh.ndim == 1 and mesh.size() == dist.get_world_size())
 
 
 def region(shape: Sequence[int], dim: int, rank: int, world: int) -> tuple[int, int]:

@@ -29,12 +29,19 @@ class Spread:
         self.came_sharded = any(wrapped_in(model) for model in self.models)
         self.optimizers = list(optimizers)
         self.places = [(m, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None]
+        before = [_marks(module) for module in self.modules]
+        self.came: list[set[tuple[str, Any]]] = []
         try:
             shard()
         except BaseException:
+            self._note(before)
             self.undo()
             raise
+        self._note(before)
         self._move({id(p): m._parameters[n] for m, n, p in self.places}, self.optimizers)
+
+    def _note(self, before: Iterable[set[tuple[str, Any]]]) -> None:
+        self.came = [_marks(module) - old for module, old in zip(self.modules, before, strict=True)]
 
     def begin(self) -> None:
         """Training begins: let go of the whole parameters."""
@@ -49,8 +56,7 @@ class Spread:
             return
         parts = {id(m._parameters[n]): p for m, n, p in self.places}
         kept = [m._parameters[n] for m, n, _ in self.places]  # an id is that of one object while it is held
-        for module in self.modules:
-            unwrap(module)
+        self._unwrap()
         for module, name, parameter in self.places:
             module._parameters[name] = parameter
         self._move(parts, self.optimizers)
@@ -70,9 +76,18 @@ class Spread:
             part = module._parameters[name]
             if id(part) in made:
                 module._parameters[name] = made[id(part)][1]
-        for module in self.modules:
-            unwrap(module)
+        self._unwrap()
         self._move({i: parameter for i, (_, parameter) in made.items()}, optimizers)
+
+    def _unwrap(self) -> None:
+        """Take off what ``shard`` has put on the modules: those of FSDP, and hooks and attributes of others."""
+        for module, came in zip(self.modules, self.came, strict=True):
+            unwrap(module)
+            for name, key in came:
+                if key is None:
+                    module.__dict__.pop(name, None)
+                else:
+                    module.__dict__.get(name, {}).pop(key, None)
 
     @staticmethod
     def _whole(part: Any, parameter: Any) -> nn.Parameter:
@@ -96,6 +111,12 @@ class Spread:
                     if old in optimizer.state:
                         kept = optimizer.state.pop(old)
                         optimizer.state[parameter] = {k: _held_as(parameter, v) for k, v in kept.items()}
+
+
+def _marks(module: nn.Module) -> set[tuple[str, Any]]:
+    """The attributes of a module, and the keys of its hooks."""
+    hooks = [(name, key) for name, held in vars(module).items() if "_hooks" in name and held for key in held]
+    return {*((name, None) for name in vars(module)), *hooks}
 
 
 def _held_as(parameter: Tensor, value: Any) -> Any:

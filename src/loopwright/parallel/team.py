@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -16,15 +16,15 @@ from loopwright import rng
 from loopwright.errors import DataError, SettingError
 from loopwright.events import HOOKS
 from loopwright.history import Sums
-from loopwright.parallel.comm import Ranks
+from loopwright.parallel.comm import Parts, Ranks
 from loopwright.parallel.norms import Norms
 from loopwright.parallel.pulse import Pulse
-from loopwright.parallel.shards import is_shard
+from loopwright.parallel.shards import is_shard, spans
 from loopwright.parallel.watch import Watch
-from loopwright.state import Phase, Run, Source, Stage, Strategy
+from loopwright.state import Comm, Phase, Run, Source, Stage, Strategy
 from loopwright.written import is_ours, warn
 
-__all__ = ["Spare", "Team", "watched"]
+__all__ = ["Spare", "Team", "readers", "watched"]
 
 _STEERING = (
     "on_step_start", "on_batch_start", "map_batch", "map_output", "map_loss", "on_backward_end", "on_grads_ready",
@@ -46,11 +46,21 @@ class Team:
     Training: every batch is a global one, of which each rank has a slice; a rank's loss counts by its share of the
     window's samples, so that the mean of the gradients over ranks is that of one process. Evaluation: each rank has
     whole batches in turn, and what they gave is added in the order of the batches.
+
+    ``ranks`` are all processes, ``comm`` those that have a part of the data each. It is the same unless the strategy
+    says by ``data_part`` that several see the same samples.
     """
 
-    def __init__(self, comm: Ranks, strategy: Strategy) -> None:
-        self.comm, self.strategy, self.pulse = comm, strategy, Pulse(comm)
-        self.size = comm.world_size
+    def __init__(self, ranks: Ranks, strategy: Strategy, device: torch.device) -> None:
+        self.ranks, self.strategy, self.pulse = ranks, strategy, Pulse(ranks)
+        self.comm: Ranks | Parts = ranks
+        self.speakers: Sequence[int] = range(ranks.world_size)  # whose measurements count
+        if hasattr(strategy, "data_part"):
+            part, parts = strategy.data_part(device, ranks.world_size)
+            if parts != ranks.world_size:
+                self.comm = Parts(ranks, part, parts)
+                self.speakers = self.comm.speakers
+        self.size = self.comm.world_size
         self.local = 0.0  # samples (tokens) of the last step on this rank
         self.steered = False  # some hook may skip batches or steps, on this rank only
         self._synced: Mapping[str, Any] = {}
@@ -67,9 +77,13 @@ class Team:
         self.mesh: Any = None
 
     def sharing(self, device: torch.device) -> Any:
-        """The ranks as a mesh, where parameters are shared out over them; None elsewhere. All ranks together."""
+        """The ranks in a row, where parameters are shared out over all of them; None elsewhere. All ranks together."""
+        mesh = self._mesh(device)
+        return mesh if mesh is not None and spans(mesh) else None
+
+    def _mesh(self, device: torch.device) -> Any:
         if self.shards and self.mesh is None:
-            self.mesh = self.strategy.mesh(device, self.size)  # type: ignore[attr-defined]
+            self.mesh = self.strategy.mesh(device, self.ranks.world_size)  # type: ignore[attr-defined]
         return self.mesh
 
     def shard(self, run: Run, optimizers: Iterable[Any] = ()) -> None:
@@ -79,10 +93,11 @@ class Team:
         from loopwright.parallel.spread import Spread
 
         strategy: Any = self.strategy
-        mesh, models = self.sharing(run.device), run.models
+        mesh, models = self._mesh(run.device), run.models
         for model in models.values():
-            self.comm.broadcast_tensors(p for p in model.parameters() if not is_shard(p) and not is_lazy(p))
-        self.spread = Spread(models.values(), optimizers, lambda: strategy.shard(run.task, models, mesh))
+            self.ranks.broadcast_tensors(p for p in model.parameters() if not is_shard(p) and not is_lazy(p))
+        whole = {name: model for name, model in models.items() if not any(map(is_shard, model.parameters()))}
+        self.spread = Spread(models.values(), optimizers, lambda: strategy.shard(run.task, whole, mesh))
 
     def undo(self) -> None:
         """The fit does not take place: models and optimizers are what they were."""
@@ -100,7 +115,7 @@ class Team:
             rng.set(self.comm.broadcast(mine))
             batches = source.at(epoch, batch)
             first = next(batches, _GONE)  # by now a sampler has drawn its order
-            if self.comm.rank:
+            if self.comm.rank:  # who sees the same samples as rank 0 draws as it does
                 rng.set(mine)
             return _after(first, batches)
 
@@ -120,7 +135,7 @@ class Team:
                 "lw.Loader(dataset, shuffle=True)"
             )
         self.needs = [{"waited": waited, "forward": forward} for _, waited, forward in found]
-        if self.comm.rank == 0:
+        if self.ranks.rank == 0:
             self._name_the_slow(run)
 
     def _name_the_slow(self, run: Run) -> None:
@@ -150,12 +165,12 @@ class Team:
 
         asking = foreign(HOOKS) or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
         lengths = [stage.source.batches for stage in run.stages]
-        found = self.comm.gather((foreign(_STEERING), asking, lengths))  # callbacks may differ from rank to rank
+        found = self.ranks.gather((foreign(_STEERING), asking, lengths))  # callbacks may differ from rank to rank
         self.steered, self.pulse.each_step = any(one[0] for one in found), any(one[1] for one in found)
         _compare(run.stages, [one[2] for one in found])
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
             if meters is not None:
-                meters.check_ranks()
+                meters.check_ranks(alike=self.comm is not self.ranks)
 
     def end(self, run: Run, *, failed: bool = False) -> None:
         """Give the phases their own steps back, and the models their whole parameters.
@@ -179,7 +194,7 @@ class Team:
         """Take the buffers of rank 0, such as the statistics of batch norm, and if asked for its parameters."""
         for model in run.models.values():
             tensors = chain(model.parameters(), model.buffers()) if parameters else model.buffers()
-            self.comm.broadcast_tensors(tensor for tensor in tensors if not is_shard(tensor))
+            self.ranks.broadcast_tensors(tensor for tensor in tensors if not is_shard(tensor))
 
     def begin_stage(self, run: Run, stage: Stage) -> None:
         """Join the gradients of the parameters that train in ``stage``."""
@@ -275,6 +290,11 @@ class Team:
         """What all ranks have of their whole batches, each with its number, in the order of the batches."""
         found = [one for ranks in self.comm.gather(mine) for one in ranks]
         return [one for _, one in sorted(found, key=itemgetter(0))]
+
+
+def readers(run: Run) -> Comm:
+    """``run.comm`` by the parts of the data: what is counted by samples is counted here."""
+    return run.comm if run.team is None else run.team.comm
 
 
 def watched(run: Run, on_abort: Callable[[str], object] | None = None) -> AbstractContextManager[Any]:

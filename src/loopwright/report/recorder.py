@@ -145,7 +145,7 @@ class Report(Callback):
         assert samples is not None
         if run.team is not None:
             samples.show = samples.loss = None  # what is sent is plain data
-            first, *others = run.comm.gather(samples)
+            first, *others = run.team.comm.gather(samples)
             for other in others:
                 first.include(other)
             samples = first
