@@ -172,7 +172,7 @@ def ends(log: list[Any], monkeypatch: pytest.MonkeyPatch, data: Callable[[], Any
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         task = lw.Supervised(net, cross_entropy, optimizer)
         log.clear()
-        run = trainer(**{"epochs": 3, "log_every": 2} | settings).fit(task, data(), noisy())
+        run = trainer(**{"epochs": 2, "log_every": 2} | settings).fit(task, data(), noisy())
         assert bool(log) == (device == "cpu")
         told = {name: list(values) for name, values in run.history.losses.items()}
         found.append([*bits(net, optimizer), told, run.progress._replace(seconds=0), dict(run.metrics)])
@@ -192,6 +192,7 @@ def test_the_bits_are_those_of_a_run_without(
     ends(log, monkeypatch, noisy, **settings)
 
 
+@pytest.mark.slow
 def test_the_bits_are_those_of_a_run_without_for_workers_that_live_on_and_in_a_mix(
     log: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,10 +210,11 @@ def test_the_bits_are_those_of_a_run_without_where_epochs_are_left_early(
     ends(log, monkeypatch, noisy, callbacks=[acts(on_step_end=leave)], epochs=4)
 
 
+@pytest.mark.slow
 def test_the_bits_are_those_of_a_run_without_in_recorded_steps(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "CudaRecorder", Tapes)
     monkeypatch.setattr(recordable, "_DEVICE", "cpu")
-    ends(log, monkeypatch, noisy, cuda_graphs=True)
+    ends(log, monkeypatch, noisy, cuda_graphs=True, epochs=3)
 
 
 @pytest.mark.slow
