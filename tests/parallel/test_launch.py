@@ -143,7 +143,7 @@ def test_ranks_that_wait_for_one_another_raise_where_launch_was_called_what_each
         lw.launch(logs_alone, 2)
     assert "test_launch.py" in str(caught.value)
     assert "in on_step_end" in str(caught.value)
-    assert "rank 0 last stood in (most recent call last):" in caught.value.__notes__[0]
+    assert "rank 0 stood in, when it last reported (most recent call last):" in caught.value.__notes__[0]
 
 
 def test_a_rank_that_hears_no_signal_is_killed_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
