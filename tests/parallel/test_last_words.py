@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 
 import loopwright as lw
+from loopwright.parallel import find_world, join
+from loopwright.parallel.watch import Watch
 
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
@@ -89,3 +92,18 @@ def test_a_rank_that_is_slow_after_training_is_waited_for_and_alarms_nobody(
     assert (first, second, record(tmp_path)["status"]) == ("done", "done", "done")
     assert abs(at - then) < 2
     assert "[loopwright]" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_many_runs_end_whenever_the_watch_looks() -> None:
+    """The thread that judges looks in the very moment in which all have left, sooner or later: it must not end them."""
+
+    def often() -> int:
+        step = [0]
+        join(find_world(), "cpu")
+        for _ in range(40):
+            with Watch(dist.get_rank(), 2, lambda: step[0], timeout=0.06):  # it looks every 2 ms
+                step[0] += 1
+        return step[0]
+
+    assert lw.launch(often, 2) == [40, 40]

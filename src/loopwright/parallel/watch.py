@@ -171,7 +171,8 @@ class Watch:
     def _settled(self) -> bool:
         """Whether there is nothing more to hear, and on rank 0 nothing more to tell."""
         if self.rank == 0:
-            return (self._all_done or self.verdict is not None) and all(map(_knows, self._seen.values()))
+            known = self._all_done or self.verdict is not None
+            return (known and all(map(_knows, self._seen.values()))) or not self._threads[0].is_alive()
         if self._error or self._all_done or self.verdict is not None:
             return not self._threads[0].is_alive()  # it has told rank 0, which may go now
         return not any(thread.is_alive() for thread in self._threads)  # the store is gone: what is made of it is known
@@ -289,8 +290,8 @@ class Watch:
                 self._wake.set()
                 self._conclude(verdict)
                 return
-            if self._unreachable or (self._left.is_set() and (self._all_left() if self.rank == 0 else self._all_done)):
-                break  # rank 0 has left, or all have
+            if self._unreachable or (self._settled() if self.rank == 0 else self._all_done):
+                break  # rank 0 has left, or all have and know it
         self._over.set()
 
     def _judge(self) -> Verdict | None:
@@ -344,9 +345,8 @@ class Watch:
 def _knows(one: Seen) -> bool:
     """Whether a rank needs rank 0 no more: it has heard, or failed, or will never hear."""
     report = one.report
-    return (report is not None and (report.heard or (report.left and not report.done))) or state_of(
-        one.process
-    ) == "gone"
+    told = report is not None and (report.heard or (report.left and not report.done))
+    return told or state_of(one.process) == "gone"
 
 
 def _within(seconds: float, call: Callable[..., object], *args: object) -> None:
