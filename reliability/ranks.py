@@ -31,17 +31,18 @@ from torch.nn.parallel import DistributedDataParallel
 from loopwright.parallel.watch import Watch
 
 STEPS, AT = 2000, 20
+GONE = r"rank {rank} ended without a word, killed or crashed"
 OTHERWISE = r"collectives do not match at step {at}: call \d+ of the default group: .*rank {rank}: "
 # what is done to one rank, and what the others must print of it
 ENDS = {
     "raise": r"rank {rank} failed at step {at}, .*ranks\.py:\d+ in spoil: ValueError: spoiled on purpose",
     "raise in backward": r"rank {rank} failed at step {at}, .*ranks\.py:\d+ in spoiled: ValueError: spoiled on purpose",
-    "kill": r"rank {rank} ended without a word, killed or crashed \(last at step \d+, .*ranks\.py:\d+ in \w+",
-    "stop": r"rank {rank} has not been heard of for \d+ s: its process was stopped by a signal \(last at step \d+",
+    "kill": GONE + r" \(its last report, which came [\d.]+ s ago: at step \d+, .*ranks\.py:\d+ in \w+",
+    "stop": r"rank {rank} has not been heard of for \d+ s: its process was stopped by a signal \(its last report: ",
     "barrier alone": OTHERWISE + r"barrier\(\), .*ranks\.py:\d+ in spoil",
     "gather alone": OTHERWISE + r"all_gather\(long\[1\]\), .*ranks\.py:\d+ in spoil",
     "shapes": OTHERWISE + r"all_reduce\(float\[2\]\), .*ranks\.py:\d+ in train",
-    "sizes": r"rank \d ended without a word, killed or crashed",  # gloo aborts the rank that gets more than it expects
+    "sizes": GONE.replace("{rank}", r"\d"),  # gloo aborts the rank that gets more than it expects
     "leaves early": r"deadlock: .*rank {rank}: step {at}, has left training",
 }
 GOES_ON = ("slow", "holds the lock", "all stopped", "done early", "twice")
@@ -120,8 +121,6 @@ def _pids(folder: Path) -> list[int]:
 
 def _odd(outcome: Outcome, notes: list[str], within: float) -> Iterator[str]:
     expected = {outcome.rank: -signal.SIGKILL} if outcome.kind in ("kill", "stop") else {}
-    if outcome.kind == "leaves early":
-        expected = {outcome.rank: 0}
     if outcome.kind == "sizes":  # gloo ends the one that gets more than it expects, which prints where it is
         expected = {rank: code for rank, code in enumerate(outcome.codes) if code == -signal.SIGABRT}
         if not any(re.search(r"ranks\.py\", line \d+ in train", outcome.printed[rank]) for rank in expected):
@@ -171,13 +170,13 @@ def spoiled(grad: torch.Tensor) -> None:
     raise ValueError("spoiled on purpose")
 
 
-def train(kind: str, mine: bool, watch: Watch, *, timeout: float) -> None:
+def train(kind: str, mine: bool, at: list[int], *, timeout: float) -> None:
     """Steps with gradients and a loss that are reduced over ranks; ``kind`` is done at step 20 if it is ``mine``."""
     torch.manual_seed(0)
     net = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     for step in range(STEPS if kind in (*ENDS, "all stopped") else 2 * AT):
-        watch.step = step
+        at[0] = step
         if mine and step == AT:
             if kind == "leaves early":
                 print(f"at {time.monotonic()}", flush=True)
@@ -230,15 +229,13 @@ def main_of_a_rank(kind: str, rank: int, world_size: int, target: int, timeout: 
     """Join the others, train, leave."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     for _ in range(2 if kind == "twice" else 1):
-        watch = Watch(rank, world_size, timeout=timeout, on_abort=cleaned_up)
+        at = [0]
         try:
-            with watch:
-                train(kind, rank == target, watch, timeout=timeout)
+            with Watch(rank, world_size, lambda at=at: at[0], timeout=timeout, on_abort=cleaned_up):
+                train(kind, rank == target, at, timeout=timeout)
         except BaseException:
             cleaned_up()
             raise
-    if kind == "leaves early":
-        time.sleep(0.75 * timeout)  # its process lives on, as in a notebook
     if kind in GOES_ON:
         dist.barrier()
     dist.destroy_process_group()

@@ -64,14 +64,15 @@ ROWS: dict[str, tuple[str, str, int]] = {
         135,
     ),
     "F2": (
-        "2 and 4 ranks: SIGTERM, SIGINT, SIGUSR1 to one rank, to all, to `lw.launch`, to torchrun, at a random moment",
+        "2 and 4 ranks, every second net without buffers: SIGTERM, SIGINT, SIGUSR1 to one rank, to all, to "
+        "`lw.launch`, to torchrun, at a random moment",
         "all ranks gone within 30 s; the newest checkpoint is whole and of the step after which all stopped; gone on "
         "from, all is equal in bits to a run of as many ranks that was left alone",
         60,
     ),
     "F3": (
-        "2 and 4 ranks: one raises in each hook, in the forward, backward or its data, is killed, stopped, leaves, "
-        "waits in a collective alone, or is slow for 20 s",
+        "2 and 4 ranks, every second net without buffers: one raises in each hook, in the forward, backward or its "
+        "data, is killed, stopped, leaves, waits in a collective alone, or is slow for 20 s",
         "all ranks gone within 30 s; each says which rank it was, at which step and in which line, and the hook is "
         "named; checkpoints are whole; a rank that is only slow alarms nobody",
         40,

@@ -186,6 +186,7 @@ def noisy(sample: Any) -> Any:
 def train(
     folder: str, *, kind: str = "", target: int = -1, pause: float = 0.0005, dies: tuple[str, int] | None = None,
     workers: int = 0, accumulate: int = 1, steps: int = STEPS, every: int = 10, validate: int = 24,
+    buffers: bool = True,
 ) -> None:  # fmt: skip
     """What each rank does; rank 0 leaves ``result.json``. It goes on from what is there.
 
@@ -195,7 +196,7 @@ def train(
     torch.set_num_threads(1)
     torch.manual_seed(rank + 5)  # ranks that were not seeded alike
     os.environ["LW_SPOILED"] = str(place / "spoiled")
-    net, data = Net(buffers=not kind or target != 1), Numbers(place, rank, pause=pause)
+    net, data = Net(buffers=buffers), Numbers(place, rank, pause=pause)
     spoilers = [spoiler(kind, net, data)] if rank == target and kind not in IN_DATA else []
     if kind == "another shape":
         spoilers = [Sums(rank == target)]
@@ -361,13 +362,15 @@ def alone_run(folder: Path, world: int, **settings: Any) -> dict[str, str]:
 
 def signalled(
     target: str, world: int, rank: int, number: signal.Signals, delay: float, folder: Path, alone: dict[str, str],
-    *, steps: int = STEPS,
+    *, steps: int = STEPS, buffers: bool = True,
 ) -> Outcome:  # fmt: skip
     """Send ``number`` to ``target``, ``delay`` seconds after all ranks have read data; look, and go on."""
-    outcome = Outcome(f"{number.name} to {target if target != 'one rank' else f'rank {rank}'} of {world}")
+    outcome = Outcome(
+        f"{number.name} to {target if target != 'one rank' else f'rank {rank}'} of {world}{_without(buffers)}"
+    )
     folder.mkdir()
     how = target if target in ("lw.launch", "torchrun") else "forked"
-    ranks = Ranks(how, folder, world, steps=steps)
+    ranks = Ranks(how, folder, world, steps=steps, buffers=buffers)
     try:
         if not await_(lambda: all((folder / f"began-{r}").exists() for r in range(world)), 120):
             outcome.problems.append(f"training did not begin: {ranks.text()[-1000:]}")
@@ -385,7 +388,7 @@ def signalled(
     finally:
         ranks.kill()
     if not outcome.problems:
-        again = Ranks("forked", folder, world, steps=steps)
+        again = Ranks("forked", folder, world, steps=steps, buffers=buffers)
         code = again.wait(120)
         again.kill()
         if code != 0 or not (folder / "result.json").exists():
@@ -427,11 +430,16 @@ def _left(ranks: Ranks, code: int | None, number: signal.Signals, seconds: float
         yield f"the newest checkpoint is of step {saved}, and the run stopped after step {stopped}"
 
 
-def faulty(kind: str, world: int, rank: int, folder: Path) -> Outcome:
+def _without(buffers: bool) -> str:
+    return "" if buffers else ", a net without buffers"
+
+
+def faulty(kind: str, world: int, rank: int, folder: Path, *, buffers: bool = True) -> Outcome:
     """Let ``kind`` happen in ``rank``, and look at how all of them end and what they say."""
-    outcome = Outcome(f"{kind} in rank {rank} of {world}")
+    outcome = Outcome(f"{kind} in rank {rank} of {world}{_without(buffers)}")
     folder.mkdir()
-    ranks, spoiled = Ranks("forked", folder, world, kind=kind, target=rank), folder / "spoiled"
+    ranks = Ranks("forked", folder, world, kind=kind, target=rank, buffers=buffers)
+    spoiled = folder / "spoiled"
     try:
         await_(spoiled.exists, 120)
         code = ranks.wait(2 * LIMIT_S)
@@ -461,15 +469,14 @@ def _said(kind: str, rank: int, codes: list[int], texts: list[str]) -> Iterator[
         if codes != [0] * len(codes) or any("[loopwright] rank" in text for text in texts):
             yield f"a rank that is slow is no fault: {codes}, {texts[0][-1000:]}"
         return
-    if kind == "on_fit_end":  # all is trained and saved: the others may have left already
-        codes, texts = [code or 1 for code in codes], [texts[rank]] * len(texts)
     own = {"SIGKILL": -signal.SIGKILL, "SIGSTOP": -signal.SIGKILL, "leaves": 0}.get(kind)
     if any(code == 0 for r, code in enumerate(codes) if r != rank) or (own is not None and codes[rank] != own):
         yield f"the ranks left with {codes}"
+    gone = rf"rank {rank} ended without a word, killed or crashed \(its last report, which came [\d.]+ s ago: at step"
     names = {
-        "SIGKILL": rf"rank {rank} ended without a word, killed or crashed \(last at step \d+",
-        "SIGSTOP": rf"rank {rank} has not been heard of for \d+ s: its process was stopped by a signal \(last at step",
-        "leaves": rf"rank {rank} ended without a word.*\(last at step \d+",
+        "SIGKILL": gone,
+        "SIGSTOP": rf"rank {rank} has not been heard of for \d+ s: its process was stopped by a signal \(its last ",
+        "leaves": gone,
         "alone in a barrier": rf"{OTHERWISE}rank {rank}: barrier\(\), .*worlds\.py:\d+ in spoil",
         "another shape": rf"{OTHERWISE}rank {rank}: all_reduce\(float\[4\]\), .*worlds\.py:\d+ in on_step_end",
         "short loader": rf"{OTHERWISE}rank {rank}: ",
@@ -481,34 +488,63 @@ def _said(kind: str, rank: int, codes: list[int], texts: list[str]) -> Iterator[
             yield f"rank {r} does not say {pattern}: {text[-1200:]}"
     if kind in RAISES and f"in Spoiler.{kind}" not in texts[rank]:
         yield f"the hook is not named: {texts[rank][-1000:]}"
+    if pattern == raised:  # by the note on its own error, and by what all ranks are told
+        steps = set(re.findall(rf"rank {rank} failed at step (\d+)|\] .*after epoch .* step (\d+)", texts[rank]))
+        if len({one or other for one, other in steps}) != 1:
+            yield f"the step is told as {steps}: {texts[rank][-1000:]}"
+    if pattern == gone:  # the others say where they are themselves
+        for r, text in enumerate(texts):
+            if r != rank and set(re.findall(r"(?:ends at|open epoch,) step (\d+)", text)) != {str(AT)}:
+                yield f"rank {r} does not say that it was at step {AT}: {text[-1200:]}"
+    last = [int(step) for step in re.findall(r"its last report.*: at step (\d+)", "\n".join(texts))]
+    if any(step > AT for step in last):
+        yield f"it died in step {AT}, and its last report is said to be of {last}"
 
 
 def signals(
     count: int, *, seed: int = 19, worlds: tuple[int, ...] = (2, 4), within: float = 1.0, steps: int = STEPS,
     say: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """F2: ``count`` signals, to each of the targets in turn, with 2 and 4 ranks, ``within`` seconds from the start."""
+    """F2: ``count`` signals, to each of the targets in turn, with 2 and 4 ranks, ``within`` seconds from the start.
+
+    With more than one round of the targets every second net has no buffers.
+    """
     draws, outcomes = random.Random(seed), list[Outcome]()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        alone = {world: alone_run(place / f"alone-{world}", world, steps=steps) for world in worlds}
+        alone = {
+            (world, buffers): alone_run(place / f"alone-{world}-{buffers}", world, steps=steps, buffers=buffers)
+            for world in worlds
+            for buffers in ((True, False) if count > len(TARGETS) else (True,))
+        }
         for i in range(count):
             target, world = TARGETS[i % len(TARGETS)], worlds[i // len(TARGETS) % len(worlds)]
             number = signal.SIGTERM if target == "torchrun" else SIGNALS[i // len(TARGETS) % len(SIGNALS)]
             rank, delay = draws.randrange(world), draws.uniform(0, within)
-            outcomes.append(signalled(target, world, rank, number, delay, place / f"{i}", alone[world], steps=steps))
+            buffers = count <= len(TARGETS) or (i + i // (2 * len(TARGETS))) % 2 == 0  # each target with and without
+            outcomes.append(
+                signalled(
+                    target, world, rank, number, delay, place / f"{i}", alone[world, buffers], steps=steps,
+                    buffers=buffers,
+                )
+            )  # fmt: skip
             if say is not None:
                 say(outcomes[-1])
     return {**_summed(outcomes, seed), "after the end of the run": sum(outcome.late for outcome in outcomes)}
 
 
 def faults(count: int, *, seed: int = 23, say: Any = None) -> dict[str, Any]:
-    """F3: ``count`` faults, all kinds in turn, in ranks drawn at random, every third time with 4 of them."""
+    """F3: ``count`` faults, all kinds in turn, in ranks drawn at random, every third time with 4 of them.
+
+    Every second kind is done to a net without buffers, and when it comes again to one of the other sort.
+    """
     draws, outcomes = random.Random(seed), list[Outcome]()
     with tempfile.TemporaryDirectory() as name:
         for i in range(count):
             world = 4 if i % 3 == 2 else 2
-            outcomes.append(faulty(KINDS[i % len(KINDS)], world, draws.randrange(world), Path(name) / f"{i}"))
+            kind, before = KINDS[i % len(KINDS)], [KINDS[j % len(KINDS)] for j in range(i)]
+            buffers = (KINDS.index(kind) + before.count(kind)) % 2 == 0
+            outcomes.append(faulty(kind, world, draws.randrange(world), Path(name) / f"{i}", buffers=buffers))
             if say is not None:
                 say(outcomes[-1])
     return _summed(outcomes, seed)
@@ -520,6 +556,7 @@ def _summed(outcomes: list[Outcome], seed: int) -> dict[str, Any]:
         "count": len(outcomes),
         "failures": {f"{i}: {o.what}": o.problems for i, o in enumerate(outcomes) if o.problems},
         "seed": seed,
+        "of nets without buffers": sum(o.what.endswith(_without(False)) for o in outcomes),
         "slowest": f"{slowest.seconds:.1f} s, {slowest.what}",
     }
 

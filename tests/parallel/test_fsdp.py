@@ -175,7 +175,6 @@ def test_with_gather_false_the_model_stays_in_parts_and_can_be_used_so(result: R
 
 
 @pytest.mark.slow
-@pytest.mark.capability("CA-29")
 @pytest.mark.parametrize(
     "job", ["fsdp-2", *(pytest.param(f"{n}-4", marks=pytest.mark.nightly) for n in ("fsdp", "ddp"))]
 )

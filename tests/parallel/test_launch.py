@@ -138,12 +138,12 @@ def logs_alone() -> None:
 @pytest.mark.slow
 @pytest.mark.capability("B-25")
 def test_ranks_that_wait_for_one_another_raise_where_launch_was_called_what_each_waits_for() -> None:
-    told = r"^collectives do not match at step 0: call \d+ of Loopwright's group: rank 0: all_reduce\(double\[1\]\)"
+    told = r"^collectives do not match at step 1: call \d+ of Loopwright's group: rank 0: all_reduce\(double\[1\]\)"
     with pytest.raises(lw.LoopwrightError, match=told) as caught:
         lw.launch(logs_alone, 2)
     assert "test_launch.py" in str(caught.value)
     assert "in on_step_end" in str(caught.value)
-    assert "rank 0 last stood in (most recent call last):" in caught.value.__notes__[0]
+    assert "rank 0 stood in, when it last reported (most recent call last):" in caught.value.__notes__[0]
 
 
 def test_a_rank_that_hears_no_signal_is_killed_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:

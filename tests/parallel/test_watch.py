@@ -61,12 +61,11 @@ def test_a_slow_rank_a_pause_of_all_an_early_end_and_a_second_fit_are_no_alarm(k
 
 def test_a_single_rank_has_nothing_to_watch() -> None:
     before = threading.active_count()
-    with Watch(0, 1) as watch:
-        watch.step = 3
+    with Watch(0, 1, lambda: 3):
         assert threading.active_count() == before
 
 
 def test_an_error_of_a_single_rank_is_left_as_it_is() -> None:
-    with pytest.raises(ValueError, match="mine") as caught, Watch(0, 1):
+    with pytest.raises(ValueError, match="mine") as caught, Watch(0, 1, lambda: 0):
         raise ValueError("mine")
     assert not hasattr(caught.value, "__notes__")

@@ -12,14 +12,15 @@ from loopwright.parallel.standing import Process
 from loopwright.parallel.verdict import Report, Seen, Verdict, ended, judge, unreachable
 
 HERE = Process("m", "node-1", 7, "3")
-ON = " (last at step 120, train.py:41 in main; process 7 on node-1)"
+ON = " (its last report: at step 120, train.py:41 in main; process 7 on node-1)"
+SINCE = ON.replace("report:", "report, which came 2.4 s ago:")
 
 
 def seen(*, silent: float = 0.0, lost: float = 0.0, state: str = "runs", **fields: Any) -> Seen:
     usual: dict[str, Any] = {
         "beat": 9, "step": 120, "place": "train.py:41 in main", "waits": "", "path": 1, "still": 0.0,
     }  # fmt: skip
-    return Seen(HERE, Report(**{**usual, **fields}), silent=silent, lost=lost, state=state)
+    return Seen(HERE, Report(**{**usual, **fields}), silent=silent, age=2.4, lost=lost, state=state)
 
 
 def waits(path: int = 1, call: str = "all_reduce", still: float = 99.0, **fields: Any) -> Seen:
@@ -39,7 +40,7 @@ def test_an_error_is_told_with_its_rank_step_place_and_traceback() -> None:
 def test_a_rank_that_is_gone_is_told_at_once_and_one_that_has_left_is_not() -> None:
     found = verdict(seen(), seen(state="gone"))
     assert found is not None
-    assert found.text == f"rank 1 ended without a word, killed or crashed{ON}"
+    assert found.text == f"rank 1 ended without a word, killed or crashed{SINCE}"
     assert verdict(seen(), seen(state="gone", left=True)) is None
 
 
@@ -124,7 +125,8 @@ def test_calls_that_do_not_match_are_told_at_once_with_the_lines_of_the_rank_tha
         "collectives do not match at step 120: call 7 of the default group: ranks 0, 2: all_reduce(), train.py:0 in "
         "step; rank 1: barrier(), train.py:0 in step"
     )
-    assert found.more.startswith("rank 1 last stood in (most recent call last):\n  a.py:1 in main\n  a.py:5 in log\n")
+    stood = "rank 1 stood in, when it last reported (most recent call last):\n  a.py:1 in main\n  a.py:5 in log\n"
+    assert found.more.startswith(stood)
     two = verdict(made("all_reduce"), made("barrier"))
     assert two is not None
     assert two.rank is None
@@ -133,7 +135,7 @@ def test_calls_that_do_not_match_are_told_at_once_with_the_lines_of_the_rank_tha
 def test_a_rank_that_was_killed_is_told_with_the_lines_where_it_last_stood() -> None:
     found = verdict(seen(), seen(state="gone", stack=("train.py:41 in main",)))
     assert found is not None
-    assert found.more == "rank 1 last stood in (most recent call last):\n  train.py:41 in main"
+    assert found.more == "rank 1 stood in, when it last reported (most recent call last):\n  train.py:41 in main"
 
 
 def test_no_deadlock_while_one_rank_moves_works_or_is_quiet() -> None:
@@ -160,9 +162,9 @@ def test_ranks_that_work_and_report_are_never_judged(ranks: list[Seen]) -> None:
 def test_a_store_that_is_gone_is_news_of_rank_0_unless_it_had_left() -> None:
     assert unreachable(seen(left=True), "Broken pipe") is None
     gone = unreachable(seen(state="gone"), "Broken pipe")
-    assert gone == Verdict(0, f"rank 0 ended without a word, killed or crashed{ON}")
+    assert gone == Verdict(0, f"rank 0 ended without a word, killed or crashed{SINCE}")
     assert unreachable(seen(state="unknown"), "Broken pipe") == Verdict(
-        0, f"rank 0 cannot be reached (Broken pipe){ON}"
+        0, f"rank 0 cannot be reached (Broken pipe){SINCE}"
     )
     failed = unreachable(seen(error="ValueError: no", left=True), "Broken pipe")
     assert failed == Verdict(0, "rank 0 failed at step 120, train.py:41 in main: ValueError: no")

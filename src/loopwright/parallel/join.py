@@ -5,17 +5,24 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from loopwright.errors import SettingError
+from loopwright.errors import LoopwrightError, SettingError
 from loopwright.parallel.world import World
+from loopwright.written import warn
 
 __all__ = ["join", "local_device"]
+
+_END_THEM = (
+    "Look at what it has printed. torchrun, lw.launch and mpirun end all ranks when one fails; with SLURM, type "
+    "`srun --kill-on-bad-exit=1 python train.py`"
+)
+_TELL_S = 30.0  # of waiting, before it is said for whom
 
 
 def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
@@ -27,7 +34,9 @@ def join(world: World, device_type: str, *, timeout_s: float = 600.0) -> None:
     The group is left when the process ends in order. One that the user has made is used as it is, and theirs to leave.
     No variable of the environment is changed.
 
-    Raises SettingError if the group at hand cannot send what is on ``device_type``, or other processes are in it.
+    Raises SettingError if the group at hand cannot send what is on ``device_type``, or other processes are in it, and
+    LoopwrightError, which names them, if others have not come in time. Whether they will cannot be known here: a rank
+    that imports for minutes and one that has died look alike. What has started them knows, and ends the others.
     """
     if not dist.is_available():
         raise SettingError("this build of torch has no torch.distributed; install one that has it, or train alone")
@@ -57,12 +66,45 @@ def _meeting(world: World, timeout: timedelta) -> Any:
             f"nothing says where the {world.world_size} processes meet. Start them with torchrun, or set MASTER_ADDR "
             "and MASTER_PORT"
         )
-    host = f"[{world.address}]" if ":" in world.address else world.address
-    met = rendezvous(f"tcp://{host}:{world.port}", world.rank, world.world_size, timeout=timeout)
     # the agent of torchrun keeps its store over restarts, with the addresses of those that have died in it; agents on
     # several machines do not count alike, hence the variable that `loopwright launch` sets for them
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world.nodes == 1 else "0"
-    return dist.PrefixStore(f"loopwright/{again}", next(met)[0])  # type: ignore[attr-defined]
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then its store is there already
+    began, made = time.monotonic(), cast(Any, dist)
+    try:
+        store = made.TCPStore(
+            world.address, world.port, world.world_size, not agent and world.rank == 0, timeout,
+            wait_for_workers=False, multi_tenant=not agent, use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+        )  # fmt: skip
+        met = made.PrefixStore(f"loopwright/{again}", store)
+        _await_all(met, world, began + timeout.total_seconds())
+    except dist.DistNetworkError as error:
+        where = f"{'the launcher' if agent else 'rank 0'} at {world.address}:{world.port}"
+        raise LoopwrightError(
+            f"rank {world.rank} of {world.world_size} has waited {time.monotonic() - began:.0f} s to train, and does "
+            f"not reach {where}: {str(error).partition(chr(10))[0]}. {_END_THEM}"
+        ) from error
+    return met
+
+
+def _await_all(store: Any, world: World, until: float) -> None:
+    """Wait until every rank has come, and say who has not."""
+    store.set(f"came/{world.rank}", "")
+    began, told, keys = time.monotonic(), False, [f"came/{rank}" for rank in range(world.world_size)]
+    while True:
+        left = max(until - time.monotonic(), 0.001)
+        try:
+            store.wait(keys, timedelta(seconds=left if told else min(_TELL_S, left / 2)))
+            return
+        except dist.DistStoreError:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        waited, named = time.monotonic() - began, ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
+        who = f"{'rank' if len(missing) == 1 else 'ranks'} {named} of {world.world_size}"
+        if missing and told:
+            raise LoopwrightError(f"{who} did not come to train within {waited:.0f} s. {_END_THEM}")
+        if missing:
+            warn(f"rank {world.rank} has waited {waited:.0f} s for {who} to come to train")
+        told = True
 
 
 def local_device(world: World, device_type: str) -> torch.device:

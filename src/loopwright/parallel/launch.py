@@ -25,7 +25,7 @@ from torch import distributed as dist
 
 from loopwright._compat import fork_works
 from loopwright.errors import LoopwrightError, SettingError
-from loopwright.parallel.verdict import Verdict
+from loopwright.parallel.verdict import FailedElsewhereError, Verdict
 from loopwright.parallel.watch import LAST_WORDS
 
 __all__ = ["launch"]
@@ -234,7 +234,8 @@ def _result(value: Any, rank: int) -> _Said:
 
 
 def _error(error: BaseException) -> _Said:
-    at, text = time.monotonic(), "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error))
+    at = math.inf if isinstance(error, FailedElsewhereError) else time.monotonic()  # the cause goes before
     try:
         content = dumps(error)
         loads(content)

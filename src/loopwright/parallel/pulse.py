@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from loopwright.parallel.comm import Ranks
-from loopwright.parallel.watch import Watch
 from loopwright.state import SIGNALS, Run
 
 __all__ = ["Pulse"]
@@ -32,15 +31,12 @@ class Pulse:
         self.comm = comm
         self.asked: str | None = None  # by this rank
         self.each_step = True
-        self.watch: Watch | None = None  # which is told where training stands
         self._sent: tuple[int, torch.Tensor, Any] | None = None  # at which beat
         self._beats = self._due = 0
         self._taken, self._seconds, self._rate = 0, 0.0, 0.0  # beat and clock of the last message; seconds a beat
 
     def beat(self, run: Run) -> float:
         """Seconds of the run, the same on all ranks. Called once a step by all of them."""
-        if self.watch is not None:
-            self.watch.step = run.progress.step
         self._beats += 1
         if self._beats >= self._due:
             before, self._sent = self._sent, self._send(run)

@@ -298,12 +298,14 @@ def readers(run: Run) -> Comm:
 
 
 def watched(run: Run, on_abort: Callable[[str], object] | None = None) -> AbstractContextManager[Any]:
-    """Around what the ranks do together: one that fails, dies or hangs ends all of them, with words."""
+    """Around what the ranks do together: one that fails, dies or hangs ends all of them, with words.
+
+    They come out of it together. Raises FailedElsewhereError on a rank that has done its part, if another one has not.
+    """
     if run.team is None:
         return nullcontext()
     timeout = getattr(run.team.strategy, "timeout", 30.0)
-    run.team.pulse.watch = watch = Watch(run.comm.rank, run.comm.world_size, timeout=timeout, on_abort=on_abort)
-    return watch
+    return Watch(run.comm.rank, run.comm.world_size, lambda: run.progress.step, timeout=timeout, on_abort=on_abort)
 
 
 def _compare(stages: Iterable[Stage], lengths: Iterable[Iterable[int | None]]) -> None:

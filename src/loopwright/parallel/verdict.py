@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from loopwright.errors import LoopwrightError
 from loopwright.parallel.calls import Call, clash
 from loopwright.parallel.standing import Process
 
-__all__ = ["Report", "Seen", "Verdict", "ended", "judge", "unreachable"]
+__all__ = ["FailedElsewhereError", "Report", "Seen", "Verdict", "ended", "judge", "unreachable"]
 
 
 class Report(NamedTuple):
@@ -27,9 +29,15 @@ class Report(NamedTuple):
     trace: str = ""
     lost: bool = False  # the error came of another's end: gloo's "Connection closed by peer" and the like
     left: bool = False  # its training is over; nothing is expected of it any more
-    heard: bool = False  # it knows the verdict, or that rank 0 has left
+    heard: bool = False  # it knows the verdict, or that all have left in order: it needs the store no more
+    over: bool = False  # of rank 0: all have left in order
     stack: Sequence[str] = ()  # the lines in which it stands, the last one called at the end
     calls: Sequence[Call] = ()  # its last collectives, once it stands still in one or has failed
+
+    @property
+    def done(self) -> bool:
+        """Its training is over, and in order."""
+        return self.left and self.error is None
 
     def pack(self) -> str:
         return json.dumps(self)
@@ -47,13 +55,23 @@ class Report(NamedTuple):
 
 @dataclass
 class Seen:
-    """A rank as another one sees it. ``silent``: seconds since its last beat; ``lost``: since its lost connection."""
+    """A rank as another one sees it.
+
+    ``silent``: seconds since its last beat, less those in which the one that looks did not run; ``age``: all seconds
+    since that report came; ``lost``: since its lost connection.
+    """
 
     process: Process
     report: Report | None = None
     silent: float = 0.0
+    came: float = field(default_factory=time.monotonic)  # when the report came, by the clock of the one that looks
+    age: float = 0.0
     lost: float = 0.0
     state: str = "runs"  # its process, as state_of tells
+
+
+class FailedElsewhereError(LoopwrightError):
+    """This rank has done its part, and another one has not."""
 
 
 class Verdict(NamedTuple):
@@ -100,10 +118,11 @@ def ended(seen: Mapping[int, Seen], *, patience: float) -> Verdict | None:
         if report is not None and (report.left or report.error is not None):
             continue
         if one.state == "gone":
-            return Verdict(rank, f"rank {rank} ended without a word, killed or crashed{_last(one)}", _stood(seen, rank))
+            text = f"rank {rank} ended without a word, killed or crashed{_last(one)}"
+            return Verdict(rank, text, _stood(seen, rank))
         if one.silent >= patience and one.state != "runs":
             why = {"stopped": ": its process was stopped by a signal", "traced": ": a debugger holds its process"}
-            text = f"rank {rank} has not been heard of for {one.silent:.0f} s{why.get(one.state, '')}{_last(one)}"
+            text = f"{_silent(rank, one)}{why.get(one.state, '')}{_last(one, age=False)}"
             return Verdict(rank, text, _stood(seen, rank), silent=one.process)
     return None
 
@@ -158,7 +177,7 @@ def _lost(seen: Mapping[int, Seen], wait: float) -> Verdict | None:
             if r != rank and other.silent >= wait > 0 and not (other.report and other.report.left)
         }  # fmt: skip
         for r, other in quiet.items():
-            text = f"rank {r} has not been heard of for {other.silent:.0f} s{_last(other)}; {_failure(rank, report)}"
+            text = f"{_silent(r, other)}{_last(other, age=False)}; {_failure(rank, report)}"
             return Verdict(r, text, report.trace)
         return Verdict(rank, _failure(rank, report), report.trace)
     return None
@@ -207,19 +226,26 @@ def _stood(seen: Mapping[int, Seen], rank: int) -> str:
     report = seen[rank].report
     if report is None or not report.stack:
         return ""
-    return "\n".join([f"rank {rank} last stood in (most recent call last):", *(f"  {line}" for line in report.stack)])
+    stood = f"rank {rank} stood in, when it last reported (most recent call last):"
+    return "\n".join([stood, *(f"  {line}" for line in report.stack)])
 
 
 def _failure(rank: int, report: Report) -> str:
     return f"rank {rank} failed at step {report.step}, {report.place}: {report.error}"
 
 
-def _last(one: Seen) -> str:
+def _silent(rank: int, one: Seen) -> str:
+    return f"rank {rank} has not been heard of for {one.silent:.0f} s"
+
+
+def _last(one: Seen, *, age: bool = True) -> str:
+    """What is known of a rank that tells nothing any more: its last report, which may be of a step before its end."""
     process, report = f"process {one.process.pid} on {one.process.name}", one.report
     if report is None:
         return f" ({process})"
     waits = f", waiting in {report.waits}" if report.waits else ""
-    return f" (last at step {report.step}, {report.place}{waits}; {process})"
+    when = f", which came {one.age:.1f} s ago" if age else ""
+    return f" (its last report{when}: at step {report.step}, {report.place}{waits}; {process})"
 
 
 def _ranks(ranks: list[int]) -> str:

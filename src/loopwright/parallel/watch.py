@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from loopwright.parallel.calls import Call, last_calls
 from loopwright.parallel.standing import Still, place_of, stand, state_of, this_process
-from loopwright.parallel.verdict import Report, Seen, Verdict, ended, judge, unreachable
+from loopwright.parallel.verdict import FailedElsewhereError, Report, Seen, Verdict, ended, judge, unreachable
 
 __all__ = ["LAST_WORDS", "Watch"]
 
@@ -40,12 +40,15 @@ _CAUSED_ELSEWHERE = re.compile(
 class Watch:
     """Ends all ranks within ``timeout`` seconds of one that raises, dies, is stopped or calls a collective alone.
 
-    Used around training, by every rank, after ``init_process_group``; ``step`` is written by the loop and costs no
-    more than that. Two threads in each rank tell rank 0 every second where the training thread stands, and hear what it
-    makes of it; the reports travel through a store of their own, which lives in rank 0. What is wrong is printed
-    once by each rank, by rank 0 in full: which rank, at which step, in which line, with its error. The training thread
-    may leave by an exception of its own; one that still waits after a moment is ended with its process, status 1, after
-    ``on_abort(text)`` was called in another thread; it must not wait for other ranks.
+    Used around training, by every rank, after ``init_process_group``; ``step()`` tells how many steps are behind it,
+    and costs these nothing. Two threads in each rank tell rank 0 every second where the training thread stands, and
+    hear what it makes of it; the reports travel through a store of their own, which lives in rank 0. What is wrong is
+    printed once by each rank, by rank 0 in full: which rank, at which step, in which line, with its error. The training
+    thread may leave by an exception of its own; one that still waits after a moment is ended with its process, status
+    1, after ``on_abort(text)`` was called in another thread; it must not wait for other ranks.
+
+    The ranks leave together: one that is through waits until all are, however long that takes, and raises
+    FailedElsewhereError if another one fails or dies meanwhile.
 
     Waiting is no error: ranks may wait for hours while another one saves, reads or validates. A rank is silent if its
     process does not run. On another machine, one that is stopped cannot be told from one in which a call of C holds
@@ -53,15 +56,21 @@ class Watch:
     does not run: with gloo on Linux, and not with NCCL, which has a time-out of its own. Where torch has noted calls
     that do not match it is told after four beats, and otherwise when nobody has moved for half of ``timeout``.
 
-    >>> with Watch(0, 1) as watch:  # a single rank has nobody to wait for
-    ...     watch.step = 1
+    >>> with Watch(0, 1, lambda: 0):  # a single rank has nobody to wait for
+    ...     pass
     """
 
     def __init__(
-        self, rank: int, world_size: int, *, timeout: float = 30.0, on_abort: Callable[[str], object] | None = None
+        self,
+        rank: int,
+        world_size: int,
+        step: Callable[[], int],
+        *,
+        timeout: float = 30.0,
+        on_abort: Callable[[str], object] | None = None,
     ) -> None:
-        self.rank, self.world_size, self.timeout, self.on_abort = rank, world_size, timeout, on_abort
-        self.step = 0
+        self.rank, self.world_size, self.step = rank, world_size, step
+        self.timeout, self.on_abort = timeout, on_abort
         self.verdict: Verdict | None = None
         self.beat = min(1.0, timeout / _BEATS)
         self._seen: dict[int, Seen] = {}  # all ranks, if this is rank 0; rank 0 otherwise
@@ -70,7 +79,7 @@ class Watch:
         self._unreachable = ""
         self._asked = self._answered = 0
         self._threads: list[threading.Thread] = []
-        self._said = False
+        self._said = self._all_done = False
         self._calls: list[Call] = []
         self._prints_crashes = False
         self._left, self._known, self._over = threading.Event(), threading.Event(), threading.Event()
@@ -136,24 +145,37 @@ class Watch:
         if verdict is not None and (lost or verdict.rank != self.rank):  # also of what this rank itself has caused
             error.add_note(f"[loopwright] {verdict.text}")
         else:
-            self._say(f"rank {self.rank} failed at step {self.step}, {self._error['place']}: {self._error['error']}")
+            self._say(f"rank {self.rank} failed at step {self.step()}, {self._error['place']}: {self._error['error']}")
 
     def stop(self) -> None:
-        """This rank's training is over: it does not count as dead from now on. Rank 0 sees to it that all know."""
+        """This rank's training is over: it does not count as dead from now on. Wait until that of all is, or fails."""
         if not self._threads or self._left.is_set():
             return
         self._left.set()
-        began, pause = time.monotonic(), _SHORT
+        known_at, pause = None, _SHORT
         self._tell()
-        while self.rank == 0 and not all(map(_knows, self._seen.values())):
+        while not self._settled():
             bad = self.verdict is not None or bool(self._error)  # then some may never answer
-            if time.monotonic() - began > (5 * self.beat if bad else _PATIENCE * self.timeout):
+            if known_at is None and (bad or self._all_done):
+                known_at = time.monotonic()
+            if known_at is not None and time.monotonic() - known_at > (
+                5 * self.beat if bad else _PATIENCE * self.timeout
+            ):
                 break
             self._wake.set()
             time.sleep(min(pause, 0.02, self.beat))
             pause *= 2
         if self.rank != 0 or self._all_left():  # else rank 0 watches the others for as long as its process lives
             self._end()
+
+    def _settled(self) -> bool:
+        """Whether there is nothing more to hear, and on rank 0 nothing more to tell."""
+        if self.rank == 0:
+            known = self._all_done or self.verdict is not None
+            return (known and all(map(_knows, self._seen.values()))) or not self._threads[0].is_alive()
+        if self._error or self._all_done or self.verdict is not None:
+            return not self._threads[0].is_alive()  # it has told rank 0, which may go now
+        return not any(thread.is_alive() for thread in self._threads)  # the store is gone: what is made of it is known
 
     def __enter__(self) -> Self:
         return self.start()
@@ -164,6 +186,9 @@ class Watch:
         if error is not None:
             self.fail(error)
         self.stop()
+        if error is None and self.verdict is not None:
+            self._say(self._words(self.verdict))
+            raise FailedElsewhereError(self.verdict.text)
 
     def _tell(self) -> None:
         """Have the state of this rank sent now, and wait until it is."""
@@ -199,14 +224,18 @@ class Watch:
             before = now
             zero = self._seen[0].report
             known = self.verdict is not None
-            heard = known or (zero is not None and zero.left and zero.error is None)
+            if self.rank == 0 and left and not known:
+                self._all_done |= all(one.report is not None and one.report.done for one in self._seen.values())
+            elif zero is not None and self.rank != 0:
+                self._all_done |= zero.over
+            heard, over = known or self._all_done, self.rank == 0 and self._all_done
             if not at.waits or still < _SUSPECT * self.beat:
                 self._calls = []
             elif not self._calls:
                 self._calls = last_calls()
             seen: dict[str, Any] = {"place": at.place, "stack": at.stack, "calls": self._calls}
-            fields = seen | {"left": left, "heard": heard} | self._error
-            mine = Report(beat, self.step, waits=at.waits, path=at.path, still=still, **fields)
+            fields = seen | {"left": left, "heard": heard, "over": over} | self._error
+            mine = Report(beat, self.step(), waits=at.waits, path=at.path, still=still, **fields)
             # before the reports are read: one that is gone may have said that it left
             states = [state_of(one.process) for one in self._seen.values()]
             if self.rank != 0 and states[0] == "gone":
@@ -214,7 +243,7 @@ class Watch:
                 break
             try:
                 store.set(str(self.rank), mine.pack())
-                if self.rank != 0 and (left or known):
+                if self.rank != 0 and (heard or (left and self._error)):
                     break  # there is no more to tell, and rank 0 may go now
                 if self.rank == 0 and self.verdict is not None and not posted:
                     store.set("verdict", self.verdict.pack())
@@ -224,8 +253,10 @@ class Watch:
                 self._unreachable = str(error).partition("\n")[0] or type(error).__name__
                 break
             for one, state, text in zip(self._seen.values(), states, reports, strict=True):
-                one.report = Report.unpack(text.decode()) if text else None
-                one.state = state
+                report = Report.unpack(text.decode()) if text else None
+                if report is not None and (one.report is None or report.beat != one.report.beat):
+                    one.came = time.monotonic()
+                one.report, one.state = report, state
             if verdict and self.verdict is None:
                 self.verdict = Verdict.unpack(verdict.decode())
             self._answered = asked
@@ -245,6 +276,7 @@ class Watch:
             for rank, one in self._seen.items():
                 report = one.report
                 one.silent += elapsed
+                one.age = now - one.came
                 if report is not None:
                     if report.beat != beats[rank]:
                         one.silent, beats[rank] = 0.0, report.beat
@@ -258,13 +290,11 @@ class Watch:
                 self._wake.set()
                 self._conclude(verdict)
                 return
-            if self._unreachable or (self._left.is_set() and self._all_left()):
-                break  # rank 0 has left, or all have
+            if self._unreachable or (self._settled() if self.rank == 0 else self._all_done):
+                break  # rank 0 has left, or all have and know it
         self._over.set()
 
     def _judge(self) -> Verdict | None:
-        if self._left.is_set() and self.rank != 0:
-            return None
         patience = _PATIENCE * self.timeout
         if self._unreachable:
             return unreachable(self._seen[0], self._unreachable)
@@ -281,9 +311,7 @@ class Watch:
     def _conclude(self, verdict: Verdict) -> None:
         """Say it, give the training thread a moment to leave by itself, clean up and end the process."""
         if verdict.rank != self.rank or not self._error:
-            mine = "" if self._left.is_set() else f"rank {self.rank} ends at step {self.step}: "
-            more = f"\n{verdict.more.rstrip()}" if self.rank == 0 and verdict.more else ""
-            _within(self.beat, lambda: self._say(f"{mine}{verdict.text}{more}"))
+            _within(self.beat, lambda: self._say(self._words(verdict)))
         if verdict.silent is not None and state_of(verdict.silent) == "stopped":
             with suppress(OSError):  # what is stopped cannot end by itself; those who wait for it now get an error
                 os.kill(verdict.silent.pid, signal.SIGKILL)
@@ -303,6 +331,11 @@ class Watch:
         _within(self.beat, sys.stdout.flush)
         os._exit(1)
 
+    def _words(self, verdict: Verdict) -> str:
+        mine = "" if self._left.is_set() else f"rank {self.rank} ends at step {self.step()}: "
+        more = f"\n{verdict.more.rstrip()}" if self.rank == 0 and verdict.more else ""
+        return f"{mine}{verdict.text}{more}"
+
     def _say(self, text: str) -> None:
         if not self._said:
             self._said = True
@@ -310,9 +343,10 @@ class Watch:
 
 
 def _knows(one: Seen) -> bool:
-    """Whether a rank needs rank 0 no more: it has left or heard, or will never hear."""
+    """Whether a rank needs rank 0 no more: it has heard, or failed, or will never hear."""
     report = one.report
-    return (report is not None and (report.left or report.heard)) or state_of(one.process) == "gone"
+    told = report is not None and (report.heard or (report.left and not report.done))
+    return told or state_of(one.process) == "gone"
 
 
 def _within(seconds: float, call: Callable[..., object], *args: object) -> None:
