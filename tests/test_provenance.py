@@ -360,7 +360,8 @@ def test_an_object_within_an_object_is_told_with_what_it_was_made_with(folder: P
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
 
     assert config["strategy"] == {
-        "class": "<loopwright.parallel.ddp.DDP>", "find_unused": True, "timeout": 9.0, "options": {}
+        "class": "<loopwright.parallel.ddp.DDP>", "find_unused": True, "sync_batch_norm": False, "timeout": 9.0,
+        "options": {},
     }  # fmt: skip
     assert (config["precision"]["growth_interval"], config["device"]) == (7, "cpu")
     assert (config["debug"], config["loss"]["weight"]) == ({"train": 2}, [1.0, 2.0])

@@ -218,7 +218,7 @@ def test_the_bits_are_those_of_a_run_without_in_recorded_steps(log: list[Any], m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("persistent", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_run_resumes_exactly_after_every_step(persistent: bool, log: list[Any]) -> None:
     def make() -> Any:
         net = classifier(dropout=0.2)

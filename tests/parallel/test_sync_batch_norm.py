@@ -108,8 +108,10 @@ def trained(strategy: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize(
+    ("strategy", "world"),
+    [("ddp", 2), ("ddp", 3), ("fsdp", 2), pytest.param("fsdp", 3, marks=pytest.mark.nightly)],
+)
 def test_weights_and_statistics_are_those_of_one_process_with_the_whole_batch(strategy: str, world: int) -> None:
     alone, ranks = trained("auto"), lw.launch(trained, world, STRATEGIES[strategy])
     for name, (state, metrics) in alone.items():
@@ -334,7 +336,7 @@ class Spoiled(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.capability("B-25")
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     ("how", "error", "says"),
     [
