@@ -570,6 +570,7 @@ class Keeps(Own):
     def configure_optimizers(self):  # here
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
         self.schedule = torch.optim.lr_scheduler.StepLR(sgd, 5)
+        self.schedule.state_dict()  # by now it has a __dict__ of its own
         return sgd
 
 lw.Trainer(**settings).fit(Keeps(), data)

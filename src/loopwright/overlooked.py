@@ -82,7 +82,7 @@ def _unstepped(run: Run) -> Iterator[tuple[str, Any]]:
     for optimizer in {id(o): o for phase in phases for o in phase.moved}.values():
         if "step" not in vars(optimizer) or id(optimizer) in given:
             continue
-        made = [one for one in gc.get_referrers(optimizer) if isinstance(one, LRScheduler)]
+        made = list(_schedulers_of(optimizer))
         codes = (_code(function) for _, function in own_functions(run))
         if made and not any("step" in _names_in(code) for code in codes if code is not None):
             name = type(made[0]).__name__
@@ -94,6 +94,14 @@ def _unstepped(run: Run) -> Iterator[tuple[str, Any]]:
                 "steps it once an epoch, or lw.per_step(scheduler) to go with the optimizer",
                 run.task,
             )
+
+
+def _schedulers_of(optimizer: Any) -> Iterator[LRScheduler]:
+    """The schedulers of torch that hold ``optimizer``, by themselves or by their ``__dict__``."""
+    for held in gc.get_referrers(optimizer):
+        for one in (held, *(gc.get_referrers(held) if type(held) is dict else ())):
+            if isinstance(one, LRScheduler) and getattr(one, "optimizer", None) is optimizer:
+                yield one
 
 
 def _uncalled(run: Run) -> Iterator[tuple[str, str]]:
