@@ -112,7 +112,7 @@ def blamed(error: BaseException) -> str | None:
     return getattr(error, "place", None) or (found[-1] if found else None)
 
 
-class placed:  # noqa: N801 - it is used as a function
+class placed:  # noqa: N801 - used as a function, which would cost twice as much: a fit has ten of them
     """Let an error of ours that comes out of this block tell where ``what`` is written, in a note and as ``place``."""
 
     def __init__(self, what: str, place: str | None) -> None:
