@@ -84,6 +84,20 @@ def test_a_world_that_does_not_say_where_to_meet_is_an_error() -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize("libuv", ["0", "1"])
+def test_a_port_that_is_taken_is_told_as_that(libuv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USE_LIBUV", libuv)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(lw.LoopwrightError) as caught:
+            join(World(0, 0, 2, 2, 1, "slurm", "127.0.0.1", port), "cpu", timeout_s=5)
+    assert str(caught.value) == (
+        f"rank 0 of 2 cannot open port {port}, where the others are to find it: another program has it, or a run that "
+        f"has not ended. Give all ranks another one: type `export MASTER_PORT={port + 1}` before you start them"
+    )
+    assert not dist.is_initialized()
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="counts the accelerators of this machine")
 def test_more_processes_than_devices_are_refused() -> None:
     with pytest.raises(lw.SettingError) as caught:

@@ -4,10 +4,13 @@ waited for.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
+import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +110,124 @@ def test_many_runs_end_whenever_the_watch_looks() -> None:
         return step[0]
 
     assert lw.launch(often, 2) == [15, 15]
+
+
+def ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("loopwright")]
+
+
+def soon(seconds: float, call: Any, *args: object) -> None:
+    timer = threading.Timer(seconds, call, args)
+    timer.daemon = True
+    timer.start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_of_a_rank_that_waits_for_the_others_ends_them_all_and_leaves_nothing(
+    rank: int, tmp_path: Path
+) -> None:
+    """The other one is told while it still works."""
+    left = tmp_path / "left"
+
+    def waits() -> Any:
+        join(find_world(), "cpu")
+        mine, told = dist.get_rank(), ""
+        soon(20, os._exit, 9)  # else it could wait for ever
+        try:
+            with Watch(mine, 2, lambda: 7, timeout=60):
+                if mine == rank:
+                    soon(0.3, os.kill, os.getpid(), signal.SIGINT)
+                else:
+                    while not left.exists():
+                        time.sleep(0.01)
+        except (KeyboardInterrupt, lw.LoopwrightError) as error:
+            told = f"{type(error).__name__}: {error}"
+        found = told, ours(), faulthandler.is_enabled()
+        left.touch()
+        return found
+
+    faulthandler.disable()  # of pytest
+    try:
+        found = lw.launch(waits, 2)
+    finally:
+        faulthandler.enable()
+    assert found[rank] == ("KeyboardInterrupt: ", [], False)
+    told, *nothing = found[1 - rank]
+    assert nothing == [[], False]
+    assert told.startswith(f"FailedElsewhereError: rank {rank} failed at step 7, ")
+    assert told.endswith(": KeyboardInterrupt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "telling"), [(0, [1, 2]), (1, [0])])
+def test_whoever_waits_for_long_says_once_for_whom(
+    rank: int, telling: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 for all; the others for rank 0, of which alone they know."""
+    monkeypatch.setattr("loopwright.parallel.watch._TELL_S", 0.5)
+
+    def one_is_slow() -> list[str]:
+        join(find_world(), "cpu")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with Watch(dist.get_rank(), 3, lambda: 7, timeout=6):
+                time.sleep(2 if dist.get_rank() == rank else 0)
+        return [str(one.message) for one in told]
+
+    found = lw.launch(one_is_slow, 3)
+    assert [mine for mine in range(3) if found[mine]] == telling
+    for mine in telling:
+        (text,) = found[mine]
+        assert text.startswith(f"rank {mine} of 3 is through, and has waited ")
+        assert f" s for rank {rank} (step 7, test_last_words.py:" in text.replace(
+            str(Path(__file__).parent) + os.sep, ""
+        )
+        assert text.endswith("). To end the run, press Ctrl-C twice")
+
+
+@pytest.mark.slow
+def test_a_failure_in_a_fit_inside_of_a_fit_is_that_of_the_rank_that_failed() -> None:
+    """Also where that one needs longer to come out than the others, which have only heard of it."""
+
+    def inside() -> Any:
+        join(find_world(), "cpu")
+        rank = dist.get_rank()
+        try:
+            with Watch(rank, 2, lambda: 7):
+                try:
+                    with Watch(rank, 2, lambda: 3):
+                        if rank == 1:
+                            raise ValueError("mine")
+                finally:
+                    time.sleep(1.5 * rank)  # closes a file
+        except (ValueError, lw.LoopwrightError) as error:
+            return type(error).__name__, getattr(error, "__notes__", [])
+
+    (heard, notes), cause = lw.launch(inside, 2)
+    assert cause == ("ValueError", [])  # it was caused by nobody else
+    assert (heard, len(notes)) == ("FailedElsewhereError", 1)
+    assert notes[0].startswith("[loopwright] rank 1 failed at step 7, ")
+
+
+@pytest.mark.slow
+def test_a_rank_whose_reports_end_for_whatever_reason_comes_to_an_end() -> None:
+    def odd() -> str:
+        join(find_world(), "cpu")
+        soon(20, os._exit, 9)  # else it could wait for ever
+
+        def step() -> int:
+            if dist.get_rank() == 1 and threading.current_thread().name == "loopwright report":
+                raise KeyError("step")
+            return 7
+
+        try:
+            with Watch(dist.get_rank(), 2, step, timeout=6):
+                pass
+        except lw.LoopwrightError as error:
+            return str(error)
+        return ""
+
+    zero, one = lw.launch(odd, 2)
+    assert one.startswith("rank 0 cannot be reached (KeyError: 'step')")
+    assert zero.startswith("rank 1 ended without a word")

@@ -21,6 +21,7 @@ from torch import distributed as dist
 import loopwright as lw
 from loopwright.checkpoint import list_checkpoints, read
 from loopwright.parallel import World, find_world, join
+from loopwright.parallel.watch import Watch
 
 
 def met() -> World:
@@ -90,6 +91,31 @@ def test_the_error_of_a_rank_is_raised_with_its_name_and_its_traceback() -> None
     assert note.startswith("[loopwright] raised in rank 1 of 3:\nTraceback (most recent call last):")
     assert note.endswith("ZeroDivisionError: no more")
     assert 'raise ZeroDivisionError("no more")' in note
+    assert mp.active_children() == []
+
+
+def late_cause(seconds: float) -> None:
+    rank = met().rank
+    try:
+        with Watch(rank, 2, lambda: 7, timeout=6):
+            if rank == 1:
+                raise ValueError("mine")
+    finally:
+        time.sleep(seconds * rank)  # closes a logger
+
+
+@pytest.mark.slow
+def test_the_cause_is_raised_though_it_needs_longer_to_leave_than_those_that_heard_of_it() -> None:
+    with pytest.raises(ValueError, match=r"^mine") as caught:
+        lw.launch(late_cause, 2, 2.5)
+    assert caught.value.__notes__[-1].startswith("[loopwright] raised in rank 1 of 2:")
+
+
+def test_a_cause_that_never_leaves_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loopwright.parallel.launch._CAUSE_S", 0.3)
+    with pytest.raises(lw.LoopwrightError, match=r"^rank 1 failed at step 7, .*ValueError: mine") as caught:
+        lw.launch(late_cause, 2, 600.0)
+    assert caught.value.__notes__[-1].startswith("[loopwright] raised in rank 0 of 2:")
     assert mp.active_children() == []
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loopwright.parallel.calls import Call
 from loopwright.parallel.standing import Process
-from loopwright.parallel.verdict import Report, Seen, Verdict, ended, judge, unreachable
+from loopwright.parallel.verdict import Report, Seen, Verdict, awaited, ended, judge, unreachable
 
 HERE = Process("m", "node-1", 7, "3")
 ON = " (its last report: at step 120, train.py:41 in main; process 7 on node-1)"
@@ -181,3 +181,10 @@ def test_reports_and_verdicts_survive_the_way() -> None:
     assert Report.unpack(report.pack()) == report
     for one in (Verdict(None, "text", "more"), Verdict(1, "text", silent=HERE)):
         assert Verdict.unpack(one.pack()) == one
+
+
+def test_those_that_are_waited_for_are_named_with_the_place_of_the_first() -> None:
+    done = seen(left=True)
+    assert awaited({0: done, 1: seen(), 2: seen()}) == "ranks 1-2 (step 120, train.py:41 in main)"
+    assert awaited({0: done, 1: Seen(HERE)}) == "rank 1"
+    assert awaited({0: done}) == ""

@@ -79,6 +79,13 @@ def _meeting(world: World, timeout: timedelta) -> Any:
         met = made.PrefixStore(f"loopwright/{again}", store)
         _await_all(met, world, began + timeout.total_seconds())
     except dist.DistNetworkError as error:
+        if not agent and world.rank == 0 and "address already in use" in str(error).lower():
+            free = world.port + 1 if world.port < 65535 else 29500
+            raise LoopwrightError(
+                f"rank 0 of {world.world_size} cannot open port {world.port}, where the others are to find it: another "
+                f"program has it, or a run that has not ended. Give all ranks another one: type `export "
+                f"MASTER_PORT={free}` before you start them"
+            ) from error
         where = f"{'the launcher' if agent else 'rank 0'} at {world.address}:{world.port}"
         raise LoopwrightError(
             f"rank {world.rank} of {world.world_size} has waited {time.monotonic() - began:.0f} s to train, and does "

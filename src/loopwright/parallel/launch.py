@@ -33,6 +33,7 @@ __all__ = ["launch"]
 _GRACE_S = 5.0  # what is asked to stop has so long; then it is killed
 _SAVE_S = 60.0  # after a signal, to save at the next boundary; a second one shortens it
 _BLAME_S = 0.5  # a rank that dies takes others with it, whose errors may arrive first
+_CAUSE_S = 30.0  # those that only heard of a failure are here before the one that failed, which closes its files first
 _LOCALHOST = "127.0.0.1"
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PASSED_ON = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -262,12 +263,12 @@ def _die_with(parent: int) -> None:
 
 
 def _listen(ranks: list[Any], pipes: list[Connection]) -> tuple[dict[int, _Said], dict[int, int]]:
-    """What the ranks said, and the exit codes of those that died: of all, or until a moment after the first failure."""
+    """What the ranks said, and the exit codes of those that died: of all, or until a moment after the cause."""
     said: dict[int, _Said] = {}
     lost: dict[int, int] = {}
-    until: float | None = None
+    until = math.inf
     while waiting := [rank for rank in range(len(ranks)) if rank not in said and rank not in lost]:
-        left = None if until is None else max(until - time.monotonic(), 0.0)
+        left = None if until == math.inf else max(until - time.monotonic(), 0.0)
         if not wait([*(pipes[rank] for rank in waiting), *(ranks[rank].sentinel for rank in waiting)], left):
             break
         for rank in waiting:
@@ -277,8 +278,10 @@ def _listen(ranks: list[Any], pipes: list[Connection]) -> tuple[dict[int, _Said]
                     said[rank] = loads(pipes[rank].recv_bytes())
             if rank not in said and code is not None:
                 lost[rank] = code
-        if until is None and (lost or not all(one.ok for one in said.values())):
-            until = time.monotonic() + _BLAME_S
+        failed = [one.at for one in said.values() if not one.ok]
+        if lost or failed:
+            cause = lost or min(failed) < math.inf
+            until = min(until, time.monotonic() + (_BLAME_S if cause else _CAUSE_S))
     return said, lost
 
 

@@ -13,7 +13,7 @@ from loopwright.errors import LoopwrightError
 from loopwright.parallel.calls import Call, clash
 from loopwright.parallel.standing import Process
 
-__all__ = ["FailedElsewhereError", "Report", "Seen", "Verdict", "ended", "judge", "unreachable"]
+__all__ = ["IN_ORDER", "FailedElsewhereError", "Report", "Seen", "Verdict", "awaited", "ended", "judge", "unreachable"]
 
 
 class Report(NamedTuple):
@@ -29,8 +29,7 @@ class Report(NamedTuple):
     trace: str = ""
     lost: bool = False  # the error came of another's end: gloo's "Connection closed by peer" and the like
     left: bool = False  # its training is over; nothing is expected of it any more
-    heard: bool = False  # it knows the verdict, or that all have left in order: it needs the store no more
-    over: bool = False  # of rank 0: all have left in order
+    heard: bool = False  # it knows how the run has ended, and needs the store no more
     stack: Sequence[str] = ()  # the lines in which it stands, the last one called at the end
     calls: Sequence[Call] = ()  # its last collectives, once it stands still in one or has failed
 
@@ -75,7 +74,10 @@ class FailedElsewhereError(LoopwrightError):
 
 
 class Verdict(NamedTuple):
-    """What ended the run: ``text`` is one line, ``more`` what rank 0 prints below it. ``rank`` None: no single one."""
+    """What ended the run: ``text`` is one line, ``more`` what rank 0 prints below it. ``rank`` None: no single one.
+
+    No text: nothing was wrong.
+    """
 
     rank: int | None
     text: str
@@ -89,6 +91,9 @@ class Verdict(NamedTuple):
     def unpack(cls, text: str) -> Verdict:
         verdict = cls(*json.loads(text))
         return verdict._replace(silent=Process(*verdict.silent) if verdict.silent is not None else None)
+
+
+IN_ORDER = Verdict(None, "")  # all ranks have left
 
 
 def judge(seen: Mapping[int, Seen], *, patience: float, beat: float) -> Verdict | None:
@@ -213,6 +218,16 @@ def _locked(seen: Mapping[int, Seen], patience: float, fresh: float) -> Verdict 
     if len(lines) > 4:  # one line must stay one
         told = f"{'; '.join(line.strip() for line in lines[:4])}; ..."
     return Verdict(None, f"deadlock: no rank has moved for {patience:.0f} s. {told}", "\n".join([*lines, _ADVICE]))
+
+
+def awaited(seen: Mapping[int, Seen]) -> str:
+    """Whose training is not over, and where the first of them stands; "" if that of all is."""
+    there = {rank: one.report for rank, one in seen.items() if one.report is None or not one.report.left}
+    if not there:
+        return ""
+    first = next(iter(there.values()))
+    where = "" if first is None else f" (step {first.step}, {first.place})"
+    return f"{_ranks(list(there))}{where}"
 
 
 _ADVICE = (

@@ -21,7 +21,18 @@ import torch.distributed as dist
 
 from loopwright.parallel.calls import Call, last_calls
 from loopwright.parallel.standing import Still, place_of, stand, state_of, this_process
-from loopwright.parallel.verdict import FailedElsewhereError, Report, Seen, Verdict, ended, judge, unreachable
+from loopwright.parallel.verdict import (
+    IN_ORDER,
+    FailedElsewhereError,
+    Report,
+    Seen,
+    Verdict,
+    awaited,
+    ended,
+    judge,
+    unreachable,
+)
+from loopwright.written import warn
 
 __all__ = ["LAST_WORDS", "Watch"]
 
@@ -31,6 +42,7 @@ LAST_WORDS: list[Callable[[Verdict], object]] = []
 _BEATS = 30  # in a timeout, and at least one a second
 _PATIENCE, _GRACE, _CLEANING = 0.5, 0.1, 0.1  # parts of the timeout; the rest is for news to spread and Python to end
 _SHORT = 5e-4  # seconds of rank 0's first wait for the others to have left: as a rule they are there
+_TELL_S = 30.0  # of waiting for the others to be through, before it is said for whom
 _SUSPECT = 2  # beats in which a rank does not move in a collective, before its last calls are told
 _CAUSED_ELSEWHERE = re.compile(
     r"gloo|nccl|c10d|connection (was )?(closed|reset|refused)|broken pipe|socket|timed out|no route", re.I
@@ -71,19 +83,25 @@ class Watch:
     ) -> None:
         self.rank, self.world_size, self.step = rank, world_size, step
         self.timeout, self.on_abort = timeout, on_abort
-        self.verdict: Verdict | None = None
         self.beat = min(1.0, timeout / _BEATS)
         self._seen: dict[int, Seen] = {}  # all ranks, if this is rank 0; rank 0 otherwise
+        self._ending: Verdict | None = None
         self._error: dict[str, Any] = {}  # fields of the report
         self._failed_at: float | None = None
         self._unreachable = ""
         self._asked = self._answered = 0
         self._threads: list[threading.Thread] = []
-        self._said = self._all_done = False
+        self._said = False
         self._calls: list[Call] = []
         self._prints_crashes = False
+        self._deciding = threading.Lock()
         self._left, self._known, self._over = threading.Event(), threading.Event(), threading.Event()
         self._wake, self._told = threading.Event(), threading.Event()
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What has ended the run; None while it is not known, and where all have left in order."""
+        return None if self._ending == IN_ORDER else self._ending
 
     # ------------------------------------------------------------------------------------------ the training thread
 
@@ -129,13 +147,14 @@ class Watch:
 
         An error that came of another rank's end ("Connection closed by peer") gets a note that names that rank.
         """
-        if not self._threads or self._error or self._left.is_set():
+        if not self._threads or self._error or self._over.is_set():
             return
-        text = str(error)
-        lost = isinstance(error, RuntimeError) and _CAUSED_ELSEWHERE.search(text) is not None
+        lost = isinstance(error, FailedElsewhereError) or (  # of a fit inside of this one
+            isinstance(error, RuntimeError) and _CAUSED_ELSEWHERE.search(str(error)) is not None
+        )
         self._failed_at = time.monotonic()
         self._error = {
-            "error": f"{type(error).__name__}: {text}"[:2000], "lost": lost, "place": place_of(error),
+            "error": _named(error)[:2000], "lost": lost, "place": place_of(error),
             "trace": "".join(traceback.format_exception(error))[-8000:], "calls": last_calls() if lost else [],
         }  # fmt: skip
         self._tell()
@@ -148,34 +167,51 @@ class Watch:
             self._say(f"rank {self.rank} failed at step {self.step()}, {self._error['place']}: {self._error['error']}")
 
     def stop(self) -> None:
-        """This rank's training is over: it does not count as dead from now on. Wait until that of all is, or fails."""
+        """This rank's training is over: it does not count as dead from now on. Wait until that of all is, or fails.
+
+        An interrupt ends the wait, and is an error of this rank.
+        """
         if not self._threads or self._left.is_set():
             return
         self._left.set()
-        known_at, pause = None, _SHORT
-        self._tell()
+        try:
+            self._tell()
+            self._wait()
+        except BaseException as error:
+            if self._ending is None:
+                self.fail(error)
+                self._wait()
+            raise
+        finally:
+            if self.rank != 0 or self._settled():  # else rank 0 goes on for those that have not heard yet
+                self._end()
+
+    def _wait(self) -> None:
+        """Until all is settled: without end for ranks that train, and for a moment once it is known how all ended."""
+        began, known_at, pause, told = time.monotonic(), None, _SHORT, False
         while not self._settled():
-            bad = self.verdict is not None or bool(self._error)  # then some may never answer
-            if known_at is None and (bad or self._all_done):
-                known_at = time.monotonic()
-            if known_at is not None and time.monotonic() - known_at > (
-                5 * self.beat if bad else _PATIENCE * self.timeout
-            ):
-                break
+            now = time.monotonic()
+            if self._error or self._ending is not None:
+                known_at = now if known_at is None else known_at
+                in_order = self._ending == IN_ORDER  # else some may never answer
+                if now - known_at > (_PATIENCE * self.timeout if in_order else 5 * self.beat):
+                    return
+            elif not told and now - began >= _TELL_S and (who := awaited(self._seen)):
+                told = True
+                text = f"rank {self.rank} of {self.world_size} is through, and has waited {now - began:.0f} s for {who}"
+                warn(f"{text}. To end the run, press Ctrl-C twice")
             self._wake.set()
             time.sleep(min(pause, 0.02, self.beat))
             pause *= 2
-        if self.rank != 0 or self._all_left():  # else rank 0 watches the others for as long as its process lives
-            self._end()
 
     def _settled(self) -> bool:
-        """Whether there is nothing more to hear, and on rank 0 nothing more to tell."""
-        if self.rank == 0:
-            known = self._all_done or self.verdict is not None
-            return (known and all(map(_knows, self._seen.values()))) or not self._threads[0].is_alive()
-        if self._error or self._all_done or self.verdict is not None:
-            return not self._threads[0].is_alive()  # it has told rank 0, which may go now
-        return not any(thread.is_alive() for thread in self._threads)  # the store is gone: what is made of it is known
+        """Whether this rank has nothing more to tell or to hear: then the thread that reports ends.
+
+        If it ended because the store is gone, the other thread says what that means, or ends as well.
+        """
+        reports, judges = self._threads
+        known = bool(self._error) or self._ending is not None
+        return not reports.is_alive() and (known or not judges.is_alive())
 
     def __enter__(self) -> Self:
         return self.start()
@@ -183,9 +219,11 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.fail(error)
-        self.stop()
+        try:
+            if error is not None:
+                self.fail(error)
+        finally:
+            self.stop()
         if error is None and self.verdict is not None:
             self._say(self._words(self.verdict))
             raise FailedElsewhereError(self.verdict.text)
@@ -213,57 +251,64 @@ class Watch:
     # ------------------------------------------------------------------------------------------ the thread that reports
 
     def _report(self, store: Any) -> None:
-        """Send and fetch reports, every beat. The only one that uses the store: a call may never come back."""
+        """The only one that uses the store: a call may never come back."""
+        try:
+            self._exchange(store)
+        except Exception as error:  # whatever it is, as a rule of the network: this rank hears no more of the others
+            self._unreachable = _named(error).partition("\n")[0]
+        finally:
+            self._told.set()
+
+    def _exchange(self, store: Any) -> None:
+        """Send and fetch reports, every beat, until there is nothing more to tell or to hear."""
         keys = [*map(str, self._seen), "verdict"]
         beat, posted, before = 0, False, time.monotonic()
         while not self._over.is_set():
             beat, now = beat + 1, time.monotonic()
             asked, left = self._asked, self._left.is_set()  # in this order: what was asked for is in the report
+            ending = self._ending
             at = stand(self._thread)
             still = self._still.look(min(now - before, 2 * self.beat))
             before = now
-            zero = self._seen[0].report
-            known = self.verdict is not None
-            if self.rank == 0 and left and not known:
-                self._all_done |= all(one.report is not None and one.report.done for one in self._seen.values())
-            elif zero is not None and self.rank != 0:
-                self._all_done |= zero.over
-            heard, over = known or self._all_done, self.rank == 0 and self._all_done
             if not at.waits or still < _SUSPECT * self.beat:
                 self._calls = []
             elif not self._calls:
                 self._calls = last_calls()
             seen: dict[str, Any] = {"place": at.place, "stack": at.stack, "calls": self._calls}
-            fields = seen | {"left": left, "heard": heard, "over": over} | self._error
+            fields = seen | {"left": left, "heard": ending is not None} | self._error
             mine = Report(beat, self.step(), waits=at.waits, path=at.path, still=still, **fields)
             # before the reports are read: one that is gone may have said that it left
             states = [state_of(one.process) for one in self._seen.values()]
             if self.rank != 0 and states[0] == "gone":
                 self._unreachable = "its process has ended"  # a call would fail as well, with pages of C++ on stderr
-                break
-            try:
-                store.set(str(self.rank), mine.pack())
-                if self.rank != 0 and (heard or (left and self._error)):
-                    break  # there is no more to tell, and rank 0 may go now
-                if self.rank == 0 and self.verdict is not None and not posted:
-                    store.set("verdict", self.verdict.pack())
-                    posted = True
-                *reports, verdict = store.multi_get(keys)
-            except RuntimeError as error:  # torch's errors of the network are
-                self._unreachable = str(error).partition("\n")[0] or type(error).__name__
-                break
+                return
+            store.set(str(self.rank), mine.pack())
+            if self.rank != 0 and _has_all(mine):
+                return
+            if self.rank == 0 and ending is not None and not posted:
+                store.set("verdict", ending.pack())
+                posted = True
+            *reports, found = store.multi_get(keys)
             for one, state, text in zip(self._seen.values(), states, reports, strict=True):
                 report = Report.unpack(text.decode()) if text else None
                 if report is not None and (one.report is None or report.beat != one.report.beat):
                     one.came = time.monotonic()
                 one.report, one.state = report, state
-            if verdict and self.verdict is None:
-                self.verdict = Verdict.unpack(verdict.decode())
+            if found:
+                self._decide(Verdict.unpack(found.decode()))
             self._answered = asked
             self._told.set()
+            if posted and all(map(_needs_no_more, self._seen.values())):
+                return  # the store may go
+            if self.rank == 0 and all(one.report is not None and one.report.done for one in self._seen.values()):
+                self._decide(IN_ORDER)
             self._wake.wait(self.beat)
             self._wake.clear()
-        self._told.set()
+
+    def _decide(self, verdict: Verdict) -> None:
+        """The first verdict stands, whichever thread has come to it."""
+        with self._deciding:
+            self._ending = self._ending or verdict
 
     # ------------------------------------------------------------------------------------------ the thread that judges
 
@@ -283,16 +328,16 @@ class Watch:
                     one.lost += elapsed if report.lost else 0.0
                 if self.rank != 0:  # the store may not answer: it is in that process
                     one.state = state_of(one.process)
-            verdict = self.verdict or self._judge()
-            if verdict is not None:
-                self.verdict = verdict
+            if self._ending is None and (found := self._judge()) is not None:
+                self._decide(found)
+            if self._ending is not None:
                 self._known.set()
                 self._wake.set()
-                self._conclude(verdict)
+                if self.verdict is not None:
+                    self._conclude(self.verdict)
                 return
-            if self._unreachable or (self._settled() if self.rank == 0 else self._all_done):
-                break  # rank 0 has left, or all have and know it
-        self._over.set()
+            if self._unreachable:
+                return  # rank 0 has left
 
     def _judge(self) -> Verdict | None:
         patience = _PATIENCE * self.timeout
@@ -301,12 +346,6 @@ class Watch:
         if self.rank == 0:
             return judge(self._seen, patience=patience, beat=self.beat)
         return ended(self._seen, patience=patience)
-
-    def _all_left(self) -> bool:
-        return all(
-            (one.report is not None and one.report.left) or state_of(one.process) == "gone"
-            for one in self._seen.values()
-        )
 
     def _conclude(self, verdict: Verdict) -> None:
         """Say it, give the training thread a moment to leave by itself, clean up and end the process."""
@@ -342,11 +381,17 @@ class Watch:
             print(f"[loopwright] {text}", file=sys.stderr, flush=True)
 
 
-def _knows(one: Seen) -> bool:
-    """Whether a rank needs rank 0 no more: it has heard, or failed, or will never hear."""
-    report = one.report
-    told = report is not None and (report.heard or (report.left and not report.done))
-    return told or state_of(one.process) == "gone"
+def _has_all(report: Report) -> bool:
+    """Whether a rank needs rank 0 no more: it has heard, or has left with an error, which it has told."""
+    return report.heard or (report.left and not report.done)
+
+
+def _needs_no_more(one: Seen) -> bool:
+    return (one.report is not None and _has_all(one.report)) or state_of(one.process) == "gone"
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _within(seconds: float, call: Callable[..., object], *args: object) -> None:
