@@ -97,8 +97,8 @@ def _not_over_ranks(run: Run) -> Found:
     if others:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in others}))
         yield (
-            f"sync_batch_norm=True leaves out {len(others)} batch norms with a forward or a process_group of their "
-            f"own ({kinds}): each rank measures its part of a batch there",
+            f"sync_batch_norm=True leaves out {len(others)} batch norms that are lazy, or have a forward or a "
+            f"process_group of their own ({kinds}): each rank measures its part of a batch there",
             None,
         )
     elif not joined:

@@ -123,6 +123,7 @@ class Comm(Protocol):
 
     rank: int
     world_size: int
+    speakers: Sequence[int]  # the ranks whose measurements count: one of those that see the same samples
 
     def sum(self, value: float) -> float:
         """``value`` summed over all ranks."""
@@ -156,7 +157,8 @@ class Strategy(Protocol):
         Each has ``last`` (set before the last batch of a window), ``stale``, ``seconds``, ``flush()`` and ``check()``.
         A strategy with ``shards = True`` shares the parameters out as well: see ``FSDP`` for what it has besides. One
         in which several ranks see the same samples says so by ``data_part(device, world_size)``: which part of each
-        batch this rank has, and how many parts there are. What joins the gradients takes their mean over the parts.
+        batch this rank has (rank 0 has part 0), and how many parts there are. What joins the gradients takes their mean
+        over the parts.
         """
         ...
 

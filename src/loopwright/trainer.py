@@ -621,7 +621,8 @@ def _share_out(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def _cut(run: Run, *, whole: bool = False) -> Cut:
-    return Cut(run.team.comm.rank, run.team.comm.world_size, whole, run.team.fills)
+    fills = run.team.shards if whole else run.team.fills  # batch norm over ranks waits for nobody in evaluation
+    return Cut(run.team.comm.rank, run.team.comm.world_size, whole, fills)
 
 
 def _begin_evaluation(run: Run, sources: Mapping[str, Any]) -> dict[str, Any]:

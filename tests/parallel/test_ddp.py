@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,48 @@ def test_parameters_that_a_step_does_not_reach_may_be_allowed() -> None:
 
     first, second = lw.launch(fit, 2)
     assert all(map(torch.equal, first, second))
+
+
+class Skips(lw.Callback):
+    """One step is left out, since rank 1 wants so from one place of it, or all ranks want so before it."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def skip(self, run: lw.Run, place: str) -> None:
+        if place == self.place and run.progress.batch == 2 and (place == "on_step_start" or run.comm.rank == 1):
+            raise lw.SkipStep
+
+    def on_step_start(self, run: lw.Run) -> None:
+        self.skip(run, "on_step_start")
+
+    def map_loss(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: Any) -> Any:
+        self.skip(run, "map_loss")
+        return loss
+
+    def on_backward_end(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: Any) -> None:
+        self.skip(run, "on_backward_end")
+
+
+def test_one_rank_may_leave_a_step_out_from_wherever_in_it_with_buffers_of_rank_0() -> None:
+    """Each rank must send as the others: buffers in the first forward of a window, gradients in its last backward."""
+
+    def fits() -> Any:
+        found = []
+        for place, accumulate in product(("on_step_start", "map_loss", "on_backward_end"), (1, 2)):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2))
+            net.register_buffer("more", torch.ones(3))
+            one = trainer(epochs=1, accumulate=accumulate, strategy=lw.DDP(timeout=8), callbacks=[Skips(place)])
+            run = one.fit(supervised(net), lw.Loader((X, Y), 10))
+            found.append((run.progress.step, weights(net)))
+        return found
+
+    ranks = lw.launch(fits, 2)
+    wanted = ranks[0][:2] * 3
+    for (steps, moved), (expected, same) in [*zip(ranks[0], wanted, strict=True), *zip(ranks[1], wanted, strict=True)]:
+        assert steps == expected in (1, 3)
+        assert all(map(torch.equal, moved, same))
 
 
 class ByItself(Sampler[int]):

@@ -24,6 +24,7 @@ from loopwright.checkpoint import list_checkpoints, read, verify
 from loopwright.checkpoint.pieces import joined, plan
 from loopwright.data import Cut
 from loopwright.parallel import region
+from loopwright.parallel.spread import Spread
 
 Run = Callable[..., Any]
 # world and strategy, and what is asked of them, in this order: some go on from the checkpoints of others
@@ -416,3 +417,12 @@ def test_whole_tensors_are_planned_as_one_file_a_group() -> None:
     (file,) = plan({"model": {"w": torch.ones(2)}})
     assert (file.name, file.group, file.shards) == ("model.safetensors", "model", None)
     assert plan({"model": {"w": torch.ones(2)}}, 1, 2) == []
+
+
+def test_attributes_of_a_module_may_be_called_hooks() -> None:
+    net, own = nn.Linear(2, 2), {"use_hooks": True, "my_hooks": ["one", ["two"]], "n_hooks": 2}
+    net.__dict__ |= own
+    spread = Spread([net], [], lambda: net.register_forward_hook(print) and None)
+    spread.undo()
+    assert {name: vars(net)[name] for name in own} == own
+    assert not net._forward_hooks

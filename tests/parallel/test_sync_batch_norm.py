@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import re
 import time
 import warnings
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 import loopwright as lw
-from loopwright.parallel.norms import Norms
+from loopwright.parallel.norms import Norms, norms_in
 
 N = 23
 X = torch.randn(N, 6, generator=torch.Generator().manual_seed(1)) * 3 + 2
@@ -218,6 +220,79 @@ def test_a_layer_takes_the_shapes_that_it_took() -> None:
     assert type(net[0]) is nn.BatchNorm1d
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_model_that_is_written_meanwhile_is_read_as_your_own(protocol: int) -> None:
+    net, norms, file = small(), Norms(), io.BytesIO()
+    net[1].note = "mine"
+    norms.join([net])
+    torch.save(net, file, pickle_protocol=max(protocol, 2))
+    file.seek(0)
+    for found in (pickle.loads(pickle.dumps(net, protocol)), torch.load(file, weights_only=False)):
+        assert type(found[1]) is nn.BatchNorm1d
+        assert found[1].note == "mine"
+        assert all(map(torch.equal, found.state_dict().values(), net.state_dict().values()))
+    norms.put_back()
+
+
+def test_a_fit_in_a_hook_of_a_fit_has_the_layers_until_it_ends() -> None:
+    net, outer, inner = small(), Norms(), Norms()
+    for norms in (outer, inner, inner):
+        norms.join([net])
+        assert net[1].norms is norms
+        assert net[1].own is nn.BatchNorm1d
+    inner.put_back()
+    assert net[1].norms is outer
+    outer.put_back()
+    assert type(net[1]) is nn.BatchNorm1d
+
+
+class Counted(torch.utils.data.Dataset[Any]):
+    """Notes what is read of it."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> Any:
+        self.read.append(i)
+        return X[i], Y[i]
+
+
+@pytest.mark.slow
+def test_a_fit_in_a_hook_measures_over_ranks_and_an_evaluation_reads_what_it_needs() -> None:
+    def fit(net: nn.Module, *callbacks: Any, valid: Any = None) -> None:
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
+        trainer(STRATEGIES["ddp"], epochs=1, callbacks=callbacks).fit(task, lw.Loader((X, Y), 6, drop_last=True), valid)
+
+    class Again(lw.Callback):
+        """Trains the model of a fit that is not over."""
+
+        def __init__(self, kept: Any) -> None:
+            self.kept = kept
+
+        def on_epoch_end(self, run: lw.Run) -> None:
+            net = run.models["model"]
+            net.load_state_dict(self.kept)
+            fit(net)
+            self.found = copy.deepcopy(net.state_dict())
+
+    def nested() -> Any:
+        torch.manual_seed(0)
+        net, read = small(), Counted()
+        kept = copy.deepcopy(net.state_dict())
+        again = Again(kept)
+        fit(net, again)
+        net.load_state_dict(kept)
+        fit(net, valid=lw.Loader(read, 4))
+        return again.found, net.state_dict(), sorted(read.read)
+
+    for rank, (within, alone, read) in enumerate(lw.launch(nested, 2)):
+        assert all(torch.equal(within[key], value) for key, value in alone.items())
+        assert read == list(range(4 * rank, 4 * rank + 4))
+
+
 # ------------------------------------------------------------------------------------------------- with other settings
 
 
@@ -384,11 +459,19 @@ def test_a_plan_tells_what_measures_over_ranks_and_what_does_not() -> None:
         )  # fmt: skip
         found = plan(nn.Sequential(Own(6), nn.BatchNorm1d(6), nn.Linear(6, 3)), strategy)
         assert found.warnings == [
-            "sync_batch_norm=True leaves out 1 batch norms with a forward or a process_group of their own (Own): each "
-            "rank measures its part of a batch there"
+            "sync_batch_norm=True leaves out 1 batch norms that are lazy, or have a forward or a process_group of "
+            "their own (Own): each rank measures its part of a batch there"
         ]
     for strategy in ("auto", lw.DDP(), lw.FSDP()):
         assert not any("batch norm" in fact for fact in plan(dense(), strategy).facts)
+
+
+def test_layers_whose_forward_is_replaced_or_whose_class_is_yet_to_come_are_left_out() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6), nn.LazyBatchNorm1d(affine=False))
+    net[1].forward = torch.relu
+    with lw.checkpoint_activations(net, "*"):  # which sets a forward too
+        assert norms_in([net]) == ([net[0]], [net[1], net[2]])
+    assert norms_in([net]) == ([net[0]], [net[1], net[2]])
 
 
 def test_settings_that_cannot_apply_are_refused() -> None:
@@ -403,6 +486,17 @@ def test_settings_that_cannot_apply_are_refused() -> None:
         "sync_batch_norm=True cannot apply, since no phase moves an optimizer by itself; call "
         "nn.SyncBatchNorm.convert_sync_batchnorm on the model, which works on accelerators"
     ]
+
+
+@pytest.mark.slow
+def test_it_is_refused_where_ranks_have_the_same_samples() -> None:
+    class Same(lw.DDP):
+        def data_part(self, device: torch.device, world_size: int) -> Any:
+            return 0, 1
+
+    told = "several have the same samples, which would count several times; leave sync_batch_norm=True out"
+    with pytest.raises(lw.SettingError, match=told):
+        lw.launch(lambda: trainer(Same(sync_batch_norm=True)).fit(task_of(small), (X, Y)) and None, 2)
 
 
 @pytest.mark.slow

@@ -231,19 +231,25 @@ def test_the_model_is_plain_at_the_end_and_can_be_used_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "text"),
+    ("part", "world", "text"),
     [
-        (lambda rank: (rank, 2), "told (part, parts) = (0, 2), (1, 2), (2, 2) on ranks 0, 1, ...; expected each part"),
-        (lambda rank: (min(rank, 1), 2), "told (part, parts) = (0, 2), (1, 2), (1, 2) on ranks 0, 1, ...; expected"),
+        (lambda rank: (rank, 2), 3, "told (part, parts) = (0, 2), (1, 2), (2, 2) on ranks 0, 1, ...; expected each"),
+        (lambda rank: (min(rank, 1), 2), 3, "told (part, parts) = (0, 2), (1, 2), (1, 2) on ranks 0, 1, ...; expected"),
+        (
+            lambda rank: (int(rank < 2), 2),
+            4,
+            "= (1, 2), (1, 2), (0, 2), (0, 2) on ranks 0, 1, ...; expected each part "
+            "from 0 up to parts equally often, part 0 first, then part 1 and so on, such as (0, 2), (0, 2), (1, 2)",
+        ),
     ],
 )
-def test_parts_that_do_not_add_up_are_refused(part: Callable[[int], Any], text: str) -> None:
+def test_parts_that_do_not_add_up_are_refused(part: Callable[[int], Any], world: int, text: str) -> None:
     class Wrong(lw.DDP):
         def data_part(self, device: torch.device, world_size: int) -> Any:
             return part(torch.distributed.get_rank())
 
     with pytest.raises(lw.SettingError, match=re.escape(text)):
-        lw.launch(lambda: fit(Wrong()) and None, 3)
+        lw.launch(lambda: fit(Wrong()) and None, world)
 
 
 def test_a_metric_that_would_count_samples_twice_is_refused() -> None:

@@ -92,13 +92,8 @@ def own(run: Run) -> dict[str, Any]:
         "series": run.series.state_dict(),
         "rng": _random(run),
         "attributes": attributes(run),
-        "speaks": run.comm.rank in _speakers(run),
+        "speaks": run.comm.rank in readers(run).speakers,
     }
-
-
-def _speakers(run: Run) -> Sequence[int]:
-    """The ranks whose measurements count: one for each part of the data."""
-    return range(run.comm.world_size) if run.team is None else run.team.speakers
 
 
 def attributes(run: Run) -> dict[str, Any]:
@@ -233,7 +228,7 @@ def restore(run: Run, data: Contents) -> None:
     _set_random(run, state["rng"])
     others = state.get("ranks", [])
     speaking = [0, *(rank for rank, other in enumerate(others, 1) if other.get("speaks", True))]
-    if len(others) + 1 == run.comm.world_size and speaking == list(_speakers(run)):
+    if len(others) + 1 == run.comm.world_size and speaking == list(readers(run).speakers):
         if run.comm.rank:
             _restore_own(run, others[run.comm.rank - 1], state["stage"].get("index", 0))
     else:

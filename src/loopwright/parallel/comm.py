@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle  # noqa: TID251 - between processes of one training, as torch does; nothing of it comes from a file
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ class Single:
 
     rank = 0
     world_size = 1
+    speakers: Sequence[int] = (0,)
 
     def sum(self, value: float) -> float:
         return value
@@ -59,6 +60,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.speakers: Sequence[int] = range(self.world_size)
         self.group = control_group()
 
     def sum(self, value: float) -> float:
@@ -135,18 +137,20 @@ class Parts:
     ``rank`` and ``world_size`` are this rank's part and how many there are: sums and what is gathered have each part
     once. A question is asked of all.
 
-    Raises SettingError unless every part is that of equally many ranks.
+    Raises SettingError unless every part is that of equally many ranks, and the first ranks of the parts are in order.
     """
 
     def __init__(self, ranks: Ranks, part: int, parts: int) -> None:
         self.ranks, self.rank, self.world_size = ranks, part, parts
         found = ranks.gather((part, parts))
-        if Counter(found) != {(one, parts): len(found) / parts for one in range(parts)}:
+        even = Counter(found) == {(one, parts): len(found) / parts for one in range(parts)}
+        if not even or list(dict.fromkeys(found)) != sorted(set(found)):
             raise SettingError(
                 f"data_part of the strategy told (part, parts) = {', '.join(map(str, found[:8]))} on ranks 0, 1, ...; "
-                "expected each part from 0 up to parts equally often, such as (0, 2), (0, 2), (1, 2), (1, 2)"
+                "expected each part from 0 up to parts equally often, part 0 first, then part 1 and so on, such as "
+                "(0, 2), (0, 2), (1, 2), (1, 2) or (0, 2), (1, 2), (0, 2), (1, 2)"
             )
-        self.speakers = [found.index((one, parts)) for one in range(parts)]
+        self.speakers: Sequence[int] = [found.index((one, parts)) for one in range(parts)]
         self.speaks = ranks.rank in self.speakers
 
     def sum(self, value: float) -> float:

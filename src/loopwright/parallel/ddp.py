@@ -92,12 +92,17 @@ class Synced:
         self.own = list(ddp.module.own)  # a ParameterList is slow to go through
         self.moves = _trained(phase)
         self.last = True
+        self._at: Any = None  # the step in which it has gone forward
+        self._open = False  # its backward has not begun yet
         self.seconds = 0.0  # in forward, unless this rank ``waits`` for others there
 
     def __call__(self, batch: Any) -> Any:
-        began = perf_counter()
+        began, self._at, self._open = perf_counter(), self.run.open_step, True
         with nullcontext() if self.last else self.ddp.no_sync():
             output = self.ddp(batch)
+        loss = _loss(output)
+        if self.run.team.steered and isinstance(loss, Tensor) and loss.requires_grad:
+            loss.register_hook(self._close)
         if not self.waits:
             self.seconds += perf_counter() - began
         return output
@@ -117,8 +122,15 @@ class Synced:
 
     def flush(self) -> None:
         """Exchange what was accumulated although no batch is left; a rank without any contributes zeros."""
+        if self._at is self.run.open_step:
+            if self.last and not self._open:  # a hook has ended the window after its last backward
+                return
+            self.ddp.require_forward_param_sync = False  # buffers come with the first forward of a window, on all ranks
         self.last = True
         self.ddp(_NOTHING).backward()
+
+    def _close(self, grad: Tensor) -> None:
+        self._open = False
 
     def check(self) -> None:
         """Raise SettingError if the step did not reach some of the parameters: the others wait for their gradients."""
@@ -168,8 +180,12 @@ def idle(run: Run, step: Callable[[Any], Any], batch: Any) -> None:
     """Go forward and backward with the other ranks, on a ``batch`` of which nothing counts."""
     with run.precision.autocast(run.device):
         output = step(batch)
-    loss = output["loss"] if isinstance(output, Mapping) else output
+    loss = _loss(output)
     loss.backward(torch.zeros_like(loss))
+
+
+def _loss(output: Any) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _trained(phase: Phase) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from loopwright.parallel.comm import hold
 
@@ -20,19 +21,26 @@ _KNOWN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # what a layer computes
 
 
 def norms_in(models: Iterable[nn.Module]) -> tuple[list[_BatchNorm], list[_BatchNorm]]:
-    """Batch norms of ``models``: those that can measure over ranks, and those with a forward or a group of their own.
+    """Batch norms of ``models``: those that can measure over ranks, and those that are lazy or go their own way.
 
     >>> joined, others = norms_in([nn.Sequential(nn.BatchNorm1d(2), nn.LayerNorm(2), nn.BatchNorm2d(2))])
     >>> [type(layer).__name__ for layer in joined], others
     (['BatchNorm1d', 'BatchNorm2d'], [])
     """
     found = {id(m): m for model in models for m in model.modules() if isinstance(m, _BatchNorm)}.values()
-    joined = [m for m in found if isinstance(m, _Joined) or (type(m).forward in _KNOWN and not _has_group(m))]
+    joined = [m for m in found if isinstance(m, _Joined) or (type(m).forward in _KNOWN and not _is_special(m))]
     return joined, [m for m in found if m not in joined]
 
 
-def _has_group(layer: _BatchNorm) -> bool:
-    return getattr(layer, "process_group", None) is not None
+def _is_special(layer: _BatchNorm) -> bool:
+    """True for a layer that has a group, or a forward set on itself, or that changes its class by itself.
+
+    ``checkpoint_activations`` sets a forward too: of the layer and None, which stands for that of its class.
+    """
+    forward = vars(layer).get("forward")
+    asks_class = forward is None or (isinstance(forward, partial) and forward.args == (layer, None))
+    lazy = isinstance(layer, _LazyNormBase)
+    return lazy or not asks_class or getattr(layer, "process_group", None) is not None
 
 
 class Norms:
@@ -45,14 +53,16 @@ class Norms:
     def __init__(self) -> None:
         self.on, self.counts, self.full = False, True, False
         self._kinds: dict[type, type] = {}
-        self._joined: list[_Joined] = []
+        self._found: list[tuple[nn.Module, type]] = []  # layers, each with its class before
 
     def join(self, models: Iterable[nn.Module], *, compiled: bool = False) -> None:
         """Let the batch norms of ``models`` measure over ranks; those that do already stay as they are."""
         for layer in norms_in(models)[0]:
-            if not isinstance(layer, _Joined):
-                layer.__class__ = self._kind(type(layer), compiled=compiled)
-                self._joined.append(layer)  # type: ignore[arg-type]
+            kind: Any = type(layer)
+            joined = isinstance(layer, _Joined)  # by this fit, or by one in whose hook this one is
+            if not (joined and kind.norms is self):
+                self._found.append((layer, kind))
+                layer.__class__ = self._kind(kind.own if joined else kind, compiled=compiled)
 
     def _kind(self, own: type, *, compiled: bool) -> type:
         if own not in self._kinds:
@@ -63,10 +73,10 @@ class Norms:
         return self._kinds[own]
 
     def put_back(self) -> None:
-        """The layers are of their own classes again."""
-        for layer in self._joined:
-            layer.__class__ = layer.own
-        self._joined = []
+        """The layers are of the classes again that they were of."""
+        for layer, found in self._found:
+            layer.__class__ = found
+        self._found = []
 
 
 class _Joined(nn.SyncBatchNorm):
@@ -81,8 +91,8 @@ class _Joined(nn.SyncBatchNorm):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        made, given, *rest = reduced  # a copy, such as a moving average has, is a layer as any other
-        return made, (self.own, *given[1:]), *rest
+        _, _, *rest = reduced  # a copy, such as a moving average or a file has, is a layer as any other
+        return object.__new__, (self.own,), *rest  # what reads the file needs none of our names
 
     def forward(self, input: Tensor) -> Tensor:
         norms = self.norms

@@ -15,6 +15,8 @@ from loopwright.parallel.shards import is_shard, like, whole
 
 __all__ = ["Spread"]
 
+_HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # where torch keeps them
+
 
 class Spread:
     """What ``shard`` does to ``models``: which parameter stood where, to be put back, the same objects as before.
@@ -115,7 +117,7 @@ class Spread:
 
 def _marks(module: nn.Module) -> set[tuple[str, Any]]:
     """The attributes of a module, and the keys of its hooks."""
-    hooks = [(name, key) for name, held in vars(module).items() if "_hooks" in name and held for key in held]
+    hooks = [(name, key) for name in _HOOKS for key in vars(module).get(name, ())]
     return {*((name, None) for name in vars(module)), *hooks}
 
 

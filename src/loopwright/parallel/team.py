@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -54,13 +54,15 @@ class Team:
     def __init__(self, ranks: Ranks, strategy: Strategy, device: torch.device) -> None:
         self.ranks, self.strategy, self.pulse = ranks, strategy, Pulse(ranks)
         self.comm: Ranks | Parts = ranks
-        self.speakers: Sequence[int] = range(ranks.world_size)  # whose measurements count
         if hasattr(strategy, "data_part"):
-            part, parts = strategy.data_part(device, ranks.world_size)
-            if parts != ranks.world_size:
-                self.comm = Parts(ranks, part, parts)
-                self.speakers = self.comm.speakers
+            self.comm = Parts(ranks, *strategy.data_part(device, ranks.world_size))
         self.size = self.comm.world_size
+        self.alike = self.size != ranks.world_size  # several ranks see the same samples
+        if self.alike and getattr(strategy, "sync_batch_norm", False):
+            raise SettingError(
+                "sync_batch_norm=True adds up what all ranks measure, and by data_part of the strategy several have "
+                "the same samples, which would count several times; leave sync_batch_norm=True out"
+            )
         self.local = 0.0  # samples (tokens) of the last step on this rank
         self.steered = False  # some hook may skip batches or steps, on this rank only
         self._synced: Mapping[str, Any] = {}
@@ -170,7 +172,7 @@ class Team:
         _compare(run.stages, [one[2] for one in found])
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
             if meters is not None:
-                meters.check_ranks(alike=self.comm is not self.ranks)
+                meters.check_ranks(alike=self.alike)
 
     def end(self, run: Run, *, failed: bool = False) -> None:
         """Give the phases their own steps back, and the models their whole parameters.
