@@ -64,6 +64,10 @@ class PlanError(SettingError):
         at = {problem: f"\n    at {place}" for problem, place in self.places.items()}
         super().__init__("this run cannot start:\n" + "\n".join(f"  - {p}{at.get(p, '')}" for p in self.problems))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To other processes it goes with its problems; an error's own way has its message alone."""
+        return type(self), (self.problems, self.places), vars(self)
+
 
 class StepOutputError(LoopwrightError, TypeError):
     """Raised when a step returns something that the loop cannot use, such as a dict without ``loss``."""

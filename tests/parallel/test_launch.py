@@ -385,3 +385,73 @@ def test_a_collective_that_one_rank_calls_alone_ends_all_also_where_the_other_is
     assert "collectives do not match at step" in done.stderr
     assert "program.py" in done.stderr
     assert "in on_step_end" in done.stderr
+
+
+def test_a_rank_ends_nothing_that_its_parent_has_left(tmp_path: Path) -> None:
+    """Garbage of the parent, which may hold threads of C++, is not collected in a fork, however soon that would."""
+    program = f"""
+        import gc, os, pathlib
+        import loopwright as lw
+
+        class Left:
+            def __del__(self):
+                (pathlib.Path({str(tmp_path)!r}) / str(os.getpid())).touch()
+
+        def soon():
+            gc.set_threshold(1)
+            [[] for _ in range(1000)]
+
+        os.register_at_fork(after_in_child=soon)
+        gc.set_threshold(10**6)  # not before the fork
+        left = Left()
+        left.self = left
+        del left
+        assert lw.launch(gc.isenabled, 2) == [True, True]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+    assert len(list(tmp_path.iterdir())) <= 1  # the parent's, at its end
+
+
+def test_a_plan_that_fails_in_a_rank_keeps_its_problems() -> None:
+    def fit() -> None:
+        net = torch.nn.Linear(2, 1)
+        task = lw.Supervised(net, torch.nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+        trainer = lw.Trainer(epochs=1, callbacks=[lw.EarlyStopping("train/losses")], folder=None, progress=False)
+        trainer.fit(task, [(torch.ones(2, 2), torch.ones(2, 1))])
+
+    with pytest.raises(lw.PlanError, match="this run cannot start:\n  - EarlyStopping monitors") as caught:
+        lw.launch(fit, 2)
+    (problem,) = caught.value.problems
+    assert "test_launch.py:" in caught.value.places[problem]
+
+
+class Odd(Exception):  # noqa: N818
+    """Pickle calls it with its message."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(" and ".join(names))
+
+
+def test_an_error_that_pickle_would_change_keeps_its_words() -> None:
+    def fail() -> None:
+        raise Odd(["this", "that"])
+
+    with pytest.raises(lw.LoopwrightError, match=r"^Odd: this and that\n"):
+        lw.launch(fail, 1)
+
+
+def test_a_rank_that_is_stopped_is_told_as_that_and_not_as_killed() -> None:
+    def fit() -> None:
+        net = torch.nn.Linear(2, 1)
+        task = lw.Supervised(net, torch.nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+        trainer = lw.Trainer(steps=1000, strategy=lw.DDP(timeout=2.0), folder=None, progress=False)
+
+        @trainer.on(lw.Event.STEP_END(every=3))
+        def stop(run: lw.Run) -> None:
+            if run.comm.rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        trainer.fit(task, [(torch.ones(2, 2), torch.ones(2, 1))])
+
+    with pytest.raises(lw.LoopwrightError, match=r"rank 1 has not been heard of .*: its process was stopped by"):
+        lw.launch(fit, 2)

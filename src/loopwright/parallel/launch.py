@@ -7,6 +7,7 @@ import gc
 import math
 import multiprocessing as mp
 import os
+import re
 import signal
 import socket
 import sys
@@ -76,9 +77,9 @@ def launch(fn: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
         for rank in range(nproc):
             mine, theirs = context.Pipe(duplex=False)
             pipes.append(mine)
-            call = (fn, args, rank, nproc, listener.getsockname()[1], theirs, os.getpid(), method)
+            call = (fn, args, rank, nproc, listener.getsockname()[1], theirs, os.getpid(), method, gc.isenabled())
             process = context.Process(target=_run_rank, args=call, name=f"rank {rank}")
-            with _quiet_fork(), _held_back():
+            with _quiet_fork(), _held_back(), _uncollected():
                 process.start()
                 ranks.append(process)  # a signal that was held back finds it there
             theirs.close()
@@ -189,12 +190,24 @@ def _held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What there is to collect here, some of it of C++ and its threads, is not for a fork to end: it would crash."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 # ---------------------------------------------------------------------------------------------- in a rank
 
 
 def _run_rank(
     fn: Callable[..., Any], args: tuple[Any, ...], rank: int, nproc: int, port: int, pipe: Connection, parent: int,
-    method: str,
+    method: str, collects: bool,
 ) -> None:  # fmt: skip
     """What a child does: look like a process of torchrun, call ``fn``, say what came of it."""
     for number in _PASSED_ON:
@@ -203,7 +216,9 @@ def _run_rank(
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the parent holds them back while it starts this one
     _die_with(parent)
-    gc.freeze()  # what the parent has left to collect, some of it of C++ and its threads, is not for a fork to end
+    gc.freeze()  # what the parent has left to collect
+    if collects:
+        gc.enable()
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "GROUP_RANK": 0}
     there = {"GROUP_WORLD_SIZE": 1, "MASTER_ADDR": _LOCALHOST, "MASTER_PORT": port}
     agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
@@ -239,8 +254,10 @@ def _error(error: BaseException) -> _Said:
     at = math.inf if isinstance(error, FailedElsewhereError) else time.monotonic()  # the cause goes before
     try:
         content = dumps(error)
-        loads(content)
-    except Exception:  # a class of its own, with arguments that pickle cannot repeat
+        changed = str(loads(content)) != str(error)
+    except Exception:
+        content, changed = b"", True
+    if changed:  # a class of its own, with arguments that pickle cannot repeat
         content = dumps(LoopwrightError(f"{type(error).__name__}: {error}"))
     return _Said(at, False, content, text)
 
@@ -289,7 +306,10 @@ def _raise_first(said: dict[int, _Said], lost: dict[int, int], nproc: int) -> No
     """Raise for the rank that failed first: one that died, else the earliest error."""
     for rank, code in lost.items():
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        told = "\n".join(f"{loads(one.content)}\n{one.text}" for one in said.values() if not one.ok)
+        seen = re.search(rf"rank {rank} has not been heard of.*", told)  # it was stopped, and ended by us
         hint = ". The system kills what takes too much memory" if code == -signal.SIGKILL else ""
+        hint = hint if seen is None else f": {seen[0]}"
         raise LoopwrightError(f"rank {rank} of {nproc} {how} before its function had returned{hint}")
     failed = [(one.at, rank) for rank, one in said.items() if not one.ok]
     if failed:
