@@ -53,6 +53,10 @@ class Looks(lw.Callback):
         self.apart: set[str] = set()
         self.seen = 0
         self.there: list[Any] = []
+        self.computed: set[torch.dtype] = set()
+
+    def on_backward_end(self, run: lw.Run, loss: Any, output: Any, batch: Any, phase: Any) -> None:
+        self.computed.add(output["preds"].dtype)
 
     def look(self, run: lw.Run) -> None:
         mine = {name: plain(getattr(run, name)) for name in lw.Run.placement}
@@ -60,9 +64,11 @@ class Looks(lw.Callback):
         self.apart |= {name for name in mine if any(rank[name] != mine[name] for rank in ranks)}
         self.seen += 1
         (model,) = run.models.values()
+        (optimizer,) = run.optimizers.values()
         weight = model.get_parameter("0.weight")
-        held = weight.to_local() if hasattr(weight, "to_local") else weight
-        self.there.append((tuple(held.shape), held.detach().clone(), len(run.loggers)))
+        moved = optimizer.state[weight].get("momentum_buffer", weight)
+        held, momentum = (one.to_local() if hasattr(one, "to_local") else one for one in (weight, moved))
+        self.there.append((tuple(held.shape), held.detach().clone(), len(run.loggers), tuple(momentum.shape)))
 
     def on_step_end(self, run: lw.Run, result: Any) -> None:
         self.look(run)
@@ -80,13 +86,14 @@ def test_two_ranks_have_each_field_where_it_is_declared(strategy: str, tmp_path:
     def fit() -> Any:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-        task = lw.Supervised(net, nn.CrossEntropyLoss(), lambda params: torch.optim.SGD(params, 0.1))
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), lambda params: torch.optim.SGD(params, 0.1, 0.9))
         looks = Looks()
         trainer = lw.Trainer(
             2, strategy=lw.FSDP(blocks=nn.Linear) if strategy == "fsdp" else "ddp", precision="bf16", seed=0,
             callbacks=[looks], folder=tmp_path, name="n", progress=False, log_every=2, accumulate=2,
         )  # fmt: skip
         trainer.fit(task, lw.Loader((X, Y), 8, shuffle=True), lw.Loader((X, Y), 6))
+        assert looks.computed == {torch.bfloat16}
         return looks.apart, looks.seen, looks.there
 
     (apart, seen, first), (again, _, second) = lw.launch(fit, 2)
@@ -94,7 +101,7 @@ def test_two_ranks_have_each_field_where_it_is_declared(strategy: str, tmp_path:
     assert apart == again
     assert {name for name in apart if lw.Run.placement[name] == "replicated"} == set()
     assert {"latest", "series", "loggers"} & apart >= {"latest", "loggers"}
-    for (shape, mine, loggers), (_, other, none) in zip(first, second, strict=True):
+    for (shape, mine, loggers, momentum), (_, other, none, _) in zip(first, second, strict=True):
         assert (loggers, none) == (1, 0)
-        assert shape == ((4, 4) if strategy == "fsdp" else (8, 4))
+        assert shape == momentum == ((4, 4) if strategy == "fsdp" else (8, 4))
         assert torch.equal(mine, other) == (strategy == "ddp")
