@@ -18,7 +18,7 @@ from loopwright.described import described
 from loopwright.events import HOOKS, Callback
 from loopwright.every import Every
 from loopwright.optim import match_names
-from loopwright.parallel import norms_in
+from loopwright.parallel import norms_in, syncs_norms
 from loopwright.progress import Duration
 from loopwright.state import Run
 from loopwright.unheard import most_of
@@ -91,7 +91,7 @@ def _never_asked(run: Run) -> Found:
 
 def _not_over_ranks(run: Run) -> Found:
     """Batch norm that is to measure over ranks, and is not there or cannot."""
-    if not getattr(run.settings.get("strategy"), "sync_batch_norm", False):
+    if not syncs_norms(run.settings.get("strategy")):
         return
     joined, others = norms_in(run.models.values())
     if others:

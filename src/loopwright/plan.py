@@ -15,7 +15,7 @@ from loopwright.errors import PlanError
 from loopwright.idle import does_nothing
 from loopwright.monitored import watched_oddly
 from loopwright.overlooked import passed_over
-from loopwright.parallel import norms_in
+from loopwright.parallel import norms_in, syncs_norms
 from loopwright.problems import Written, problems_in, read_again
 from loopwright.state import Run, Stage
 from loopwright.unheard import unheard
@@ -94,7 +94,7 @@ def facts_of(run: Run) -> Iterator[str]:
         yield f"steps are compiled: {run.compiler.name}"
     if run.graphs is not None:
         yield "steps are CUDA graphs, recorded for each kind of window"
-    if getattr(run.settings.get("strategy"), "sync_batch_norm", False) and (found := norms_in(run.models.values())[0]):
+    if syncs_norms(run.settings.get("strategy")) and (found := norms_in(run.models.values())[0]):
         over = "in one process, as ever" if run.team is None else f"over {run.team.size} ranks"
         yield f"batch norm measures the whole batch, {over}: {len(found)} layer{'s'[: len(found) > 1]}"
     reasons = run.exact if isinstance(run.exact, list) else []

@@ -25,6 +25,7 @@ from loopwright.given import not_callable_with
 from loopwright.monitored import output_names, watched_in_vain, watched_the_wrong_way
 from loopwright.optim import match_names
 from loopwright.overlooked import misnamed, own_functions, saved_in_vain
+from loopwright.parallel import syncs_norms
 from loopwright.recordable import obstacles
 from loopwright.stages import ids_of_parameters, needs_closure
 from loopwright.state import Every, Run, Stage
@@ -392,7 +393,7 @@ def _settings(run: Run, written: Written) -> Found:
                     "do it in the step",
                     written.trainer,
                 )
-        if _over_ranks(run):
+        if syncs_norms(run.settings.get("strategy")):
             yield (
                 "sync_batch_norm=True cannot apply, since no phase moves an optimizer by itself; call "
                 "nn.SyncBatchNorm.convert_sync_batchnorm on the model, which works on accelerators",
@@ -633,14 +634,9 @@ def _compilation(run: Run, written: Written) -> Found:
         )
     elif (problem := run.compiler.problem(run.device)) is not None:
         yield problem, written.trainer
-    elif run.team is not None and _over_ranks(run) and run.compiler.options.get("fullgraph"):
+    elif run.team is not None and run.team.norms is not None and run.compiler.options.get("fullgraph"):
         yield (
             "compile={'fullgraph': True} cannot apply with sync_batch_norm=True: what ranks tell one another stands "
             "between graphs; leave one of the two out",
             written.trainer,
         )
-
-
-def _over_ranks(run: Run) -> bool:
-    """True where batch norms are to measure over ranks."""
-    return getattr(run.settings.get("strategy"), "sync_batch_norm", False) is True

@@ -22,6 +22,7 @@ import loopwright as lw
 from loopwright.checkpoint import list_checkpoints, read
 from loopwright.parallel import World, find_world, join
 from loopwright.parallel.watch import Watch
+from tiny import line, pairs, sgd_task, trainer
 
 
 def met() -> World:
@@ -414,10 +415,8 @@ def test_a_rank_ends_nothing_that_its_parent_has_left(tmp_path: Path) -> None:
 
 def test_a_plan_that_fails_in_a_rank_keeps_its_problems() -> None:
     def fit() -> None:
-        net = torch.nn.Linear(2, 1)
-        task = lw.Supervised(net, torch.nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
         trainer = lw.Trainer(epochs=1, callbacks=[lw.EarlyStopping("train/losses")], folder=None, progress=False)
-        trainer.fit(task, [(torch.ones(2, 2), torch.ones(2, 1))])
+        trainer.fit(sgd_task(line()), pairs([1, 1]))
 
     with pytest.raises(lw.PlanError, match="this run cannot start:\n  - EarlyStopping monitors") as caught:
         lw.launch(fit, 2)
@@ -442,16 +441,14 @@ def test_an_error_that_pickle_would_change_keeps_its_words() -> None:
 
 def test_a_rank_that_is_stopped_is_told_as_that_and_not_as_killed() -> None:
     def fit() -> None:
-        net = torch.nn.Linear(2, 1)
-        task = lw.Supervised(net, torch.nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
-        trainer = lw.Trainer(steps=1000, strategy=lw.DDP(timeout=2.0), folder=None, progress=False)
+        slow = trainer(steps=1000, strategy=lw.DDP(timeout=2.0))
 
-        @trainer.on(lw.Event.STEP_END(every=3))
+        @slow.on(lw.Event.STEP_END(every=3))
         def stop(run: lw.Run) -> None:
             if run.comm.rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-        trainer.fit(task, [(torch.ones(2, 2), torch.ones(2, 1))])
+        slow.fit(sgd_task(line()), pairs([1, 1]))
 
     with pytest.raises(lw.LoopwrightError, match=r"rank 1 has not been heard of .*: its process was stopped by"):
         lw.launch(fit, 2)

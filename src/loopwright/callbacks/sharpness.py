@@ -50,10 +50,10 @@ class SAM(Callback):
 
     def problems(self, run: Run) -> Iterator[str]:
         if run.team is not None and run.team.fills:
+            what, instead = "sync_batch_norm=True", "leave one of the two out"
             if run.team.shards:
-                yield "SAM cannot go over the window again with FSDP; train with strategy='ddp'"
-            else:
-                yield "SAM cannot go over the window again with sync_batch_norm=True; leave one of the two out"
+                what, instead = "FSDP", "train with strategy='ddp'"
+            yield f"SAM cannot go over the window again with {what}; {instead}"
         if getattr(run.task, "truncate", None) is not None:
             yield (
                 f"SAM would go over a piece of a sequence again with what its first pass has carried on "

@@ -5,7 +5,7 @@ from loopwright.parallel.ddp import DDP
 from loopwright.parallel.device import check_device, pick_device
 from loopwright.parallel.fsdp import FSDP
 from loopwright.parallel.join import join, local_device
-from loopwright.parallel.norms import norms_in
+from loopwright.parallel.norms import norms_in, syncs_norms
 from loopwright.parallel.pick import check_strategy, pick_team
 from loopwright.parallel.precision import Autocast, Plain, Scaled, pick_precision
 from loopwright.parallel.shards import is_shard, like, local, region, shard_of, whole
@@ -40,6 +40,7 @@ __all__ = [
     "readers",
     "region",
     "shard_of",
+    "syncs_norms",
     "watched",
     "whole",
 ]

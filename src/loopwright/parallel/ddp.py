@@ -100,8 +100,7 @@ class Synced:
         began, self._at, self._open = perf_counter(), self.run.open_step, True
         with nullcontext() if self.last else self.ddp.no_sync():
             output = self.ddp(batch)
-        loss = _loss(output)
-        if self.run.team.steered and isinstance(loss, Tensor) and loss.requires_grad:
+        if self.run.team.steered and isinstance(loss := _loss(output), Tensor) and loss.requires_grad:
             loss.register_hook(self._close)
         if not self.waits:
             self.seconds += perf_counter() - began

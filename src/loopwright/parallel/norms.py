@@ -15,9 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from loopwright.parallel.comm import hold
 
-__all__ = ["Norms", "norms_in"]
+__all__ = ["Norms", "norms_in", "syncs_norms"]
 
 _KNOWN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # what a layer computes that can be done over ranks
+
+
+def syncs_norms(strategy: object) -> bool:
+    """True where batch norms are to measure over ranks."""
+    return bool(getattr(strategy, "sync_batch_norm", False))
 
 
 def norms_in(models: Iterable[nn.Module]) -> tuple[list[_BatchNorm], list[_BatchNorm]]:

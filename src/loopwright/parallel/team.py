@@ -17,7 +17,7 @@ from loopwright.errors import DataError, SettingError
 from loopwright.events import HOOKS
 from loopwright.history import Sums
 from loopwright.parallel.comm import Parts, Ranks
-from loopwright.parallel.norms import Norms
+from loopwright.parallel.norms import Norms, syncs_norms
 from loopwright.parallel.pulse import Pulse
 from loopwright.parallel.shards import is_shard, spans
 from loopwright.parallel.watch import Watch
@@ -58,7 +58,8 @@ class Team:
             self.comm = Parts(ranks, *strategy.data_part(device, ranks.world_size))
         self.size = self.comm.world_size
         self.alike = self.size != ranks.world_size  # several ranks see the same samples
-        if self.alike and getattr(strategy, "sync_batch_norm", False):
+        self.norms = Norms() if syncs_norms(strategy) else None
+        if self.alike and self.norms is not None:
             raise SettingError(
                 "sync_batch_norm=True adds up what all ranks measure, and by data_part of the strategy several have "
                 "the same samples, which would count several times; leave sync_batch_norm=True out"
@@ -71,7 +72,6 @@ class Team:
         self._told = False
         self.batch = 0  # number of the whole batch that this rank evaluates
         self.shards = bool(getattr(strategy, "shards", False))  # parameters are shared out
-        self.norms = Norms() if getattr(strategy, "sync_batch_norm", False) else None
         # there every rank takes part in every forward and backward of training
         self.fills = self.shards or self.norms is not None
         self.spare: Any = None  # what this rank computes on while it evaluates nothing
