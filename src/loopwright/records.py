@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from loopwright.delivery import log_values
 from loopwright.errors import choose
 from loopwright.recorded import at, unmet
@@ -13,6 +15,10 @@ __all__ = ["learning_rates", "log_epoch", "log_train"]
 
 def log_train(run: Run) -> None:
     """The means of all steps since the last record, as ``train/<name>``, running metrics, and the learning rates."""
+    if run.team is not None:
+        if run.team.recorded == run.progress.step:
+            return  # without asking the others
+        run.team.recorded = run.progress.step
     means = run.series.take_record(run.team and run.team.joined_sums)
     if means:
         for phase in run.stages[min(run.progress.stage, len(run.stages) - 1)].phases:
@@ -30,18 +36,16 @@ def log_train(run: Run) -> None:
 
 def log_epoch(run: Run, stage: Stage) -> None:
     """The record of an epoch: means over its steps, training metrics, the latest validation, learning rates."""
-    means = run.series.take_epoch(run.team and run.team.joined_sums)
+    measured = [(phase.prefix, phase.meters) for phase in stage.phases if phase.meters is not None]
+    meters = [meters for _, meters in measured]
+    means = run.series.take_epoch(run.team and partial(run.team.joined_sums, meters=meters))
     values = {f"train/{name}": value for name, value in means.items()}
-    for phase in stage.phases:
-        if phase.meters is not None:
-            if run.team is not None:
-                phase.meters.join(run.team.comm.gather(phase.meters.cut()))
-            values |= {f"train/{phase.prefix}{name}": value for name, value in phase.meters.compute().items()}
+    for prefix, one in measured:
+        values |= {f"train/{prefix}{name}": value for name, value in one.compute().items()}
     if not len(run.history) and not stage.valid:
         _check_fed(run, stage)
-    for phase in stage.phases:
-        if phase.meters is not None:
-            phase.meters.reset()
+    for one in meters:
+        one.reset()
     if run.recorded:
         _check_recorded(run, values)
         values = at(run.recorded, values, "epoch")

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 import loopwright as lw
-from loopwright.parallel import Ranks
+from loopwright.parallel import Ranks, comm
+from loopwright.parallel.comm import _packed
 
 pytestmark = pytest.mark.slow
 
@@ -311,6 +312,33 @@ def test_all_ranks_see_one_clock_and_end_by_it_at_the_same_step() -> None:
     assert first[1] >= 1
 
 
+class Halts(Dataset[Any]):
+    """Item 300 lasts as long as a validation or a checkpoint may."""
+
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 300:
+            time.sleep(0.5)
+        return X[index % 40], Y[index % 40]
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_what_lasts_once_counts_once_for_the_clock(part: str) -> None:
+    """Between two messages of rank 0 all guess its clock by what steps have taken before."""
+
+    def fit() -> Any:
+        began = time.perf_counter()
+        quick = lw.Loader((X.repeat(10, 1), Y.repeat(10)), 4)
+        train, valid = (DataLoader(Halts(), 4), None) if part == "train" else (quick, DataLoader(Halts(), 400))
+        run = trainer(epochs=3).fit(supervised(), train, valid=valid)
+        return run.progress.seconds, time.perf_counter() - began
+
+    for told, wall in lw.launch(fit, 2):
+        assert 0.9 < told < wall
+
+
 @pytest.mark.parametrize("size", [1, 1_000, 1_016, 1_017, 32_760, 32_761, 100_000])
 def test_what_is_told_among_ranks_may_have_any_length(size: int) -> None:
     def tell() -> Any:
@@ -321,6 +349,47 @@ def test_what_is_told_among_ranks_may_have_any_length(size: int) -> None:
 
     told = [b"\0", b"\1" * size], bytes(size), size * (size - 1) // 2
     assert lw.launch(tell, 2) == [told] * 2
+
+
+def test_tensors_of_any_kind_are_told_among_ranks_as_they_are() -> None:
+    kinds = {
+        "half": torch.randn(3, 4).bfloat16(),
+        "number": torch.tensor(3),
+        "empty": torch.empty(0, 3, dtype=torch.float64),
+        "turned": torch.randn(3, 4).t(),
+        "conjugated": torch.randn(4, dtype=torch.complex64).conj(),
+        "sparse": torch.eye(3).to_sparse(),
+        "part": torch.arange(1_000_000)[5:8],
+        "trained": nn.Parameter(torch.ones(2)),
+    }
+
+    def tell() -> Any:
+        torch.distributed.init_process_group("gloo")
+        return [list(Ranks().gather({"all": [kinds]})[1]["all"][0].items())]
+
+    for name, told in lw.launch(tell, 2)[0][0]:
+        assert (told.dtype, told.layout, told.requires_grad) == (kinds[name].dtype, kinds[name].layout, False)
+        assert torch.equal(told.to_dense(), kinds[name].detach().to_dense())
+    assert len(_packed(kinds["part"])) < 1000  # without what it is a part of
+
+
+def test_ranks_begin_with_every_tensor_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are bundled."""
+
+    def follow() -> Any:
+        torch.distributed.init_process_group("gloo")
+        ranks = Ranks()
+        torch.manual_seed(ranks.rank)
+        kinds = [torch.float32, torch.float32, torch.float64, torch.float32, torch.int64]
+        tensors = [(10 * torch.randn(size, 3)).to(kind) for size in (0, 1, 50, 4, 3, 400, 2, 0, 7) for kind in kinds]
+        tensors += [torch.randn(4, 5).t(), torch.tensor(float(ranks.rank)), nn.Parameter(torch.randn(3))]
+        ranks.broadcast_tensors(iter(tensors))
+        return [t.detach().clone() for t in tensors]
+
+    monkeypatch.setattr(comm, "_BUNDLE", 1024)
+    first, second = lw.launch(follow, 2)
+    assert len(first) == 48
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
 
 
 def deep() -> nn.Module:

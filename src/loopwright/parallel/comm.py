@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle  # noqa: TID251 - between processes of one training, as torch does; nothing of it comes from a file
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 _GATHERED, _SENT = 1 << 10, 1 << 15  # bytes that travel at once; a message that is longer takes a second round
 _HEAD = 8  # of them tell the length
+_BUNDLE = 1 << 24  # bytes of tensors that travel together
 
 
 class Single:
@@ -122,13 +124,30 @@ class Ranks:
         return made  # type: ignore[no-any-return]
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite ``tensors`` with those of rank 0."""
+        """Overwrite ``tensors`` with those of rank 0; small ones of a kind travel together."""
         with torch.no_grad():
-            for tensor in tensors:
-                whole = tensor.detach().contiguous()
-                dist.broadcast(whole, src=0)
-                if whole.data_ptr() != tensor.data_ptr():
-                    tensor.copy_(whole)
+            for some in _bundled(tensors):
+                flat = torch.cat([tensor.reshape(-1) for tensor in some]) if len(some) > 1 else some[0].contiguous()
+                dist.broadcast(flat, src=0)
+                if flat.data_ptr() != some[0].data_ptr():
+                    for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+                        tensor.copy_(part.view_as(tensor))
+
+
+def _bundled(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """``tensors`` in bundles of one dtype and device, of up to 16 MiB where one alone is not larger."""
+    kinds: dict[Any, list[Tensor]] = {}
+    room: dict[Any, int] = {}
+    for tensor in tensors:
+        kind = tensor.dtype, tensor.device
+        size = tensor.numel() * tensor.element_size()
+        if kind not in kinds or room[kind] < size:
+            if kind in kinds:
+                yield kinds[kind]
+            kinds[kind], room[kind] = [], _BUNDLE
+        kinds[kind].append(tensor.detach())
+        room[kind] -= size
+    yield from kinds.values()
 
 
 class Parts:
@@ -187,7 +206,26 @@ def hold(*tensors: Any) -> None:
 
 
 def _packed(value: Any) -> bytes:
-    return pickle.dumps(_on_cpu(value), pickle.HIGHEST_PROTOCOL)
+    held = io.BytesIO()
+    _Packer(held, pickle.HIGHEST_PROTOCOL).dump(value)
+    return held.getvalue()
+
+
+class _Packer(pickle.Pickler):
+    """With the values of tensors, and on the CPU: elsewhere they would take a device of the rank that gets them."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        plain = value.detach().cpu()
+        if type(plain) is not Tensor or plain.layout is not torch.strided or plain.is_quantized:
+            return plain.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        raw = plain.resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
+        return _tensor, (bytearray(raw.numpy()), plain.dtype, plain.shape)
+
+
+def _tensor(raw: bytearray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
 
 
 def _page(told: bytes, size: int) -> Tensor:
@@ -202,17 +240,6 @@ def _length(page: Tensor) -> int:
 
 def _unpacked(page: Tensor) -> Any:
     return pickle.loads(page[_HEAD : _HEAD + _length(page)].numpy().tobytes())
-
-
-def _on_cpu(value: Any) -> Any:
-    """``value`` with the tensors in it on the CPU: elsewhere they would take a device of the rank that gets them."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_on_cpu(part) for part in value)
-    return value
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -33,7 +34,13 @@ class Pulse:
         self.each_step = True
         self._sent: tuple[int, torch.Tensor, Any] | None = None  # at which beat
         self._beats = self._due = 0
-        self._taken, self._seconds, self._rate = 0, 0.0, 0.0  # beat and clock of the last message; seconds a beat
+        self._taken, self._seconds = 0, 0.0  # beat and clock of the last message
+        self._rates = deque[float]([0.0], maxlen=2)  # seconds a beat, between messages
+
+    @property
+    def _rate(self) -> float:
+        """The smaller one: a step in which a checkpoint was written says nothing of the next ones."""
+        return min(self._rates)
 
     def beat(self, run: Run) -> float:
         """Seconds of the run, the same on all ranks. Called once a step by all of them."""
@@ -42,8 +49,7 @@ class Pulse:
             before, self._sent = self._sent, self._send(run)
             if before is not None:
                 self._take(run, before)
-            steps = 1 if self.each_step or not self._rate else int(_EVERY_S / self._rate)
-            self._due = self._beats + max(1, min(steps, _AT_MOST))
+            self._plan()
         return max(run.progress.seconds, self._seconds + self._rate * (self._beats - self._taken))
 
     def settle(self, run: Run, told: Any = None) -> list[Any]:
@@ -53,10 +59,17 @@ class Pulse:
         """
         if self._sent is not None:
             self._take(run, self._sent)
-            self._sent, self._due = None, 0
-        found = self.comm.gather((self.asked, told))
-        self._stop(run, [asked for asked, _ in found])
-        return [told for _, told in found]
+            self._sent = None
+        found = self.comm.gather((self.asked, time.perf_counter() - run.began, told))
+        self._taken, self._seconds = self._beats, found[0][1]  # what took so long, if anything, was no step
+        self._plan()
+        self._stop(run, [asked for asked, *_ in found])
+        return [told for *_, told in found]
+
+    def _plan(self) -> None:
+        """When the next message is due."""
+        steps = 1 if self.each_step or not self._rate else int(_EVERY_S / self._rate)
+        self._due = self._beats + max(1, min(steps, _AT_MOST))
 
     def _send(self, run: Run) -> tuple[int, torch.Tensor, Any]:
         told = torch.zeros(_OTHER + 2, dtype=torch.float64, device="cpu")
@@ -71,7 +84,7 @@ class Pulse:
         work.wait()
         *wanted, seconds = told.tolist()
         if self._taken:
-            self._rate = max(0.0, seconds - self._seconds) / (beat - self._taken)
+            self._rates.append(max(0.0, seconds - self._seconds) / (beat - self._taken))
         self._taken, self._seconds = beat, seconds
         if any(wanted) and run.stop_reason is None:
             self._stop(run, self.comm.gather(self.asked))

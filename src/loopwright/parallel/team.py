@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -71,6 +71,7 @@ class Team:
         self.needs: list[dict[str, float]] = []  # seconds that each rank has waited for data, and spent in forward
         self._told = False
         self.batch = 0  # number of the whole batch that this rank evaluates
+        self.recorded = -1  # the step of the last record
         self.shards = bool(getattr(strategy, "shards", False))  # parameters are shared out
         # there every rank takes part in every forward and backward of training
         self.fills = self.shards or self.norms is not None
@@ -279,13 +280,16 @@ class Team:
 
     # --------------------------------------------------------------------------------------------- values
 
-    def joined_sums(self, mine: Sums) -> Sums:
-        """Sums of values and weights by name, of all ranks together."""
+    def joined_sums(self, mine: Sums, meters: Sequence[Any] = ()) -> Sums:
+        """Sums of values and weights by name, of all ranks together. ``meters`` take in what was measured on each."""
         total: Sums = {}
-        for sums in self.comm.gather(mine):
+        found = self.comm.gather((mine, [one.cut() for one in meters]))
+        for sums, _ in found:
             for name, (value, weight) in sums.items():
                 before = total.get(name, (0.0, 0.0))
                 total[name] = before[0] + value, before[1] + weight
+        for number, one in enumerate(meters):
+            one.join(cuts[number] for _, cuts in found)
         return total
 
     def in_order(self, mine: list[tuple[int, Any]]) -> list[Any]:

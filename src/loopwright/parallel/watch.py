@@ -202,7 +202,7 @@ class Watch:
                 warn(f"{text}. To end the run, press Ctrl-C twice")
             self._wake.set()
             time.sleep(min(pause, 0.02, self.beat))
-            pause *= 2
+            pause *= 1.2
 
     def _settled(self) -> bool:
         """Whether this rank has nothing more to tell or to hear: then the thread that reports ends.
@@ -300,8 +300,9 @@ class Watch:
             self._told.set()
             if posted and all(map(_needs_no_more, self._seen.values())):
                 return  # the store may go
-            if self.rank == 0 and all(one.report is not None and one.report.done for one in self._seen.values()):
+            if self.rank == 0 and ending is None and all(one.report and one.report.done for one in self._seen.values()):
                 self._decide(IN_ORDER)
+                continue
             self._wake.wait(self.beat)
             self._wake.clear()
 
