@@ -324,9 +324,12 @@ def test_a_signal_to_the_one_that_launched_them_saves_the_run(number: signal.Sig
     command = script(tmp_path, body)
     program = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert program.stdout is not None
-    assert program.stdout.readline() == "began\n"
-    program.send_signal(number)
-    _, errors = program.communicate(timeout=60)
+    try:
+        assert program.stdout.readline() == "began\n"
+        program.send_signal(number)
+        _, errors = program.communicate(timeout=60)
+    finally:
+        program.kill()
     assert program.returncode == 128 + number, errors
     (record,) = tmp_path.glob("runs/n/*/run.json")
     found = json.loads(record.read_text())
