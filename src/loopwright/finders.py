@@ -196,6 +196,8 @@ class _Trial(Callback):
 class _Losses(_Trial):
     """Keeps the loss of each step, and its moving average, corrected for its beginning; stops where that explodes."""
 
+    stops = True
+
     def __init__(self, smooth: float, stop_at: float) -> None:
         self.smooth, self.stop_at = smooth, stop_at
         self.losses: list[float] = []

@@ -343,15 +343,16 @@ def end_epoch(run: Run, stage: Stage) -> None:
         if run.validated_at != run.progress.step:
             run.progress = open_epoch  # a signal cut it short: the end of the epoch is made after a resume
             return
-    if run.log_every.due(run.progress) or is_over(run):
+    last = is_over(run)
+    if run.log_every.due(run.progress) or last:
         log_train(run)  # at the end the last steps, so that the record of the epoch is the last one
-    log_epoch(run, stage)
+    log_epoch(run, stage, last=last)
     for phase in stage.phases:
         for scheduler in phase.epoch_schedulers:
             scheduler.step(run.metrics, run.validated_at)
     fire(run.hooks.on_epoch_end, run)
     if run.team is not None:
-        run.team.end_epoch(run, stage)
+        run.team.end_epoch(run)
     for saver in run.savers:  # a mean over the epoch is a new value to judge by, as a validation is
         if saver.due(run, validated=validates or (saver.monitor or "").startswith("train/")):
             save(run, saver)

@@ -34,11 +34,14 @@ def log_train(run: Run) -> None:
             run.metrics.update({name: value for name, value in last.items() if "/" in name})
 
 
-def log_epoch(run: Run, stage: Stage) -> None:
-    """The record of an epoch: means over its steps, training metrics, the latest validation, learning rates."""
+def log_epoch(run: Run, stage: Stage, *, last: bool) -> None:
+    """The record of an epoch: means over its steps, training metrics, the latest validation, learning rates.
+
+    ``last``: the stage ends with it.
+    """
     measured = [(phase.prefix, phase.meters) for phase in stage.phases if phase.meters is not None]
     meters = [meters for _, meters in measured]
-    means = run.series.take_epoch(run.team and partial(run.team.joined_sums, meters=meters))
+    means = run.series.take_epoch(run.team and partial(run.team.joined_epoch, run, stage, meters, last))
     values = {f"train/{name}": value for name, value in means.items()}
     for prefix, one in measured:
         values |= {f"train/{prefix}{name}": value for name, value in one.compute().items()}

@@ -116,6 +116,8 @@ class _Cut(Exception):  # noqa: N818 - it is what was asked for
 class _Stopper(Callback):
     """Ends a run after ``steps``; or by an exception, as soon as its checkpoint is there."""
 
+    stops = True
+
     def __init__(self, steps: int, *, cuts: bool) -> None:
         self.steps, self.cuts, self.saved = steps, cuts, False
 

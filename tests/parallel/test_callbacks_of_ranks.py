@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +130,30 @@ def test_all_together_every_rank_ends_with_the_same_weights(tmp_path: Path) -> N
     (first, files), (second, _) = lw.launch(fit, 2)
     assert all(map(torch.equal, first, second))
     assert files == ["valid-00000003.npz", "valid-00000006.npz", "valid-00000009.npz"]
+
+
+def test_what_a_callback_asks_for_at_the_end_of_an_epoch_is_done_there() -> None:
+    def fit() -> Any:
+        _, run = fitted(lw.EarlyStopping("train/loss", patience=1, min_delta=1e9), epochs=9)
+        return run.progress.step, run.stop_reason
+
+    (step, first), second = lw.launch(fit, 2)
+    assert (step, first) == second
+    assert step == fit()[0] == 12
+    assert first.startswith("train/loss has not improved")
+
+
+def test_callbacks_that_ask_to_stop_say_so() -> None:
+    """Or else ranks would not listen at the end of an epoch."""
+
+    def below(kind: type[lw.Callback]) -> Iterator[type[lw.Callback]]:
+        yield kind
+        for one in kind.__subclasses__():
+            yield from below(one)
+
+    for name in ("finders", "verifying"):
+        importlib.import_module(f"loopwright.{name}")
+    ours = [kind for kind in below(lw.Callback) if kind.__module__.startswith("loopwright.")]
+    asking = [kind for kind in ours if "request_stop(" in inspect.getsource(kind)]
+    assert lw.EarlyStopping in asking
+    assert [kind.__name__ for kind in asking if not getattr(kind, "stops", False)] == []

@@ -41,6 +41,7 @@ class EarlyStopping(Restoring):
     """
 
     changes = ("weights",)  # of restore="best"
+    stops = True
 
     @elsewhere(stopping_threshold="stop_at", divergence_threshold="diverged_at", restore_best_weights="restore")
     def __init__(

@@ -97,15 +97,24 @@ class Ranks:
 
     def broadcast(self, value: Any) -> Any:
         """The ``value`` of rank 0."""
+        return self.send(value)()
+
+    def send(self, value: Any) -> Callable[[], Any]:
+        """Begin to tell all ranks the ``value`` of rank 0, which what is returned gives once it is there."""
         told = _packed(value) if self.rank == 0 else b""
-        page = _page(told, _SENT)
-        dist.broadcast(page, src=0, group=self.group)
-        length = _length(page)
-        if length > _SENT - _HEAD:
-            page = _page(told, length + _HEAD)
-            dist.broadcast(page, src=0, group=self.group)
-        hold(page)
-        return _unpacked(page)
+        first = _page(told, _SENT)
+        sent = dist.broadcast(first, src=0, group=self.group, async_op=True)
+
+        def received() -> Any:
+            sent.wait()
+            page, length = first, _length(first)
+            if length > _SENT - _HEAD:
+                page = _page(told, length + _HEAD)
+                dist.broadcast(page, src=0, group=self.group)
+            hold(first, page)
+            return _unpacked(page)
+
+        return received
 
     def first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on rank 0, which alone calls it. What it raises there is an error on every rank."""

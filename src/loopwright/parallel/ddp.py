@@ -75,7 +75,8 @@ class DDP:
         ddp = DistributedDataParallel(
             part, find_unused_parameters=self.find_unused, init_sync=False, **self.options
         )  # the parameters are those of rank 0 already
-        _lay_out(ddp, part)
+        if run.comm.world_size > 2:
+            _lay_out(ddp, part)
         names = {id(p): name for name, p in _named(run)}
         known = {} if self.find_unused else {k: names.get(k, "?") for k in parameters}
         phase.step = synced = Synced(phase, run, ddp, known, waits=self.sync_batch_norm)
@@ -166,8 +167,8 @@ class _Part(nn.Module):
 def _lay_out(ddp: DistributedDataParallel, part: _Part) -> None:
     """Have the buckets laid out now: DDP does so anew after its first backward, in the order in which gradients came.
 
-    With more than two ranks, where a gradient lies in its bucket tells in which order ranks are summed up. A run that
-    goes on from a checkpoint must sum as the one that was not interrupted, whose first backward was long ago.
+    Where a gradient lies in its bucket tells in which order ranks are summed up, if they are more than two. A run
+    that goes on from a checkpoint must sum as the one that was not interrupted, whose first backward was long ago.
     """
     kept = [p.grad for p in part.own]
     ddp(_NOTHING).backward()

@@ -52,19 +52,22 @@ class Pulse:
             self._plan()
         return max(run.progress.seconds, self._seconds + self._rate * (self._beats - self._taken))
 
-    def settle(self, run: Run, told: Any = None) -> list[Any]:
-        """Stop now if any rank wants to; what all ranks have ``told``.
-
-        At the end of an epoch or a validation there is time to wait for all.
-        """
+    def settle(self, run: Run) -> None:
+        """Stop now if any rank wants to: at the end of an epoch or a validation there is time to wait for all."""
         if self._sent is not None:
             self._take(run, self._sent)
             self._sent = None
-        found = self.comm.gather((self.asked, time.perf_counter() - run.began, told))
-        self._taken, self._seconds = self._beats, found[0][1]  # what took so long, if anything, was no step
+        self.hear(run, self.comm.gather(self.tell(run)))
+
+    def tell(self, run: Run) -> tuple[str | None, float]:
+        """What this rank wants, and its clock, to be gathered."""
+        return self.asked, time.perf_counter() - run.began
+
+    def hear(self, run: Run, found: list[tuple[str | None, float]]) -> None:
+        """Of all ranks what they ``tell``. What has taken long since the last message, if anything, was no step."""
+        self._taken, self._seconds = self._beats, found[0][1]
         self._plan()
-        self._stop(run, [asked for asked, *_ in found])
-        return [told for *_, told in found]
+        self._stop(run, [asked for asked, _ in found])
 
     def _plan(self) -> None:
         """When the next message is due."""
@@ -74,7 +77,7 @@ class Pulse:
     def _send(self, run: Run) -> tuple[int, torch.Tensor, Any]:
         told = torch.zeros(_OTHER + 2, dtype=torch.float64, device="cpu")
         if self.comm.rank == 0:
-            told[-1] = time.perf_counter() - run.began
+            told[-1] = self.tell(run)[1]
         if self.asked is not None:
             told[SIGNALS.index(self.asked) if self.asked in SIGNALS else _OTHER] = 1.0
         return self._beats, told, dist.all_reduce(told, group=self.comm.group, async_op=True)
@@ -83,9 +86,10 @@ class Pulse:
         beat, told, work = sent
         work.wait()
         *wanted, seconds = told.tolist()
-        if self._taken:
-            self._rates.append(max(0.0, seconds - self._seconds) / (beat - self._taken))
-        self._taken, self._seconds = beat, seconds
+        if beat > self._taken:  # else it has been told again since
+            if self._taken:
+                self._rates.append(max(0.0, seconds - self._seconds) / (beat - self._taken))
+            self._taken, self._seconds = beat, seconds
         if any(wanted) and run.stop_reason is None:
             self._stop(run, self.comm.gather(self.asked))
 

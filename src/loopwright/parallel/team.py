@@ -66,10 +66,12 @@ class Team:
             )
         self.local = 0.0  # samples (tokens) of the last step on this rank
         self.steered = False  # some hook may skip batches or steps, on this rank only
+        self.asks = True  # some callback may ask to stop
         self._synced: Mapping[str, Any] = {}
         self._count, self._weights, self.weight, self._done = 0, [0.0], 0.0, False
         self.needs: list[dict[str, float]] = []  # seconds that each rank has waited for data, and spent in forward
         self._told = False
+        self._draws: Callable[[], Any] | None = None  # gives the random numbers of rank 0, told ahead
         self.batch = 0  # number of the whole batch that this rank evaluates
         self.recorded = -1  # the step of the last record
         self.shards = bool(getattr(strategy, "shards", False))  # parameters are shared out
@@ -114,23 +116,27 @@ class Team:
         """``source.at``, which opens the data with the random numbers of rank 0: all ranks have one order."""
 
         def at(epoch: int, batch: int) -> Iterator[Any]:
+            told, self._draws = self._draws, None
             mine = rng.get()
-            rng.set(self.comm.broadcast(mine))
+            theirs = (told or self.ranks.send(mine))()
+            differs = not rng.same(mine, theirs)
+            if differs:
+                rng.set(theirs)
             batches = source.at(epoch, batch)
             first = next(batches, _GONE)  # by now a sampler has drawn its order
-            if self.comm.rank:  # who sees the same samples as rank 0 draws as it does
-                rng.set(mine)
+            if self.comm.rank or (differs and self.ranks.rank == 0):
+                rng.set(mine)  # who sees the same samples as rank 0 draws as it does
             return _after(first, batches)
 
         return at
 
-    def end_epoch(self, run: Run, stage: Stage) -> None:
-        """Stop together, if any rank wants to. Raises DataError if the ranks have not read the same order."""
-        source: Any = stage.source
-        while hasattr(source, "source"):
-            source = source.source
-        mine = run.waited, sum(synced.seconds for synced in self._synced.values())
-        found = self.pulse.settle(run, (getattr(source, "digest", None), *mine))
+    def end_epoch(self, run: Run) -> None:
+        """Stop together, if a hook at the end of the epoch has asked for it on any rank."""
+        if self.asks:
+            self.pulse.settle(run)
+
+    def _compare_epochs(self, run: Run, found: list[tuple[Any, float, float]]) -> None:
+        """Of each rank, what it has read, and how long it took. Raises DataError for orders that are not the same."""
         if len({digest for digest, *_ in found}) > 1:
             raise DataError(
                 f"in epoch {run.progress.epoch} each rank has read an order of its own: its sampler depends on more "
@@ -166,11 +172,13 @@ class Team:
             hooks = (hook for n in names for hook in (*getattr(run.hooks, n), *(getattr(c, n) for c in staged)))
             return any(not is_ours(type(getattr(hook, "__self__", None))) for hook in hooks)
 
+        stops = any(getattr(callback, "stops", False) for callback in (*run.callbacks, *staged))
         asking = foreign(HOOKS) or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
         lengths = [stage.source.batches for stage in run.stages]
-        found = self.ranks.gather((foreign(_STEERING), asking, lengths))  # callbacks may differ from rank to rank
-        self.steered, self.pulse.each_step = any(one[0] for one in found), any(one[1] for one in found)
-        _compare(run.stages, [one[2] for one in found])
+        # callbacks may differ from rank to rank
+        found = self.ranks.gather((lengths, foreign(_STEERING), asking, asking or stops))
+        _compare(run.stages, [lengths for lengths, *_ in found])
+        self.steered, self.pulse.each_step, self.asks = (any(one[i] for one in found) for i in (1, 2, 3))
         for meters in (*run.meters.values(), *(phase.meters for stage in run.stages for phase in stage.phases)):
             if meters is not None:
                 meters.check_ranks(alike=self.alike)
@@ -207,6 +215,9 @@ class Team:
                 f"phase {closures[0]!r} has an optimizer that calls its step back (LBFGS), which several ranks cannot "
                 "do in step; train it with one process"
             )
+        if self._draws is not None:  # what a stage begins with may draw as well
+            self._draws()
+            self._draws = None
         if self.spread is not None:
             self.spread.begin()
         if self.norms is not None:
@@ -280,17 +291,30 @@ class Team:
 
     # --------------------------------------------------------------------------------------------- values
 
-    def joined_sums(self, mine: Sums, meters: Sequence[Any] = ()) -> Sums:
-        """Sums of values and weights by name, of all ranks together. ``meters`` take in what was measured on each."""
-        total: Sums = {}
-        found = self.comm.gather((mine, [one.cut() for one in meters]))
-        for sums, _ in found:
-            for name, (value, weight) in sums.items():
-                before = total.get(name, (0.0, 0.0))
-                total[name] = before[0] + value, before[1] + weight
+    def joined_sums(self, mine: Sums) -> Sums:
+        """Sums of values and weights by name, of all ranks together."""
+        return _added(self.comm.gather(mine))
+
+    def joined_epoch(self, run: Run, stage: Stage, meters: Sequence[Any], last: bool, mine: Sums) -> Sums:
+        """The same of an epoch of ``stage`` that ends; ``meters`` take in what was measured on all ranks.
+
+        By the way all hear what time it is, who wants to stop, and unless it is the ``last`` epoch, with which random
+        numbers the next one begins. Raises DataError if the ranks have not read the same order.
+        """
+        source: Any = stage.source
+        while hasattr(source, "source"):
+            source = source.source
+        forward = sum(synced.seconds for synced in self._synced.values())
+        needs = getattr(source, "digest", None), run.waited, forward
+        if not (last or self.asks):  # else a hook may draw before
+            self._draws = self.ranks.send(rng.get())
+        found = self.ranks.gather((mine, [one.cut() for one in meters], needs, self.pulse.tell(run)))
+        self.pulse.hear(run, [asked for *_, asked in found])
+        self._compare_epochs(run, [needs for _, _, needs, _ in found])
+        parts = [found[speaker] for speaker in self.comm.speakers]
         for number, one in enumerate(meters):
-            one.join(cuts[number] for _, cuts in found)
-        return total
+            one.join(cuts[number] for _, cuts, *_ in parts)
+        return _added(sums for sums, *_ in parts)
 
     def in_order(self, mine: list[tuple[int, Any]]) -> list[Any]:
         """What all ranks have of their whole batches, each with its number, in the order of the batches."""
@@ -323,6 +347,15 @@ def _compare(stages: Iterable[Stage], lengths: Iterable[Iterable[int | None]]) -
                 f"the data of stage {stage.name!r} has not as many batches on all ranks: {told}. Each rank reads the "
                 "whole data, and is given its part of every batch: pass the same data on all ranks"
             )
+
+
+def _added(parts: Iterable[Sums]) -> Sums:
+    total: Sums = {}
+    for sums in parts:
+        for name, (value, weight) in sums.items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = before[0] + value, before[1] + weight
+    return total
 
 
 def _after(first: Any, batches: Iterator[Any]) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from loopwright.parallel.calls import Call, last_calls
+from loopwright.parallel.comm import Ranks
 from loopwright.parallel.standing import Still, place_of, stand, state_of, this_process
 from loopwright.parallel.verdict import (
     IN_ORDER,
@@ -133,8 +134,7 @@ class Watch:
         if self.rank == 0:
             store = make("localhost", 0, is_master=True, **how)
             store.multi_set([*map(str, range(self.world_size)), "verdict"], [""] * (self.world_size + 1))
-        there: list[Any] = [None] * self.world_size
-        dist.all_gather_object(there, (mine, address, store.port if store is not None else 0))
+        there = Ranks().gather((mine, address, store.port if store is not None else 0))
         for rank, (process, *_) in enumerate(there[: self.world_size if self.rank == 0 else 1]):
             self._seen[rank] = Seen(process)
         if store is not None:
