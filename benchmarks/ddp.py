@@ -68,10 +68,10 @@ def ours(make: Callable[[], nn.Module], epochs: int) -> nn.Module:
 
 
 def main() -> int:
-    parser = measure.arguments(__doc__.splitlines()[0], rounds=15)
+    parser = measure.arguments(__doc__.splitlines()[0], rounds=31)
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
-    rounds, epochs = options.rounds or (3 if options.quick else 15), 2 if options.quick else options.epochs
+    rounds, epochs = options.rounds or (3 if options.quick else 31), 2 if options.quick else options.epochs
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     first, goals = dist.get_rank() == 0, []
