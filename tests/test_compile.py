@@ -67,7 +67,6 @@ def test_a_compiled_run_has_the_bits_of_an_eager_one_where_the_code_is_the_same(
     assert same(*ends)
 
 
-@pytest.mark.capability("PT-04")
 def test_graphs_are_counted_and_a_short_last_batch_makes_one_more_once() -> None:
     task, at = supervised(), []
     watch = acts(on_step_end=lambda run, result: at.append(run.compiler.graphs))

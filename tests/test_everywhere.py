@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 import loopwright as lw
+from loopwright.checkpoint import read
 from test_examples import EXAMPLES, load
 
 SCRIPT = EXAMPLES / "everywhere.py"
@@ -28,13 +29,18 @@ def trained(folder: Path) -> Path:
     return found
 
 
+def newest(run: Path) -> Path:
+    """The last checkpoint."""
+    return sorted((run / "checkpoints").glob("step-*"))[-1]
+
+
 def weights(run: Path) -> dict[str, Any]:
     """Of the last checkpoint, read by safetensors; those that ranks have written in pieces by ``load_weights``."""
-    (newest,) = sorted((run / "checkpoints").glob("step-*"))[-1:]
-    if (newest / "model.safetensors").exists():
-        return load_file(newest / "model.safetensors")
+    last = newest(run)
+    if (last / "model.safetensors").exists():
+        return load_file(last / "model.safetensors")
     net = load("everywhere").Mixer()
-    lw.load_weights(net, newest)
+    lw.load_weights(net, last)
     return net.state_dict()
 
 
@@ -88,7 +94,12 @@ def test_sixteen_bits_and_two_processes_are_a_word_each_in_a_script_of_80_lines(
     _, home = fit(1)
     (first, second), folder = fit(2, "fp16")
     assert first == second
-    assert 1e-5 < apart(weights(home), weights(folder)) < 1e-2  # of 16 bits, and close
+    half, coarse = (apart(weights(home), weights(one)) for one in (folder, fit(2, "bf16")[1]))
+    assert 1e-5 < half < 1e-2
+    assert half < coarse / 2  # of 10 bits of precision, where bf16 has 7
+    scaling = read(newest(folder)).state["precision"]
+    assert scaling["scale"] == 2.0**16  # by which gradients do not vanish
+    assert scaling["_growth_tracker"] == 22  # steps
     assert all(tensor.dtype.itemsize == 4 for tensor in weights(folder).values())
     assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) < 80
 
@@ -128,8 +139,8 @@ def test_the_script_is_the_same_below_a_launcher(fit: Fit, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.capability("CA-38")
-def test_the_script_is_the_same_as_the_tasks_of_a_slurm_job(tmp_path: Path) -> None:
-    """Two processes with the variables that srun sets train together, and write one folder."""
+def test_the_script_is_the_same_as_the_tasks_of_a_slurm_job(fit: Fit, tmp_path: Path) -> None:
+    """Two processes with the variables that srun sets train to the weights of one, and write one folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     step = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0"}
@@ -145,3 +156,4 @@ def test_the_script_is_the_same_as_the_tasks_of_a_slurm_job(tmp_path: Path) -> N
     assert " by 2 of cpu; runs/everywhere/" in first, errors[-4000:]
     assert second == ""
     assert len(json.loads((trained(tmp_path) / "run.json").read_text())["ranks"]) == 2
+    assert apart(weights(fit(1)[1]), weights(trained(tmp_path))) < 1e-5

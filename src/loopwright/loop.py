@@ -343,10 +343,9 @@ def end_epoch(run: Run, stage: Stage) -> None:
         if run.validated_at != run.progress.step:
             run.progress = open_epoch  # a signal cut it short: the end of the epoch is made after a resume
             return
-    last = is_over(run)
-    if run.log_every.due(run.progress) or last:
+    if run.log_every.due(run.progress) or is_over(run):
         log_train(run)  # at the end the last steps, so that the record of the epoch is the last one
-    log_epoch(run, stage, last=last)
+    log_epoch(run, stage)
     for phase in stage.phases:
         for scheduler in phase.epoch_schedulers:
             scheduler.step(run.metrics, run.validated_at)
@@ -358,6 +357,8 @@ def end_epoch(run: Run, stage: Stage) -> None:
             save(run, saver)
     if run.changes:
         apply_changes(run)
+    if run.team is not None and run.stop_reason is None and not is_over(run):
+        run.team.tell_ahead()
 
 
 def save(run: Run, saver: Any) -> None:

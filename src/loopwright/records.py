@@ -16,8 +16,8 @@ __all__ = ["learning_rates", "log_epoch", "log_train"]
 def log_train(run: Run) -> None:
     """The means of all steps since the last record, as ``train/<name>``, running metrics, and the learning rates."""
     if run.team is not None:
-        if run.team.recorded == run.progress.step:
-            return  # without asking the others
+        if run.team.recorded == run.progress.step and not run.team.asks:
+            return  # nobody has logged anything since
         run.team.recorded = run.progress.step
     means = run.series.take_record(run.team and run.team.joined_sums)
     if means:
@@ -34,14 +34,11 @@ def log_train(run: Run) -> None:
             run.metrics.update({name: value for name, value in last.items() if "/" in name})
 
 
-def log_epoch(run: Run, stage: Stage, *, last: bool) -> None:
-    """The record of an epoch: means over its steps, training metrics, the latest validation, learning rates.
-
-    ``last``: the stage ends with it.
-    """
+def log_epoch(run: Run, stage: Stage) -> None:
+    """The record of an epoch: means over its steps, training metrics, the latest validation, learning rates."""
     measured = [(phase.prefix, phase.meters) for phase in stage.phases if phase.meters is not None]
     meters = [meters for _, meters in measured]
-    means = run.series.take_epoch(run.team and partial(run.team.joined_epoch, run, stage, meters, last))
+    means = run.series.take_epoch(run.team and partial(run.team.joined_epoch, run, stage, meters))
     values = {f"train/{name}": value for name, value in means.items()}
     for prefix, one in measured:
         values |= {f"train/{prefix}{name}": value for name, value in one.compute().items()}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -351,6 +354,102 @@ def test_what_is_told_among_ranks_may_have_any_length(size: int) -> None:
     assert lw.launch(tell, 2) == [told] * 2
 
 
+class Draws(torch.optim.lr_scheduler.LambdaLR):
+    """Uses up random numbers at the end of each epoch."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer, lambda epoch: 0.5 + torch.rand(()).item())
+
+
+class Rolls:
+    """A logger that uses up others."""
+
+    def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+        random.random()
+        torch.rand(())
+
+
+@pytest.mark.parametrize("by", ["scheduler", "logger", "nothing"])
+def test_the_order_of_each_epoch_is_that_of_one_process_whatever_draws_between(by: str) -> None:
+    """Ranks may be told ahead with which random numbers rank 0 opens the next epoch."""
+
+    def fit() -> Any:
+        seen: list[int] = []
+
+        class Noted(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                seen.extend(x[:, 0].int().tolist())
+                return super().forward(x)
+
+        torch.manual_seed(0)
+        net = Noted(1, 2)
+        sgd = torch.optim.SGD(net.parameters(), 0.01)
+        task = lw.Supervised(net, nn.CrossEntropyLoss(), sgd, schedule=Draws(sgd) if by == "scheduler" else None)
+        data = TensorDataset(torch.arange(12.0).unsqueeze(1), torch.zeros(12, dtype=torch.long))
+        user = trainer(epochs=4, loggers=[Rolls()] if by == "logger" else [])
+        run = user.fit(task, DataLoader(data, 4, shuffle=True))
+        return seen, run.team is not None and run.team.asks
+
+    (first, asks), (second, _) = lw.launch(fit, 2)
+    assert asks == (by == "logger")
+    both = [x for n in range(0, 24, 2) for x in (*first[n : n + 2], *second[n : n + 2])]
+    alone, _ = fit()
+    assert both == alone
+    assert len({tuple(alone[n : n + 12]) for n in range(0, 48, 12)}) == 4
+
+
+def test_what_is_logged_after_the_last_record_has_one_of_its_own() -> None:
+    def fit() -> Any:
+        kept = Kept()
+        user = trainer(epochs=2, loggers=[kept])
+        user.on(lw.Event.EPOCH_END)(lambda run: run.log({"mine": float(run.progress.epoch)}))
+        user.fit(supervised(), lw.Loader((X, Y), 8))
+        return kept.told
+
+    assert lw.launch(fit, 2)[0] == fit() == [1.0, 2.0]
+
+
+class Kept:
+    """What is logged as ``train/mine``, in records of steps."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def log(self, progress: lw.Progress, values: Any, kind: str) -> None:
+        if kind == "train" and "train/mine" in values:
+            self.told.append(values["train/mine"])
+
+
+class Slows(Dataset[Any]):
+    """After 84 steps they take 0.05 s; in step 123, this process is asked to end if it is rank 0."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        self.read += 1  # by each rank one sample a step
+        if self.read > 84:
+            time.sleep(0.05)
+        if self.read == 123 and torch.distributed.get_rank() == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return X[index], Y[index]
+
+
+def test_a_signal_is_heard_soon_where_epochs_are_short_and_steps_have_become_slow() -> None:
+    def fit() -> Any:
+        task = supervised()
+        with pytest.raises(SystemExit):
+            trainer(epochs=12).fit(task, DataLoader(Slows(), 2))
+        return task._run.progress.step
+
+    first, second = lw.launch(fit, 2)
+    assert first == second
+    assert 122 <= first <= 128  # 132 would be the end of the epoch
+
+
 def test_tensors_of_any_kind_are_told_among_ranks_as_they_are() -> None:
     kinds = {
         "half": torch.randn(3, 4).bfloat16(),
@@ -362,12 +461,16 @@ def test_tensors_of_any_kind_are_told_among_ranks_as_they_are() -> None:
         "part": torch.arange(1_000_000)[5:8],
         "trained": nn.Parameter(torch.ones(2)),
     }
+    other = {"default": defaultdict(lambda: 0, a=1), "proxy": MappingProxyType({"a": 2})}  # which pickle refuses
 
     def tell() -> Any:
         torch.distributed.init_process_group("gloo")
-        return [list(Ranks().gather({"all": [kinds]})[1]["all"][0].items())]
+        ranks = Ranks()
+        return [list(ranks.gather({"all": [kinds]})[1]["all"][0].items()), ranks.gather(other)]
 
-    for name, told in lw.launch(tell, 2)[0][0]:
+    (tensors, others), _ = lw.launch(tell, 2)
+    assert others == [{"default": {"a": 1}, "proxy": {"a": 2}}] * 2
+    for name, told in tensors:
         assert (told.dtype, told.layout, told.requires_grad) == (kinds[name].dtype, kinds[name].layout, False)
         assert torch.equal(told.to_dense(), kinds[name].detach().to_dense())
     assert len(_packed(kinds["part"])) < 1000  # without what it is a part of
@@ -382,13 +485,16 @@ def test_ranks_begin_with_every_tensor_of_rank_0(monkeypatch: pytest.MonkeyPatch
         torch.manual_seed(ranks.rank)
         kinds = [torch.float32, torch.float32, torch.float64, torch.float32, torch.int64]
         tensors = [(10 * torch.randn(size, 3)).to(kind) for size in (0, 1, 50, 4, 3, 400, 2, 0, 7) for kind in kinds]
+        for alone in (torch.randn(4, 5).t(), torch.randn(2, 3, 3, 3).to(memory_format=torch.channels_last)):
+            ranks.broadcast_tensors([alone])
+            tensors.append(alone)
         tensors += [torch.randn(4, 5).t(), torch.tensor(float(ranks.rank)), nn.Parameter(torch.randn(3))]
         ranks.broadcast_tensors(iter(tensors))
         return [t.detach().clone() for t in tensors]
 
     monkeypatch.setattr(comm, "_BUNDLE", 1024)
     first, second = lw.launch(follow, 2)
-    assert len(first) == 48
+    assert len(first) == 50
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
 
 

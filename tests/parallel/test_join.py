@@ -122,7 +122,7 @@ MPI = {
 @pytest.mark.capability("CA-38")
 @pytest.mark.parametrize("variables", [SLURM, MPI], ids=["srun", "mpirun"])
 def test_processes_of_other_launchers_meet_without_an_agent(variables: dict[str, str]) -> None:
-    """Tasks of a SLURM step find each other by its variables alone, in torch's own process group."""
+    """Tasks of a SLURM step on one machine find each other by its variables and a port, in torch's process group."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     code = """

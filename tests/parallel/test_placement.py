@@ -21,7 +21,11 @@ def test_every_field_of_a_run_declares_where_it_is_and_what_it_is() -> None:
     """Each field has a placement and a type; no value that lives for a part of a step is a field."""
     named = [field.name for field in fields(lw.Run)]
     assert sorted(lw.Run.placement) == sorted(named)
-    assert set(lw.Run.placement.values()) == {"replicated", "sharded", "own", "rank 0"}
+    at = {where: {n for n in named if lw.Run.placement[n] == where} for where in lw.Run.placement.values()}
+    assert set(at) == {"replicated", "sharded", "own", "rank 0"}
+    assert at["sharded"] == {"task", "models", "optimizers"}  # and loggers alone are rank 0's while it trains: below
+    assert at["rank 0"] == {"loggers", "lost"}
+    assert at["replicated"] >= {"progress", "metrics", "history", "stages", "settings", "folder", "stop_reason"}
     for one in fields(lw.Run):
         assert isinstance(one.type, str)
         assert one.type

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle  # noqa: TID251 - between processes of one training, as torch does; nothing of it comes from a file
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -136,7 +136,8 @@ class Ranks:
         """Overwrite ``tensors`` with those of rank 0; small ones of a kind travel together."""
         with torch.no_grad():
             for some in _bundled(tensors):
-                flat = torch.cat([tensor.reshape(-1) for tensor in some]) if len(some) > 1 else some[0].contiguous()
+                parts = [tensor.reshape(-1) for tensor in some]
+                flat = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
                 dist.broadcast(flat, src=0)
                 if flat.data_ptr() != some[0].data_ptr():
                     for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
@@ -144,7 +145,7 @@ class Ranks:
 
 
 def _bundled(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """``tensors`` in bundles of one dtype and device, of up to 16 MiB where one alone is not larger."""
+    """``tensors`` in bundles of one dtype and device, of up to 16 MiB; a larger one goes alone."""
     kinds: dict[Any, list[Tensor]] = {}
     room: dict[Any, int] = {}
     for tensor in tensors:
@@ -224,10 +225,12 @@ class _Packer(pickle.Pickler):
     """With the values of tensors, and on the CPU: elsewhere they would take a device of the rank that gets them."""
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Mapping):  # a dict of another kind, which may hold what cannot be sent
+            return dict, (dict(value),)
         if not isinstance(value, Tensor):
             return NotImplemented
         plain = value.detach().cpu()
-        if type(plain) is not Tensor or plain.layout is not torch.strided or plain.is_quantized:
+        if type(plain) is not Tensor or plain.layout is not torch.strided or plain.is_quantized or plain.is_nested:
             return plain.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         raw = plain.resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
         return _tensor, (bytearray(raw.numpy()), plain.dtype, plain.shape)

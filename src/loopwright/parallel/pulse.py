@@ -34,6 +34,7 @@ class Pulse:
         self.each_step = True
         self._sent: tuple[int, torch.Tensor, Any] | None = None  # at which beat
         self._beats = self._due = 0
+        self._at = 0.0  # clock of this rank at the last beat
         self._taken, self._seconds = 0, 0.0  # beat and clock of the last message
         self._rates = deque[float]([0.0], maxlen=2)  # seconds a beat, between messages
 
@@ -45,6 +46,7 @@ class Pulse:
     def beat(self, run: Run) -> float:
         """Seconds of the run, the same on all ranks. Called once a step by all of them."""
         self._beats += 1
+        self._at = time.perf_counter() - run.began
         if self._beats >= self._due:
             before, self._sent = self._sent, self._send(run)
             if before is not None:
@@ -59,15 +61,23 @@ class Pulse:
             self._sent = None
         self.hear(run, self.comm.gather(self.tell(run)))
 
-    def tell(self, run: Run) -> tuple[str | None, float]:
-        """What this rank wants, and its clock, to be gathered."""
-        return self.asked, time.perf_counter() - run.began
+    def tell(self, run: Run) -> tuple[str | None, float, float]:
+        """What this rank wants, its clock at the last beat and now, to be gathered."""
+        return self.asked, self._at, time.perf_counter() - run.began
 
-    def hear(self, run: Run, found: list[tuple[str | None, float]]) -> None:
-        """Of all ranks what they ``tell``. What has taken long since the last message, if anything, was no step."""
-        self._taken, self._seconds = self._beats, found[0][1]
-        self._plan()
-        self._stop(run, [asked for asked, _ in found])
+    def hear(self, run: Run, found: list[tuple[str | None, float, float]]) -> None:
+        """Of all ranks what they ``tell``. What has taken long since the last beat, if anything, was no step."""
+        _, at, now = found[0]
+        self._note(self._beats, at)
+        self._seconds = now
+        self._stop(run, [asked for asked, *_ in found])
+
+    def _note(self, beat: int, seconds: float) -> None:
+        """At ``beat`` rank 0 had ``seconds``."""
+        if beat > self._taken:  # else a later beat is known
+            if self._taken:
+                self._rates.append(max(0.0, seconds - self._seconds) / (beat - self._taken))
+            self._taken, self._seconds = beat, seconds
 
     def _plan(self) -> None:
         """When the next message is due."""
@@ -77,7 +87,7 @@ class Pulse:
     def _send(self, run: Run) -> tuple[int, torch.Tensor, Any]:
         told = torch.zeros(_OTHER + 2, dtype=torch.float64, device="cpu")
         if self.comm.rank == 0:
-            told[-1] = self.tell(run)[1]
+            told[-1] = self._at
         if self.asked is not None:
             told[SIGNALS.index(self.asked) if self.asked in SIGNALS else _OTHER] = 1.0
         return self._beats, told, dist.all_reduce(told, group=self.comm.group, async_op=True)
@@ -86,10 +96,7 @@ class Pulse:
         beat, told, work = sent
         work.wait()
         *wanted, seconds = told.tolist()
-        if beat > self._taken:  # else it has been told again since
-            if self._taken:
-                self._rates.append(max(0.0, seconds - self._seconds) / (beat - self._taken))
-            self._taken, self._seconds = beat, seconds
+        self._note(beat, seconds)
         if any(wanted) and run.stop_reason is None:
             self._stop(run, self.comm.gather(self.asked))
 

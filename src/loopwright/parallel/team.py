@@ -66,12 +66,12 @@ class Team:
             )
         self.local = 0.0  # samples (tokens) of the last step on this rank
         self.steered = False  # some hook may skip batches or steps, on this rank only
-        self.asks = True  # some callback may ask to stop
+        self.asks = True  # something may ask to stop at the end of an epoch, log values or draw random numbers there
         self._synced: Mapping[str, Any] = {}
         self._count, self._weights, self.weight, self._done = 0, [0.0], 0.0, False
         self.needs: list[dict[str, float]] = []  # seconds that each rank has waited for data, and spent in forward
         self._told = False
-        self._draws: Callable[[], Any] | None = None  # gives the random numbers of rank 0, told ahead
+        self._told_ahead: Callable[[], Any] | None = None  # gives the random numbers of rank 0
         self.batch = 0  # number of the whole batch that this rank evaluates
         self.recorded = -1  # the step of the last record
         self.shards = bool(getattr(strategy, "shards", False))  # parameters are shared out
@@ -116,16 +116,13 @@ class Team:
         """``source.at``, which opens the data with the random numbers of rank 0: all ranks have one order."""
 
         def at(epoch: int, batch: int) -> Iterator[Any]:
-            told, self._draws = self._draws, None
+            told, self._told_ahead = self._told_ahead, None
             mine = rng.get()
-            theirs = (told or self.ranks.send(mine))()
-            differs = not rng.same(mine, theirs)
-            if differs:
-                rng.set(theirs)
+            rng.set((told or self.ranks.send(mine))())
             batches = source.at(epoch, batch)
             first = next(batches, _GONE)  # by now a sampler has drawn its order
-            if self.comm.rank or (differs and self.ranks.rank == 0):
-                rng.set(mine)  # who sees the same samples as rank 0 draws as it does
+            if self.comm.rank:  # who sees the same samples as rank 0 draws as it does
+                rng.set(mine)
             return _after(first, batches)
 
         return at
@@ -134,6 +131,16 @@ class Team:
         """Stop together, if a hook at the end of the epoch has asked for it on any rank."""
         if self.asks:
             self.pulse.settle(run)
+
+    def tell_ahead(self) -> None:
+        """Another epoch follows, and nothing draws before its data does: it begins with the random numbers of now."""
+        if not self.asks:
+            self._told_ahead = self.ranks.send(rng.get())
+
+    def _drop_ahead(self) -> None:
+        if self._told_ahead is not None:
+            self._told_ahead()
+            self._told_ahead = None
 
     def _compare_epochs(self, run: Run, found: list[tuple[Any, float, float]]) -> None:
         """Of each rank, what it has read, and how long it took. Raises DataError for orders that are not the same."""
@@ -173,6 +180,7 @@ class Team:
             return any(not is_ours(type(getattr(hook, "__self__", None))) for hook in hooks)
 
         stops = any(getattr(callback, "stops", False) for callback in (*run.callbacks, *staged))
+        stops |= any(not is_ours(type(one)) for one in (*run.loggers, *run.savers))
         asking = foreign(HOOKS) or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
         lengths = [stage.source.batches for stage in run.stages]
         # callbacks may differ from rank to rank
@@ -189,6 +197,8 @@ class Team:
         After an error, which the other ranks may not have met, nobody waits for them: where training had begun, models
         stay in parts.
         """
+        if not failed:
+            self._drop_ahead()
         for synced in self._synced.values():
             if hasattr(synced, "end"):
                 synced.end()
@@ -215,9 +225,7 @@ class Team:
                 f"phase {closures[0]!r} has an optimizer that calls its step back (LBFGS), which several ranks cannot "
                 "do in step; train it with one process"
             )
-        if self._draws is not None:  # what a stage begins with may draw as well
-            self._draws()
-            self._draws = None
+        self._drop_ahead()  # what a stage begins with may draw as well
         if self.spread is not None:
             self.spread.begin()
         if self.norms is not None:
@@ -295,21 +303,19 @@ class Team:
         """Sums of values and weights by name, of all ranks together."""
         return _added(self.comm.gather(mine))
 
-    def joined_epoch(self, run: Run, stage: Stage, meters: Sequence[Any], last: bool, mine: Sums) -> Sums:
+    def joined_epoch(self, run: Run, stage: Stage, meters: Sequence[Any], mine: Sums) -> Sums:
         """The same of an epoch of ``stage`` that ends; ``meters`` take in what was measured on all ranks.
 
-        By the way all hear what time it is, who wants to stop, and unless it is the ``last`` epoch, with which random
-        numbers the next one begins. Raises DataError if the ranks have not read the same order.
+        By the way all hear what time it is and who wants to stop. Raises DataError if the ranks have not read the same
+        order.
         """
         source: Any = stage.source
         while hasattr(source, "source"):
             source = source.source
         forward = sum(synced.seconds for synced in self._synced.values())
         needs = getattr(source, "digest", None), run.waited, forward
-        if not (last or self.asks):  # else a hook may draw before
-            self._draws = self.ranks.send(rng.get())
         found = self.ranks.gather((mine, [one.cut() for one in meters], needs, self.pulse.tell(run)))
-        self.pulse.hear(run, [asked for *_, asked in found])
+        self.pulse.hear(run, [told for *_, told in found])
         self._compare_epochs(run, [needs for _, _, needs, _ in found])
         parts = [found[speaker] for speaker in self.comm.speakers]
         for number, one in enumerate(meters):
