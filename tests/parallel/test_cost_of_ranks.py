@@ -80,7 +80,7 @@ def messages_of(epochs: int) -> int:
     """For how many a fit waits besides gradients: not for those that tell the time, which depend on it."""
     net, metrics = network(), {"accuracy": lw.metrics.Accuracy()}
     task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), metrics=metrics)
-    data = TensorDataset(torch.ones(40, 8), torch.zeros(40, dtype=torch.long))
+    data = TensorDataset(torch.ones(16, 8), torch.zeros(16, dtype=torch.long))
     before = max((e["record_id"] for e in recorded_collectives()), default=-1)
     lw.Trainer(epochs=epochs, log_every=1000, folder=None, progress=False).fit(task, DataLoader(data, 4, shuffle=True))
     ours = [e for e in recorded_collectives() if e["record_id"] > before and e["process_group"][1] == "loopwright"]
