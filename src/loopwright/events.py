@@ -57,10 +57,12 @@ class Callback:
 
     ``changes`` names what a callback changes besides what its ``map_*`` hooks return and the gradients in
     ``on_grads_ready``: of "weights", "gradients", "values" (what it is passed), "random", "flags" and "rates".
-    ``lw.Audit`` allows that and nothing else, and ``trainer.explain(..., of=...)`` tells it.
+    ``lw.Audit`` allows that and nothing else, and ``trainer.explain(..., of=...)`` tells it. ``stops`` says of our own
+    callbacks that they may ask to stop: only then do ranks wait for one another to hear it. Of yours that is assumed.
     """
 
     changes: ClassVar[tuple[str, ...]] = ()
+    stops: ClassVar[bool] = False
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """An unknown argument of a callback is an error that names the nearest, as everywhere."""

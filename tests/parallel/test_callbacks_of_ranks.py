@@ -156,4 +156,4 @@ def test_callbacks_that_ask_to_stop_say_so() -> None:
     ours = [kind for kind in below(lw.Callback) if kind.__module__.startswith("loopwright.")]
     asking = [kind for kind in ours if "request_stop(" in inspect.getsource(kind)]
     assert lw.EarlyStopping in asking
-    assert [kind.__name__ for kind in asking if not getattr(kind, "stops", False)] == []
+    assert [kind.__name__ for kind in asking if not kind.stops] == []

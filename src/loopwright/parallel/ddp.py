@@ -75,7 +75,7 @@ class DDP:
         ddp = DistributedDataParallel(
             part, find_unused_parameters=self.find_unused, init_sync=False, **self.options
         )  # the parameters are those of rank 0 already
-        if run.comm.world_size > 2:
+        if run.comm.world_size > 2:  # a + b is b + a
             _lay_out(ddp, part)
         names = {id(p): name for name, p in _named(run)}
         known = {} if self.find_unused else {k: names.get(k, "?") for k in parameters}

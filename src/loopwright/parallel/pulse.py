@@ -35,7 +35,7 @@ class Pulse:
         self._sent: tuple[int, torch.Tensor, Any] | None = None  # at which beat
         self._beats = self._due = 0
         self._at = 0.0  # clock of this rank at the last beat
-        self._taken, self._seconds = 0, 0.0  # beat and clock of the last message
+        self._taken, self._seconds = 0, 0.0  # beat and clock of rank 0 that all have heard last
         self._rates = deque[float]([0.0], maxlen=2)  # seconds a beat, between messages
 
     @property

@@ -179,7 +179,7 @@ class Team:
             hooks = (hook for n in names for hook in (*getattr(run.hooks, n), *(getattr(c, n) for c in staged)))
             return any(not is_ours(type(getattr(hook, "__self__", None))) for hook in hooks)
 
-        stops = any(getattr(callback, "stops", False) for callback in (*run.callbacks, *staged))
+        stops = any(callback.stops for callback in (*run.callbacks, *staged))
         stops |= any(not is_ours(type(one)) for one in (*run.loggers, *run.savers))
         asking = foreign(HOOKS) or not isinstance(run.task, torch.nn.Module)  # a step function, which is given the run
         lengths = [stage.source.batches for stage in run.stages]

@@ -202,7 +202,7 @@ class Watch:
                 warn(f"{text}. To end the run, press Ctrl-C twice")
             self._wake.set()
             time.sleep(min(pause, 0.02, self.beat))
-            pause *= 1.2
+            pause *= 1.2  # slowly: as a rule all have left within a few milliseconds
 
     def _settled(self) -> bool:
         """Whether this rank has nothing more to tell or to hear: then the thread that reports ends.
