@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -65,6 +66,28 @@ def test_a_compiled_run_has_the_bits_of_an_eager_one_where_the_code_is_the_same(
         ends.append([bits(task, *run.optimizers.values()), dict(run.metrics), tested, predicted])
         assert not any("_orig_mod" in name for name in task.state_dict())
     assert same(*ends)
+
+
+@pytest.mark.capability("PT-04")
+@pytest.mark.parametrize("settings", [{}, {"compile": TRACED}], ids=["by default", "compiled"])
+def test_steps_are_eager_by_default_and_without_the_modules_python_once_compiled(settings: dict[str, Any]) -> None:
+    """A default run calls the forward in Python at each step; a compiled one only while it is captured."""
+    net, calls = classifier(), 0
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code is nn.Sequential.forward.__code__
+
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1))
+    trainer(epochs=1, **settings).fit(task, loader(32, batch_size=8))  # which compiles
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        run = trainer(epochs=2, **settings).fit(task, loader(32, batch_size=8))
+    finally:
+        sys.setprofile(before)
+    assert run.progress.step == 8
+    assert calls == (0 if settings else 4)
 
 
 def test_graphs_are_counted_and_a_short_last_batch_makes_one_more_once() -> None:
@@ -253,6 +276,7 @@ def fitted(compile: Any, steps: int = 12, **settings: Any) -> tuple[lw.Run, nn.M
 
 
 @pytest.mark.slow
+@pytest.mark.capability("PT-04")
 def test_generated_code_trains_as_eager_code_does_within_rounding() -> None:
     eager, net = fitted(False)
     run, ours = fitted(True)

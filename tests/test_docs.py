@@ -55,8 +55,8 @@ FEW_LINES = [page(f"recipes/{name}.md") for name in ("augmentation", "losses", "
 TWO_PAPERS = [page(f"recipes/{name}.md") for name in ("dcgan", "optimizers")]
 APART = [page(name) for name in ("callbacks.md", "recipes/search.md", "recipes/starting_and_predicting.md")]
 DEPTHS = [page(f"recipes/{name}.md") for name in ("how_deep", "kinds", "config")]
-DOMAINS = page("recipes/domains.md")
-MARKED = [*FEW_LINES, *TWO_PAPERS, *DEPTHS, *APART, DOMAINS]  # they have tests of their own
+DOMAINS, ELSEWHERE = page("recipes/domains.md"), page("recipes/without_python.md")
+MARKED = [*FEW_LINES, *TWO_PAPERS, *DEPTHS, *APART, DOMAINS, ELSEWHERE]  # they have tests of their own
 
 
 @pytest.mark.capability("TB-03")

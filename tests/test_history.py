@@ -217,7 +217,7 @@ def test_means_do_not_depend_on_when_they_were_read() -> None:
 def test_what_waits_is_bounded() -> None:
     series = Series()
     for _ in range(5000):
-        series.add({"x": 1.0})
+        series.add({"x": 1.0}, 1.0)
     assert len(series._rows) < 1024
 
 
@@ -276,7 +276,7 @@ def test_one_process_goes_on_with_the_losses_of_several() -> None:
     alone = Series(losses)
     alone.load_state_dict(ranks[0].state_dict())
     alone.include(ranks[1].state_dict())
-    alone.add({"loss": 9.0})
+    alone.add({"loss": 9.0}, 1.0)
     alone.read()
     assert list(losses["loss"]) == [2.0, 4.0, 9.0]
     assert alone.take_record() == {"loss": (1 + 3 + 2 + 6 + 9) / 5}

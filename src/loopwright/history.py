@@ -39,9 +39,10 @@ class Series:
     __slots__ = ("_blocks", "_first", "_parts", "_rows", "epoch", "losses", "reads", "record", "shared")
 
     def __init__(self, losses: dict[str, array[float]] | None = None, *, shared: bool = False) -> None:
-        self._rows: list[tuple[Mapping[str, Any], float]] = []
-        self._first = 0  # the number of the first of the rows, counted from the last record
-        self._blocks: list[tuple[list[tuple[str, float, int]], Tensor]] = []  # stacked on an accelerator, not yet read
+        self._rows: list[tuple[Mapping[str, Any], float | None]] = []  # None: of no step
+        self._first = 0  # the number of the first step of the rows, counted from the last record
+        # stacked on an accelerator, not yet read: the name, weight and step of each, -1 for none
+        self._blocks: list[tuple[list[tuple[str, float, int]], Tensor]] = []
         # this rank's part of the losses of the steps since the last record, and of their weights
         self._parts: dict[str, tuple[list[float], list[float]]] = {}
         self.record: Sums = {}
@@ -49,8 +50,11 @@ class Series:
         self.losses, self.shared = losses, shared  # with other ranks, whose parts of a step come with the next record
         self.reads = 0  # times that a device was read
 
-    def add(self, values: Mapping[str, Any], weight: float = 1.0) -> None:
-        """Keep detached 0-dimensional tensors or numbers, to be averaged with ``weight``."""
+    def add(self, values: Mapping[str, Any], weight: float | None = None) -> None:
+        """Keep detached 0-dimensional tensors or numbers of a step, to be averaged with ``weight``.
+
+        Without one they are of no step: they count once each, and are no losses.
+        """
         self._rows.append((values, weight))
         if len(self._rows) >= LIMIT:
             self._fold()
@@ -61,12 +65,17 @@ class Series:
             self._tell(dict(self._parts))
         columns: dict[str, tuple[list[float], list[float], list[int]]] = {}
         waiting: dict[Any, tuple[list[tuple[str, float, int]], list[Tensor]]] = {}
-        for row, (values, weight) in enumerate(self._rows, self._first):
+        for values, weight in self._rows:
+            if weight is None:
+                weight, step = 1.0, -1
+            else:
+                step = self._first
+                self._first += 1
             for name, value in values.items():
                 if type(value) is not float and isinstance(value, Tensor):
                     if not value.is_cpu:
                         names, tensors = waiting.setdefault((value.device, value.dtype), ([], []))
-                        names.append((name, weight, row))
+                        names.append((name, weight, step))
                         tensors.append(value)
                         continue
                     value = value.item()  # one by one: to stack what lies on the CPU costs more than it saves
@@ -75,14 +84,13 @@ class Series:
                     column = columns[name] = [], [], []
                 column[0].append(float(value))
                 column[1].append(weight)
-                column[2].append(row)
-        self._first += len(self._rows)
+                column[2].append(step)
         self._rows.clear()
         for name, column in columns.items():
             self._sum(name, *column)
         self._blocks.extend((names, torch.stack(tensors)) for names, tensors in waiting.values())
 
-    def _sum(self, name: str, values: list[float], weights: list[float], rows: list[int]) -> None:
+    def _sum(self, name: str, values: list[float], weights: list[float], steps: list[int]) -> None:
         total, n = self.record.get(name, (0.0, 0.0))
         epoch_total, epoch_n = self.epoch.get(name, (0.0, 0.0))
         for value, weight in zip(values, weights, strict=True):  # one by one: the same sum whenever it is read
@@ -94,13 +102,18 @@ class Series:
         self.record[name], self.epoch[name] = (total, n), (epoch_total, epoch_n)
         if self.losses is None or not (name == "loss" or name.endswith("/loss")):
             return
+        if -1 in steps:
+            kept = [one for one in zip(values, weights, steps, strict=True) if one[2] >= 0]
+            if not kept:
+                return
+            values, weights, steps = map(list, zip(*kept, strict=True))
         if not self.shared:
             self.losses.setdefault(name, array("f")).extend(values)
             return
         totals, mine = self._parts.setdefault(name, ([], []))
-        for row, value, weight in zip(rows, values, weights, strict=True):
-            if row > len(totals):  # this rank had no sample in the steps before
-                _fill(totals, mine, row)
+        for step, value, weight in zip(steps, values, weights, strict=True):
+            if step > len(totals):  # this rank had no sample in the steps before
+                _fill(totals, mine, step)
             totals.append(value * weight)
             mine.append(weight)
 
@@ -109,16 +122,17 @@ class Series:
         self._parts, self._first = {}, 0
         for name, (totals, weights) in joined.items():
             if self.losses is not None:
-                with np.errstate(invalid="ignore"):
-                    self.losses.setdefault(name, array("f")).extend(np.divide(totals, weights).tolist())
+                weighty = np.asarray(weights) > 0  # in the other steps no rank had one, as of a phase that was not due
+                found = np.asarray(totals)[weighty] / np.asarray(weights)[weighty]
+                self.losses.setdefault(name, array("f")).extend(found.tolist())
 
     def read(self) -> None:
         """Fetch everything that waits and add it to both means."""
         self._fold()
         for names, stacked in self._blocks:
             self.reads += 1
-            for (name, weight, row), value in zip(names, stacked.tolist(), strict=True):
-                self._sum(name, [float(value)], [weight], [row])
+            for (name, weight, step), value in zip(names, stacked.tolist(), strict=True):
+                self._sum(name, [float(value)], [weight], [step])
         self._blocks.clear()
 
     def take_record(self, join: Join | None = None) -> dict[str, float]:

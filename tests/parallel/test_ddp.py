@@ -409,6 +409,50 @@ def test_what_is_logged_after_the_last_record_has_one_of_its_own() -> None:
     assert lw.launch(fit, 2)[0] == fit() == [1.0, 2.0]
 
 
+class Pair(lw.Task):
+    """The second of its phases steps every third time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def configure_optimizers(self) -> Any:
+        return {"a": torch.optim.SGD(self.a.parameters(), 0.1), "b": torch.optim.SGD(self.b.parameters(), 0.1)}
+
+    def phases(self) -> Any:
+        return [lw.Phase("a", self.loss_of(self.a), "a"), lw.Phase("b", self.loss_of(self.b), "b", every=3)]
+
+    def loss_of(self, net: nn.Module) -> Any:
+        def step(batch: Any) -> torch.Tensor:
+            return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+        return step
+
+
+@pytest.mark.parametrize("lone", [True, False])
+def test_losses_are_those_of_one_process_also_of_phases_that_rest_and_beside_what_is_logged(lone: bool) -> None:
+    def fit() -> Any:
+        user = trainer(log_every=2)
+
+        @user.on(lw.Event.STEP_END)
+        def _(run: lw.Run) -> None:
+            if not lone or run.comm.rank == 0:
+                run.log({"mine": 1.0, "my/loss": 5.0})
+
+        run = user.fit(Pair(), lw.Loader((X, Y), 7))
+        return {name: list(found) for name, found in run.history.losses.items()}, run.history["train/my/loss"]
+
+    both, one = lw.launch(fit, 2), fit()
+    assert [*one[0]] == ["a/loss", "b/loss"]
+    assert [len(found) for found in one[0].values()] == [12, 4]
+    for losses, logged in both:
+        assert logged == one[1] == [5.0, 5.0]
+        assert [*losses] == [*one[0]]
+        for name, found in losses.items():
+            assert found == pytest.approx(one[0][name], abs=1e-6)
+
+
 class Kept:
     """What is logged as ``train/mine``, in records of steps."""
 
