@@ -66,8 +66,8 @@ def fixed_costs(count) -> list[Goal]:
 
     def by_hand():
         net, optimizer = tiny()
-        loss_of = nn.CrossEntropyLoss()
         start = time.perf_counter()
+        loss_of = nn.CrossEntropyLoss()
         for inputs, target in batch:
             optimizer.zero_grad()
             loss_of(net(inputs), target).backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ def session(run: Run, *, seed: int | None, root: str | Path | None, label: str, 
         rng.seed(seed_from(run.settings["key"], "rank", part, run.progress.step))
     resumed = {} if run.resumed_from is None else {"resumed_from": str(run.resumed_from)}
     goes_on = run.folder is not None
-    settings, data = partial(resolved, run), cache(lambda: _fingerprint(run))  # for the folder and for loggers
+    settings, data = partial(resolved, run), partial(_fingerprint, run)  # for the folder and for loggers
     if root is not None and not goes_on:
         run.folder = first(lambda: _open(run, root, label, settings() | resumed, data(), seed))
     lock = hold(run.folder) if run.folder is not None and not rank else None

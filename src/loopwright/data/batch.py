@@ -56,16 +56,18 @@ def check_count(batch: Any, planned: int | None, what: str) -> None:
     n, found = samples(batch), {n for part in parts for n in part}
     if type(batch) is list and not any(isinstance(part, Tensor) for part in batch):
         found.add(len(batch))
+    odd = planned is not None and n != planned and planned in found
+    if not odd and (planned is not None or any(all(n in part for part in parts) for n in parts[0])):
+        return
     said = f"the {what} batch {describe(batch)} is counted as {count(n, 'sample')}"
     mend = "pass weight=..., a function of the batch that returns how many it has"
-    if planned is not None and n != planned and planned in found:
+    if odd:
         raise DataError(
             f"{said}, the first dimension of its first array; its loader has put {planned} into it. Means would be "
             f"weighted wrongly: {mend}"
         )
-    if planned is None and not any(all(n in part for part in parts) for n in parts[0]):
-        told = " and ".join(str(one) for one in dict.fromkeys(part[0] for part in parts))
-        warn(f"{said}, while the first dimensions of its parts are {told}. If {n} is not right, {mend}")
+    told = " and ".join(str(one) for one in dict.fromkeys(part[0] for part in parts))
+    warn(f"{said}, while the first dimensions of its parts are {told}. If {n} is not right, {mend}")
 
 
 def _counts(value: Any, *, top: bool = False) -> Iterator[tuple[int, ...]]:
