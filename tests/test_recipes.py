@@ -47,7 +47,17 @@ def test_the_index_lists_every_recipe_and_links_to_its_page() -> None:
         page, _, name = title.partition(": ")
         if name:
             counts[page] = counts.get(page, 0) + 1
-    alone = ("dcgan", "cyclegan", "semi_supervised", "search", "kinds", "how_deep", "config", "domains")
+    alone = (
+        "dcgan",
+        "cyclegan",
+        "semi_supervised",
+        "search",
+        "kinds",
+        "how_deep",
+        "config",
+        "domains",
+        "without_python",
+    )
     counts |= dict.fromkeys((f"{name}.md" for name in alone), 1)
     listed = [match[1] for match in linked if match]
     assert {page: listed.count(page) for page in set(listed)} == counts

@@ -107,7 +107,7 @@ def test_ranks_killed_inside_of_a_window_or_a_validation_end_with_the_same_bits_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_kill_while_saving_loses_at_most_one_interval_and_leaves_nothing(server: Server, background: bool) -> None:
     found = saves.run(server, 2, background=background)
     assert found["failures"] == {}

@@ -577,7 +577,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]
 @pytest.mark.capability("FA-25")
 @pytest.mark.parametrize(
     "first",
-    [pytest.param(name, marks=[pytest.mark.nightly] if i % 3 else []) for i, name in enumerate(NAMES[:-1])],
+    [pytest.param(name, marks=[pytest.mark.nightly] if i % 4 else []) for i, name in enumerate(NAMES[:-1])],
 )
 def test_in_every_pair_each_has_its_effect(first: str, alone: Any, tmp_path: Path) -> None:
     """In pairs: all callbacks that ship, schedules, mixed precision, accumulation, oversampling, loggers, a GAN."""

@@ -112,7 +112,12 @@ def trained(strategy: Any) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "world"),
-    [("ddp", 2), ("ddp", 3), ("fsdp", 2), pytest.param("fsdp", 3, marks=pytest.mark.nightly)],
+    [
+        ("ddp", 2),
+        pytest.param("ddp", 3, marks=pytest.mark.nightly),
+        ("fsdp", 2),
+        pytest.param("fsdp", 3, marks=pytest.mark.nightly),
+    ],
 )
 def test_weights_and_statistics_are_those_of_one_process_with_the_whole_batch(strategy: str, world: int) -> None:
     alone, ranks = trained("auto"), lw.launch(trained, world, STRATEGIES[strategy])
