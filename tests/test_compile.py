@@ -275,11 +275,21 @@ def fitted(compile: Any, steps: int = 12, **settings: Any) -> tuple[lw.Run, nn.M
     return user.fit(task, loader(37, batch_size=8, shuffle=True), loader(21, batch_size=8), resume=resume), net
 
 
+def generated() -> int:
+    """How often torch has asked for generated code."""
+    from torch._dynamo.utils import counters
+
+    return sum(n for name, n in counters["inductor"].items() if name.startswith("fxgraph_cache"))
+
+
 @pytest.mark.slow
 @pytest.mark.capability("PT-04")
 def test_generated_code_trains_as_eager_code_does_within_rounding() -> None:
     eager, net = fitted(False)
+    fitted(TRACED, 2)
+    before = generated()
     run, ours = fitted(True)
+    assert generated() > before
     assert run.compiler.graphs == 4  # training and validation, whole batches and the short last one
     for (name, a), b in zip(net.state_dict().items(), ours.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)

@@ -36,7 +36,9 @@ def test_there_is_one_record_an_epoch_with_means_over_its_samples() -> None:
 
 def test_a_record_that_is_not_there_is_an_error_that_tells_which_are() -> None:
     history = History()
-    with pytest.raises(IndexError, match=r"^history\[-1\]: the history has no record yet$"):
+    with pytest.raises(
+        IndexError, match=r"^history\[-1\]: the history has no record yet; the first is there by on_epoch_end$"
+    ):
         history[-1]
     history = trained().history
     assert history[-2]["epoch"] == 1

@@ -46,6 +46,32 @@ def test_a_real_run_fires_in_the_order_of_the_picture(folder: Path) -> None:
     assert set(events.HOOKS) - set(drawn) == evaluating
 
 
+@pytest.mark.capability("FA-22")
+def test_hooks_lie_between_all_that_a_step_does() -> None:
+    """Between batch, forward and loss, backward and optimizers is a hook; between forward and loss there is torch's."""
+    seen: list[str] = []
+    net = line()
+
+    def loss(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append("LOSS")
+        found = preds.mean()
+        found.register_hook(lambda grad: seen.append("BACKWARD"))
+        return found
+
+    net.register_forward_pre_hook(lambda *_: seen.append("FORWARD"))
+    net.register_forward_hook(lambda *_: seen.append("torch's forward hook"))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    task = lw.Supervised(net, loss, optimizer)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("STEP"))
+    trainer(epochs=1, callbacks=[recorder(seen)]).fit(task, pairs([1.0]))
+    begin = seen.index("on_step_start")
+    assert seen[begin : seen.index("on_step_end") + 1] == [
+        *("on_step_start", "on_batch_start", "map_batch"),
+        *("FORWARD", "torch's forward hook", "LOSS"),
+        *("map_output", "map_loss", "BACKWARD", "on_backward_end", "on_grads_ready", "STEP", "on_step_end"),
+    ]
+
+
 def test_windows_validations_and_checkpoints_fire_where_they_belong(folder: Path) -> None:
     seen = recorded(
         pairs([1], [2], [3]), accumulate=2, checkpoint=lw.Checkpoint("1 epoch", at_end=False), folder=folder
@@ -440,7 +466,7 @@ class Asks(lw.Callback):
 
 
 @pytest.mark.nightly
-@pytest.mark.capability("B-13")
+@pytest.mark.capability("B-13", "TB-06")
 def test_a_type_checker_knows_the_fields_and_what_is_none(tmp_path: Path) -> None:
     """mypy knows the type of each field, and marks a name that is none, as an editor does by the same annotations."""
     api = pytest.importorskip("mypy.api")
@@ -455,7 +481,46 @@ def test_a_type_checker_knows_the_fields_and_what_is_none(tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.capability("TB-06")
+def test_what_only_comes_with_an_event_is_an_error_before_that_names_the_event() -> None:
+    """Values of steps, records and validations asked for too early: the error says by which event they are there."""
+    told: list[str] = []
+
+    def ask(run: lw.Run) -> None:
+        for get in (
+            lambda: run.latest["loss"], lambda: run.metrics["train/loss"], lambda: run.metrics["valid/loss"],
+            lambda: run.history[-1],
+        ):  # fmt: skip
+            with pytest.raises(LookupError) as caught:
+                get()
+            told.append(str(caught.value))
+
+    run = trainer(epochs=1, callbacks=[acts(on_fit_start=ask)]).fit(sgd_task(line()), pairs([1.0]), pairs([1.0]))
+    assert "'loss' yet. Known: none. What steps return is there by on_step_end" in told[0]
+    assert "'train/loss' yet. Known: none. What begins with 'train/' by on_epoch_end, " in told[1]
+    assert "'valid/' by on_validation_end, 'test/' by on_test_end is there" in told[2]
+    assert told[3].endswith("the history has no record yet; the first is there by on_epoch_end")
+    assert {*run.latest, *run.metrics} >= {"loss", "train/loss", "valid/loss"}
+
+
+@pytest.mark.slow
+@pytest.mark.capability("TB-06")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("run.", "progress"), ("run.progress.", "epoch"), ("result.", "values"), ("lw.Event.", "STEP_END")],
+)
+def test_an_editor_completes_what_a_callback_is_given(typed: str, offered: str) -> None:
+    jedi = pytest.importorskip("jedi")
+    lines = ASKS.strip().splitlines()[:3]
+    found = jedi.Script("\n".join([*lines, f"        {typed}"])).complete(4, 8 + len(typed))
+    assert offered in {one.name for one in found}
+
+
+@pytest.mark.capability("TB-06")
 def test_editors_are_offered_the_fields_and_told_their_types() -> None:
+    for hook in events.HOOKS:  # which an editor writes out with them
+        assert inspect.get_annotations(getattr(lw.Callback, hook))["run"] == "Run"
+    assert inspect.get_annotations(lw.Callback.on_step_end)["result"] == "StepResult"
     hints = {name: str(kind) for name, kind in inspect.get_annotations(lw.Run).items()}
     assert set(lw.Run.placement) <= set(dir(lw.Run)) & set(hints)
     assert (hints["metrics"], hints["progress"], hints["folder"]) == ("dict[str, float]", "Progress", "Path | None")

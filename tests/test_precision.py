@@ -117,6 +117,7 @@ class Two(lw.Task):
         return [lw.Phase("first", self.first, "a"), lw.Phase("second", self.second, "b", every=2)]
 
 
+@pytest.mark.capability("B-11")
 def test_several_optimizers_share_one_scale_which_is_updated_once_a_step() -> None:
     batches = [list(pair) for pair in DataLoader(TensorDataset(*samples(32)), 4)]
     scaler, hand = fp16(init_scale=1024.0), Two()

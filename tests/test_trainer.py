@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import loopwright as lw
 from loopwright.loggers import read_jsonl
-from tiny import bits, classifier, line, loader, mean_of_preds, pairs, same, samples, seed_all, sgd_task, trainer
+from tiny import acts, bits, classifier, line, loader, mean_of_preds, pairs, same, samples, seed_all, sgd_task, trainer
 
 DATA = pairs([1.0, 1.0], [2.0])
 
@@ -406,8 +407,27 @@ def test_a_folder_names_the_module_and_tells_how_it_went(folder: Path) -> None:
 
 
 @pytest.mark.capability("PL-12")
+def test_checkpoints_are_written_by_the_clock_unasked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default Trainer saves every five minutes of training, not at its end alone."""
+    began, steps = time.perf_counter(), [0]
+    monkeypatch.setattr(time, "perf_counter", lambda: began + 120.0 * steps[0])
+    there: list[list[str]] = []
+
+    def look(run: lw.Run, result: lw.StepResult) -> None:
+        steps[0] += 1
+        there.append(sorted(path.name for path in folder.glob("*/*/checkpoints/step-*")))
+
+    task = sgd_task(line(), lr=0.1)
+    lw.Trainer(steps=7, folder=folder, progress=False, callbacks=[acts(on_step_end=look)]).fit(
+        task, pairs(*[[1.0]] * 8)
+    )
+    assert there[2] == []  # four minutes
+    assert there[4] == ["step-00000004"]
+
+
+@pytest.mark.capability("PL-12")
 def test_records_checkpoints_and_early_stopping_take_no_code_of_ones_own() -> None:
-    """Records, checkpoints and going on are there unasked, early stopping by one argument, load and save by a call."""
+    """Records, checkpoints and going on are there unasked, early stopping by one argument, load by a call."""
 
     def fit(epochs: int, *callbacks: lw.Callback, **how: Any) -> tuple[nn.Module, lw.Run]:
         net = classifier(seed=5)

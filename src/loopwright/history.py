@@ -227,7 +227,11 @@ class History:
             return [record.get(key) for record in self.records]
         if isinstance(key, int) and not -len(self) <= key < len(self):
             n = len(self)
-            held = f"{n} record{'s' * (n != 1)}, one an epoch: {-n} to {n - 1}" if n else "no record yet"
+            held = (
+                f"{n} record{'s' * (n != 1)}, one an epoch: {-n} to {n - 1}"
+                if n
+                else "no record yet; the first is there by on_epoch_end"
+            )
             raise IndexError(f"history[{key}]: the history has {held}")
         return self.records[key]
 

@@ -166,7 +166,7 @@ def go_on(run: Run, previous: Run) -> None:
         previous.progress, previous.history, previous.series, previous.metrics.copy(),
     )  # fmt: skip
     run.series.shared = run.team is not None
-    run.latest, run.attributes = dict(previous.latest), previous.attributes
+    run.latest, run.attributes = previous.latest.copy(), previous.attributes
     run.stage_start, run.replaced, run.schema = previous.stage_start, previous.replaced, previous.schema
     run.trainable, run.validated_at = previous.trainable or run.trainable, previous.validated_at
     run.folder = previous.folder if _keeps_folder(run, previous) else None

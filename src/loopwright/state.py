@@ -401,14 +401,27 @@ _ELSEWHERE = {  # what is asked of a run by another name, and what to write
 }  # fmt: skip
 
 
+_COME = {"train/": "on_epoch_end", "valid/": "on_validation_end", "test/": "on_test_end"}
+
+
 class _Latest(dict[str, float]):
-    """The latest values by name; one that has not been logged is an error that names those that have."""
+    """The latest values by name; one that is not there is an error that names those that are, and when it comes."""
 
     def __missing__(self, name: str) -> float:
-        raise KeyError(f"nothing was logged as {name!r} yet. {choose(name, self)}")
+        came = ", ".join(f"{kind!r} by {hook}" for kind, hook in _COME.items())
+        raise KeyError(f"nothing was logged as {name!r} yet. {choose(name, self)} What begins with {came} is there")
 
     def copy(self) -> _Latest:
-        return _Latest(self)
+        return type(self)(self)
+
+
+class _Returned(_Latest):
+    """The latest values of steps."""
+
+    def __missing__(self, name: str) -> float:
+        raise KeyError(
+            f"no step has returned {name!r} yet. {choose(name, self)} What steps return is there by on_step_end"
+        )
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)  # a plain dict is what is sent and saved
@@ -454,7 +467,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     stage_start: Progress = field(default_factory=Progress)
     metrics: dict[str, float] = field(default_factory=_Latest)  # the latest value of each logged name
-    latest: dict[str, Any] = field(default_factory=dict)  # and of each name that a step returned, not yet averaged
+    latest: dict[str, Any] = field(default_factory=_Returned)  # and of each name that a step returned, not yet averaged
     history: History = field(default_factory=History)
     series: Series = field(default_factory=Series)
     team: Any = None  # the other ranks, if there are any

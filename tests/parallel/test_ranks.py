@@ -40,7 +40,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
     return base if worker_id == "master" else base.parent
 
 
-@pytest.mark.capability("B-04", "B-05", "IG-22")
+@pytest.mark.capability("B-04", "B-05", "B-11", "IG-22")
 @pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (3, 4))])
 @pytest.mark.parametrize("name", list(cases_of_ranks.CASES))
 def test_the_numbers_do_not_depend_on_how_many_ranks_there_are(name: str, world: int, shared_folder: Path) -> None:
