@@ -238,7 +238,7 @@ def test_a_value_that_was_not_logged_names_those_that_were() -> None:
         run.metrics["train/acuracy"]
     assert "Known: 'lr', 'train/accuracy', 'train/loss'. Did you mean 'train/accuracy'?" in str(caught.value)
     assert run.metrics.get("train/acuracy") is None
-    assert type(pickle.loads(pickle.dumps(run.metrics))) is dict
+    assert type(pickle.loads(pickle.dumps(run.metrics))) is type(pickle.loads(pickle.dumps(run.latest))) is dict
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,9 @@ class _Latest(dict[str, float]):
     def copy(self) -> _Latest:
         return type(self)(self)
 
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a plain dict is what is sent and saved
+
 
 class _Returned(_Latest):
     """The latest values of steps."""
@@ -422,9 +425,6 @@ class _Returned(_Latest):
         raise KeyError(
             f"no step has returned {name!r} yet. {choose(name, self)} What steps return is there by on_step_end"
         )
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)  # a plain dict is what is sent and saved
 
 
 @dataclass(slots=True, eq=False)
