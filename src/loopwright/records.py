@@ -19,7 +19,7 @@ def log_train(run: Run) -> None:
         if run.team.recorded == run.progress.step and not run.team.asks:
             return  # nobody has logged anything since
         run.team.recorded = run.progress.step
-    means = run.series.take_record(run.team and run.team.joined_sums)
+    means = run.series.take_record(run.team and partial(run.team.joined_sums, run))
     if means:
         for phase in run.stages[min(run.progress.stage, len(run.stages) - 1)].phases:
             if phase.meters is not None:

@@ -110,6 +110,29 @@ def test_one_rank_may_leave_a_step_out_from_wherever_in_it_with_buffers_of_rank_
         assert all(map(torch.equal, moved, same))
 
 
+class Drops(lw.Callback):
+    """Drops the third step, after its gradients are there, on rank 1 alone."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def on_grads_ready(self, run: lw.Run, phase: lw.Phase, grad_norm: Any) -> None:
+        self.seen += 1
+        if self.seen == 3 and run.comm.rank == 1:
+            raise lw.SkipStep
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 3}, {"epochs": 3, "log_every": 4}, {"steps": 4}, {"steps": 11}])
+def test_a_step_that_one_rank_alone_has_dropped_ends_the_run_by_the_next_record(settings: Any) -> None:
+    """After the gradients nobody waits for the others: weights would drift apart, and the run would end in order."""
+
+    def fit() -> None:
+        trainer(**settings, callbacks=[Drops()]).fit(supervised(), lw.Loader((X, Y), 10))
+
+    with pytest.raises(lw.LoopwrightError, match=r"the same steps: 4 on rank 0, 3 on rank 1\. .*SkipStep"):
+        lw.launch(fit, 2)
+
+
 class ByItself(Sampler[int]):
     """Draws from a generator that is seeded by nobody."""
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from loopwright import rng
-from loopwright.errors import DataError, SettingError
+from loopwright.errors import DataError, LoopwrightError, SettingError
 from loopwright.events import HOOKS
 from loopwright.history import Sums
 from loopwright.parallel.comm import Parts, Ranks
@@ -299,28 +299,34 @@ class Team:
 
     # --------------------------------------------------------------------------------------------- values
 
-    def joined_sums(self, mine: Sums) -> Sums:
-        """Sums of values and weights by name, of all ranks together."""
-        return _added(self.comm.gather(mine))
+    def joined_sums(self, run: Run, mine: Sums) -> Sums:
+        """Sums of values and weights by name, of all ranks together.
+
+        Raises LoopwrightError if the ranks have not made the same steps.
+        """
+        found = self.comm.gather((run.progress.step, mine))
+        _compare_steps([step for step, *_ in found])
+        return _added(sums for _, sums in found)
 
     def joined_epoch(self, run: Run, stage: Stage, meters: Sequence[Any], mine: Sums) -> Sums:
         """The same of an epoch of ``stage`` that ends; ``meters`` take in what was measured on all ranks.
 
-        By the way all hear what time it is and who wants to stop. Raises DataError if the ranks have not read the same
-        order.
+        By the way all hear what time it is and who wants to stop. Raises LoopwrightError if the ranks have not made
+        the same steps, and DataError if they have not read the same order.
         """
         source: Any = stage.source
         while hasattr(source, "source"):
             source = source.source
         forward = sum(synced.seconds for synced in self._synced.values())
         needs = getattr(source, "digest", None), run.waited, forward
-        found = self.ranks.gather((mine, [one.cut() for one in meters], needs, self.pulse.tell(run)))
+        found = self.ranks.gather((run.progress.step, mine, [one.cut() for one in meters], needs, self.pulse.tell(run)))
+        _compare_steps([step for step, *_ in found])
         self.pulse.hear(run, [told for *_, told in found])
-        self._compare_epochs(run, [needs for _, _, needs, _ in found])
+        self._compare_epochs(run, [needs for *_, needs, _ in found])
         parts = [found[speaker] for speaker in self.comm.speakers]
         for number, one in enumerate(meters):
-            one.join(cuts[number] for _, cuts, *_ in parts)
-        return _added(sums for sums, *_ in parts)
+            one.join(cuts[number] for _, _, cuts, *_ in parts)
+        return _added(sums for _, sums, *_ in parts)
 
     def in_order(self, mine: list[tuple[int, Any]]) -> list[Any]:
         """What all ranks have of their whole batches, each with its number, in the order of the batches."""
@@ -353,6 +359,17 @@ def _compare(stages: Iterable[Stage], lengths: Iterable[Iterable[int | None]]) -
                 f"the data of stage {stage.name!r} has not as many batches on all ranks: {told}. Each rank reads the "
                 "whole data, and is given its part of every batch: pass the same data on all ranks"
             )
+
+
+def _compare_steps(steps: Sequence[int]) -> None:
+    """Raise LoopwrightError if some ranks have moved in a step that others have dropped, who were not waited for."""
+    if len(set(steps)) > 1:
+        told = ", ".join(f"{step} on rank {rank}" for rank, step in enumerate(steps[:8]))
+        raise LoopwrightError(
+            f"the ranks have not made the same steps: {told}. A hook has raised SkipStep on some of them alone, and "
+            "their weights have drifted apart since. From on_step_start and on_grads_ready all must raise it: ask "
+            "run.comm.any(...) on each rank, and raise it if that is true"
+        )
 
 
 def _added(parts: Iterable[Sums]) -> Sums:

@@ -232,7 +232,8 @@ def awaited(seen: Mapping[int, Seen]) -> str:
 
 _ADVICE = (
     "A collective (all_reduce, barrier, the backward of a model over ranks, a value that is reduced) must be called by "
-    "all ranks in the same order, with as many numbers; look for an `if rank == 0:` around one of these lines"
+    "all ranks in the same order, with as many numbers; look for an `if rank == 0:` around one of these lines, and "
+    "for a SkipStep of one rank alone"
 )
 
 
