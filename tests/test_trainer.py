@@ -73,6 +73,7 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
         ({"accumulate": True}, "accumulate=True: expected a whole number of batches, at least 1"),
         ({"clip_norm": 0.0}, "clip_norm=0.0: expected a positive number, or None for no clipping"),
         ({"seed": -1}, "seed=-1: expected a whole number from 0, or None to leave the generators alone"),
+        ({"seed": 2**64 + 1}, "seed=18446744073709551617: torch takes seeds below 2**64, such as seed=1"),
         ({"seed": "7"}, "seed='7': expected a whole number from 0, or None to leave the generators alone"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore': expected 'raise', 'skip', 'skip 25' (at most so many in a "
                                   "row) or "
