@@ -152,7 +152,7 @@ def test_the_verbs_keep_their_signatures() -> None:
          "epochs=10, or epochs=0.25 for a quarter of an epoch"),
         (lambda: trainer(epochs="3 batches"), "epochs='3 batches' is not a number of epochs; write fit(..., "
          "stages=[lw.Stage('all', until='3 batches')]) instead"),
-        (lambda: trainer(epochs=0), "epochs=0: the duration 0 must be a positive number"),
+        (lambda: trainer(epochs=0), "epochs=0: expected a positive number, such as epochs=10"),
         (lambda: trainer(log_every=None), "log_every=None is not a duration; write a number and a unit, such as "
          "'500 steps', '2 epochs', '10 min' or '1e6 samples'"),
         (lambda: trainer(log_every=0), "log_every=0: the duration 0 must be a positive number"),

@@ -54,6 +54,21 @@ def test_a_dict_of_arrays_names_inputs_and_targets(chosen: dict[str, Any]) -> No
     assert run.status == "done"
 
 
+class Both(nn.Linear):
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(left + right)
+
+
+def test_a_dict_of_arrays_as_inputs_beside_the_targets_is_told_how_it_is_passed() -> None:
+    data = ({"left": X, "right": X}, Y)
+    assert (
+        "the module was passed the dict {'left': ..., 'right': ...} as one argument; to pass what is in it by name, "
+        "write Supervised(..., inputs=lambda batch: batch[0])"
+    ) in notes(task_of(Both(5, 3)), data, TypeError)
+    run = trainer(epochs=1).fit(task_of(Both(5, 3), inputs=lambda batch: batch[0]), data)
+    assert run.status == "done"
+
+
 def test_a_type_error_of_the_module_itself_is_left_alone() -> None:
     class Wrong(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -630,6 +630,25 @@ def test_a_metric_with_the_wrong_shapes_is_named_with_them(folder: Path) -> None
     assert_failed(record, error)
 
 
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        (lw.metrics.MSE(), "do not fit: these are scores of 2 classes and class indices; take lw.metrics.Accuracy()"),
+        (lw.metrics.Accuracy(top_k=3), ": 2 classes are fewer than top_k=3; write top_k=1 or less"),
+    ],
+    ids=["MSE", "top_k"],
+)
+def test_a_metric_that_does_not_fit_the_outputs_ends_with_what_to_type(metric: Any, told: str, folder: Path) -> None:
+    net = nn.Linear(1, 2)
+    task = lw.Supervised(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1), metrics={"bad": metric})
+    error, record = failure(folder, task, [(torch.ones(2, 1), torch.zeros(2, dtype=torch.long))])
+    assert type(error) is lw.MetricError
+    assert str(error) == f"preds float32[2, 2] and target int64[2]{' ' * told.startswith('do')}{told}"
+    assert notes(error)[0] == "[loopwright] in metric 'bad', given preds: float32[2, 2], target: int64[2]"
+    assert notes(error)[1].endswith("step 0; batch: (float32[2, 1], int64[2])")
+    assert_failed(record, error)
+
+
 def test_a_metric_without_its_input_says_what_to_return(folder: Path) -> None:
     task = stepping(lambda preds: {"loss": preds.mean(), "preds": preds})
     task.configure_metrics = lambda: {"acc": lw.metrics.Accuracy()}  # type: ignore[method-assign]

@@ -351,7 +351,7 @@ def test_the_loss_is_chosen_by_the_kind_of_target_or_given_by_the_module() -> No
          "clip_norm=-1.0: expected a positive number, or None for no clipping"),
         (lambda: trainer(epochs=1, nonfinite="stop"),
          "nonfinite='stop': expected 'raise', 'skip', 'skip 25' (at most so many in a row) or None"),
-        (lambda: trainer(epochs=0), "epochs=0: the duration 0 must be a positive number"),
+        (lambda: trainer(epochs=0), "epochs=0: expected a positive number, such as epochs=10"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_fix(call: Any, message: str) -> None:

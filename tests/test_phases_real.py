@@ -63,9 +63,9 @@ class DCGAN(lw.Task):
     def phases(self) -> list[lw.Phase]:
         return [
             lw.Phase("disc", self.disc_step, optimizers="disc", clip_norm=0.5,
-                     schedule=lambda o: lw.per_step(LinearLR(o, 0.5, total_iters=9))),
-            lw.Phase("gen", self.gen_step, optimizers="gen", every=self.every, clip_norm=2.0,
                      schedule=lambda o: ExponentialLR(o, 0.7)),
+            lw.Phase("gen", self.gen_step, optimizers="gen", every=self.every, clip_norm=2.0,
+                     schedule=lambda o: lw.per_step(LinearLR(o, 0.5, total_iters=9))),  # by its own steps
         ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def dcgan_by_hand(every: Callable[[int, float], bool], accumulate: int, autocast
     """Two models, two optimizers: clipped, accumulated, under bf16, with a schedule by steps and one by epochs."""
     task = DCGAN()
     disc, gen = task.configure_optimizers().values()
-    disc_schedule, gen_schedule = LinearLR(disc, 0.5, total_iters=9), ExponentialLR(gen, 0.7)
+    disc_schedule, gen_schedule = ExponentialLR(disc, 0.7), LinearLR(gen, 0.5, total_iters=9)
     data, step, disc_loss, before = digits(), 0, 1.0, 1.0
     for _ in range(epochs):
         batches = iter(data)
@@ -93,14 +93,15 @@ def dcgan_by_hand(every: Callable[[int, float], bool], accumulate: int, autocast
                         disc_loss = disc_loss + loss.detach() * (len(batch[0]) / total)
                 nn.utils.clip_grad_norm_(getattr(task, name).parameters(), clip)
                 optimizer.step()
+                if name == "gen":
+                    gen_schedule.step()
             step += 1
-            disc_schedule.step()
-        gen_schedule.step()
+        disc_schedule.step()
     return bits(task.gen, task.disc, gen, disc)
 
 
 def rarely(run: lw.Run) -> bool:
-    return run.latest.get("disc/loss", 1.0) < 1.3
+    return float(run.latest.get("disc/loss", 1.0)) < 1.3  # in bf16 1.3 would be 1.296875
 
 
 EVERY = {

@@ -14,6 +14,7 @@ import pytest
 import loopwright as lw
 from tiny import acts, line, pairs, sgd_task, trainer
 
+GOLDEN = Path(__file__).parent / "golden" / "0.1.0" / "step-00000008"
 HEAD = """
 import torch
 from torch import nn
@@ -330,6 +331,16 @@ trainer.fit(task(), data)
 trainer = lw.Trainer(**settings)
 trainer.fit(task(), data, resume="runs/gone")  # here
 """, "runs/gone is not a checkpoint: it does not exist. Give the folder of a run or of a checkpoint"),
+    "a checkpoint of another network": (f"""
+trainer = lw.Trainer(**settings)
+trainer.fit(task(), data, resume={str(GOLDEN)!r})  # here
+""", "  - model, unexpected: "),
+    "a checkpoint that is damaged": (f"""
+import pathlib, shutil
+kept = shutil.copytree({str(GOLDEN)!r}, "step-00000008", dirs_exist_ok=True)
+pathlib.Path(kept, "model.safetensors").write_bytes(bytes(380))
+lw.Trainer(**settings).fit(task(), data, resume=kept)  # here
+""", "model.safetensors is damaged: its "),
     "models() that leaves parameters out": ("""
 class Hides(Own):
     def models(self):  # here
@@ -352,6 +363,10 @@ job = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD(other.parameters(), lr=0.
 lw.Trainer(**settings).fit(job, data)
 """, "the optimizer 'main' moves no parameter of the task; make it from the task's own: SGD(net.parameters(), ...), "
      "where net is the very module that is trained"),
+    "an optimizer that holds nothing": ("""
+job = lw.Supervised(net, nn.MSELoss(), torch.optim.SGD([{"params": []}], lr=0.1))  # here
+lw.Trainer(**settings).fit(job, data)
+""", "the optimizer 'main' holds no parameter; make it from the task's own: SGD(net.parameters(), ...)"),
     "an optimizer of a stage that is of another module": ("""
 other = nn.Linear(1, 1)
 stages = [

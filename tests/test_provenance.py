@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -27,7 +28,7 @@ import loopwright as lw
 from loopwright import folder as folder_module
 from loopwright.checkpoint import newest, read
 from loopwright.folder import open_folder
-from loopwright.provenance import conda_packages, framework_archive
+from loopwright.provenance import conda_packages, files_of_modules, framework_archive
 
 NET = """
 from torch import nn
@@ -516,3 +517,29 @@ def test_the_packages_of_pip_and_of_conda_are_listed(tmp_path: Path, monkeypatch
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_modules_may_be_imported_while_their_files_are_listed() -> None:
+    """What the collector of garbage calls may import, and the list is made of what was there before."""
+
+    class Imports:
+        def __init__(self) -> None:
+            self.itself = self  # so that only the collector finds it
+
+        def __del__(self) -> None:
+            sys.modules[f"late_{id(self)}"] = sys
+            late.append(f"late_{id(self)}")
+
+    late: list[str] = []
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(50)
+        for _ in range(20):
+            Imports()
+            assert __file__ in files_of_modules()
+    finally:
+        gc.set_threshold(*before)
+        gc.collect()
+        for name in late:
+            del sys.modules[name]
+    assert late

@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -501,8 +502,13 @@ def test_training_for_nothing_is_said() -> None:
 
 
 @pytest.mark.capability("CA-16")
-def test_plain_model_criterion_optimizer_scheduler_and_loaders_are_passed_in() -> None:
-    """Plain loaders, model, criterion, optimizer and ReduceLROnPlateau go in as they are, and do their work."""
+def test_plain_model_criterion_optimizer_scheduler_and_loaders_are_passed_in(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plain loaders, model, criterion, optimizer and ReduceLROnPlateau go in as they are, and do their work.
+
+    With the folder to write to, the number of epochs, and a line of progress for each of them.
+    """
     net = line(1.0)
     criterion, optimizer = nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=1.0)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
@@ -511,7 +517,13 @@ def test_plain_model_criterion_optimizer_scheduler_and_loaders_are_passed_in() -
         for name in ("train", "valid")
     }
     task = lw.Supervised(net, criterion, optimizer, schedule=scheduler)
-    run = trainer(epochs=4).fit(task, train=loaders["train"], valid=loaders["valid"])
+    run = lw.Trainer(epochs=4, folder=folder, progress=True).fit(task, **loaders)
+    assert [line[:9] for line in capsys.readouterr().err.splitlines()[:4]] == [f"epoch {n}/4" for n in range(1, 5)]
+    assert run.folder is not None
+    assert run.folder.parents[1] == folder
+    assert {path.name for path in run.folder.iterdir()} >= {"metrics.jsonl", "checkpoints", "config.yaml"}
+    assert (len(run.history), set(run.history[-1])) >= (4, {"train/loss", "valid/loss"})
+    assert task.module is net
     # lr 1 turns the sign of the weight at each step: the loss of validation stays, and the plateau halves lr
     assert run.history["lr"][:2] == [1.0, 1.0]
     assert run.history["lr"][-1] < 1.0

@@ -60,7 +60,12 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs=0: the duration 0 must be a positive number"),
+        ({"epochs": 0}, "epochs=0: expected a positive number, such as epochs=10"),
+        ({"epochs": -1}, "epochs=-1: expected a positive number, such as epochs=10"),
+        ({"epochs": True}, "epochs=True: expected a positive number, such as epochs=10"),
+        ({"epochs": float("inf")}, "epochs=inf: expected a positive number, such as epochs=10"),
+        ({"steps": -5}, "steps=-5: expected a positive number, such as steps=1000"),
+        ({"time": float("nan")}, "time=nan: expected a positive number, such as time='10 min'"),
         ({"steps": 2.5}, "steps=2.5: the duration 2.5 must be a positive whole number"),
         ({"time": "soon"}, "time='soon' is not a duration; write a number and a unit, such as '500 "
                            "steps', '2 epochs', '10 min' or '1e6 samples'"),
@@ -68,6 +73,7 @@ def test_settings_are_written_into_the_folder(folder: Path) -> None:
         ({"accumulate": True}, "accumulate=True: expected a whole number of batches, at least 1"),
         ({"clip_norm": 0.0}, "clip_norm=0.0: expected a positive number, or None for no clipping"),
         ({"seed": -1}, "seed=-1: expected a whole number from 0, or None to leave the generators alone"),
+        ({"seed": 2**64 + 1}, "seed=18446744073709551617: torch takes seeds below 2**64, such as seed=1"),
         ({"seed": "7"}, "seed='7': expected a whole number from 0, or None to leave the generators alone"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore': expected 'raise', 'skip', 'skip 25' (at most so many in a "
                                   "row) or "

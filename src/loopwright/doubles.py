@@ -141,8 +141,16 @@ def _of_log(error: BaseException) -> str | None:
 def _of_arguments(error: BaseException) -> str | None:
     """Of a module that ``Supervised`` called with the parts of a batch, or the names in it, that it does not take."""
     found = _called_in(error, "loopwright.task", "_any_step")
-    if found is None or "argument" not in str(error):
+    if "argument" not in str(error):
         return None
+    if found is None:
+        given = (_called_in(error, "loopwright.task", "training_step") or {}).get("inputs")
+        if not isinstance(given, Mapping) or _outside_torch(error)[1] != "training_step":
+            return None
+        return (
+            f"the module was passed the dict {{{', '.join(f'{key!r}: ...' for key in given)}}} as one argument; to "
+            "pass what is in it by name, write Supervised(..., inputs=lambda batch: batch[0])"
+        )
     if not found.get("kwargs"):
         n, by_itself = len(found["args"]), _outside_torch(error)[1] == "_any_step"
         if n < 2 or found["pick"] is not None or not by_itself:

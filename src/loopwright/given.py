@@ -34,6 +34,8 @@ def check_seed(value: Any, otherwise: str) -> None:
     """Raise SettingError unless ``value`` is a whole number from 0, or None, which does what ``otherwise`` says."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise SettingError(f"seed={value!r}: expected a whole number from 0, or None {otherwise}")
+    if value is not None and value >= 2**64:
+        raise SettingError(f"seed={value!r}: torch takes seeds below 2**64, such as seed={value % 2**64}")
 
 
 def check_list(name: str, value: Any, such_as: str, *, where: str = "") -> None:

@@ -115,6 +115,12 @@ def _parameters(run: Run, written: Written) -> Found:
         )
     for name, optimizer in run.optimizers.items():
         moved = [p for group in optimizer.param_groups for p in group["params"]]
+        if not moved and not _chooses_itself(run):  # else it may be given some in time
+            yield (
+                f"the optimizer {name!r} holds no parameter; make it from the task's own: "
+                f"{type(optimizer).__name__}(net.parameters(), ...)",
+                _made_by(run, name, written),
+            )
         if not any(id(p) in own for p in moved) and any(isinstance(p, nn.Parameter) for p in moved):
             yield (
                 f"the optimizer {name!r} moves no parameter of the task; make it from the task's own: "
@@ -455,7 +461,7 @@ def _steps(run: Run, stage: Stage) -> Iterator[str]:
     if isinstance(stage.source, Chunks):
         yield from _carrying(run.task)
     for phase in stage.phases:
-        frozen = phase.moved and not any(p.requires_grad for p in phase.parameters())
+        frozen = phase.parameters() and not any(p.requires_grad for p in phase.parameters())
         if frozen and stage.train is None and not _chooses_itself(run):
             yield (
                 f"every parameter of phase {phase.name!r} is frozen; set requires_grad_(True) on what shall be trained"

@@ -146,7 +146,8 @@ def file_of(module: Any) -> str | None:
 
 def files_of_modules() -> set[str]:
     """The files of all modules, but for those that torch's compiler has written, which it imports as its own."""
-    modules = [module for name, module in list(sys.modules.items()) if not name.startswith("torch.")]
+    known = sys.modules.copy()  # at once: a collection amid list(items()) may import, which changes the dict
+    modules = [module for name, module in known.items() if not name.startswith("torch.")]
     return {file for module in modules if (file := file_of(module)) is not None}
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
+from math import inf
 from os import PathLike
 from pathlib import Path
 from types import NoneType
@@ -688,6 +689,8 @@ _SUCH_AS = {"epochs": "10", "steps": "1000", "time": "'10 min'"}
 
 
 def _limit(name: str, value: Any, unit: str) -> Duration:
+    if isinstance(value, (int, float)) and not (is_number(value) and 0 < value < inf):
+        raise SettingError(f"{name}={value!r}: expected a positive number, such as {name}={_SUCH_AS[name]}")
     with named(name, value):
         limit = Duration.parse(value, unit=unit)
     if limit.unit != unit:

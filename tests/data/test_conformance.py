@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -190,6 +191,21 @@ def generator(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def of_64(data: Any) -> Loader:
+    """How data without batches of its own are read."""
+    return Loader(data, 64, shuffle=True)
+
+
+def drawn() -> Iterator[Tensor]:
+    for _ in range(3):
+        yield torch.rand(2) + random.random()
+
+
+class Again:
+    def __iter__(self) -> Iterator[Tensor]:
+        return drawn()
+
+
 # ------------------------------------------------------------------------------------------------------- the kinds
 
 
@@ -198,6 +214,7 @@ class Kind:
     make: Callable[[], Any]
     source: type
     workers: bool = False
+    plain: Callable[[], Any] | None = None  # the batches, where what is made has none itself
 
 
 def loader(dataset: Any = None, batch_size: Any = 6, **options: Any) -> Callable[[], Any]:
@@ -265,6 +282,31 @@ IN_PROCESS: dict[str, Kind] = {
     "arrays": Kind(lambda: Loader((fixed(20, 2), np.arange(20)), 7, shuffle=True), Loader),
     "arrays in order": Kind(lambda: Loader({"x": torch.arange(20)}, 7, drop_last=True), Loader),
     "dataset": Kind(lambda: Loader(Noisy(), 7, shuffle=True, seed=3), Loader),
+    "tensor alone": Kind(lambda: fixed(150, 2), Loader, plain=lambda: of_64(fixed(150, 2))),
+    "numpy arrays": Kind(
+        lambda: (fixed(150, 2).numpy(), np.arange(150)), Loader, plain=lambda: of_64((fixed(150, 2), torch.arange(150)))
+    ),
+    "frame and series": Kind(
+        lambda: (pd.DataFrame(fixed(150, 2).numpy(), columns=["a", "b"]), pd.Series(range(150), index=range(9, 159))),
+        Loader,
+        plain=lambda: of_64((fixed(150, 2), torch.arange(150))),
+    ),
+    "dict of arrays": Kind(
+        lambda: {"x": fixed(150, 2), "n": np.arange(150), "s": pd.Series(range(150))},
+        Loader,
+        plain=lambda: of_64({"x": fixed(150, 2), "n": torch.arange(150), "s": torch.arange(150)}),
+    ),
+    "dicts within a tuple": Kind(
+        lambda: ({"a": fixed(150, 2), "b": np.arange(150)}, torch.arange(150)),
+        Loader,
+        plain=lambda: of_64(({"a": fixed(150, 2), "b": torch.arange(150)}, torch.arange(150))),
+    ),
+    "tensors of a dataset": Kind(lambda: tensors(150), Loader, plain=lambda: of_64(tensors(150))),
+    "dataset alone": Kind(lambda: Noisy(150), Loader, plain=lambda: of_64(Noisy(150))),
+}
+READ_ALONE: dict[str, Kind] = {  # a resume reads them from the start of the epoch
+    "generator function": Kind(lambda: drawn, Iterated, plain=Again),
+    "iterable": Kind(Again, Iterated),
 }
 
 WORKERS: dict[str, Kind] = {
@@ -363,10 +405,10 @@ def epoch_of(data: Any, trace: list[Any]) -> None:
     trace.append(("ended", get_globals()))
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", EVERY + [pytest.param(kind, id=name) for name, kind in READ_ALONE.items()])
 def test_batches_and_draws_are_those_of_the_plain_loader(kind: Kind) -> None:
     seed_everything()
-    plain = kind.make()
+    plain = (kind.plain or kind.make)()
     theirs: list[Any] = []
     for _ in range(EPOCHS):
         epoch_of(iter(plain), theirs)

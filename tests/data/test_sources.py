@@ -98,10 +98,31 @@ def test_a_subclass_that_iterates_in_its_own_way_is_left_to_it() -> None:
     assert made.exact == ["Doubling overrides how a DataLoader is iterated"]
 
 
-@pytest.mark.parametrize("data", [None, "train.csv", Path("train.csv"), b"", 3, DataLoader, object()])
+@pytest.mark.parametrize("data", [None, "train.csv", Path("train.csv"), b"", 3, object()])
 def test_what_is_no_data_is_refused_with_what_is(data: Any) -> None:
     with pytest.raises(DataError, match=r"cannot read batches from .*; expected a DataLoader, a dataset, arrays"):
         source(data)
+
+
+def test_a_class_is_told_to_be_made() -> None:
+    with pytest.raises(DataError) as caught:
+        source(DataLoader)
+    assert str(caught.value) == "DataLoader is a class; make an instance: DataLoader(...)"
+
+
+def test_a_source_of_ones_own_is_told_what_it_lacks() -> None:
+    class Short:
+        batches = 2
+
+        def at(self, epoch: int, batch: int) -> Iterator[Any]:
+            yield from [torch.zeros(2)] * (2 - batch)
+
+    with pytest.raises(DataError) as caught:
+        source(Short())
+    assert str(caught.value) == (
+        "Short has at(epoch, batch), and lacks sizes, exact, state_dict, load_state_dict of a loopwright.state.Source; "
+        "write them, or pass a generator function of batches, which needs none of them"
+    )
 
 
 @pytest.mark.parametrize(

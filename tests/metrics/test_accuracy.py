@@ -195,7 +195,8 @@ F, I = torch.float32, torch.int64  # noqa: E741
          "Where one output means two, write preds.squeeze(1)"),
         (((64, 10), F), ((64,), F), 1, "preds float32[64, 10] and target float32[64]: class indices are integers. "
          "Write target.long()"),
-        (((64, 3), F), ((64,), I), 5, "preds float32[64, 3] and target int64[64]: 3 classes are fewer than top_k=5"),
+        (((64, 3), F), ((64,), I), 5, "preds float32[64, 3] and target int64[64]: 3 classes are fewer than top_k=5; "
+         "write top_k=2 or less"),
         (((64,), F), ((64,), I), 2, "preds float32[64] and target int64[64]: top_k=2 needs a score for each class, "
          "preds of shape [N, C, ...]"),
         (((64, 10), F), ((32,), I), 1, "preds float32[64, 10] and target int64[32] do not fit: expected one shape for "

@@ -83,6 +83,12 @@ def test_shapes_are_not_broadcast(call: Any) -> None:
     assert str(error.value) == (
         "preds float32[64, 3] and target float32[64, 2] do not fit: expected one shape for both"
     )
+    with pytest.raises(MetricError) as error:
+        call(torch.zeros(64, 3), torch.zeros(64, dtype=torch.long))
+    assert str(error.value) == (
+        "preds float32[64, 3] and target int64[64] do not fit: these are scores of 3 classes and class indices; take "
+        "lw.metrics.Accuracy()"
+    )
 
 
 def test_functional_errors_have_a_gradient() -> None:

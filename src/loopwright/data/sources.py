@@ -30,6 +30,7 @@ _EXPECTED = (
     "expected a DataLoader, a dataset, arrays (a tensor, NumPy array or data frame, or a tuple or dict of them), "
     "a list of batches, or a generator function of batches"
 )
+_OF_A_SOURCE = ("at", "sizes", "batches", "exact", "state_dict", "load_state_dict")
 
 
 def as_source(data: Any, *, train: bool, key: int) -> Source:
@@ -95,13 +96,16 @@ def _is_column(data: Any) -> bool:
 
 
 def _adapt(data: Any, *, train: bool, key: int) -> Source:
-    if data is None or isinstance(data, (str, bytes, PurePath, int, float, type)):
+    if isinstance(data, type):
+        raise DataError(f"{data.__name__} is a class; make an instance: {data.__name__}(...)")
+    if data is None or isinstance(data, (str, bytes, PurePath, int, float)):
         raise DataError(f"cannot read batches from {data!r}; {_EXPECTED}")
     if isinstance(data, Loader):
         return _held(data.keyed(key), data.data, data.workers)
     if callable(getattr(data, "as_source", None)):  # Mix, limit, epoch_length
         return cast(Source, data.as_source(train=train, key=key))
-    if all(hasattr(data, name) for name in ("at", "sizes", "batches", "exact", "load_state_dict")):
+    lacks = [name for name in _OF_A_SOURCE if not hasattr(data, name)]
+    if not lacks:
         return cast(Source, data)
     if isinstance(data, DataLoader):
         return _adapt_loader(data, tells=train)
@@ -118,6 +122,11 @@ def _adapt(data: Any, *, train: bool, key: int) -> Source:
         return _held(Loader(data, BATCH_SIZE, shuffle=train).keyed(key), data)
     if callable(data) or isinstance(data, Iterable):
         return Iterated(data, tells=train)
+    if callable(getattr(data, "at", None)):
+        raise DataError(
+            f"{type(data).__name__} has at(epoch, batch), and lacks {', '.join(lacks)} of a loopwright.state.Source; "
+            "write them, or pass a generator function of batches, which needs none of them"
+        )
     raise DataError(f"cannot read batches from {type(data).__name__} {data!r}; {_EXPECTED}")
 
 

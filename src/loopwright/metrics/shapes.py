@@ -98,7 +98,7 @@ def difference(preds: Tensor, target: Tensor, least: torch.dtype | None = None) 
     if preds.shape != target.shape:
         raise MetricError(
             f"preds {describe(preds)} and target {describe(target)} do not fit: "
-            f"{_squeeze(preds, target) or 'expected one shape for both'}"
+            f"{_squeeze(preds, target) or _scores(preds, target) or 'expected one shape for both'}"
         )
     check_real(preds, target)
     dtype = torch.promote_types(preds.dtype, target.dtype)
@@ -135,9 +135,17 @@ def _unfit(preds: Tensor, target: Tensor, top_k: int) -> MetricError:
             return MetricError(f"{shapes}: one class only. Where one output means two, write preds.squeeze(1)")
         if target.is_floating_point():
             return MetricError(f"{shapes}: class indices are integers. Write target.long()")
-        return MetricError(f"{shapes}: {classes} classes are fewer than top_k={top_k}")
+        fewer = f"{classes} classes are fewer than top_k={top_k}"
+        return MetricError(f"{shapes}: {fewer}; write top_k={classes - 1} or less")
     expected = "one shape for both, or scores [N, C, ...] with class indices [N, ...]"
     return MetricError(f"{shapes} do not fit: {_squeeze(preds, target) or f'expected {expected}'}")
+
+
+def _scores(preds: Tensor, target: Tensor) -> str | None:
+    """What to write where scores of classes meet class indices, of which there is no difference to measure."""
+    if preds.ndim < 2 or target.is_floating_point() or preds.shape[:1] + preds.shape[2:] != target.shape:
+        return None
+    return f"these are scores of {preds.shape[1]} classes and class indices; take lw.metrics.Accuracy()"
 
 
 def _squeeze(preds: Tensor, target: Tensor) -> str | None:
