@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -44,6 +44,7 @@ class Case:
     validates: bool = False
     noisy: bool = False
     workers: int = 0
+    generator: bool = False  # of the loader's own: its sampler draws once more when it is asked for more than there is
 
     def parts(self) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any], DataLoader[Any]]:
         net = classifier(dropout=self.dropout, batch_norm=self.batch_norm)
@@ -53,6 +54,7 @@ class Case:
             drop_last=self.drop_last,
             shuffle=self.shuffle,
             num_workers=self.workers,
+            generator=torch.Generator().manual_seed(4) if self.generator else None,
         )
         valid = loader(11, noisy=self.noisy, batch_size=4)
         seed_all(3)
@@ -122,8 +124,11 @@ def with_loopwright(case: Case) -> list[Any]:
         clip_norm=st.sampled_from([None, 0.05, 1e6]),
         validates=st.booleans(),
         noisy=st.booleans(),
+        generator=st.booleans(),
     )
 )
+@example(Case(generator=True, drop_last=True, accumulate=2))
+@example(Case(generator=True, batch_size=37, accumulate=2))
 def test_a_fit_has_the_bits_of_the_hand_written_loop(case: Case) -> None:
     """A fit gives the weights, optimizer state and random state of the plain loop over torch.optim, bit for bit."""
     if case.drop_last and case.batch_size > 37:

@@ -88,6 +88,7 @@ def windows(run: Run, stage: Stage, batches: Iterator[Any]) -> Iterator[_Window]
 def _planned(run: Run, stage: Stage, batches: Iterator[Any], sizes: Iterator[int]) -> Iterator[_Window]:
     while planned := [float(size) for size in _amount(run, stage).take(sizes, float)]:
         yield islice(batches, len(planned)), planned
+    next(batches, None)  # as a for loop does: a sampler may draw when it is asked for more than there is
 
 
 def _held(run: Run, stage: Stage, batches: Iterator[Any]) -> Iterator[_Window]:
@@ -120,6 +121,8 @@ def _shared(stage: Stage, parts: Iterator[Any], sizes: Iterator[int] | None, tea
             count = len(window)
             planned = [float(part.size) for part in held] if stage.counts_samples else team.comm.sums(mine)
         if not planned:
+            if sizes is not None:
+                next(parts, None)  # as a for loop does
             return
         team.open(planned, count)
         yield window, None if n == 1 and stage.counts_samples and team.even(planned[0]) else planned
