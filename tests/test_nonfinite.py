@@ -110,6 +110,11 @@ def test_bad_input_is_found() -> None:
         trainer(epochs=1).fit(sgd_task(line(1.0), loss=nn.MSELoss(), lr=0.01), pairs([1], [NAN]))
 
 
+def test_the_batches_of_a_bad_window_are_told() -> None:
+    with pytest.raises(lw.NonFiniteError, match="has a loss of nan at step 2, in one of batches 3 to 4 of epoch 1;"):
+        trainer(epochs=1, accumulate=2).fit(sgd_task(line(1.0), loss=spoiled("nan"), lr=0.1), batches(2))
+
+
 def test_a_bad_phase_drops_its_own_step_and_values() -> None:
     first, second = line(1.0), line(1.0)
 

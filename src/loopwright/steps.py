@@ -181,7 +181,8 @@ def as_output(output: Any, phase: Phase | None, by: str = "") -> dict[str, Any]:
     if isinstance(output, Tensor):
         return {"loss": output}
     known = isinstance(output, Mapping)
-    if phase is None or not phase.moved:
+    moves = phase is not None and bool(phase.moved)
+    if not moves:
         if known or output is None:
             return dict(output or {})
         if isinstance(output, (int, float)) or getattr(output, "ndim", None) == 0:  # NumPy's and JAX's, too
@@ -191,8 +192,9 @@ def as_output(output: Any, phase: Phase | None, by: str = "") -> dict[str, Any]:
     name = by or ("the step" if phase is None else f"step {phase.name!r}")
     if not known:
         raise StepOutputError(
-            f"{name} returned {describe(output) if output is not None else 'None'}; return the loss (a tensor), or a "
-            'dict such as {"loss": loss, "preds": preds, "target": target}'
+            f"{name} returned {describe(output) if output is not None else 'None'}; return the loss (a tensor"
+            f"{'' if moves else ', or a number'}), or a dict such as "
+            '{"loss": loss, "preds": preds, "target": target}'
         )
     raise StepOutputError(
         f"{name} returned the keys {sorted(map(str, output))}; a training step must return 'loss', a scalar tensor. "
@@ -293,6 +295,8 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
         if p.grad is not None
         and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else local(p.grad)).all())
     ]
+    batches, p = len(run.open_step[0] or ()), run.progress
+    among = f", in one of batches {p.batch + 1} to {p.batch + batches} of epoch {p.epoch + 1}" if batches > 1 else ""
     where = f"; gradients not finite: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}" if bad else ""
     rule = (
         f" ({run.skips_in_row} steps in a row; at most {run.skip_limit} may be skipped)"
@@ -301,7 +305,7 @@ def nonfinite(run: Run, phase: Phase, loss: Any, norm: Tensor | None) -> bool:
     )
     raise NonFiniteError(
         f"phase {phase.name!r} has a loss of {math.nan if loss is None else float(loss):g} at step "
-        f"{run.progress.step + 1}{where}{rule}. The parameters are those of before this step. Look for a learning "
+        f"{p.step + 1}{among}{where}{rule}. The parameters are those of before this step. Look for a learning "
         "rate too high, log or division of 0, or bad input; "
         'nonfinite="skip" leaves such steps out, nonfinite=None trains on'
     )
