@@ -137,6 +137,8 @@ def _unfit(preds: Tensor, target: Tensor, top_k: int) -> MetricError:
             return MetricError(f"{shapes}: class indices are integers. Write target.long()")
         return MetricError(f"{shapes}: {classes} classes are fewer than top_k={top_k}")
     expected = "one shape for both, or scores [N, C, ...] with class indices [N, ...]"
+    if preds.ndim > 2 and preds.shape[:-1] == target.shape and not target.is_floating_point():
+        expected += ". The classes are last here: let the step return preds.movedim(-1, 1)"
     return MetricError(f"{shapes} do not fit: {_squeeze(preds, target) or f'expected {expected}'}")
 
 
