@@ -36,7 +36,8 @@ def failure(
 
 def assert_failed(record: dict[str, Any], error: BaseException) -> None:
     assert record["status"] == "failed"
-    assert record["error"] == {"type": type(error).__qualname__, "message": str(error)}
+    told = {"type": type(error).__qualname__, "message": str(error)}
+    assert record["error"] == told | ({"notes": error.__notes__} if hasattr(error, "__notes__") else {})
     assert "ended" in record
 
 
@@ -286,6 +287,16 @@ def test_data_without_a_batch_is_refused_before_anything_is_written(data: str, f
         trainer(epochs=1, folder=folder).fit(sgd_task(line()), made())
     assert str(caught.value) == message
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("valid", "named"),
+    [([], "the validation data: "), ({"near": DATA, "far": []}, "the validation data: the data 'far': ")],
+)
+def test_data_without_a_batch_to_validate_on_is_not_taken_for_that_of_training(valid: Any, named: str) -> None:
+    with pytest.raises(lw.DataError) as caught:
+        trainer(epochs=1).fit(sgd_task(line()), DATA, valid)
+    assert str(caught.value).startswith(f"{named}there is not one batch in the data ([]): it is empty.")
 
 
 def test_an_iterator_that_is_used_up_is_named(folder: Path) -> None:

@@ -101,6 +101,21 @@ def test_runs_are_listed_the_newest_first_with_status_and_metrics(
     assert lines[0].startswith("runs/broken/20260101-000002-")
 
 
+def test_a_run_that_another_rank_has_ended_is_listed_with_what_that_rank_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = ["[loopwright] after epoch 1", "[loopwright] rank 1 failed at step 60, a.py:8: RuntimeError: no disk\nmore"]
+    for name, kept in (("a", notes), ("b", 5)):  # a file may be anybody's
+        (folder / name / "0").mkdir(parents=True)
+        error = {"type": "RuntimeError", "message": "Connection closed by peer", "notes": kept}
+        (folder / name / "0" / "run.json").write_text(json.dumps({"status": "failed", "error": error}))
+    assert main(["runs", str(folder)]) == 0
+    assert sorted(text.partition("  ")[2] for text in capsys.readouterr().out.splitlines()) == [
+        "failed       RuntimeError: Connection closed by peer",
+        "failed       rank 1 failed at step 60, a.py:8: RuntimeError: no disk",
+    ]
+
+
 def test_metrics_that_are_no_numbers_do_not_stop_the_list(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a" / "b").mkdir(parents=True)
     (folder / "a" / "b" / "run.json").write_text(json.dumps({"metrics": {"x": "nan", "y": 2}}))

@@ -362,5 +362,5 @@ def test_a_switch_that_has_nothing_to_do_is_refused() -> None:
         lw.Trainer(epochs=1, debug=True)  # type: ignore[arg-type]
     with pytest.raises(lw.SettingError, match=r"Debug\(valid=2\) has nothing to limit: give fit\(..., valid=loader\)"):
         trainer(epochs=1, debug=lw.Debug(valid=2)).fit(sgd_task(line()), pairs([1]))
-    with pytest.raises(TypeError, match="that argument is called debug here"):
+    with pytest.raises(TypeError, match=r"debug=lw\.Debug\(dev_run=2\)"):
         lw.Trainer(epochs=1, fast_dev_run=True)  # type: ignore[call-arg]

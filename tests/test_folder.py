@@ -88,6 +88,15 @@ def test_closing_says_how_it_ended() -> None:
     assert sorted(p.name for p in path.iterdir() if p.name.startswith(".")) == []
 
 
+def test_the_notes_of_an_error_are_kept_with_it() -> None:
+    path, error = opened(), ConnectionError("closed by peer")
+    error.add_note("[loopwright] rank 1 failed at step 3")
+    close_folder(path, "failed", error=error)
+    assert record(path)["error"] == {
+        "type": "ConnectionError", "message": "closed by peer", "notes": ["[loopwright] rank 1 failed at step 3"],
+    }  # fmt: skip
+
+
 def test_closing_a_folder_that_was_deleted_or_torn_still_says_how_it_ended() -> None:
     path = opened()
     (path / "run.json").write_text('{"status": "run')

@@ -207,6 +207,9 @@ def test_what_cannot_be_logged_is_refused(returned: Any) -> None:
                                "records of training, whose names begin with 'train/'. Write {'width': ...}"),
         ({"a": [1]}, "run.log({'a': ...}) takes a number, a 0-dimensional tensor, a text, a figure with savefig() or a "
                      "Path; got [1]"),
+        ({"a": torch.zeros(3, 8, 8)}, "run.log({'a': ...}) takes a number, a 0-dimensional tensor, a text, a figure "
+                                      "with savefig() or a Path; got an array of shape (3, 8, 8): log its .mean(), or "
+                                      "draw it, figure.gca().imshow(...)"),
     ],
 )  # fmt: skip
 def test_what_run_log_cannot_take_is_refused_with_what_it_takes(values: Any, says: str) -> None:

@@ -589,6 +589,14 @@ def test_arrays_are_shuffled_to_train_and_read_in_order_to_validate() -> None:
     ("make", "says"),
     [
         (lambda: lw.Trainer(max_epochs=3), "max_epochs=3: that argument is called epochs here"),  # type: ignore[call-arg]
+        (
+            lambda: lw.Trainer(limit_train_batches=5),  # type: ignore[call-arg]
+            "limit_train_batches=5: there is no such argument here; write debug=lw.Debug(train=...)",
+        ),
+        (
+            lambda: lw.Trainer(check_val_every_n_epoch=2),  # type: ignore[call-arg]
+            "check_val_every_n_epoch=2: there is no such argument here; write validate_every='2 epochs'",
+        ),
         (lambda: lw.Trainer(1, logger=None), "logger=None: that argument is called loggers here"),  # type: ignore[call-arg]
         (lambda: lw.Loader([1], num_workers=2), "num_workers=2: that argument is called workers here"),  # type: ignore[call-arg]
     ],

@@ -160,7 +160,7 @@ def read_settings(text: str) -> Any:
 def close_folder(path: Path | str, status: Status, **more: Any) -> None:
     """Write into ``run.json`` how a run ended: its ``status``, when, after how many seconds, and ``more`` values.
 
-    ``error=`` takes an exception (its type and message are kept), ``metrics=`` the final ones. The file is
+    ``error=`` takes an exception (its type, message and notes are kept), ``metrics=`` the final ones. The file is
     replaced in one move. Code that was first imported since the run began is added to ``source.zip``, and named as
     ``later`` of ``source``. Raises SettingError for an unknown status.
 
@@ -179,6 +179,8 @@ def close_folder(path: Path | str, status: Status, **more: Any) -> None:
         record["seconds"] = (now - datetime.datetime.fromisoformat(began)).total_seconds()
     if isinstance(error := more.pop("error", None), BaseException):
         record["error"] = {"type": type(error).__qualname__, "message": str(error)}
+        if notes := [str(note) for note in getattr(error, "__notes__", ())]:  # the place, and which rank it was
+            record["error"]["notes"] = notes
     told, lost = _look_again(Path(path), record)
     _write(file, record | more | told)
     _say_what_is_missing(lost)

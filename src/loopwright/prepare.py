@@ -283,7 +283,10 @@ def _stage(
     made.callbacks, made.ends = [*stage.callbacks, *ends], [str(one) for one in (*until, *ends)]
     _check_stage(stage, task, made.callbacks)
     made.source = as_source(base.source if stage.source is None else stage.source, train=True, key=key)
-    made.valid = as_sources(base.valid if stage.valid is None else stage.valid, key)
+    try:
+        made.valid = as_sources(base.valid if stage.valid is None else stage.valid, key)
+    except DataError as error:
+        raise DataError(f"the validation data: {error}") from error
     made.accumulate = parse_accumulate(base.accumulate if stage.accumulate is None else stage.accumulate)
     made.weight = base.weight if stage.weight is None else stage.weight
     made.counts_samples = made.weight is None

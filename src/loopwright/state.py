@@ -607,9 +607,12 @@ class Run:
         values = {name: value for name, value in values.items() if name not in things} if things else values
         for name, value in values.items():
             if getattr(value, "ndim", 0) != 0 or isinstance(value, bytes) or not hasattr(value, "__float__"):
+                got = repr(value)
+                if shape := tuple(getattr(value, "shape", ())):  # an image is no curve, and its numbers no message
+                    got = f"an array of shape {shape}: log its .mean(), or draw it, figure.gca().imshow(...)"
                 raise SettingError(
                     f"run.log({{{name!r}: ...}}) takes a number, a 0-dimensional tensor, a text, a figure with "
-                    f"savefig() or a Path; got {value!r}"
+                    f"savefig() or a Path; got {got}"
                 )
             if not isinstance(name, str):
                 raise SettingError(f"run.log({{{name!r}: ...}}): names are texts; write {{{str(name)!r}: ...}}")

@@ -424,6 +424,10 @@ def test_a_run_folder_means_its_newest_checkpoint() -> None:
         CheckpointError, match=r"^runs is not a checkpoint: it has no manifest.json, and no checkpoints"
     ):
         find("runs")
+    write(Path("runs/digits/20260102-000000-1a/checkpoints/step-1"), {}, {}, {})
+    write(Path("runs/digits/20260101-000000-2b/checkpoints/step-1"), {}, {}, {})
+    with pytest.raises(CheckpointError, match=r"of a checkpoint: the newest in it is runs/digits/20260102-000000-1a$"):
+        find("runs/digits")
     with pytest.raises(CheckpointError, match=r"^gone is not a checkpoint: it does not exist"):
         find("gone")
 

@@ -106,6 +106,10 @@ def test_a_table_without_columns_is_told_by_its_place(table: Any) -> None:
     [
         ((torch.zeros(3), torch.zeros(4)), r"different lengths: len\(data\[0\]\) == 3, len\(data\[1\]\) == 4\. All"),
         (
+            [(torch.zeros(n + 1), torch.zeros(n + 1)) for n in range(5000)],
+            r"len\(data\[3\]\[1\]\) == 4, and 9992 more\. .{,200} of a list of them torch\.utils\.data\.Subset",
+        ),
+        (
             np.array(["a"]),
             r"dtype <U1; expected numbers or booleans\. Names of classes are numbered by np\.unique\(names,",
         ),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
-from loopwright.data import DataModule, Gather, Iterated, Loader, TorchLoader, as_source, data_of
+from loopwright.data import DataModule, Gather, Iterated, Loader, TorchLoader, as_source, data_of, fingerprint, summary
 from loopwright.errors import CheckpointError, DataError, SettingError
 
 
@@ -96,6 +96,15 @@ def test_a_subclass_that_iterates_in_its_own_way_is_left_to_it() -> None:
     made = source(Doubling(Foreign(), 35))  # type: ignore[arg-type]
     assert [int(batch[-1]) for batch in made.at(0, 0)] == [68, 138]
     assert made.exact == ["Doubling overrides how a DataLoader is iterated"]
+
+
+def test_a_range_counts_batches_as_a_list_of_the_same_numbers_does() -> None:
+    of_range, of_list = source(range(5)), source(list(range(5)))
+    assert list(of_range.at(0, 3)) == list(of_list.at(0, 3)) == [3, 4]
+    assert (of_range.batches, of_range.exact) == (of_list.batches, of_list.exact) == (5, [])
+    assert fingerprint(range(5)) == fingerprint(list(range(5))) != fingerprint(range(6))
+    assert "range gives ready batches; batch 0 is" in str(summary(range(5)))
+    assert [len(batch) for batch in Loader(range(5), 2)] == [2, 2, 1]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("data", [None, "train.csv", Path("train.csv"), b"", 3, object()])

@@ -203,6 +203,9 @@ F, I = torch.float32, torch.int64  # noqa: E741
          "both, or scores [N, C, ...] with class indices [N, ...]"),
         (((1, 10), F), ((64,), I), 1, "preds float32[1, 10] and target int64[64] do not fit: expected one shape for "
          "both, or scores [N, C, ...] with class indices [N, ...]"),
+        (((8, 5, 4), F), ((8, 5), I), 1, "preds float32[8, 5, 4] and target int64[8, 5] do not fit: expected one shape "
+         "for both, or scores [N, C, ...] with class indices [N, ...]. The classes are last here: let the step return "
+         "preds.movedim(-1, 1)"),
         (((10,), F), ((), I), 1, "preds float32[10] and target int64[] do not fit: expected one shape for "
          "both, or scores [N, C, ...] with class indices [N, ...]"),
     ],

@@ -154,6 +154,19 @@ def test_any_function_is_a_metric_and_may_return_a_dict() -> None:
     assert is_of_nothing(Function(worst))
 
 
+def test_a_function_of_batches_that_are_padded_differently_is_refused_at_the_second_of_them() -> None:
+    share = Function(lambda preds, target: (preds == target).double().mean())
+    share.update(torch.ones(2, 5), torch.ones(2, 5))
+    with pytest.raises(MetricError) as error:
+        share.update(torch.ones(2, 7), torch.ones(2, 7))
+    assert str(error.value).startswith(
+        "<lambda> is given preds: float32[2, 7], and float32[2, 5] before: all are joined"
+    )
+    share.update(torch.empty(0), torch.empty(0))  # torch joins nothing with anything
+    share.update(torch.zeros(2, 5), torch.ones(2, 5))
+    assert float(share.compute()) == 0.5
+
+
 def test_a_function_in_a_run_is_logged_like_any_metric() -> None:
     preds, target = scores()
     net = nn.Linear(3, 3)

@@ -153,6 +153,8 @@ def test_an_empty_run_has_no_empty_boxes(tmp_path):
         ({"status": "interrupted"}, "This run was interrupted. fit(resume="),
         ({"status": "failed", "error": {"type": "NonFiniteError", "message": "loss is nan"}, "progress": {"step": 7}},
          "<strong>NonFiniteError after step 7</strong><pre>loss is nan</pre>"),
+        ({"status": "failed", "error": {"type": "ConnectionError", "message": "closed", "notes": ["rank 1 failed"]}},
+         "<strong>ConnectionError</strong><pre>closed\nrank 1 failed</pre>"),
     ],
 )  # fmt: skip
 def test_how_a_run_ended_stands_at_the_top(tmp_path, record, told):

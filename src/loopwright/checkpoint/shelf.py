@@ -76,7 +76,11 @@ def find(path: Place | str) -> Any:
                 f"{path} is a file, and a checkpoint is a folder; make one of what another program saved: "
                 f"loopwright import-legacy {path} {path.with_name(f'{path.stem}-checkpoint')}"
             )
-        raise CheckpointError(f"{path} is not a checkpoint: it {state}. Give the folder of a run or of a checkpoint")
+        runs = sorted(one.name for one in path.iterdir() if (one / "checkpoints").is_dir()) if path.is_dir() else []
+        which = f": the newest in it is {path / runs[-1]}" if runs else ""  # their names begin with the time
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it {state}. Give the folder of a run or of a checkpoint{which}"
+        )
     return found
 
 

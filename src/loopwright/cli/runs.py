@@ -73,4 +73,8 @@ def _end_of(record: dict[str, Any]) -> list[str]:
         return []
     step = f"after step {progress.get('step')}: " if isinstance(progress, dict) else ""
     text = f"{error.get('type')}: {error.get('message')}".removesuffix(": ").partition("\n")[0]
+    notes = error.get("notes")
+    for note in map(str, notes if isinstance(notes, list) else ()):
+        if note.startswith("[loopwright] rank "):  # of a rank that failed the others only know that it is gone
+            text = note.removeprefix("[loopwright] ").partition("\n")[0]
     return [f"{step}{text[:100]}{'...' * (len(text) > 100)}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ __all__ = ["as_tensors", "check_classes", "is_array", "mapped", "pick", "shared_
 
 _COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}  # torch selects no rows of these
 
-
+_TOLD = 8  # lengths in a message: a list of samples has one for each
 _CLASSES = ". Names of classes are numbered by np.unique(names, return_inverse=True)[1]"
 _TIMES = '. Times are numbers as in times.astype("int64")'
 _NUMBERS_OF = {  # what numbers are made of an array, by the kind of its dtype
@@ -149,11 +150,13 @@ def shared_length(data: Any) -> int:
     """Length of the first dimension of all tensors in ``data``; raises DataError, naming them, if they differ."""
     lengths = {path: len(leaf) for path, leaf in _paths(data, "data")}
     if len(set(lengths.values())) != 1:
-        told = ", ".join(f"len({path}) == {length}" for path, length in lengths.items())
+        few = [f"len({path}) == {length}" for path, length in islice(lengths.items(), _TOLD)]
+        told = ", ".join([*few, f"and {len(lengths) - _TOLD} more"] if len(lengths) > _TOLD else few)
         raise DataError(
             f"the arrays have different lengths: {told}. All must have one entry a sample along dimension 0. A list of "
             "ready batches goes to fit as a list; of samples of different lengths make a dataset, "
-            "torch.utils.data.StackDataset(x, y), and pass a collate function that pads them"
+            "torch.utils.data.StackDataset(x, y), or of a list of them torch.utils.data.Subset(samples, "
+            "range(len(samples))), and pass a collate function that pads them"
         )
     return next(iter(lengths.values()))
 

@@ -44,7 +44,7 @@ def fingerprint(data: Any) -> dict[str, Any]:
         data = data.tensors
     if is_array(data) and not isinstance(data, list):
         return _of_columns(dict(_columns(data, "")))
-    if isinstance(data, (list, tuple)):
+    if isinstance(data, (list, tuple, range)):
         few = [data[i] for i in _places(len(data), 4)]
         return {"kind": "list of batches", "batches": len(data), "content": _hash(*map(_batch_bytes, few))}
     return _of_dataset(data)

@@ -24,7 +24,7 @@ __all__ = ["Iterated", "planned_sizes"]
 class Iterated:
     """A source over batches that are simply iterated, once an epoch.
 
-    ``data`` is a list or tuple of batches, any iterable, or a function without arguments that returns one (a
+    ``data`` is a list, tuple or range of batches, any iterable, or a function without arguments that returns one (a
     generator function is called anew each epoch). An iterator is good for one epoch: DataError at the second.
     ``holder`` has ``state_dict`` and ``load_state_dict`` and knows its position; it is ``data`` where that has them.
     Without one, a resume reads again what was seen, starting from the random state in which the epoch began: exact for
@@ -46,7 +46,7 @@ class Iterated:
         self.data: Any = data
         self.why, self.tells = why, tells
         self.holder: Any = data if holder is None and has_state(data) else holder
-        self._listed = isinstance(data, (list, tuple))
+        self._listed = isinstance(data, (list, tuple, range))
         self.streams = Streams({} if self._listed else {"data": getattr(data, "__self__", data)})
         self._used = self._ended = self._opened = False
         self._running: Any = None
@@ -75,7 +75,7 @@ class Iterated:
         ]
 
     def sizes(self, batch: int) -> Iterator[int] | None:
-        return map(samples, self.data[batch:]) if isinstance(self.data, (list, tuple)) else None
+        return map(samples, self.data[batch:]) if self._listed else None
 
     def state_dict(self) -> dict[str, Any]:
         own: dict[str, Any] = {"batches": self.batches if self._listed else None}
@@ -97,7 +97,7 @@ class Iterated:
     def at(self, epoch: int, batch: int) -> Iterator[Any]:
         """Raises DataError if there are fewer than ``batch`` batches, or an iterator is used up."""
         state, self._loaded = self._loaded, None
-        if isinstance(self.data, (list, tuple)):
+        if self._listed:
             return iter(self.data[batch:])
         held, found = (None, {}) if state is None else (state["held"], state.get("generators") or {})
         if held is not None:

@@ -39,7 +39,7 @@ def as_source(data: Any, *, train: bool, key: int) -> Source:
     - a ``DataLoader``: its own batches in its own order;
     - a tensor, NumPy array or data frame, and a **tuple or dict** of them: arrays, whose first dimension counts the
       samples; a dataset likewise. They are read by ``Loader(data, 64, shuffle=train)``;
-    - a **list**: ready batches; a function, or any other iterable, likewise;
+    - a **list**: ready batches; a range, a function, or any other iterable, likewise;
     - a ``Loader``, or another source, is used as it is.
 
     ``key`` decides the order of a Loader without a seed. Raises DataError for anything else, for data without a batch,
@@ -73,7 +73,15 @@ def as_sources(data: Any, key: int) -> dict[str, Source]:
     if data is None:
         return {}
     several = isinstance(data, dict) and data and not any(map(_is_column, data.values()))
-    return {name: as_source(one, train=False, key=key) for name, one in (data.items() if several else [("", data)])}
+    sources: dict[str, Source] = {}
+    for name, one in data.items() if several else [("", data)]:
+        try:
+            sources[name] = as_source(one, train=False, key=key)
+        except DataError as error:
+            if not name:
+                raise
+            raise DataError(f"the data {name!r}: {error}") from error
+    return sources
 
 
 def _is_empty(source: Source) -> bool:
@@ -111,7 +119,7 @@ def _adapt(data: Any, *, train: bool, key: int) -> Source:
         return _adapt_loader(data, tells=train)
     if isinstance(data, IterableDataset):
         return _adapt_loader(DataLoader(data, batch_size=BATCH_SIZE), tells=train)
-    if isinstance(data, list):
+    if isinstance(data, (list, range)):
         return Iterated(data)
     if isinstance(data, Mapping) and any(isinstance(one, (DataLoader, Dataset, Loader)) for one in data.values()):
         raise DataError(

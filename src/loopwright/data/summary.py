@@ -141,7 +141,8 @@ class _Walk:
             if is_like_a_sample(data[0]):
                 self.told.notes.append(_OF_SAMPLES)
             return None
-        if is_array(data) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        counted = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, range)
+        if is_array(data) or counted:
             return self._own(Loader(data, _BATCH))
         if callable(data):
             return self._ready(iter(data()), "a function that gives ready batches; batch 0 is")
@@ -355,7 +356,7 @@ def _order(data: Any) -> str:
         return {"RandomSampler": "shuffled, ", "SequentialSampler": "in order, "}.get(name, f"ordered by {name}, ")
     if isinstance(data, Loader):
         return "shuffled, " if data.shuffle else "in order, "
-    shuffled = not isinstance(data, list) and (is_array(data) or hasattr(data, "__getitem__"))
+    shuffled = not isinstance(data, (list, range)) and (is_array(data) or hasattr(data, "__getitem__"))
     return "shuffled when trained on, " if shuffled else ""
 
 

@@ -71,6 +71,14 @@ class Function(Metric):
                         f"{_name(self.function)} is given {name}: {describe(value)}; only tensors, arrays and numbers "
                         "are kept. Return it as a tensor"
                     ) from None
+            kept = self._totals.get(str(i))
+            if kept and kept[0].shape[1:] != value.shape[1:] and kept[0].numel() and value.numel():
+                raise MetricError(
+                    f"{_name(self.function)} is given {name}: {describe(value)}, and {describe(kept[0])} before: all "
+                    "are joined along dimension 0 for one call. Where texts are padded to another length each time, "
+                    "let the step return rows without padding, preds[target != pad] and target[target != pad], or "
+                    "write an lw.metrics.Metric that adds up totals"
+                )
             self.add(**{str(i): value})
 
     def compute(self) -> Any:

@@ -138,6 +138,8 @@ def _unfit(preds: Tensor, target: Tensor, top_k: int) -> MetricError:
         fewer = f"{classes} classes are fewer than top_k={top_k}"
         return MetricError(f"{shapes}: {fewer}; write top_k={classes - 1} or less")
     expected = "one shape for both, or scores [N, C, ...] with class indices [N, ...]"
+    if preds.ndim > 2 and preds.shape[:-1] == target.shape and not target.is_floating_point():
+        expected += ". The classes are last here: let the step return preds.movedim(-1, 1)"
     return MetricError(f"{shapes} do not fit: {_squeeze(preds, target) or f'expected {expected}'}")
 
 

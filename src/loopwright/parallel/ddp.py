@@ -29,8 +29,9 @@ class DDP:
     accumulation window only the last backward communicates. ``find_unused=True`` allows for steps that do not reach
     all parameters, and costs a walk through the graph at each step; without it such a step is an error that names
     them. ``sync_batch_norm=True``: the batch norms of the models measure the whole batch, and not each rank's part of
-    it; your layers are what they were when the fit has ended. A rank that fails, dies or hangs ends all of them within
-    ``timeout`` seconds. ``options`` go to DistributedDataParallel (``bucket_cap_mb``, ...).
+    it; your layers are what they were when the fit has ended. A rank that fails, dies, is stopped or is alone in a
+    collective ends all of them within ``timeout`` seconds; one that is slow or sleeps is waited for. ``options`` go to
+    DistributedDataParallel (``bucket_cap_mb``, ...).
 
     Raises SettingError for options that Loopwright sets itself.
 

@@ -37,7 +37,7 @@ class FSDP:
     DTensors during the fit (``p.full_tensor()`` is the whole one, which all ranks must ask for together). When the fit
     ends they are whole, plain parameters on every rank again, the same objects as before; with ``gather=False`` they
     stay as they are, for models that fit into no single device. With one process nothing is sharded. A rank that fails,
-    dies or hangs ends all of them within ``timeout`` seconds.
+    dies, is stopped or is alone in a collective ends all of them within ``timeout`` seconds.
 
     Raises SettingError for a pattern or class that matches no module, and for options that cannot be used.
     ``torch.distributed.fsdp.fully_shard`` does the work: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html

@@ -64,7 +64,9 @@ def _told(run: Recorded) -> Iterator[Markup]:
     if kind is not None:
         step = run.fact("progress", "step")
         where = f" after step {step:,}" if isinstance(step, int) else ""
-        yield el("div", el("strong", f"{cut(kind, 80)}{where}"), el("pre", cut(message, 4000)), class_="callout bad")
+        notes = run.fact("error", "notes")
+        text = "\n".join(map(str, [message, *(notes if isinstance(notes, list) else [])]))
+        yield el("div", el("strong", f"{cut(kind, 80)}{where}"), el("pre", cut(text, 4000)), class_="callout bad")
     if not any(run.curves.values()):
         yield _callout("Nothing was logged: there are no curves and no metrics to show.")
     for note in run.notes:
