@@ -307,3 +307,38 @@ def test_every_module_of_a_task_is_in_eval_mode_and_its_weights_are_saved() -> N
     task.more = nn.Linear(1, 1)
     problem = trainer(epochs=2).plan(task, pairs([1.0])).problems[0]
     assert problem.startswith("More.models() leaves out 2 parameters (more.weight, more.bias), which no checkpoint")
+
+
+class Teacher(lw.Task):
+    """Its training_step moves a teacher and counts in a buffer, in whatever data it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.teacher = line(1.0), line(0.0).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def training_step(self, batch: Any) -> Any:
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.net.weight, 0.5)
+        self.steps += 1
+        return (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), 0.1)
+
+
+class Measured(Teacher):
+    def validation_step(self, batch: Any) -> Any:
+        self.steps += 1  # it is meant
+        return (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
+
+
+def test_a_training_step_that_changes_the_model_in_validation_is_told_once() -> None:
+    data = pairs([1, 2], [0, 0])
+    with pytest.warns(
+        lw.LoopwrightWarning, match="in the valid data training_step changed teacher.weight, steps: what"
+    ):
+        run = trainer(epochs=2).fit(Teacher(), data, data)
+    assert len(run.history) == 2
+    trainer(epochs=2).fit(Measured(), data, data)
+    trainer(epochs=2).fit(sgd_task(nn.Sequential(nn.BatchNorm1d(1), line(1.0))), data, data)  # in eval mode it is still

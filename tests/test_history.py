@@ -155,6 +155,34 @@ def test_a_data_frame_has_a_row_an_epoch() -> None:
     assert set(frame.columns) == {"epoch", "step", "samples", "seconds", "train/loss", "valid/loss", "lr"}
 
 
+def probed(trainer: lw.Trainer) -> lw.Trainer:
+    @trainer.on(lw.Event.EPOCH_END)
+    def probe(run: lw.Run) -> None:
+        assert "train/probe" not in run.history[-1]
+        run.log({"probe": 10.0 * run.progress.epoch + run.comm.rank})
+
+    return trainer
+
+
+def test_what_is_logged_at_the_end_of_an_epoch_is_in_its_record_and_no_other(folder: Path) -> None:
+    data = pairs([1], [2], [3], [4])
+    run = probed(lw.Trainer(epochs=3, folder=folder, progress=False, log_every=3)).fit(sgd_task(line(1.0)), data)
+    assert run.history["train/probe"] == [10.0, 20.0, 30.0]
+    assert run.metrics["train/probe"] == 30.0
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]  # type: ignore[operator]
+    assert [(r["step"], r["train/probe"]) for r in records if "train/probe" in r] == [(6, 10.0), (9, 20.0), (12, 30.0)]
+    again = probed(lw.Trainer(epochs=4, progress=False)).fit(sgd_task(line(1.0)), data, resume=run.folder)
+    assert again.history["train/probe"] == [10.0, 20.0, 30.0, 40.0]
+
+
+def test_what_is_logged_at_the_end_of_an_epoch_is_the_mean_over_ranks() -> None:
+    def fit() -> Any:
+        run = probed(trainer(epochs=2)).fit(sgd_task(line(1.0)), pairs([1, 2], [3, 4]))
+        return run.history["train/probe"], run.metrics["train/probe"]
+
+    assert lw.launch(fit, 2) == [([10.5, 20.5], 20.5)] * 2
+
+
 def test_without_pandas_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError) as caught:

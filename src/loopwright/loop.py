@@ -21,7 +21,7 @@ from loopwright.events import add_place, end_early, fire, fold, hook_name
 from loopwright.history import Series
 from loopwright.out_of_memory import add_memory
 from loopwright.parallel import whole
-from loopwright.records import log_epoch, log_train
+from loopwright.records import log_epoch, log_late, log_train
 from loopwright.stages import apply_changes, begin_stage, end_stage, inexact, is_over
 from loopwright.state import OWED, Progress, Run, Source, Stage, StepResult
 from loopwright.steps import (
@@ -350,8 +350,7 @@ def end_epoch(run: Run, stage: Stage) -> None:
         for scheduler in phase.epoch_schedulers:
             scheduler.step(run.metrics, run.validated_at)
     fire(run.hooks.on_epoch_end, run)
-    if run.team is not None:
-        run.team.end_epoch(run)
+    log_late(run)
     for saver in run.savers:  # a mean over the epoch is a new value to judge by, as a validation is
         if saver.due(run, validated=validates or (saver.monitor or "").startswith("train/")):
             save(run, saver)

@@ -10,7 +10,7 @@ from loopwright.recorded import at, unmet
 from loopwright.state import Run, Stage
 from loopwright.written import warn
 
-__all__ = ["learning_rates", "log_epoch", "log_train"]
+__all__ = ["learning_rates", "log_epoch", "log_late", "log_train"]
 
 
 def log_train(run: Run) -> None:
@@ -56,6 +56,16 @@ def log_epoch(run: Run, stage: Stage) -> None:
     record = {"epoch": p.epoch, "step": p.step, "samples": p.samples, "seconds": p.seconds, **values}
     run.history.append(record if len(run.stages) == 1 else {**record, "stage": run.stages[p.stage].name})
     log_values(run, values, "epoch")
+
+
+def log_late(run: Run) -> None:
+    """What the hooks at the end of an epoch have logged belongs to its record, too; loggers have it by the next one."""
+    means = run.series.take_epoch(run.team and partial(run.team.end_epoch, run))
+    values = {f"train/{name}": value for name, value in means.items()}
+    if run.recorded:
+        values = at(run.recorded, values, "epoch")
+    run.history[-1].update(values)
+    run.metrics.update(values)
 
 
 def _check_fed(run: Run, stage: Stage) -> None:

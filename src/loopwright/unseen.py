@@ -32,6 +32,8 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
     Generators that hang on the source are put back afterwards: training may draw from the same ones.
     """
     n, compared = 0, False
+    # once is enough, and a step of one's own may count what it likes
+    looked = kind == "predict" or len(run.history) > 0 or not _is_default(run.task)
     copy_ahead(source, run.device, run.precision.holds)
     with kept(_streams(source).find().values()):
         at = source.at if run.team is None else run.team.begin_epoch(source)
@@ -56,7 +58,11 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
                     run.team.spare = batch
                 if not spare:
                     run.looking = (kind, n, batch)
+                    before = _versions(run) if not looked else {}
                     yield batch
+                    if not looked:
+                        looked = True
+                        _tell_changed(kind, [name for name, at in _versions(run).items() if before.get(name) != at])
                 run.looking = batch = None  # or two would be held while the next one is fetched
         except Exception as error:
             error.add_note(f"[loopwright] in {kind}, batch {n}")
@@ -68,6 +74,27 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
     if not n:
         raise DataError(
             f"the {kind} data gave no batch. If it is an iterator, it is used up: pass a list or a DataLoader"
+        )
+
+
+def _is_default(task: Any) -> bool:
+    """True if a validation is the training step once more, because nothing else was written."""
+    return getattr(getattr(type(task), "validation_step", None), "__module__", "") == "loopwright.task"
+
+
+def _versions(run: Run) -> dict[str, int]:
+    """How often each parameter and buffer was written to: a number that torch keeps."""
+    held = (one for model in run.models.values() for one in (*model.named_parameters(), *model.named_buffers()))
+    return {name: tensor._version for name, tensor in held if not tensor.is_inference()}
+
+
+def _tell_changed(kind: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warn(
+            f"in the {kind} data training_step changed {', '.join(names[:3])}{more}: what it measures there goes into "
+            "the model. Write a validation_step that changes nothing, or let a phase without optimizers do what "
+            "training_step does beside the loss"
         )
 
 

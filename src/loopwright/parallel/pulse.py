@@ -54,12 +54,17 @@ class Pulse:
             self._plan()
         return max(run.progress.seconds, self._seconds + self._rate * (self._beats - self._taken))
 
-    def settle(self, run: Run) -> None:
-        """Stop now if any rank wants to: at the end of an epoch or a validation there is time to wait for all."""
+    def settle(self, run: Run, value: Any = None) -> list[Any]:
+        """Stop now if any rank wants to: at the end of an epoch or a validation there is time to wait for all.
+
+        Returns the ``value`` of every rank.
+        """
         if self._sent is not None:
             self._take(run, self._sent)
             self._sent = None
-        self.hear(run, self.comm.gather(self.tell(run)))
+        found = self.comm.gather((self.tell(run), value))
+        self.hear(run, [told for told, _ in found])
+        return [one for _, one in found]
 
     def tell(self, run: Run) -> tuple[str | None, float, float]:
         """What this rank wants, its clock at the last beat and now, to be gathered."""

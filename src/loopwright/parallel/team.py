@@ -127,10 +127,12 @@ class Team:
 
         return at
 
-    def end_epoch(self, run: Run) -> None:
-        """Stop together, if a hook at the end of the epoch has asked for it on any rank."""
-        if self.asks:
-            self.pulse.settle(run)
+    def end_epoch(self, run: Run, mine: Sums) -> Sums:
+        """What hooks have logged at the end of the epoch, of all ranks; stop together if one of them has asked to."""
+        if not self.asks:
+            return mine
+        found = self.pulse.settle(run, mine)
+        return _added(found[speaker] for speaker in self.comm.speakers)
 
     def tell_ahead(self) -> None:
         """Another epoch follows, and nothing draws before its data does: it begins with the random numbers of now."""
