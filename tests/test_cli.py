@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +133,21 @@ def test_the_runs_of_a_name_and_a_single_run_are_listed_as_well(
     for given in (folder, folder / "a", folder / "a" / "b"):
         assert main(["runs", str(given)]) == 0
         assert capsys.readouterr().out.split() == [str(folder / "a" / "b"), "done"]
+
+
+def test_a_run_that_was_killed_does_not_seem_to_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "0"])
+    child.wait()
+    for pid, host in ((child.pid, platform.node()), (os.getpid(), platform.node()), (child.pid, "elsewhere")):
+        (folder / "a" / f"{pid}{host}").mkdir(parents=True)
+        record = {"status": "running", "host": host, "pid": pid}
+        (folder / "a" / f"{pid}{host}" / "run.json").write_text(json.dumps(record))
+    assert main(["runs", str(folder)]) == 0
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert {Path(path).name: status for path, status in told.items()} == {
+        f"{child.pid}{platform.node()}": "killed", f"{os.getpid()}{platform.node()}": "running",
+        f"{child.pid}elsewhere": "running",
+    }  # fmt: skip
 
 
 def test_a_folder_without_runs_says_so(capsys: pytest.CaptureFixture[str]) -> None:

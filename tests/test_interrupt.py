@@ -65,7 +65,10 @@ def test_ctrl_c_saves_closes_and_raises_keyboard_interrupt(folder: Path) -> None
     assert step >= 25
     assert [p.name for p in (path / "checkpoints").glob("step-*")] == [f"step-{step:08d}"]
     assert done.returncode == -signal.SIGINT  # Python ends itself by the signal: 130 in a shell
-    assert done.stderr.splitlines()[-1] == f"KeyboardInterrupt: stopped after step {step}; its folder is {path}"
+    assert done.stderr.splitlines()[-1] == (
+        f"KeyboardInterrupt: stopped after step {step}; its folder is {path}. To go on, start it again with "
+        "fit(..., resume='auto')"
+    )
     assert done.stdout == "left True default_int_handler\n"
     assert "error" not in record
 

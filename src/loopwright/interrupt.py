@@ -72,6 +72,8 @@ def leave_if_interrupted(run: Run) -> None:
     """
     if run.stop_reason == "SIGINT":
         where = f"; its folder is {run.folder}" if run.folder is not None else ""
+        if run.folder is not None and run.savers:
+            where += ". To go on, start it again with fit(..., resume='auto')"
         raise KeyboardInterrupt(f"stopped after step {run.progress.step}{where}")
     if run.interrupted:
         raise SystemExit(128 + signal.Signals[str(run.stop_reason)])

@@ -18,7 +18,7 @@ from loopwright.data import Chunks, move, schema_of
 from loopwright.data.batch import check_count
 from loopwright.data.iterated import planned_sizes
 from loopwright.doubles import add_doubles
-from loopwright.errors import DataError, NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch, choose
+from loopwright.errors import DataError, NonFiniteError, SkipBatch, SkipStep, StepOutputError, StopEpoch
 from loopwright.events import add_place, describe, fire, fold, hook_name
 from loopwright.out_of_memory import add_memory
 from loopwright.parallel import Spare, is_shard, local
@@ -197,8 +197,7 @@ def as_output(output: Any, phase: Phase | None, by: str = "") -> dict[str, Any]:
             '{"loss": loss, "preds": preds, "target": target}'
         )
     raise StepOutputError(
-        f"{name} returned the keys {sorted(map(str, output))}; a training step must return 'loss', a scalar tensor. "
-        f"{choose('loss', output)}"
+        f"{name} returned the keys {sorted(map(str, output))}; a training step must return 'loss', a scalar tensor"
     )
 
 

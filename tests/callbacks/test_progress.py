@@ -77,6 +77,17 @@ def test_a_file_gets_one_plain_line_an_epoch_and_how_it_ended():
     assert re.fullmatch(rf"finished after 2 epochs, 8 steps, {CLOCK}", lines[2])
 
 
+def test_a_run_that_goes_on_says_from_where(folder):
+    task = lw.Supervised(net := nn.Linear(1, 1), nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.0))
+    run = lw.Trainer(1, folder=folder, progress=False).fit(task, data())
+    for settings, resume, verb in (({"folder": None}, None, "goes on"), ({"folder": folder}, run.folder, "resumed")):
+        file = io.StringIO()
+        lw.Trainer(2, progress=ProgressBar(file=file), **settings).fit(task, data(), resume=resume)
+        first, second, _ = file.getvalue().splitlines()
+        assert re.match(rf"{verb} after 1 epoch, 4 steps, {CLOCK}", first)
+        assert second.startswith("epoch 2/2")
+
+
 @pytest.mark.capability("FA-13")
 def test_a_terminal_keeps_a_line_of_metrics_an_epoch_and_nothing_else(terminal):
     """Validation metrics are printed each epoch, in a table on the console (or in HTML: see the notebook test)."""

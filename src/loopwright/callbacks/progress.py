@@ -73,6 +73,8 @@ class ProgressBar(Callback):
     def on_fit_start(self, run: Run) -> None:
         self._open(run)
         self.fitting, self.rows, self.shown, self.held, self.planned = True, 0, -1, None, -1
+        if self.display is not None and run.progress.step:
+            self.display.row(f"{'goes on' if run.resumed_from is None else 'resumed'} after {_so_far(run)}", [])
         self._begin_epoch(run)
 
     def on_epoch_start(self, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def print_runs(folder: Path) -> int:
             record = json.loads(path.read_text(encoding="utf-8"))
             metrics = dict(record.get("metrics") or {})
             shown = [f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))]
-            line = "  ".join([f"{record.get('status', '?')!s:<11}", *_end_of(record), *shown])
+            line = "  ".join([f"{_status(record):<11}", *_end_of(record), *shown])
         except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             print(f"{safe(str(path.parent))}  unreadable run.json")
             continue
@@ -64,6 +65,26 @@ def send_run(run: str, to: str, *, again: bool) -> int:
     if torn is not None:
         print(safe(f"left out: line {torn} of {folder / 'metrics.jsonl'}, which was not written to its end"))
     return 0
+
+
+def _status(record: dict[str, Any]) -> str:
+    """What ``run.json`` says; "killed" for one that says it is running, whose process on this machine is gone."""
+    status, pid = str(record.get("status", "?")), record.get("pid")
+    if status == "running" and record.get("host") == platform.node() and isinstance(pid, int) and not _is_alive(pid):
+        return "killed"
+    return status
+
+
+def _is_alive(pid: int) -> bool:
+    if sys.platform == "win32":  # where os.kill(pid, 0) ends a process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is another user's
+        return True
+    return True
 
 
 def _end_of(record: dict[str, Any]) -> list[str]:
