@@ -134,7 +134,9 @@ def test_what_cannot_be_sliced_says_so() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 4095), st.integers(0, 10**6))
-def test_one_of_4096_ranks_begins_anywhere_in_a_billion_samples_in_next_to_no_time_and_memory(rank: int, batch: int) -> None:
+def test_one_of_4096_ranks_begins_anywhere_in_a_billion_samples_in_next_to_no_time_and_memory(
+    rank: int, batch: int
+) -> None:
     class Many:
         """A dataset of a billion samples that is asked for indices."""
 
