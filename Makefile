@@ -54,7 +54,7 @@ gpu: ## on a CUDA machine: the GPU tests, then benchmarks/gpu.py writes docs/ben
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { \
 	  echo "$(PYTHON) has no torch; name one that has it, with CUDA: make PYTHON=... gpu" >&2; exit 2; }
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --check
-	@PYTHONPATH=src $(PYTHON) -m pytest -q -rs -m gpu
+	@PYTHONPATH=src $(PYTHON) -m pytest -q -rs -m gpu $$(grep -rlF --include='test_*.py' 'mark.gpu' tests)
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --write
 
 reliability: $(READY) ## try to spoil runs, count what was spoiled (ROWS="R1 D4"), write docs/reliability.md (QUICK=--quick: a sample, to build/)

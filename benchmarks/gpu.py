@@ -1,12 +1,12 @@
 """Loopwright next to loops by hand on a CUDA machine: a network so small that only the loop shows, and a GPT.
 
 ``make gpu`` runs the tests marked ``gpu``, then this, which writes docs/benchmarks-gpu.md. It needs Python 3.11 or
-newer with torch, numpy, safetensors, PyYAML and scikit-learn, and no network. Where CUDA is absent it says so and ends
-with status 2. The digits are timed eager, compiled and with the whole step (forward, backward, optimizer) as a CUDA
-graph, for which 0.25 times the eager loop by hand is the goal. Images of 224 x 224 in pinned memory are trained on by a
-small convolutional net, with and without the copy of the next batch during a step. The GPT is that of nanoGPT in size
-(12 layers of width 768, 1,024 tokens), by hand and ours in bfloat16 with the model or step compiled, AdamW fused,
-gradients clipped.
+newer with torch, numpy, safetensors, PyYAML and scikit-learn, and no network; its tests need pytest 9, pytest-timeout
+and hypothesis besides. Where CUDA is absent it says so and ends with status 2. The digits are timed eager, compiled
+and with the whole step (forward, backward, optimizer) as a CUDA graph, for which 0.25 times the eager loop by hand is
+the goal. Images of 224 x 224 in pinned memory are trained on by a small convolutional net, with and without the copy
+of the next batch during a step. The GPT is that of nanoGPT in size (12 layers of width 768, 1,024 tokens), by hand
+and ours in bfloat16 with the model or step compiled, AdamW fused, gradients clipped.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+ROOT = Path(__file__).parents[1]
+PATH = ROOT / "benchmarks" / "gpu.py"
 CPU = torch.device("cpu")
 
 
@@ -58,3 +60,35 @@ def test_without_cuda_it_says_so_and_fails() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("no CUDA device was found by torch ")
     assert not (PATH.parents[1] / "docs" / "benchmarks-gpu.md").exists()
+
+
+BARE = """#!{python}
+import runpy, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+_, flag, module, *options = sys.argv
+assert flag == "-m"
+sys.argv = [module, *options, "--collect-only", "-p", "no:cacheprovider"]
+runpy.run_module(module, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_gpu_finds_its_tests_where_what_other_tests_need_is_missing(tmp_path: Path) -> None:
+    """A machine with a GPU and no network has torch, and pytest with hypothesis; of the rest, who knows."""
+    missing = {"gymnasium", "IPython", "matplotlib", "nbclient", "pandas", "pyarrow", "torchdata", "torchmetrics"}
+    bare = tmp_path / "python"
+    bare.write_text(BARE.format(python=sys.executable, missing=missing))
+    bare.chmod(0o755)
+    printed = subprocess.run(["make", "-n", "gpu", f"PYTHON={bare}"], cwd=ROOT, capture_output=True, text=True)
+    (command,) = [line for line in printed.stdout.splitlines() if " -m pytest " in line]
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    marked = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert {"tests/test_gpu.py", "tests/callbacks/test_erasing.py", "tests/callbacks/test_watch.py"} <= marked

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from loopwright.parallel.verdict import Verdict
 from loopwright.parallel.watch import Watch
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -69,3 +70,16 @@ def test_an_error_of_a_single_rank_is_left_as_it_is() -> None:
     with pytest.raises(ValueError, match="mine") as caught, Watch(0, 1, lambda: 0):
         raise ValueError("mine")
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_rank_that_leaves_by_the_error_that_another_has_caused_says_where_it_was() -> None:
+    """Whether it is out by then or not; one whose training was over says nothing of itself."""
+    dead, watch = Verdict(1, "rank 1 ended without a word"), Watch(0, 2, lambda: 7)
+    says = "rank 0 ends at step 7: rank 1 ended without a word"
+    assert watch._words(dead) == says
+    watch._error = {"error": "RuntimeError: Connection closed by peer", "lost": True}
+    assert watch._words(dead) == says
+    watch._left.set()
+    assert watch._words(dead) == says
+    watch._error = {}
+    assert watch._words(dead) == "rank 1 ended without a word"

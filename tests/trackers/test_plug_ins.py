@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -26,6 +25,7 @@ from loopwright.loggers import send
 from tiny import acts, line, sgd_task, trainer
 from tracked import DATA, expected, failed, fit, killed, plug_in
 
+plt = pytest.importorskip("matplotlib.pyplot")
 Points = dict[str, list[tuple[int, Any]]]  # (step, value) by curve
 Found = tuple[Points, dict[str, Any]]  # and the settings
 

@@ -372,7 +372,8 @@ class Watch:
         os._exit(1)
 
     def _words(self, verdict: Verdict) -> str:
-        mine = "" if self._left.is_set() else f"rank {self.rank} ends at step {self.step()}: "
+        through = self._left.is_set() and not self._error
+        mine = "" if through else f"rank {self.rank} ends at step {self.step()}: "
         more = f"\n{verdict.more.rstrip()}" if self.rank == 0 and verdict.more else ""
         return f"{mine}{verdict.text}{more}"
 
