@@ -118,10 +118,11 @@ def fit(
     **settings: Any,
 ) -> dict[str, Any]:
     """Everything about a training that must not depend on how it was done."""
-    reads, losses, average = Reads(), Losses(), Average()
+    reads, losses, average, ema = Reads(), Losses(), Average(), lw.EMA(0.8)
     saver = lw.Checkpoint(f"{EVERY} steps", keep=9) if folder is not None else False
     given: dict[str, Any] = {"steps": steps, "seed": 4, "progress": False, "log_every": 1, "checkpoint": saver,
-                             "loggers": [losses], "callbacks": [average, *settings.pop("callbacks", ())]}  # fmt: skip
+                             "loggers": [losses],
+                             "callbacks": [average, ema, *settings.pop("callbacks", ())]}  # fmt: skip
     trainer = lw.Trainer(folder=folder, strategy=os.environ.get("STRATEGY", "auto"), **(given | settings))
     of = of or task(dropout)
     run = trainer.fit(of, DataLoader(reads, 12, shuffle=True), (X[:20], Y[:20]), resume=resume)  # type: ignore[arg-type]
@@ -132,6 +133,7 @@ def fit(
         "tied": of.module.out.weight is of.module.again.weight,
         "tensors": [tensor.double().flatten().tolist() for tensor in tensors],
         "average": average.whole,
+        "ema": [tensor.double().flatten().tolist() for tensor in ema.averages["model"].state_dict().values()],
         "losses": losses.found,
         "history": list(run.history.losses["loss"]),
         "valid": [record.get("valid/loss") for record in run.history],
@@ -253,16 +255,41 @@ def in_bfloat16(folder: Path) -> Any:
 
 @command
 def best_put_back(folder: Path) -> Any:
+    return best_of(folder / f"best-{kind()}")
+
+
+@command
+def best_average_put_back(folder: Path) -> Any:
+    """Where blocks stay whole after a forward, those of a validation are the average's."""
+    strategy = lw.FSDP("layers.*", reshard_after_forward=False)
+    return best_of(folder / f"best-average-{kind()}", callbacks=[lw.EMA(0.9)], strategy=strategy)
+
+
+def best_of(folder: Path, **settings: Any) -> Any:
     saver = lw.Checkpoint("2 steps", monitor="valid/loss", keep=2, restore="best")
     own = task()
     given: dict[str, Any] = {"progress": False, "seed": 1, "validate_every": 2, "checkpoint": saver}
-    trainer = lw.Trainer(
-        steps=8, folder=folder / f"best-{kind()}", strategy=os.environ.get("STRATEGY", "auto"), **given
-    )
+    given["strategy"] = os.environ.get("STRATEGY", "auto")
+    trainer = lw.Trainer(steps=8, folder=folder, **(given | settings))
     trainer.fit(own, (X, Y), (X[:20], Y[:20]))
     alone = lw.Trainer(progress=False, folder=None, strategy="single")
     best = alone.validate(own, (X[:20], Y[:20]))["valid/loss"]
     return {"best": best, "told": saver.best_value}
+
+
+@command
+def averages_left_in_the_model(folder: Path) -> Any:
+    """Another fit goes on from the weights of the training, whether the model was left in parts or not."""
+    own, ema, found = task(), lw.EMA(0.5, replace_at_end=True), []
+    for steps in (3, 6, 9):
+        shares = os.environ.get("STRATEGY") == "fsdp"
+        strategy = lw.FSDP(gather=steps != 6) if shares else "auto"
+        trainer = lw.Trainer(steps=steps, seed=4, progress=False, folder=None, callbacks=[ema], strategy=strategy)
+        trainer.fit(own, (X[:36], Y[:36]))
+        found.append([whole(p).detach().double().flatten().tolist() for p in own.module.parameters()])
+    with ema.applied():
+        found.append(own.module.eval()(X).double().flatten().tolist())
+    return {"found": found, "average": ema.averages["model"].module(X).double().flatten().tolist()}
 
 
 @command

@@ -84,6 +84,41 @@ def test_the_device_is_read_once_a_step_for_the_check_and_else_only_at_records(
     assert between == [reads] * 5
 
 
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "aten::item")
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_trace_of_steps_between_two_records_has_no_wait_for_the_device(reads: bool) -> None:
+    """Workers, pinned memory, a metric, a history: torch's profiler sees each call of CUDA that stops the host."""
+    task = lw.Supervised(
+        net := classifier().to(CUDA), cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1),
+        metrics={"accuracy": lw.metrics.Accuracy()},
+    )  # fmt: skip
+    x, y = samples(96)
+    data = DataLoader(list(zip(x, y, strict=True)), 8, num_workers=1, pin_memory=True)
+    trace = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    )
+    between = torch.profiler.record_function("between")
+
+    def look(run: lw.Run, result: lw.StepResult) -> None:
+        if run.progress.step == 3:
+            trace.start()
+            between.__enter__()
+        elif run.progress.step == 9:
+            between.__exit__(None, None, None)
+            torch.cuda.synchronize()
+            trace.stop()
+        elif reads and run.progress.step == 6:
+            float(result.values["loss"])
+
+    trainer(epochs=1, nonfinite=None, callbacks=[acts(on_step_end=look)], log_every="1000 steps").fit(task, data)
+    events = trace.events()
+    (span,) = [one.time_range for one in events if one.name == "between" and one.device_type.name == "CPU"]
+    waits = [one.name for one in events if one.name in WAITS and span.start <= one.time_range.start <= span.end]
+    assert bool(waits) is reads, waits
+
+
 def test_activations_that_are_computed_again_give_the_same_bits() -> None:
     ends = []
     for again in (False, True):

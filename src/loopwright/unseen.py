@@ -32,8 +32,9 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
     Generators that hang on the source are put back afterwards: training may draw from the same ones.
     """
     n, compared = 0, False
-    # once is enough, and a step of one's own may count what it likes
+    # once is enough, a step of one's own may count what it likes, and FSDP makes parameters whole in a forward
     looked = kind == "predict" or len(run.history) > 0 or not _is_default(run.task)
+    looked = looked or (run.team is not None and run.team.shards)
     copy_ahead(source, run.device, run.precision.holds)
     with kept(_streams(source).find().values()):
         at = source.at if run.team is None else run.team.begin_epoch(source)

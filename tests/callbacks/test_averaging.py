@@ -646,7 +646,7 @@ def test_what_several_ranks_cannot_average_alike_is_refused_at_the_start() -> No
 
     own = r"works in one process: each rank would have statistics of its own. "
     for average, strategy, match in (
-        (lw.EMA(), "fsdp", "EMA cannot average parameters that FSDP shares out; train with strategy='ddp'"),
+        (lw.EMA(buffers=True), "fsdp", rf"EMA\(buffers=True\) {own}Leave it out"),
         (lw.EMA(buffers=True), "ddp", rf"EMA\(buffers=True\) {own}Leave it out"),
         (lw.SWA("1 epoch", batch_norm=samples(20)), "ddp", rf"SWA\(batch_norm=data\) {own}Say batch_norm=False"),
     ):

@@ -29,8 +29,9 @@ from loopwright.parallel.spread import Spread
 Run = Callable[..., Any]
 # world and strategy, and what is asked of them, in this order: some go on from the checkpoints of others
 JOBS = {
-    "alone-1": ["whole_run", "twice", "used_afterwards", "nonfinite", "best_put_back"],
+    "alone-1": ["whole_run", "twice", "used_afterwards", "nonfinite", "best_put_back", "averages_left_in_the_model"],
     "fsdp-2": ["with_dropout", "whole_run", "twice", "used_afterwards", "nonfinite", "best_put_back",
+               "best_average_put_back", "averages_left_in_the_model",
                "kept_shared_out", "mistakes", "cannot_write", "in_bfloat16"],
     "fsdp-2 again": ["with_dropout_resumed", "resumed_from_alone"],
     "alone-1 again": ["resumed_from_fsdp_2", "refused"],
@@ -120,7 +121,7 @@ def test_a_model_with_tied_and_uneven_parameters_ends_with_the_weights_and_the_o
     result: Run,
 ) -> None:
     alone, shared = result("whole_run", "alone-1"), result("whole_run", "fsdp-2")
-    for name in ("tensors", "losses", "valid", "average"):
+    for name in ("tensors", "losses", "valid", "average", "ema"):
         assert apart(shared[name], alone[name]) <= 1e-6
     assert sorted(i for rank in shared["reads"] for i in rank) == sorted(alone["reads"][0])
 
@@ -185,6 +186,7 @@ def test_a_resume_with_as_many_ranks_gives_the_same_bits(result: Run, job: str) 
     assert again["valid"] == whole["valid"]
     assert again["history"] == whole["history"]
     assert again["average"] == whole["average"]  # of a callback
+    assert again["ema"] == whole["ema"]
     assert again["losses"] == {step: whole["losses"][step] for step in again["losses"]}
     assert len(again["losses"]) == cases_of_shards.STEPS - 2 * cases_of_shards.EVERY
 
@@ -209,6 +211,7 @@ def test_a_resume_with_other_ranks_goes_on_with_the_same_samples_and_losses(
     assert apart(found["losses"], {step: whole["losses"][step] for step in found["losses"]}) <= 1e-5
     assert apart(found["tensors"], whole["tensors"]) <= 1e-5
     assert apart(found["average"], whole["average"]) <= 1e-5
+    assert apart(found["ema"], whole["ema"]) <= 1e-5
     assert len(found["history"]) == cases_of_shards.STEPS
     assert apart(found["history"], whole["history"]) <= 1e-5
     reads = [i for rank in found["reads"] for i in rank]
@@ -237,6 +240,7 @@ def test_four_ranks_then_two_of_the_other_strategy_then_one_train_on_the_samples
         assert reads == sorted(of_one if number == 0 else of_one[ends[number] : ends[number + 1]])
     assert apart(parts[-1]["tensors"], whole["tensors"]) <= 1e-5
     assert apart(parts[-1]["average"], whole["average"]) <= 1e-5
+    assert apart(parts[-1]["ema"], whole["ema"]) <= 1e-5
 
 
 @pytest.mark.slow
@@ -250,6 +254,17 @@ def test_the_best_weights_are_put_back(result: Run) -> None:
     found = result("best_put_back", "fsdp-2")
     assert found["best"] == pytest.approx(found["told"], abs=1e-6)
     assert found["told"] == pytest.approx(result("best_put_back", "alone-1")["told"], abs=1e-6)
+    averaged = result("best_average_put_back", "fsdp-2")  # those that the validation saw
+    assert averaged["best"] == pytest.approx(averaged["told"], abs=1e-6) != pytest.approx(found["best"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_averages_that_were_left_in_the_model_give_way_to_the_weights_of_the_training(result: Run) -> None:
+    shared, alone = (result("averages_left_in_the_model", job) for job in ("fsdp-2", "alone-1"))
+    assert apart(shared, alone) <= 1e-6
+    for found in (shared, alone):
+        assert found["found"][-1] == found["average"]  # of applied(), and of the average itself
+        assert found["found"][0] != found["found"][1] != found["found"][2]
 
 
 @pytest.fixture

@@ -12,11 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from loopwright import rng
+from loopwright.callbacks.in_parts import InParts, held, load_parts, parts_of
 from loopwright.callbacks.restoring import Restoring
 from loopwright.conflicts import meet, puts_back_at
 from loopwright.data import as_source
 from loopwright.errors import SettingError, choose
 from loopwright.every import Every
+from loopwright.parallel import like, local, whole
+from loopwright.parallel.fsdp import wrapped_in
 from loopwright.progress import Duration, Progress, is_counted
 from loopwright.state import Run, Stage, StepResult
 from loopwright.unheard import most_of
@@ -40,7 +43,8 @@ class Average(Restoring):
         self.evaluate, self.replace_at_end = evaluate, replace_at_end
         self.buffers = False  # averaged as well; else they are those of the model
         self.batch_norm: Any = False  # data to compute statistics from
-        self.averages: dict[str, AveragedModel] = {}
+        self._averages: dict[str, AveragedModel] = {}
+        self._gathered: dict[str, dict[str, Any]] = {}  # states of averages that were held in parts, whole
         self._start: Duration | None = None
         self._sources: dict[str, nn.Module] = {}
         self._others: list[Average] = []  # all averages of the run
@@ -62,13 +66,22 @@ class Average(Restoring):
     def _averaged(self, model: nn.Module) -> AveragedModel:
         raise NotImplementedError
 
+    @property
+    def averages(self) -> dict[str, AveragedModel]:
+        """The averages by the names of the models: ``averages[name].module`` is a module like the model.
+
+        Where FSDP shares the parameters out, it is this rank's part of them, and whole when the fit has ended.
+        """
+        for name in [name for name in self._gathered if not wrapped_in(self._sources[name])]:
+            self._averages[name] = self._averaged(self._sources[name]).requires_grad_(False)
+            self._averages[name].load_state_dict(self._gathered.pop(name))
+        return self._averages
+
     # ------------------------------------------------------------------------------------------ the hooks
 
     def problems(self, run: Run) -> Iterator[str]:
         name = type(self).__name__
-        if run.team is not None and run.team.shards:
-            yield f"{name} cannot average parameters that FSDP shares out; train with strategy='ddp'"
-        elif run.team is not None and (self.buffers or self._measures):
+        if run.team is not None and (self.buffers or self._measures):
             what = "buffers=True" if self.buffers else "batch_norm=data"
             instead = "Leave it out" if self.buffers else "Say batch_norm=False"
             yield (
@@ -124,21 +137,29 @@ class Average(Restoring):
         self._told = Every(self._begins).missed(most_of(run), moments=("every",)) is not None  # the plan has
         if run.progress.step == 0 or self._sources != chosen:  # another run than the one seen before
             self._forget(run.progress)
-            self._sources = chosen
-            self.averages = {n: self._averaged(m) for n, m in chosen.items()}
-            for averaged in self.averages.values():
-                averaged.requires_grad_(False)
-        elif run.restore is None:
-            self._go_on()
+            self._sources, self._gathered = chosen, {}
+            self._averages = {n: self._averaged(held(m)).requires_grad_(False) for n, m in chosen.items()}
+        else:
+            self._cut()
+            if run.restore is None:
+                self._go_on(run)
         self._trained = []
 
-    def _go_on(self) -> None:
+    def _cut(self) -> None:
+        """Hold averages as the models are held now, which FSDP has shared out since."""
+        for name, averaged in self.averages.items():
+            if wrapped_in(self._sources[name]) and not isinstance(averaged.module, InParts):
+                self._averages[name] = self._averaged(held(self._sources[name])).requires_grad_(False)
+                load_parts(self._averages[name], self._sources[name], averaged.state_dict())
+
+    def _go_on(self, run: Run) -> None:
         """Put back the weights of the training, where another fit goes on from the averages that one has left."""
         pairs = list(self._pairs()) if self._trained else []
-        if all(torch.equal(mine, averaged) for mine, averaged in pairs):  # else they were changed since
+        changed = not all(torch.equal(mine, averaged) for mine, averaged in pairs)
+        if not (run.comm.any(changed) if self._trained else changed):
             with torch.no_grad():
-                for (mine, _), trained in zip(pairs, self._trained, strict=True):
-                    mine.copy_(trained)
+                for own, (mine, _), trained in zip(self._own(), pairs, self._trained, strict=False):
+                    mine.copy_(local(like(own, trained.to(mine.device))))
 
     def on_stage_start(self, run: Run, stage: Stage) -> None:
         self._every.start(run.progress)  # what was due before is not made up for: it may be of this stage alone
@@ -179,6 +200,10 @@ class Average(Restoring):
         if not run.interrupted and self._is_its_end(run):
             self._end(run, "the run")
             self.put_back(run)
+        for name, averaged in self._averages.items():
+            if isinstance(averaged.module, InParts) and run.team is not None and run.team.strategy.gather:
+                state = parts_of(averaged, self._sources[name])
+                self._gathered[name] = {key: whole(one) for key, one in state.items()}
 
     def _end(self, run: Run, what: str) -> None:
         if self.updates:
@@ -194,7 +219,7 @@ class Average(Restoring):
 
     def put_back(self, run: Run) -> None:
         """As the others, and keep the weights of the training for another fit that goes on."""
-        trained = [mine.to("cpu", copy=True) for mine, _ in self._pairs()] if self.replace_at_end else []
+        trained = [whole(own.detach()).to("cpu", copy=True) for own in self._own()] if self.replace_at_end else []
         super().put_back(run)
         self._trained = trained
 
@@ -213,7 +238,7 @@ class Average(Restoring):
             own: dict[str, Tensor] = dict(model.named_parameters())
             own |= dict(model.named_buffers()) if self.buffers or self._measures else {}
             for key, mine in own.items():
-                mine.copy_(kept[f"module.{key}"])
+                mine.copy_(like(mine, kept[f"module.{key}"]))
 
     # ------------------------------------------------------------------------------------------ what they do
 
@@ -233,7 +258,7 @@ class Average(Restoring):
                     f"run.replace has changed {name!r}, and {type(self).__name__} holds averages of the one before; "
                     "begin another fit with the new model"
                 )
-            averaged.update_parameters(run.models[name])
+            averaged.update_parameters(held(run.models[name]))
         for other in reversed(shown):
             other._exchange()
         self.updates += 1
@@ -247,10 +272,17 @@ class Average(Restoring):
             for averaged in self.averages.values():
                 update_bn(read(run, as_source(self.batch_norm, train=False, key=0), "batch_norm"), averaged)
 
+    def _own(self) -> Iterator[Tensor]:
+        """The tensors of the models that have an average."""
+        for name in self.averages:
+            yield from self._sources[name].parameters()
+            if self.buffers or self._measures:
+                yield from self._sources[name].buffers()
+
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tensors of the models with their averages."""
+        """The same, or what this rank holds of them, with their averages."""
         for name, averaged in self.averages.items():
-            model = self._sources[name]
+            model = held(self._sources[name])
             yield from zip(model.parameters(), averaged.module.parameters(), strict=True)
             if self.buffers or self._measures:
                 yield from zip(model.buffers(), averaged.module.buffers(), strict=True)
@@ -260,9 +292,9 @@ class Average(Restoring):
         """Let models and averages change places; a second call undoes the first, bit for bit."""
         pairs = list(self._pairs())
         for mine, averaged in reversed(pairs) if self._shown else pairs:  # two models may share a tensor
-            held = mine.clone()
+            before = mine.clone()
             mine.copy_(averaged)
-            averaged.copy_(held)
+            averaged.copy_(before)
         self._shown = not self._shown
 
     @contextmanager
@@ -277,14 +309,20 @@ class Average(Restoring):
             self._exchange()
 
     def state_dict(self) -> dict[str, Any]:
-        averages = {name: dict(averaged.state_dict()) for name, averaged in self.averages.items()}
+        averages = {
+            name: parts_of(one, self._sources[name]) if isinstance(one.module, InParts) else dict(one.state_dict())
+            for name, one in self.averages.items()
+        }
         shown = {"shown_at": self._shown_at} if self._shown_at >= 0 else {}
         counts = {"updates": self.updates, "next": self._every.next, "measured": self._measured}
         return {"averages": averages, **counts, **shown}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, averaged in self.averages.items():
-            averaged.load_state_dict(state["averages"][name])
+            if isinstance(averaged.module, InParts):
+                load_parts(averaged, self._sources[name], state["averages"][name])
+            else:
+                averaged.load_state_dict(state["averages"][name])
         self.updates, self._measured, self._every.next = state["updates"], state["measured"], state["next"]
         self._shown_at = state.get("shown_at", -1)
 
@@ -309,7 +347,7 @@ class EMA(Average):
 
     Reads: the weights. Changes: the weights that a validation sees, and with ``replace_at_end`` those after the fit.
     Training has the bits that it has without. Stops: no.
-    FSDP, and another average that validation is to see, are refused before step 0.
+    Over ranks, ``buffers=True`` is refused before step 0, and another average that validation is to see always.
     Source: ``torch.optim.swa_utils.AveragedModel``, after Polyak & Juditsky 1992; the warm-up is TensorFlow's.
 
     >>> EMA(0.99, every="10 steps").decay

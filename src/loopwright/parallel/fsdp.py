@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -184,10 +185,9 @@ class Sharded:
 
 
 def wrapped_in(model: nn.Module) -> list[Any]:
-    """The modules of ``model`` that FSDP gathers parameters for."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    """The modules of ``model`` that FSDP gathers parameters for. Where nobody has imported it, there are none."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def _roots(model: nn.Module, *, is_task: bool) -> Iterable[nn.Module]:
