@@ -333,6 +333,23 @@ class Measured(Teacher):
         return (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
 
 
+class OfTests(Teacher):
+    test_step = Measured.validation_step
+
+
+class Caches(nn.Sequential):
+    """Its forward writes to a buffer that is not saved, and to an embedding whose rows it bounds."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.bounded = nn.Embedding(2, 3, max_norm=0.1).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self[0](x) + 0 * self.bounded(x.new_zeros(1).long()).sum()
+
+
 def test_a_training_step_that_changes_the_model_in_validation_is_told_once() -> None:
     data = pairs([1, 2], [0, 0])
     with pytest.warns(
@@ -341,4 +358,7 @@ def test_a_training_step_that_changes_the_model_in_validation_is_told_once() -> 
         run = trainer(epochs=2).fit(Teacher(), data, data)
     assert len(run.history) == 2
     trainer(epochs=2).fit(Measured(), data, data)
+    trainer().test(OfTests(), data)
+    trainer().validate(lw.Supervised(nn.LazyLinear(1), nn.MSELoss()), data)
+    trainer(epochs=1).fit(sgd_task(Caches(line(1.0))), data, data)
     trainer(epochs=2).fit(sgd_task(nn.Sequential(nn.BatchNorm1d(1), line(1.0))), data, data)  # in eval mode it is still

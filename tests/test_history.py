@@ -16,7 +16,7 @@ from torch import nn
 
 import loopwright as lw
 from loopwright.history import History, Series
-from tiny import classifier, line, pairs, samples, sgd_task, trainer
+from tiny import acts, classifier, line, pairs, samples, sgd_task, trainer
 
 
 def trained(epochs: int = 2) -> lw.Run:
@@ -159,14 +159,17 @@ def probed(trainer: lw.Trainer) -> lw.Trainer:
     @trainer.on(lw.Event.EPOCH_END)
     def probe(run: lw.Run) -> None:
         assert "train/probe" not in run.history[-1]
-        run.log({"probe": 10.0 * run.progress.epoch + run.comm.rank})
+        run.log({"probe": 10.0 * run.progress.epoch + run.comm.rank, "one": 5.0})
 
     return trainer
 
 
 def test_what_is_logged_at_the_end_of_an_epoch_is_in_its_record_and_no_other(folder: Path) -> None:
     data = pairs([1], [2], [3], [4])
-    run = probed(lw.Trainer(epochs=3, folder=folder, progress=False, log_every=3)).fit(sgd_task(line(1.0)), data)
+    logs = acts(on_step_start=lambda run: run.log({"one": 1.0}))
+    settings: Any = {"folder": folder, "progress": False, "log_every": 3, "callbacks": [logs]}
+    run = probed(lw.Trainer(epochs=3, **settings)).fit(sgd_task(line(1.0)), data)
+    assert run.history["train/one"] == [1.0] * 3  # the mean over the epoch, which it had before
     assert run.history["train/probe"] == [10.0, 20.0, 30.0]
     assert run.metrics["train/probe"] == 30.0
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]  # type: ignore[operator]

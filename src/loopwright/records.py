@@ -59,11 +59,15 @@ def log_epoch(run: Run, stage: Stage) -> None:
 
 
 def log_late(run: Run) -> None:
-    """What the hooks at the end of an epoch have logged belongs to its record, too; loggers have it by the next one."""
+    """What the hooks at the end of an epoch have logged belongs to its record, too; loggers have it by the next one.
+
+    A name that the record has already keeps the mean that it has there.
+    """
     means = run.series.take_epoch(run.team and partial(run.team.end_epoch, run))
     values = {f"train/{name}": value for name, value in means.items()}
     if run.recorded:
         values = at(run.recorded, values, "epoch")
+    values = {name: value for name, value in values.items() if name not in run.history[-1]}
     run.history[-1].update(values)
     run.metrics.update(values)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from loopwright import rng
 from loopwright.data import move
@@ -33,7 +34,7 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
     """
     n, compared = 0, False
     # once is enough, a step of one's own may count what it likes, and FSDP makes parameters whole in a forward
-    looked = kind == "predict" or len(run.history) > 0 or not _is_default(run.task)
+    looked = kind == "predict" or len(run.history) > 0 or not _is_default(run.task, kind)
     looked = looked or (run.team is not None and run.team.shards)
     copy_ahead(source, run.device, run.precision.holds)
     with kept(_streams(source).find().values()):
@@ -63,7 +64,7 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
                     yield batch
                     if not looked:
                         looked = True
-                        _tell_changed(kind, [name for name, at in _versions(run).items() if before.get(name) != at])
+                        _tell_changed(kind, [n for n, at in _versions(run).items() if before.get(n, at) != at])
                 run.looking = batch = None  # or two would be held while the next one is fetched
         except Exception as error:
             error.add_note(f"[loopwright] in {kind}, batch {n}")
@@ -78,15 +79,26 @@ def read(run: Run, source: Source, kind: str) -> Iterator[Any]:
         )
 
 
-def _is_default(task: Any) -> bool:
-    """True if a validation is the training step once more, because nothing else was written."""
-    return getattr(getattr(type(task), "validation_step", None), "__module__", "") == "loopwright.task"
+def _is_default(task: Any, kind: str) -> bool:
+    """True if an evaluation is the training step once more, because nothing else was written."""
+    steps = ("validation_step", "test_step") if kind == "test" else ("validation_step",)
+    return all(getattr(getattr(type(task), one, None), "__module__", "") == "loopwright.task" for one in steps)
 
 
 def _versions(run: Run) -> dict[str, int]:
-    """How often each parameter and buffer was written to: a number that torch keeps."""
-    held = (one for model in run.models.values() for one in (*model.named_parameters(), *model.named_buffers()))
-    return {name: tensor._version for name, tensor in held if not tensor.is_inference()}
+    """How often each parameter and buffer was written to: a number that torch keeps.
+
+    Not of those that a forward may write to in an evaluation as well: buffers that are not saved, embeddings of a
+    bounded norm.
+    """
+    found: dict[str, int] = {}
+    for model in run.models.values():
+        scratch = {id(m._buffers[name]) for m in model.modules() for name in m._non_persistent_buffers_set}
+        scratch |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not (is_lazy(tensor) or tensor.is_inference() or id(tensor) in scratch):
+                found[name] = tensor._version
+    return found
 
 
 def _tell_changed(kind: str, names: list[str]) -> None:

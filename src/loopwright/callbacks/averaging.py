@@ -74,7 +74,7 @@ class Average(Restoring):
         """
         for name in [name for name in self._gathered if not wrapped_in(self._sources[name])]:
             self._averages[name] = self._averaged(self._sources[name]).requires_grad_(False)
-            self._averages[name].load_state_dict(self._gathered.pop(name))
+            load_parts(self._averages[name], self._sources[name], self._gathered.pop(name))
         return self._averages
 
     # ------------------------------------------------------------------------------------------ the hooks
@@ -149,8 +149,9 @@ class Average(Restoring):
         """Hold averages as the models are held now, which FSDP has shared out since."""
         for name, averaged in self.averages.items():
             if wrapped_in(self._sources[name]) and not isinstance(averaged.module, InParts):
+                self._gathered[name] = parts_of(averaged, self._sources[name])  # until a stage begins: this fit may not
                 self._averages[name] = self._averaged(held(self._sources[name])).requires_grad_(False)
-                load_parts(self._averages[name], self._sources[name], averaged.state_dict())
+                load_parts(self._averages[name], self._sources[name], self._gathered[name])
 
     def _go_on(self, run: Run) -> None:
         """Put back the weights of the training, where another fit goes on from the averages that one has left."""
@@ -162,6 +163,7 @@ class Average(Restoring):
                     mine.copy_(local(like(own, trained.to(mine.device))))
 
     def on_stage_start(self, run: Run, stage: Stage) -> None:
+        self._gathered.clear()
         self._every.start(run.progress)  # what was due before is not made up for: it may be of this stage alone
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
@@ -200,6 +202,11 @@ class Average(Restoring):
         if not run.interrupted and self._is_its_end(run):
             self._end(run, "the run")
             self.put_back(run)
+        else:
+            self._gather(run)
+
+    def _gather(self, run: Run) -> None:
+        """Keep averages that are held in parts whole, for the time after the fit. All ranks together."""
         for name, averaged in self._averages.items():
             if isinstance(averaged.module, InParts) and run.team is not None and run.team.strategy.gather:
                 state = parts_of(averaged, self._sources[name])
@@ -222,6 +229,7 @@ class Average(Restoring):
         trained = [whole(own.detach()).to("cpu", copy=True) for own in self._own()] if self.replace_at_end else []
         super().put_back(run)
         self._trained = trained
+        self._gather(run)  # a run that had ended before is only loaded: nothing else is called
 
     def _put_back(self, run: Run) -> None:
         if self.updates and self.replace_at_end:
@@ -235,6 +243,7 @@ class Average(Restoring):
         """Put averages into the models, from a ``state`` of ``step``, if those are what a validation saw there."""
         for name in self.averages if state.get("shown_at") == step else ():
             model, kept = self._sources[name], state["averages"][name]
+            held(model)
             own: dict[str, Tensor] = dict(model.named_parameters())
             own |= dict(model.named_buffers()) if self.buffers or self._measures else {}
             for key, mine in own.items():
@@ -275,6 +284,7 @@ class Average(Restoring):
     def _own(self) -> Iterator[Tensor]:
         """The tensors of the models that have an average."""
         for name in self.averages:
+            held(self._sources[name])  # which leaves DTensors where the parameters are
             yield from self._sources[name].parameters()
             if self.buffers or self._measures:
                 yield from self._sources[name].buffers()

@@ -42,14 +42,15 @@ def parts_of(averaged: AveragedModel, model: nn.Module) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name, own, part in _named(averaged, model):
-        if is_shard(own):
+        part = part.detach()
+        if is_shard(own) and isinstance(averaged.module, InParts):
             made: Any = DTensor
             part = made.from_local(
-                part.detach(), own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+                part, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
             )
         found[name] = part
-    kept = (name for name in model.state_dict() if name in found)  # not all buffers are
-    return {"n_averaged": averaged.n_averaged, **{f"module.{name}": found[name] for name in kept}}
+    found |= {name: one for name, one in model.state_dict().items() if name.endswith("_extra_state")}
+    return {"n_averaged": averaged.n_averaged, **{f"module.{name}": one for name, one in found.items()}}
 
 
 @torch.no_grad()
@@ -57,8 +58,7 @@ def load_parts(averaged: AveragedModel, model: nn.Module, state: Mapping[str, An
     """Put in what ``parts_of`` gave, or the ``state_dict`` of an average of the whole model. All ranks together."""
     averaged.n_averaged.copy_(state["n_averaged"])
     for name, own, part in _named(averaged, model):
-        if f"module.{name}" in state:
-            part.copy_(local(like(own, state[f"module.{name}"])))
+        part.copy_(local(like(own, state[f"module.{name}"])))
 
 
 def _named(averaged: AveragedModel, model: nn.Module) -> list[tuple[str, Any, Tensor]]:
@@ -67,4 +67,9 @@ def _named(averaged: AveragedModel, model: nn.Module) -> list[tuple[str, Any, Te
     own = [*model.parameters(), *model.buffers()]
     parts = dict(zip(map(id, own), [*averaged.module.parameters(), *averaged.module.buffers()], strict=True))
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [(name, tensor, parts[id(tensor)]) for name, tensor in named]
+    gone = {
+        f"{at}.{name}".removeprefix(".")
+        for at, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    return [(name, tensor, parts[id(tensor)]) for name, tensor in named if name not in gone]
